@@ -1,0 +1,232 @@
+"""Every error agentmesh raises, in one tree; imports nothing, so that any room may raise.
+
+```
+MeshError
+├── DefinitionError      the code is wrong; raised while a class, Tool or Crew is made
+│   ├── ToolSignatureError  NameTaken  UnknownName
+├── ConfigError          a setting is wrong or missing
+│   ├── ExtraMissing  ServiceDown
+├── StepError            one step failed for good; a flow may catch it
+│   ├── ModelError (ModelRefused  OutputInvalid  ContextTooLong)  ToolError  StepTimeout
+│   └── DelegateFailed  QuorumMissed  ApprovalDenied  StepRefused  GpuOutOfMemory
+├── RunError             a run ended without a value
+│   ├── RunFailed  RunCancelled  LimitReached
+├── ReplayError          holds the run: the flow no longer asks for what it asked
+└── JournalError (JournalVersion)
+```
+
+`TryAgain` stands apart: a tool raises it to speak to the model.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+
+class MeshError(Exception):
+    """Anything agentmesh raises on purpose: what happened, then what to do, in one sentence.
+
+    Keyword fields given at the raise become attributes; they survive pickle and the journal.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, message: str = "", **fields: Any) -> None:
+        unknown = set(fields) - set(self.fields)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}")
+        self.message = message or (self.__doc__ or "").splitlines()[0]
+        super().__init__(self.message)
+        for name in self.fields:
+            setattr(self, name, fields.get(name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own reduce calls cls(*args) and would lose the keyword fields.
+        return _rebuild, (type(self), self.message, self._given())
+
+    def _given(self) -> dict[str, Any]:
+        return {f: v for f in self.fields if (v := getattr(self, f)) is not None}
+
+    def with_fields(self, **fields: Any) -> Self:
+        """The same error with more said about where it happened; returns itself."""
+        for name, value in fields.items():
+            if name in self.fields and getattr(self, name) is None:
+                setattr(self, name, value)
+        return self
+
+
+def _rebuild(cls: type[MeshError], message: str, fields: dict[str, Any]) -> MeshError:
+    return cls(message, **fields)
+
+
+class DefinitionError(MeshError):
+    """The code of a crew is wrong."""
+
+
+class ToolSignatureError(DefinitionError):
+    """A function cannot be a tool as it is written."""
+
+
+class NameTaken(DefinitionError):
+    """Two things of a crew have one name."""
+
+
+class UnknownName(DefinitionError):
+    """A crew names something it does not have."""
+
+
+class ConfigError(MeshError):
+    """A setting is wrong or missing."""
+
+
+class ExtraMissing(ConfigError):
+    """A package of an extra is not installed."""
+
+
+class ServiceDown(ConfigError):
+    """A server does not answer."""
+
+
+class StepError(MeshError):
+    """One step failed for good."""
+
+    fields = ("run_id", "n", "name", "attempts")
+    run_id: str | None
+    n: int | None
+    name: str | None
+    attempts: int | None
+
+
+class ModelError(StepError):
+    """A model gave no usable answer."""
+
+
+class ModelRefused(ModelError):
+    """The model's server refused the request."""
+
+
+class OutputInvalid(ModelError):
+    """The model did not meet the output type, not even when corrected."""
+
+
+class ContextTooLong(ModelError):
+    """The prompt is longer than the model's context."""
+
+
+class ToolError(StepError):
+    """A tool raised."""
+
+    fields = (*StepError.fields, "again")
+    again: bool | None  # the tool raised TryAgain: its text is for the model
+
+
+class StepTimeout(StepError):
+    """A step took longer than its timeout."""
+
+
+class DelegateFailed(StepError):
+    """A sub-agent's run ended without a value."""
+
+    fields = (*StepError.fields, "child")
+    child: str | None
+
+
+class QuorumMissed(StepError):
+    """Too few members of a gather succeeded."""
+
+    fields = (*StepError.fields, "errors")
+    errors: "list[StepError] | None"
+
+
+class ApprovalDenied(StepError):
+    """A person said no."""
+
+    fields = (*StepError.fields, "by")
+    by: str | None
+
+
+class StepRefused(StepError):
+    """The engine would not start this step."""
+
+
+class GpuOutOfMemory(StepError):
+    """The device has no room for this request."""
+
+
+class RunError(MeshError):
+    """A run ended without a value."""
+
+    fields = ("run_id",)
+    run_id: str | None
+
+
+class RunFailed(RunError):
+    """The run failed."""
+
+    fields = ("run_id", "cause")
+    cause: str | None  # the type's name of the exception that ended the flow
+
+
+class RunCancelled(RunError):
+    """The run was cancelled."""
+
+
+class LimitReached(RunError):
+    """The run spent what it may spend."""
+
+    fields = ("run_id", "limit")
+    limit: str | None
+
+
+class ReplayError(MeshError):
+    """The flow no longer asks for the steps it asked for; the run is held."""
+
+    fields = ("run_id", "n")
+    run_id: str | None
+    n: int | None
+
+
+class JournalError(MeshError):
+    """The journal answered what it should not."""
+
+
+class JournalVersion(JournalError):
+    """The journal was written by another format of agentmesh."""
+
+
+class TryAgain(Exception):
+    """Raised by a tool: the text goes to the model, the turn counts, the run goes on."""
+
+
+def _tree(cls: type[MeshError]) -> Iterable[type[MeshError]]:
+    yield cls
+    for sub in cls.__subclasses__():
+        yield from _tree(sub)
+
+
+def error_to_json(error: BaseException) -> dict[str, Any]:
+    """An error as the journal keeps it: type, message, fields; foreign ones keep only type and text."""
+    if not isinstance(error, MeshError):
+        return {"type": type(error).__name__, "message": str(error)}
+    given = error._given()
+    if isinstance(error, QuorumMissed) and error.errors:
+        given["errors"] = [error_to_json(e) for e in error.errors]
+    return {"type": type(error).__name__, "message": error.message, **given}
+
+
+def error_from_json(data: Mapping[str, Any]) -> MeshError:
+    """The error again; an unknown type comes back as StepError that names it."""
+    known = {cls.__name__: cls for cls in _tree(MeshError)}
+    cls = known.get(data["type"])
+    if cls is None:
+        return StepError(f"{data['type']}: {data['message']}")
+    fields = {f: data[f] for f in cls.fields if f in data}
+    if "errors" in fields:
+        fields["errors"] = [error_from_json(e) for e in fields["errors"]]
+    return cls(data["message"], **fields)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'gpu'?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

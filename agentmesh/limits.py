@@ -1,0 +1,41 @@
+"""What a run may spend."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from agentmesh.errors import DefinitionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Ceilings of a run and all its sub-agents together; `None` is no ceiling.
+
+    Checked before each model call, so what is in flight may overshoot. Reached, the run is held
+    (`agentmesh runs resume ID --limit turns=50`) or, with `on_limit="fail"`, ends as LimitReached.
+
+    Args:
+        turns: model calls.
+        tokens: input and output.
+        cost_usd: dollars, where prices are known.
+        seconds: from the start, without the time the run was held.
+        depth: how deep sub-agents may call sub-agents; at least 1.
+    """
+
+    turns: int | None = 100
+    tokens: int | None = None
+    cost_usd: float | None = None
+    seconds: float | None = None
+    depth: int = 8
+    on_limit: Literal["hold", "fail"] = "hold"
+
+    def __post_init__(self) -> None:
+        for name in ("turns", "tokens", "cost_usd", "seconds", "depth"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise DefinitionError(f"Limits({name}={value!r}) must be above 0; leave it out for no limit")
+        if self.on_limit not in ("hold", "fail"):
+            raise DefinitionError(f"Limits(on_limit={self.on_limit!r}) must be 'hold' or 'fail'")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, JSON values."""
+        return asdict(self)

@@ -1,0 +1,232 @@
+"""What the engine needs of the world, as protocols: a Model answers, a Journal remembers, a Dispatch renders.
+
+Adapters implement these; the engine knows nothing else of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from agentmesh.event import Event
+from agentmesh.message import Message, Usage
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A tool as a model sees it; `parameters` is a JSON Schema object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to a model.
+
+    Args:
+        model: the name after the provider: `gpt-5-mini`, `smollm2`.
+        output: a JSON Schema the answer's text must meet, or None for free text.
+        options: temperature, max_tokens, seed, stop: what the agent set, nothing else.
+    """
+
+    model: str
+    messages: Sequence[Message]
+    tools: Sequence[ToolSpec] = ()
+    output: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A model's answer; `finish` says why it ended."""
+
+    message: Message
+    usage: Usage = Usage()
+    finish: Literal["stop", "length", "tool_calls"] = "stop"
+
+
+class RetryLater(Exception):
+    """An attempt failed and the next one should wait longer than a worker ought to: the step is retried."""
+
+    def __init__(self, error: Exception, after_s: float) -> None:
+        super().__init__(str(error))
+        self.error, self.after_s = error, after_s
+
+
+class Model(Protocol):
+    """Messages in, message out (or tokens). One object serves many concurrent asks of one event loop."""
+
+    async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
+        """The answer; `on_token` gets each piece of text as it comes.
+
+        Raises:
+            ModelError: and its kin, when asking again would not help.
+            RetryLater: when it would, but not within 5 s.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give back connections."""
+        ...
+
+
+# ---- the journal -------------------------------------------------------------------------------
+# A unit is what a message may ask a worker to do: "s|RUN|N" a step, "a|RUN" advancing a run,
+# "f|RUN" telling a user's canvas that it ended, "g|RUN|N" a gather's deadline (a timer only).
+
+
+def step_unit(run_id: str, n: int) -> str:
+    """The unit of a step."""
+    return f"s|{run_id}|{n}"
+
+
+def advance_unit(run_id: str) -> str:
+    """The unit that advances a run."""
+    return f"a|{run_id}"
+
+
+def finish_unit(run_id: str) -> str:
+    """The unit that reports a run's end to a user's canvas."""
+    return f"f|{run_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A rendered message: the broker's list and the text around a delivery tag that the store fills in."""
+
+    queue: str
+    head: str
+    tail: str
+
+    def packed(self) -> str:
+        """One string, as entries keep it."""
+        return f"{self.queue}\0{self.head}\0{self.tail}"
+
+    @classmethod
+    def unpacked(cls, text: str) -> "Wire":
+        """The wire that `packed` wrote."""
+        return cls(*text.split("\0"))
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What makes a run the run it is; kept whole in RunStarted.
+
+    Args:
+        fields: the agent's typed fields, JSON.
+        task: text, or any JSON value.
+        limits: of the whole tree; only a root's are looked at.
+        wire: the message that advances this run, rendered once.
+        finish: the message that tells a canvas, or None.
+        origin: the crew file, so that `runs resume` needs no more.
+    """
+
+    id: str
+    crew: str
+    version: str
+    agent: str
+    task: Any
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    history: Sequence[Any] = ()
+    parent: str = ""
+    parent_n: int = 0
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    wire: Wire | None = None
+    finish: Wire | None = None
+    origin: str = ""
+    canvas: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step to plan.
+
+    Args:
+        state: `queued` goes out now, `held` waits for a person, `due` at `due_in_ms`, `child` has a run of its own,
+            `ended` failed before it began (`end` says why).
+        once: delivery at most once; `reconcile` says that the tool can tell what happened.
+    """
+
+    event: Event
+    state: Literal["queued", "held", "due", "child", "ended"]
+    wire: Wire | None = None
+    due_in_ms: int = 0
+    child: RunSpec | None = None
+    once: bool = False
+    reconcile: bool = False
+    held: str = ""
+    end: Event | None = None
+    end_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPlan:
+    """Which steps are joined: `first` to `last`, `need` successes; `everyone` waits for all ends."""
+
+    first: int
+    last: int
+    need: int
+    everyone: bool = False
+    deadline_in_ms: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What a replay found: steps to plan, perhaps as a gather, or the end of the run. Empty: nothing new."""
+
+    plans: Sequence[Plan] = ()
+    gather: GatherPlan | None = None
+    end: Event | None = None
+    end_value_ref: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The entry is yours under `fence`; `events` are those after the version you had."""
+
+    fence: int
+    events: Sequence[Event]
+    version: int
+    attempt: int = 1
+    in_doubt: bool = False
+    limit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not yours, and why: busy, later, held, in_doubt, ended, unknown, cancelled, stale, conflict, exists."""
+
+    why: str
+    detail: str = ""
+    events: Sequence[Event] = ()
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Written; `version` is the journal's length now, `conflict` that somebody else wrote in between."""
+
+    version: int = 0
+    conflict: bool = False
+
+
+class Journal(Protocol):
+    """The events of runs, with entries, leases and timers: the verbs of docs/architecture.md, each atomic and repeatable."""
+
+    async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused: ...
+    async def claim(self, unit: str, worker: str, token: str, version: int, crew: str, crew_version: str, *,
+                    ask: bool = False, rate: tuple[int, int] | None = None) -> Claimed | Refused: ...
+    async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]: ...
+    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = ()) -> int: ...
+    async def commit(self, unit: str, fence: int, event: Event, version: int, next: Next) -> Accepted | Refused: ...
+    async def plan(self, run_id: str, fence: int, version: int, next: Next) -> Accepted | Refused: ...
+    async def tell(self, run_id: str, event: Event) -> Accepted | Refused: ...
+    async def sweep(self, worker: str, *, empty: Sequence[str] = (), limit: int = 200) -> int: ...
+    async def told(self, run_id: str) -> None: ...
+
+    async def events(self, run_id: str, after: int = 0) -> list[Event]: ...
+    async def close(self) -> None: ...
