@@ -3,7 +3,7 @@
 Adapters implement these; the engine knows nothing else of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -159,7 +159,6 @@ class Plan:
     reconcile: bool = False
     held: str = ""
     end: Event | None = None
-    end_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +175,18 @@ class GatherPlan:
 
 @dataclass(frozen=True, slots=True)
 class Next:
-    """What a replay found: steps to plan, perhaps as a gather, or the end of the run. Empty: nothing new."""
+    """What a replay found: steps to plan, perhaps as a gather, or the end of the run. Empty: nothing new.
+
+    Args:
+        up: of a child's end, the fact its parent gets in the same moment.
+        hold: why the run cannot go on until a person says so.
+    """
 
     plans: Sequence[Plan] = ()
     gather: GatherPlan | None = None
     end: Event | None = None
-    end_value_ref: str = ""
+    up: Event | None = None
+    hold: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,25 +213,147 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Written; `version` is the journal's length now, `conflict` that somebody else wrote in between."""
+    """Written; `version` is the journal's length now, `conflict` that somebody else wrote in between, `again` a repeat."""
 
     version: int = 0
     conflict: bool = False
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message for a broker that is not the journal's own server."""
+
+    queue: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunHead:
+    """A run at a glance; totals are of the whole tree and kept at its root. Times are the store's, 0 is not yet."""
+
+    id: str
+    status: Literal["open", "done", "failed", "cancelled"]
+    agent: str
+    crew: str
+    version: str
+    started_ms: int
+    ended_ms: int
+    turns: int
+    tokens: int
+    cost_usd: float
+    refused: int
+
+    @classmethod
+    def of(cls, run_id: str, head: Mapping[str, Any]) -> "RunHead":
+        """From the store's hash, whose values may be text."""
+
+        def number(name: str) -> float:
+            return float(head.get(name) or 0)
+
+        return cls(
+            run_id, head["status"], head["agent"], head["crew"], head["version"], int(number("started")),
+            int(number("ended")), int(number("turns")), int(number("tokens")), number("usd"), int(number("refused")),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An entry that waits: a step's number (or `a`, the run itself) and why: approve, in_doubt, limit:…, version:…"""
+
+    run_id: str
+    key: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A live piece of a step's attempt: text, progress, or `retract`: what that attempt said before is void."""
+
+    run_id: str
+    n: int
+    attempt: int
+    kind: Literal["text", "progress", "retract"]
+    text: str
 
 
 class Journal(Protocol):
-    """The events of runs, with entries, leases and timers: the verbs of docs/architecture.md, each atomic and repeatable."""
+    """The events of runs, with entries, leases and timers. The verbs are atomic and repeatable (docs/architecture.md)."""
 
-    async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused: ...
-    async def claim(self, unit: str, worker: str, token: str, version: int, crew: str, crew_version: str, *,
-                    ask: bool = False, rate: tuple[int, int] | None = None) -> Claimed | Refused: ...
-    async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]: ...
-    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = ()) -> int: ...
-    async def commit(self, unit: str, fence: int, event: Event, version: int, next: Next) -> Accepted | Refused: ...
-    async def plan(self, run_id: str, fence: int, version: int, next: Next) -> Accepted | Refused: ...
-    async def tell(self, run_id: str, event: Event) -> Accepted | Refused: ...
-    async def sweep(self, worker: str, *, empty: Sequence[str] = (), limit: int = 200) -> int: ...
-    async def told(self, run_id: str) -> None: ...
+    async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused:
+        """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused."""
+        ...
 
-    async def events(self, run_id: str, after: int = 0) -> list[Event]: ...
-    async def close(self) -> None: ...
+    async def claim(
+        self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
+        ask: bool = False, rate: tuple[int, int] | None = None,
+    ) -> Claimed | Refused:  # fmt: skip
+        """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst)."""
+        ...
+
+    async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]:
+        """Push the deadlines of (unit, fence); answers the units that are not the worker's any more."""
+        ...
+
+    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = ()) -> int:
+        """Give back everything a worker held."""
+        ...
+
+    async def commit(
+        self, unit: str, *, fence: int, event: Event, version: int = 0, next: Next | None = None,
+        charge: dict[str, float] | None = None,
+    ) -> Accepted | Refused:  # fmt: skip
+        """A step's end (StepDone, StepFailed) or turn (StepRetried, StepInDoubt), with what comes next."""
+        ...
+
+    async def plan(self, run_id: str, *, fence: int, version: int, next: Next) -> Accepted | Refused:
+        """What an advance found; Refused("conflict") brings the events that came in between."""
+        ...
+
+    async def tell(self, run_id: str, event: Any) -> Accepted | Refused:
+        """A person's word."""
+        ...
+
+    async def sweep(self, worker: str, *, empty: Sequence[str] = (), limit: int = 200) -> int:
+        """Time's word; how many entries moved. `empty` are queues known to have been empty for a second."""
+        ...
+
+    async def told(self, run_id: str) -> None:
+        """The canvas has the run's result."""
+        ...
+
+    async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
+        """The journal of a run, from its `after`-th event on."""
+        ...
+
+    async def head(self, run_id: str) -> RunHead | None:
+        """A run at a glance, or None."""
+        ...
+
+    async def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """The newest root runs."""
+        ...
+
+    async def tree(self, run_id: str) -> list[str]:
+        """The run and every run below it."""
+        ...
+
+    async def waiting(self, run_id: str) -> list[Held]:
+        """What waits for a person, a limit or another worker in the run's tree."""
+        ...
+
+    async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
+        """Add to the tree's live stream, which is capped and never the journal."""
+        ...
+
+    def tokens(self, run_id: str) -> AsyncIterator[Token]:
+        """The tree's live stream from its beginning until the root run ends."""
+        ...
+
+    async def watch(self, run_id: str, *, version: int, timeout_s: float) -> None:
+        """Come back when the run's journal is longer than `version`, or after the time."""
+        ...
+
+    async def close(self) -> None:
+        """Give back connections."""
+        ...

@@ -1,0 +1,1 @@
+"""Where events live: the protocol as pure functions, and the journals that keep it."""

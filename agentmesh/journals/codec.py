@@ -1,0 +1,223 @@
+"""Between the engine's words and the protocol's JSON: one adapter for every journal; knows no store."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from agentmesh.event import (
+    ENDS,
+    Approved,
+    Denied,
+    Event,
+    LimitRaised,
+    RunCancelled,
+    RunDone,
+    RunStarted,
+    StepDone,
+    StepFailed,
+    StepInDoubt,
+    StepPlanned,
+    StepResolved,
+    StepRetried,
+    StepRevived,
+    event_from_json,
+)
+from agentmesh.errors import JournalVersion
+from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec
+from agentmesh.schema import digest
+
+TTL_MS = 10_000
+RETAIN_MS = 30 * 24 * 3600 * 1000
+Told = Approved | Denied | RunCancelled | LimitRaised | StepResolved | StepRevived
+Reply = tuple[dict[str, Any], list[str]]
+
+
+def text_of(event: Event) -> str:
+    """An event as the journal's line, without its time."""
+    return json.dumps(event.to_json(), separators=(",", ":"), ensure_ascii=False)
+
+
+def event_of(line: str) -> Event:
+    """The event of a journal's line `AT_MS JSON`."""
+    at, _, text = line.partition(" ")
+    try:
+        return event_from_json(json.loads(text), int(at))
+    except KeyError as e:
+        raise JournalVersion(f"the journal holds an event {e.args[0]!r} that this agentmesh does not know: upgrade it") from None
+
+
+def run_started(spec: RunSpec) -> RunStarted:
+    """A run's first fact."""
+    return RunStarted(
+        crew=spec.crew, version=spec.version, agent=spec.agent, task=spec.task, fields=spec.fields,
+        history=list(spec.history), parent=spec.parent, parent_n=spec.parent_n, limits=spec.limits,
+        origin=spec.origin, canvas=spec.canvas,
+    )  # fmt: skip
+
+
+def head_of(spec: RunSpec) -> dict[str, Any]:
+    """What the store must know of a run to work on it."""
+    head: dict[str, Any] = {"crew": spec.crew, "version": spec.version, "agent": spec.agent}
+    if spec.wire:
+        head["wire"] = spec.wire.packed()
+    if spec.finish:
+        head["finish"] = spec.finish.packed()
+    if spec.parent:
+        head |= {"parent": spec.parent, "n": spec.parent_n}
+    else:
+        head["on_limit"] = spec.limits.get("on_limit", "hold")
+        named = ("turns", "tokens", "cost_usd", "seconds")
+        head |= {f"lim_{k}": spec.limits[k] for k in named if spec.limits.get(k) is not None}
+    return head
+
+
+def spec_digest(spec: RunSpec) -> str:
+    """What must be the same when a run is begun again under its id."""
+    return digest(spec.crew, spec.agent, spec.task, dict(spec.fields))
+
+
+def next_of(nxt: Next) -> dict[str, Any]:
+    """`next` as the scripts read it; absent means absent, never null."""
+    out: dict[str, Any] = {}
+    if nxt.plans:
+        out["plans"] = [plan_of(p) for p in nxt.plans]
+    if g := nxt.gather:
+        out["gather"] = {"first": g.first, "last": g.last, "need": g.need, "everyone": int(g.everyone),
+                         "deadline": g.deadline_in_ms, "window": g.window}  # fmt: skip
+    if nxt.end:
+        status = {"RunDone": "done", "RunFailed": "failed"}.get(type(nxt.end).__name__, "cancelled")
+        out["end"] = {"status": status, "event": text_of(nxt.end)}
+        if nxt.up:
+            out["end"] |= {"up": text_of(nxt.up), "up_ok": int(isinstance(nxt.up, StepDone))}
+    if nxt.hold:
+        out["hold"] = nxt.hold
+    return out
+
+
+def plan_of(p: Plan) -> dict[str, Any]:
+    """One step to plan."""
+    planned = p.event
+    assert isinstance(planned, StepPlanned)
+    out: dict[str, Any] = {"n": planned.n, "kind": planned.kind, "state": p.state, "event": text_of(planned)}
+    if p.wire:
+        out["wire"] = p.wire.packed()
+    if p.state == "due":
+        out["due"] = p.due_in_ms
+    if p.state == "held":
+        out["held"] = p.held
+    if p.child:
+        out["child"] = {"spec": head_of(p.child), "started": text_of(run_started(p.child))}
+    if p.end:
+        out["end"] = text_of(p.end)
+    if p.once:
+        out["once"] = 1
+    if p.reconcile:
+        out["rec"] = 1
+    return out
+
+
+class VerbJournal(ABC):
+    """A Journal whose verbs are one atomic call each: `_call(verb, arguments)`.
+
+    Args:
+        ttl_ms: how long a lease lasts without renewal.
+        retain_ms: how long an ended run stays.
+    """
+
+    def __init__(self, *, ttl_ms: int = TTL_MS, retain_ms: int = RETAIN_MS) -> None:
+        self.ttl_ms, self.retain_ms = ttl_ms, retain_ms
+
+    @abstractmethod
+    async def _call(self, verb: str, args: dict[str, Any]) -> Reply:
+        """Do the verb; its header and its texts."""
+
+    async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused:
+        """See ports.Journal."""
+        args = {"run": spec.id, "spec": head_of(spec), "started": text_of(run_started(spec)),
+                "digest": spec_digest(spec), "next": next_of(next)}  # fmt: skip
+        return _accepted(await self._call("begin", args))
+
+    async def claim(
+        self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
+        ask: bool = False, rate: tuple[int, int] | None = None,
+    ) -> Claimed | Refused:  # fmt: skip
+        """See ports.Journal."""
+        args: dict[str, Any] = {"unit": unit, "worker": worker, "token": token, "version": version, "crew": crew,
+                                "crew_version": crew_version, "ttl": self.ttl_ms}  # fmt: skip
+        if ask:
+            args["ask"] = 1
+        if rate:
+            args |= {"rate_ms": rate[0], "burst": rate[1]}
+        head, lines = await self._call("claim", args)
+        if "no" in head:
+            return Refused(head["no"], head.get("detail", ""))
+        events = [event_of(line) for line in lines]
+        return Claimed(head["fence"], events, head["version"], head["attempt"], bool(head["doubt"]), head["limit"])
+
+    async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]:
+        """See ports.Journal."""
+        args = {"worker": worker, "leases": [list(lease) for lease in leases], "ttl": self.ttl_ms}
+        return (await self._call("renew", args))[1]
+
+    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = ()) -> int:
+        """See ports.Journal."""
+        args = {"worker": worker, "crashed": int(crashed), "queues": list(queues)}
+        return int((await self._call("release", args))[0]["count"])
+
+    async def commit(self, unit: str, *, fence: int, event: Event, version: int = 0, next: Next | None = None,
+                     charge: dict[str, float] | None = None) -> Accepted | Refused:  # fmt: skip
+        """See ports.Journal."""
+        how = {StepDone: "done", StepFailed: "failed", StepRetried: "retried", StepInDoubt: "doubt"}[type(event)]
+        args: dict[str, Any] = {"unit": unit, "fence": fence, "event": text_of(event), "how": how, "version": version}
+        if charge:
+            args["usage"] = charge
+        if isinstance(event, StepRetried):
+            args["delay"] = event.after_ms
+        if next is not None:
+            args["next"] = next_of(next)
+        return _accepted(await self._call("commit", args))
+
+    async def plan(self, run_id: str, *, fence: int, version: int, next: Next) -> Accepted | Refused:
+        """See ports.Journal."""
+        args = {"run": run_id, "fence": fence, "version": version, "next": next_of(next)}
+        return _accepted(await self._call("plan", args))
+
+    async def tell(self, run_id: str, event: Told) -> Accepted | Refused:
+        """See ports.Journal."""
+        args: dict[str, Any] = {"run": run_id, "kind": type(event).__name__, "event": text_of(event)}
+        args["n"] = getattr(event, "n", 0)
+        if isinstance(event, StepResolved):
+            args["action"] = event.action
+        if isinstance(event, LimitRaised):
+            args["limits"] = dict(event.limits)
+        if isinstance(event, RunCancelled) and "/" in run_id:
+            error = {"type": "DelegateFailed", "message": f"run {run_id} was cancelled", "child": run_id}
+            args["up"] = text_of(StepFailed(n=int(run_id.rpartition("/")[2]), error=error))
+        return _accepted(await self._call("tell", args))
+
+    async def sweep(self, worker: str, *, empty: Sequence[str] = (), limit: int = 200) -> int:
+        """See ports.Journal."""
+        args = {"worker": worker, "empty": list(empty), "limit": limit, "ttl": self.ttl_ms, "retain": self.retain_ms}
+        return int((await self._call("sweep", {**args, **await self._boot()}))[0]["count"])
+
+    async def told(self, run_id: str) -> None:
+        """See ports.Journal."""
+        await self._call("told", {"run": run_id})
+
+    async def _boot(self) -> dict[str, str]:
+        """`{"boot": ID}` of the store's process, where it can die alone."""
+        return {}
+
+
+def _accepted(reply: Reply) -> Accepted | Refused:
+    head, lines = reply
+    if "no" in head:
+        events = [event_of(line) for line in lines]
+        return Refused(head["no"], head.get("detail", ""), events, head.get("version", 0))
+    return Accepted(head.get("version", 0), bool(head.get("conflict")), bool(head.get("again")))
+
+
+def ended(event: Event | None) -> bool:
+    """Whether a run's last fact says that it is over."""
+    return isinstance(event, ENDS)

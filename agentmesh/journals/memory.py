@@ -1,0 +1,100 @@
+"""The journal in this process: the protocol over Tables, one verb at a time. For tests and eager runs."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from agentmesh.event import Event
+from agentmesh.journals.codec import Reply, VerbJournal, event_of
+from agentmesh.journals.entries import Store
+from agentmesh.journals.tables import Tables
+from agentmesh.journals.tend import ALL
+from agentmesh.ports import Held, RunHead, Sent, Token
+
+
+class MemoryJournal(VerbJournal):
+    """A Journal that lives as long as its process; thread-safe.
+
+    Args:
+        clock: milliseconds; the store's time.
+        send: gets each message to be published, after the verb that made it.
+    """
+
+    def __init__(
+        self, *, clock: Callable[[], int] | None = None, send: Callable[[Sent], None] | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.tables = Tables()
+        self._clock = clock or (lambda: int(time.time() * 1000))
+        self._send = send or (lambda sent: None)
+        self._lock = threading.RLock()
+        self._streams: dict[str, list[Token]] = {}
+
+    async def _call(self, verb: str, args: dict[str, Any]) -> Reply:
+        with self._lock:
+            store = Store(self.tables, self._clock())
+            reply = ALL[verb](store, args)
+        for queue, head, seq, tail in store.sent:
+            self._send(Sent(queue, f"{head}{seq}{tail}"))
+        return reply
+
+    async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
+        """See ports.Journal."""
+        with self._lock:
+            return [event_of(line) for line in self.tables.tail(f"ev:{run_id}", after)]
+
+    async def head(self, run_id: str) -> RunHead | None:
+        """See ports.Journal."""
+        with self._lock:
+            found = dict(self.tables.hashes.get(f"run:{run_id}") or {})
+        return RunHead.of(run_id, found) if found else None
+
+    async def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """See ports.Journal."""
+        with self._lock:
+            newest = sorted(self.tables.zsets["runs"].items(), key=lambda item: (-item[1], item[0]))[:limit]
+            return [RunHead.of(run, dict(self.tables.hashes[f"run:{run}"])) for run, _ in newest]
+
+    async def tree(self, run_id: str) -> list[str]:
+        """See ports.Journal."""
+        with self._lock:
+            members = self.tables.smembers(f"tree:{run_id.partition('/')[0]}")
+        return [m for m in members if m == run_id or m.startswith(f"{run_id}/")]
+
+    async def waiting(self, run_id: str) -> list[Held]:
+        """See ports.Journal."""
+        found = []
+        for member in await self.tree(run_id):
+            with self._lock:
+                records = dict(self.tables.hashes[f"st:{member}"])
+            found += [Held(member, key, r["why"]) for key, r in sorted(records.items())
+                      if isinstance(r, dict) and r["st"] in ("held", "due") and r.get("why")]  # fmt: skip
+        return found
+
+    async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
+        """See ports.Journal."""
+        self._streams.setdefault(run_id.partition("/")[0], []).extend(tokens)
+
+    async def tokens(self, run_id: str) -> AsyncIterator[Token]:
+        """See ports.Journal."""
+        at, root = 0, run_id.partition("/")[0]
+        while True:
+            head = await self.head(root)
+            new = self._streams.get(root, [])[at:]
+            at += len(new)
+            for token in new:
+                yield token
+            if not new and (head is None or head.status != "open"):
+                return
+            await asyncio.sleep(0.005)
+
+    async def watch(self, run_id: str, *, version: int, timeout_s: float) -> None:
+        """See ports.Journal."""
+        deadline = time.monotonic() + timeout_s
+        while self.tables.length(f"ev:{run_id}") <= version and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)
+
+    async def close(self) -> None:
+        """See ports.Journal."""

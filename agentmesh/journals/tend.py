@@ -1,0 +1,212 @@
+"""The verbs that keep what the others began: tell (a person's word), sweep (time's), told (the canvas knows).
+
+The other half of the protocol; the same rules as protocol.py.
+"""
+
+from agentmesh.journals.entries import Rec, Store
+from agentmesh.journals.protocol import NOTHING, VERBS, Args, Reply, refuse, split
+
+SWEEPER_MS = 3000
+
+
+def tell(s: Store, a: Args) -> Reply:
+    """A person's word: Approved, Denied, RunCancelled, LimitRaised, StepResolved, StepRevived. Needs no crew code."""
+    run, kind = a["run"], a["kind"]
+    if not s.t.hget(f"run:{run}", "status"):
+        return refuse("unknown")
+    if not s.is_open(run):
+        return refuse("ended", s.t.hget(f"run:{run}", "status"))
+    if kind == "RunCancelled":
+        s.t.sadd("cancelled", run)
+        s.end_run(run, "cancelled", a["event"], a.get("up", ""), False)
+    elif kind == "LimitRaised":
+        raise_limits(s, run, a)
+    elif a["n"] == 0:
+        rec = s.rec(run, "a")
+        if not isinstance(rec, dict) or rec["st"] != "held":
+            return refuse("not_waiting")
+        s.event(run, a["event"])
+        s.advance(run)
+    else:
+        return tell_step(s, run, kind, a)
+    return {"ok": 1, "version": s.t.length(f"ev:{run}")}, NOTHING
+
+
+def tell_step(s: Store, run: str, kind: str, a: Args) -> Reply:
+    """A word about one held step."""
+    n, key = a["n"], str(a["n"])
+    unit = f"s|{run}|{n}"
+    rec = s.rec(run, key)
+    if not isinstance(rec, dict) or rec["st"] != "held":
+        return refuse("not_waiting", "ended" if isinstance(rec, str) else "")
+    wanted = {"Approved": "approve", "Denied": "approve", "StepResolved": "in_doubt"}.get(kind, "")
+    if wanted and rec["why"] != wanted:
+        return refuse("not_waiting", rec["why"])
+    s.event(run, a["event"])
+    ends = kind == "Denied" or (kind == "Approved" and rec["kind"] == "Approve") or a.get("action") in ("done", "failed")
+    if ends:
+        s.end_step(run, n, rec, kind != "Denied" and a.get("action") != "failed", 0)
+        if not rec["g"]:
+            s.advance(run)
+    else:
+        s.leave(unit, rec)
+        rec.update(lost=0, c=0)
+        s.enqueue(unit, run, key, rec)
+    return {"ok": 1, "version": s.t.length(f"ev:{run}")}, NOTHING
+
+
+def raise_limits(s: Store, run: str, a: Args) -> None:
+    """New ceilings for the tree, and what they held goes on."""
+    root = run.partition("/")[0]
+    head = f"run:{root}"
+    s.event(root, a["event"])
+    for name, value in a["limits"].items():
+        s.t.hset(head, f"lim_{name}", value)
+    for member in s.t.smembers(f"tree:{root}"):
+        for key in sorted(s.t.hashes[f"st:{member}"]):
+            rec = s.rec(member, key)
+            if isinstance(rec, dict) and rec["st"] == "held" and rec["why"].startswith("limit:"):
+                unit = f"s|{member}|{key}"
+                s.leave(unit, rec)
+                s.enqueue(unit, member, key, rec)
+
+
+def told(s: Store, a: Args) -> Reply:
+    """The canvas has its result: the run's last entry goes."""
+    rec = s.rec(a["run"], "f")
+    if isinstance(rec, dict):
+        s.drop(f"f|{a['run']}", a["run"], "f", rec, "E0")
+    return {"ok": 1}, NOTHING
+
+
+def sweep(s: Store, a: Args) -> Reply:
+    """Time's word, from one sweeper at a time: expired leases, due entries, overdue ones, cancelled trees."""
+    holder, until = s.t.hget("meta", "sweeper"), s.t.hget("meta", "sweeper_until") or 0
+    if holder and holder != a["worker"] and until > s.now:
+        return {"ok": 0, "count": 0}, NOTHING
+    s.t.hset("meta", "sweeper", a["worker"])
+    s.t.hset("meta", "sweeper_until", s.now + SWEEPER_MS)
+    if a.get("boot") and a["boot"] != s.t.hget("meta", "boot"):
+        # The store was down: nobody could renew, so nothing expires for one TTL.
+        if s.t.hget("meta", "boot"):
+            s.t.hset("meta", "grace", s.now + a["ttl"])
+        s.t.hset("meta", "boot", a["boot"])
+    limit = a["limit"]
+    count = 0 if (s.t.hget("meta", "grace") or 0) > s.now else expire(s, limit)
+    count += wake(s, limit)
+    for queue in s.t.smembers("queues"):
+        count += resend(s, queue, limit, queue in a.get("empty", ()))
+    for run in s.t.smembers("cancelled"):
+        count += cancel_below(s, run, limit)
+    if a.get("retain"):
+        count += forget(s, s.now - a["retain"], limit)
+    return {"ok": 1, "count": count}, NOTHING
+
+
+def expire(s: Store, limit: int) -> int:
+    """Leases whose deadline has passed are given back."""
+    units = s.t.zupto("leased", s.now, limit)
+    for unit in units:
+        letter, run, key = split(unit)
+        rec = s.rec(run, key)
+        if not isinstance(rec, dict):
+            s.t.zrem("leased", unit)
+        elif letter != "f" and not s.is_open(run):
+            s.drop(unit, run, key, rec, "E0")
+        else:
+            s.give_back(unit, run, key, rec, crashed=True)
+    return len(units)
+
+
+def wake(s: Store, limit: int) -> int:
+    """Due entries: a gather's deadline closes it, a Sleep ends, anything else goes out."""
+    units = s.t.zupto("due", s.now, limit)
+    for unit in units:
+        letter, run, key = split(unit)
+        s.t.zrem("due", unit)
+        if letter == "g":
+            g = s.t.hget(f"ga:{run}", key)
+            if s.is_open(run) and g and not g["closed"]:
+                s.close(run, int(key), dict(g), "deadline")
+            continue
+        rec = s.rec(run, key)
+        if not isinstance(rec, dict) or not s.is_open(run):
+            continue
+        if rec.get("kind") == "Sleep":
+            s.event(run, f'{{"e":"Woken","n":{key}}}')
+            s.end_step(run, int(key), rec, True, 0)
+            if not rec["g"]:
+                s.advance(run)
+        else:
+            rec.pop("why", None)
+            s.enqueue(unit, run, key, rec)
+    return len(units)
+
+
+def resend(s: Store, queue: str, limit: int, empty: bool) -> int:
+    """Entries whose message must be lost: a later one was claimed a second ago, or their queue is empty."""
+    top = s.t.hget("qmax", queue) or 0
+    snap, _, at = str(s.t.hget("qsnap", queue) or f"{top} {s.now}").partition(" ")
+    overdue = 1 << 52 if empty else int(snap) - 1
+    count = 0
+    for unit in s.t.zupto(f"q:{queue}", overdue, limit):
+        _, run, key = split(unit)
+        rec = s.rec(run, key)
+        if not isinstance(rec, dict) or rec["st"] != "queued":
+            s.t.zrem(f"q:{queue}", unit)
+        elif rec["rt"] <= s.now:
+            again(s, unit, run, key, rec)
+            count += 1
+    if s.now - int(at or s.now) >= 1000 or not s.t.hget("qsnap", queue):
+        s.t.hset("qsnap", queue, f"{top} {s.now}")
+    return count
+
+
+def again(s: Store, unit: str, run: str, key: str, rec: Rec) -> None:
+    """The same entry once more, the next time after twice as long; it keeps its place in line."""
+    rec["rs"] += 1
+    rec["rt"] = s.now + (1000 << min(rec["rs"], 6))
+    s.put(run, key, rec)
+    queue, head, tail = s.t.hget("wires", unit).split("\0")
+    s.sent.append((queue, head, int(s.t.hincr("meta", "seq")), tail))
+
+
+def cancel_below(s: Store, run: str, limit: int) -> int:
+    """RunCancelled down the tree of a cancelled run, some at a time."""
+    root = run.partition("/")[0]
+    count, more = 0, False
+    for member in s.t.smembers(f"tree:{root}"):
+        below = member == run or member.startswith(f"{run}/")
+        if not below or not s.is_open(member):
+            continue
+        if count >= limit:
+            more = True
+            break
+        count += 1
+        up = f'{{"e":"StepFailed","n":{member.rpartition("/")[2]},"error":{cancelled_error(member)}}}'
+        s.end_run(member, "cancelled", '{"e":"RunCancelled","by":"parent"}', up, False)
+    if not more:  # every run below has ended, and that alone refuses what may still come
+        s.t.srem("cancelled", run)
+    return count
+
+
+def forget(s: Store, before: int, limit: int) -> int:
+    """Trees whose root ended by then are deleted: the only way a finished run leaves."""
+    roots = s.t.zupto("forget", before, limit)
+    for root in roots:
+        for run in s.t.smembers(f"tree:{root}"):
+            for key in ("run", "st", "ga"):
+                s.t.hashes.pop(f"{key}:{run}", None)
+            s.t.lists.pop(f"ev:{run}", None)
+        s.t.sets.pop(f"tree:{root}", None)
+        s.t.zrem("runs", root)
+        s.t.zrem("forget", root)
+    return len(roots)
+
+
+def cancelled_error(child: str) -> str:
+    """DelegateFailed as the parent of a cancelled run sees it."""
+    return f'{{"type":"DelegateFailed","message":"run {child} was cancelled","child":"{child}"}}'
+
+
+ALL = {**VERBS, "tell": tell, "sweep": sweep, "told": told}
