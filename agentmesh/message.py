@@ -45,6 +45,15 @@ class Message:
         return cls(data["role"], data.get("text", ""), calls, data.get("tool_call_id", ""))
 
 
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A tool as a model sees it; `parameters` is a JSON Schema object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
 def system(text: str) -> Message:
     """Instructions."""
     return Message("system", text)

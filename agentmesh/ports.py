@@ -9,17 +9,9 @@ from typing import Any, Literal, Protocol
 
 from agentmesh.event import Event
 from agentmesh.message import Message, Usage
+from agentmesh.message import ToolSpec as ToolSpec  # a Prompt's, and so this port's word
 
 # ---- models ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ToolSpec:
-    """A tool as a model sees it; `parameters` is a JSON Schema object."""
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +104,32 @@ class Wire:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """What a message is about, for whoever renders it: a step, or the child run that a Delegate begins."""
+
+    n: int
+    kind: str
+    name: str
+    queue: str
+
+
+class Dispatch(Protocol):
+    """Renders messages; sends nothing."""
+
+    def steps(self, run_id: str, members: Sequence[Member], gather: "GatherPlan | None", queue: str) -> list[Wire]:
+        """One wire a member, in order; `queue` is where the gather's body goes."""
+        ...
+
+    def advance(self, run_id: str, agent: str, queue: str) -> Wire:
+        """The message that advances a run."""
+        ...
+
+    def finish(self, run_id: str, agent: str, queue: str) -> Wire:
+        """The message that tells a canvas of a run's end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class RunSpec:
     """What makes a run the run it is; kept whole in RunStarted.
 
@@ -179,14 +197,12 @@ class Next:
 
     Args:
         up: of a child's end, the fact its parent gets in the same moment.
-        hold: why the run cannot go on until a person says so.
     """
 
     plans: Sequence[Plan] = ()
     gather: GatherPlan | None = None
     end: Event | None = None
     up: Event | None = None
-    hold: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +324,10 @@ class Journal(Protocol):
 
     async def plan(self, run_id: str, *, fence: int, version: int, next: Next) -> Accepted | Refused:
         """What an advance found; Refused("conflict") brings the events that came in between."""
+        ...
+
+    async def hold(self, unit: str, *, fence: int, why: str) -> Accepted | Refused:
+        """A leased entry waits for a person; `why` is shown by `waiting`."""
         ...
 
     async def tell(self, run_id: str, event: Any) -> Accepted | Refused:

@@ -90,8 +90,6 @@ def next_of(nxt: Next) -> dict[str, Any]:
         out["end"] = {"status": status, "event": text_of(nxt.end)}
         if nxt.up:
             out["end"] |= {"up": text_of(nxt.up), "up_ok": int(isinstance(nxt.up, StepDone))}
-    if nxt.hold:
-        out["hold"] = nxt.hold
     return out
 
 
@@ -182,6 +180,10 @@ class VerbJournal(ABC):
         """See ports.Journal."""
         args = {"run": run_id, "fence": fence, "version": version, "next": next_of(next)}
         return _accepted(await self._call("plan", args))
+
+    async def hold(self, unit: str, *, fence: int, why: str) -> Accepted | Refused:
+        """See ports.Journal."""
+        return _accepted(await self._call("hold", {"unit": unit, "fence": fence, "why": why}))
 
     async def tell(self, run_id: str, event: Told) -> Accepted | Refused:
         """See ports.Journal."""

@@ -35,7 +35,10 @@ def begin(s: Store, a: Args) -> Reply:
         return {"ok": 1, "version": s.t.length(f"ev:{run}"), "again": 1}, NOTHING
     start(s, run, a["spec"], a["started"], a["digest"])
     s.t.zadd("runs", run, s.now)
-    follow(s, run, a["next"])
+    if a["next"]:
+        follow(s, run, a["next"])
+    else:
+        s.advance(run)
     return {"ok": 1, "version": s.t.length(f"ev:{run}")}, NOTHING
 
 
@@ -202,6 +205,19 @@ def lone_next(s: Store, run: str, a: Args, before: int) -> None:
         s.advance(run)
 
 
+def hold(s: Store, a: Args) -> Reply:
+    """A leased entry waits for a person, because its run no longer replays; `why` says what is wrong."""
+    unit = a["unit"]
+    _, run, key = split(unit)
+    rec = s.rec(run, key)
+    if not isinstance(rec, dict) or not same_fence(rec, a["fence"]) or not s.is_open(run):
+        return refuse("stale")
+    if rec["st"] == "leased":
+        s.leave(unit, rec)
+        s.hold(unit, run, key, rec, a["why"])
+    return {"ok": 1}, NOTHING
+
+
 def plan(s: Store, a: Args) -> Reply:
     """What an advance found; removes that advance."""
     run = a["run"]
@@ -217,12 +233,8 @@ def plan(s: Store, a: Args) -> Reply:
         return refuse("cancelled")
     if s.t.length(f"ev:{run}") != a["version"]:
         return {"no": "conflict", "version": s.t.length(f"ev:{run}")}, s.t.tail(f"ev:{run}", a["version"])
-    if a["next"].get("hold"):
-        s.leave(f"a|{run}", rec)
-        s.hold(f"a|{run}", run, "a", rec, a["next"]["hold"])
-    else:
-        s.drop(f"a|{run}", run, "a", rec, f"E{a['fence']}")
-        follow(s, run, a["next"])
+    s.drop(f"a|{run}", run, "a", rec, f"E{a['fence']}")
+    follow(s, run, a["next"])
     return {"ok": 1, "version": s.t.length(f"ev:{run}")}, NOTHING
 
 
@@ -289,4 +301,5 @@ VERBS: dict[str, Callable[[Store, Args], Reply]] = {
     "release": release,
     "commit": commit,
     "plan": plan,
+    "hold": hold,
 }
