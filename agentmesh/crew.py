@@ -1,0 +1,161 @@
+"""The agents of one program with their queues and limits; every name is checked here, once."""
+
+import hashlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from agentmesh.agent import Agent
+from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
+from agentmesh.limits import Limits
+from agentmesh.queue import Queue
+from agentmesh.tool import Tool
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+DEFAULT_QUEUE = "main"
+
+
+class Crew:
+    """What a program declares: its agents (the first one leads), closed over `team`.
+
+    Args:
+        name: of the broker queues `agentmesh.NAME.QUEUE`; the file's stem when left out.
+        model: for agents that name none.
+        queues: the first is where steps go that name none; `Queue("main")` when left out.
+        version: declared by hand; a worker takes runs of its own version alone.
+        deps: given to tools as `ToolContext.deps`.
+
+    Raises:
+        NameTaken: two different agents, or two tools, of one name.
+        UnknownName: an agent or tool names a queue that the crew does not have.
+    """
+
+    def __init__(
+        self, lead: Agent[Any], *agents: Agent[Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
+        limits: Limits | None = None, version: str = "", deps: Any = None,
+    ) -> None:  # fmt: skip
+        self.lead, self.model, self.version, self.deps = lead, model, version, deps
+        self.limits = limits or Limits()
+        self.file = _caller_file(inspect.currentframe())
+        self.name = name or _default_name(self.file)
+        if not NAME.fullmatch(self.name):
+            raise DefinitionError(f"crew name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
+        self.queues = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
+        if len(self.queues) < len(queues):
+            raise NameTaken(f"crew {self.name!r} has two queues of one name: {', '.join(q.name for q in queues)}")
+        self.agents: dict[str, Agent[Any]] = {}
+        self.tools: dict[str, Tool[..., Any]] = {}
+        for agent in (lead, *agents):
+            self._add(agent)
+
+    @property
+    def queue(self) -> str:
+        """The first queue: where steps go that name none."""
+        return next(iter(self.queues))
+
+    def _add(self, agent: Agent[Any]) -> None:
+        if isinstance(agent, type):
+            raise DefinitionError(f"crew {self.name!r} was given the class {agent.__name__}; write `{agent.__name__}()`")
+        if not isinstance(agent, Agent):
+            raise DefinitionError(f"crew {self.name!r} was given {agent!r}, which is no Agent")
+        known = self.agents.get(agent.name)
+        if known is not None and type(known) is not type(agent) and not _re_executed(known, agent):
+            raise NameTaken(
+                f"two agents are named {agent.name!r} ({_where(known)} and {_where(agent)}); set `name` in one of them"
+            )
+        self.agents[agent.name] = agent
+        if known is not None and type(known) is type(agent):
+            return
+        self._check_queue(f"agent `{agent.name}`", agent.queue)
+        self._check_model(agent)
+        for tool in agent.tools:
+            same = self.tools.setdefault(tool.name, tool)
+            if same is not tool and same.func.__qualname__ != tool.func.__qualname__:
+                raise NameTaken(f"two tools are named {tool.name!r}; give one of them another with `@tool(name=…)`")
+            self._check_queue(f"tool `{tool.name}`", tool.queue)
+        for member in agent.team:
+            self._add(member)
+
+    def _check_queue(self, who: str, queue: str) -> None:
+        if queue and queue not in self.queues:
+            known = ", ".join(repr(q) for q in self.queues)
+            raise UnknownName(f"{who} names queue {queue!r}; the crew has {known}.{did_you_mean(queue, self.queues)}")
+
+    def _check_model(self, agent: Agent[Any]) -> None:
+        model = agent.model or self.model
+        if isinstance(model, str) and ":" not in model:
+            raise DefinitionError(
+                f"agent `{agent.name}` has model {model!r}; a model is `provider:name`, such as 'openai:gpt-5-mini' or 'local:smollm2'"
+            )
+        if model is not None and not isinstance(model, str) and not hasattr(model, "ask"):
+            foreign = type(model).__module__.startswith("langchain")
+            mend = "write `agentmesh.langchain.as_model(it)`" if foreign else "it needs an async `ask(prompt, on_token)`"
+            raise DefinitionError(f"agent `{agent.name}` has model {model!r}, which is no model: {mend}")
+
+    def agent(self, name: str, fields: dict[str, Any] | None = None) -> Agent[Any]:
+        """The agent of this name, with these fields.
+
+        Raises:
+            UnknownName: the crew has none.
+        """
+        if name not in self.agents:
+            known = ", ".join(self.agents)
+            raise UnknownName(
+                f"crew {self.name!r} has no agent {name!r}; it has {known}.{did_you_mean(name, self.agents)} "
+                "List it in Crew(...), or in somebody's team"
+            )
+        agent = self.agents[name]
+        return type(agent)(**fields) if fields else agent
+
+    def queue_of(self, step: Any) -> str:
+        """The crew's queue for a step: its own, its model's, or the first."""
+        wanted: str = getattr(step, "queue", "") or getattr(getattr(step, "tool", None), "queue", "")
+        if wanted in self.queues:
+            return wanted
+        model = getattr(step, "model", None) or self.model
+        if step.kind == "Ask" and isinstance(model, str) and model.startswith("local:"):
+            for queue in self.queues.values():
+                if queue.model == model.partition(":")[2]:
+                    return queue.name
+        return self.queue
+
+    def broker_queue(self, queue: str) -> str:
+        """The broker's name of a queue."""
+        return f"agentmesh.{self.name}.{queue}"
+
+    def broker_queues(self, only: Iterable[str] = ()) -> list[str]:
+        """The broker's names of these queues, or of all.
+
+        Raises:
+            UnknownName: the crew has no such queue.
+        """
+        for queue in only:
+            self._check_queue(f"crew {self.name!r}: --queue", queue)
+        return [self.broker_queue(q) for q in (list(only) or self.queues)]
+
+
+def _caller_file(frame: FrameType | None) -> str:
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("agentmesh."):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__file__") or "")
+
+
+def _default_name(file: str) -> str:
+    if file:
+        return re.sub(r"[^A-Za-z0-9_-]", "-", Path(file).stem)[:64]
+    # a notebook or a prompt: one name a kernel, so that two do not take each other's runs
+    return f"kernel-{hashlib.blake2b(f'{os.getpid()}{sys.argv}'.encode(), digest_size=4).hexdigest()}"
+
+
+def _where(agent: Agent[Any]) -> str:
+    return f"{type(agent).__module__}.{type(agent).__qualname__}"
+
+
+def _re_executed(old: Agent[Any], new: Agent[Any]) -> bool:
+    """A cell that was run again makes its class anew: the newest of a name wins."""
+    return _where(old) == _where(new) and type(new).__module__ == "__main__"

@@ -1,0 +1,47 @@
+"""A named Celery queue: how many steps at once, how fast, on what device."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from agentmesh.errors import DefinitionError
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Where steps wait for workers.
+
+    Args:
+        concurrency: steps at once in one worker process; at least 1.
+        rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
+        pool: `io` awaits hundreds of steps on one loop; `cpu` runs them in child processes, which a timeout may kill.
+        model: the local model this queue's workers load; steps on `local:MODEL` go here.
+    """
+
+    name: str
+    concurrency: int = 100
+    rate: str = ""
+    pool: Literal["io", "cpu"] = "io"
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise DefinitionError(f"queue name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
+        if self.concurrency < 1:
+            raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must be at least 1")
+        if self.pool not in ("io", "cpu"):
+            raise DefinitionError(f"queue {self.name!r}: pool={self.pool!r} must be 'io' or 'cpu'")
+        self.pace()
+
+    def pace(self) -> tuple[int, int] | None:
+        """Milliseconds between two steps, and how many may go at once; None without a rate."""
+        if not self.rate:
+            return None
+        amount, _, unit = self.rate.partition("/")
+        if not amount.isdigit() or int(amount) < 1 or unit not in UNITS_MS:
+            raise DefinitionError(f"queue {self.name!r}: rate={self.rate!r} must be like '5/s', '100/m' or '1000/h'")
+        gap = max(1, UNITS_MS[unit] // int(amount))
+        return gap, max(1, min(int(amount), 1000 // gap))

@@ -1,0 +1,149 @@
+"""A typed function a model may call."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
+
+from agentmesh.errors import DefinitionError, ToolSignatureError
+from agentmesh.message import ToolSpec
+from agentmesh.schema import Parameters, summary
+from agentmesh.step import Call, ToolContext
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Delivery = Literal["idempotent", "at_most_once"]
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+class Tool(Generic[P, R]):
+    """A function with what a model and the engine must know of it. Made by `@tool`.
+
+    Called, it is the function. `.on(...)` is the step that calls it.
+    """
+
+    def __init__(
+        self, func: Callable[P, R], *, name: str = "", timeout_s: float | None = None, retries: int = 0,
+        delivery: Delivery = "idempotent", approve: bool = False, queue: str = "",
+        reconcile: Callable[[str], Any] | None = None, max_output_bytes: int = 1 << 20,
+    ) -> None:  # fmt: skip
+        self.func, self.name = func, name or func.__name__
+        self.timeout_s, self.retries, self.delivery = timeout_s, retries, delivery
+        self.approve, self.queue, self.reconcile = approve, queue, reconcile
+        self.max_output_bytes = max_output_bytes
+        self.__doc__, self.__name__ = func.__doc__, self.name
+        self.__module__ = func.__module__
+        self._check()
+        self.context = tuple(_contexts(func, self.name))
+        try:
+            self.parameters = Parameters(func, hidden=frozenset(self.context))
+        except (TypeError, NameError) as e:
+            raise ToolSignatureError(f"tool `{self.name}`: {e}") from None
+        self.returns: Any = _awaited(self.parameters.returns)
+        self.is_async = inspect.iscoroutinefunction(func)
+        self.spec = ToolSpec(self.name, summary(inspect.getdoc(func) or ""), self.parameters.schema)
+
+    def _check(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise DefinitionError(f"tool name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
+        if self.delivery not in ("idempotent", "at_most_once"):
+            raise DefinitionError(f"tool `{self.name}`: delivery={self.delivery!r} must be 'idempotent' or 'at_most_once'")
+        if self.delivery == "at_most_once" and self.retries:
+            raise DefinitionError(
+                f"tool `{self.name}` is at_most_once and has retries={self.retries}: a retry is a second delivery; drop one of the two"
+            )
+        if self.retries < 0:
+            raise DefinitionError(f"tool `{self.name}`: retries={self.retries} must be 0 or more")
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.func(*args, **kwargs)
+
+    def on(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
+        """The step that calls this tool, for `ctx.do` and `ctx.gather`.
+
+        Raises:
+            ToolSignatureError: the arguments do not fit, or are not JSON.
+        """
+        try:
+            arguments = self.parameters.bind(args, kwargs)
+            self.parameters.parse(arguments)
+        except (TypeError, ValueError) as e:
+            raise ToolSignatureError(f"tool `{self.name}`: {e}") from None
+        return Call(self.name, self, arguments)
+
+    def asked(self, arguments: Mapping[str, Any]) -> Call[R]:
+        """The step that calls this tool as a model asked for it.
+
+        Raises:
+            pydantic.ValidationError: the arguments do not fit.
+        """
+        self.parameters.parse(arguments)
+        return Call(self.name, self, dict(arguments))
+
+    def bound(self, arguments: Mapping[str, Any], context: ToolContext) -> Callable[[], Any]:
+        """The function, ready to be called with typed arguments."""
+        given = self.parameters.parse(arguments) | dict.fromkeys(self.context, context)
+        return lambda: _apply(self.func, given)
+
+    def __repr__(self) -> str:
+        return f"<tool {self.name}>"
+
+
+def _apply(func: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """Call by name, except where the signature wants a place."""
+    places, names = [], {}
+    for name, p in inspect.signature(func).parameters.items():
+        if p.kind is p.POSITIONAL_ONLY:
+            places.append(given[name])
+        else:
+            names[name] = given[name]
+    return func(*places, **names)
+
+
+def _contexts(func: Callable[..., Any], name: str) -> list[str]:
+    found = []
+    for parameter, annotation in getattr(func, "__annotations__", {}).items():
+        if annotation is ToolContext or (isinstance(annotation, str) and annotation.split(".")[-1] == "ToolContext"):
+            found.append(parameter)
+    if len(found) > 1:
+        raise ToolSignatureError(f"tool `{name}` asks for two ToolContexts: {', '.join(found)}")
+    return found
+
+
+def _awaited(returns: Any) -> Any:
+    return Any if returns is inspect.Signature.empty else returns
+
+
+@overload
+def tool(func: Callable[P, R], /) -> Tool[P, R]: ...
+@overload
+def tool(
+    *, name: str = ..., timeout_s: float | None = ..., retries: int = ..., delivery: Delivery = ...,
+    approve: bool = ..., queue: str = ..., reconcile: Callable[[str], Any] | None = ..., max_output_bytes: int = ...,
+) -> Callable[[Callable[P, R]], Tool[P, R]]: ...  # fmt: skip
+def tool(func: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Make a typed function a tool: `@tool` or `@tool(timeout_s=20, retries=2)`.
+
+    Its docstring is what the model reads; an `Args:` section describes the parameters.
+
+    Args:
+        retries: how often an exception is tried again; not for at_most_once.
+        delivery: `idempotent` may be repeated after a crash, with the same `ToolContext.key`; `at_most_once` may not.
+        approve: each call waits for a person.
+        reconcile: asked after a crash with the key: the tool's value, `NotDone`, or `Unknown` (a person decides).
+        max_output_bytes: longer output keeps its head and tail.
+
+    Raises:
+        ToolSignatureError: a parameter has no type, or one without a JSON form.
+    """
+    if func is not None:
+        return Tool(func)
+    return lambda f: Tool(f, **options)
+
+
+class NotDone:
+    """What `reconcile` returns when the outside world knows nothing of the key: the tool is called again."""
+
+
+class Unknown:
+    """What `reconcile` returns when it cannot tell: a person must."""
