@@ -35,6 +35,7 @@ class RunStarted(Event):
     parent_n: int = 0
     limits: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
+    stream: bool = False
     canvas: Mapping[str, Any] | None = None
 
 

@@ -140,6 +140,7 @@ class RunSpec:
         wire: the message that advances this run, rendered once.
         finish: the message that tells a canvas, or None.
         origin: the crew file, so that `runs resume` needs no more.
+        stream: whether tokens are to be streamed live.
     """
 
     id: str
@@ -155,6 +156,7 @@ class RunSpec:
     wire: Wire | None = None
     finish: Wire | None = None
     origin: str = ""
+    stream: bool = False
     canvas: Mapping[str, Any] | None = None
 
 

@@ -1,0 +1,89 @@
+"""Every setting, typed and frozen: default < `[tool.agentmesh]` or agentmesh.toml < `AGENTMESH_*` < arguments."""
+
+import tomllib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from agentmesh.errors import ConfigError, did_you_mean
+
+
+class Config(BaseSettings):
+    """Where things are and how patient agentmesh is. Secrets are not settings: they stay in the environment.
+
+    Args:
+        broker: Celery's broker URL; empty starts an embedded Valkey.
+        journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey.
+        home: where the embedded Valkey keeps its files.
+        model: for agents and crews that name none.
+        lease_s: after so long without renewal a step is given to another worker; at least 1.
+        sweep_s: how often each worker looks for what is due or lost.
+        drain_s: how long a stopping worker lets its steps finish.
+        retain_days: how long an ended run stays.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="AGENTMESH_", frozen=True, extra="forbid")
+
+    broker: str = ""
+    journal: str = ""
+    prefix: str = "agentmesh:"
+    home: Path = Path(".agentmesh")
+    model: str = "local:smollm2"
+    lease_s: float = 10.0
+    sweep_s: float = 0.5
+    drain_s: float = 30.0
+    retain_days: float = 30.0
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource, file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
+        """Arguments, then the environment; `load` adds the file below them."""
+        return init_settings, env_settings
+
+
+def load(*, file: Path | None = None, **arguments: Any) -> Config:
+    """The configuration in force here; arguments that are None do not count.
+
+    Raises:
+        ConfigError: a key or value is wrong; it names the nearest known one.
+    """
+    given = {k: v for k, v in arguments.items() if v is not None}
+    path, from_file = _file(file or Path.cwd()) if file is None else (file, _read(file))
+    unknown = sorted(set(from_file) - set(Config.model_fields))
+    if unknown:
+        raise ConfigError(f"{path}: there is no setting {unknown[0]!r}.{did_you_mean(unknown[0], Config.model_fields)}")
+    try:
+        named = set(Config().model_fields_set)  # what the environment says
+        return Config(**{**{k: v for k, v in from_file.items() if k not in named}, **given})
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = ".".join(str(p) for p in first["loc"])
+        raise ConfigError(f"setting {name!r} is {first['input']!r}: {first['msg']}") from None
+
+
+@lru_cache(maxsize=8)
+def _file(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The nearest agentmesh.toml or `[tool.agentmesh]` at or above a folder."""
+    for place in (folder, *folder.parents):
+        own, project = place / "agentmesh.toml", place / "pyproject.toml"
+        if own.is_file():
+            return own, _read(own)
+        if project.is_file() and (found := _read(project)) is not None:
+            return project, found
+    return None, {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path} is not TOML: {e}") from None
+    found: dict[str, Any] = data.get("tool", {}).get("agentmesh", {}) if path.name == "pyproject.toml" else data
+    return found

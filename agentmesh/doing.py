@@ -1,0 +1,169 @@
+"""Doing one step: asking a model, calling a tool. What comes of it is always an event, never an exception."""
+
+import asyncio
+import contextvars
+import inspect
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentmesh.errors import ConfigError, MeshError, ModelError, StepError, StepTimeout, ToolError, TryAgain, error_to_json
+from agentmesh.event import Event, StepDone, StepFailed, StepInDoubt, StepRetried
+from agentmesh.ports import Answer, Model, Prompt, RetryLater
+from agentmesh.schema import canonical, to_json
+from agentmesh.step import INSIDE, Ask, Call, Step, ToolContext
+from agentmesh.tool import NotDone, Unknown
+
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 60.0
+Charge = dict[str, float]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at one step, as the one who does it sees it."""
+
+    run_id: str
+    n: int
+    number: int
+    in_doubt: bool = False
+    cancelled: Callable[[], bool] = field(default=lambda: False)
+    progress: Callable[[str], None] = field(default=lambda text: None)
+    on_token: Callable[[str], None] | None = None
+
+    @property
+    def key(self) -> str:
+        """The step's key, the same in every attempt."""
+        return f"{self.run_id}/{self.n}"
+
+
+class Doer:
+    """Does Asks and Calls.
+
+    Args:
+        model_of: `provider:name` or an object, to a Model and the name it knows.
+        threads: how many `def` tools run at once in this process.
+    """
+
+    def __init__(self, *, model_of: Callable[[Any], tuple[Model, str]], model: Any, deps: Any = None, threads: int = 64) -> None:
+        self._model_of, self._model, self._deps = model_of, model, deps
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="agentmesh-tool")
+
+    async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
+        """The step's end, or its next turn; and what it cost."""
+        if isinstance(step, Ask):
+            return await self._ask(step, at)
+        assert isinstance(step, Call)
+        return await self._call(step, at), {}
+
+    def close(self) -> None:
+        """Let go of the threads; a tool that runs on is abandoned."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ---- models --------------------------------------------------------------------------------
+    async def _ask(self, step: Ask, at: Attempt) -> tuple[Event, Charge]:
+        try:
+            model, name = self._model_of(step.model or self._model)
+            prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
+            answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
+        except RetryLater as e:
+            return self._again(step, at, e.error, step.retries, e.after_s), {}
+        except TimeoutError:
+            late = StepTimeout(f"model call of `{step.name}` took longer than {step.timeout_s} s")
+            return self._again(step, at, late, step.retries), {}
+        except StepError as e:
+            return self._failed(step, at, e), {}
+        except ConfigError as e:
+            return self._failed(step, at, ModelError(e.message)), {}
+        except Exception as e:
+            strange = ModelError(f"the model of `{step.name}` raised {type(e).__name__}: {e}")
+            return self._again(step, at, strange, step.retries), {}
+        usage = answer.usage
+        done = StepDone(n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number)
+        return done, {"turns": 1, "tokens": usage.tokens, "usd": usage.cost_usd}
+
+    # ---- tools ---------------------------------------------------------------------------------
+    async def _call(self, step: Call[Any], at: Attempt) -> Event:
+        tool = step.tool
+        if at.in_doubt and tool.reconcile is not None:
+            known = await self._reconcile(step, at)
+            if known is not None:
+                return known
+        context = ToolContext(at.key, at.number, at.run_id, self._deps, at.cancelled, at.progress)
+        try:
+            value = await asyncio.wait_for(self._run(tool.bound(step.arguments, context), tool.name), tool.timeout_s)
+        except TryAgain as e:
+            return self._failed(step, at, ToolError(str(e), again=True))
+        except TimeoutError:
+            late = StepTimeout(f"tool `{tool.name}` took longer than {tool.timeout_s} s")
+            return self._again(step, at, late, tool.retries)
+        except Exception as e:
+            said = e.message if isinstance(e, MeshError) else f"{type(e).__name__}: {e}"
+            return self._again(step, at, ToolError(f"tool `{tool.name}` raised {said}"), tool.retries)
+        return self._returned(step, at, value)
+
+    async def _run(self, call: Callable[[], Any], name: str) -> Any:
+        """A `def` on a thread, an `async def` here; both know that they are inside a tool."""
+        token = INSIDE.set(f"tool `{name}`")
+        try:
+            if inspect.iscoroutinefunction(getattr(call, "func", None)):
+                return await call()
+            context = contextvars.copy_context()
+            value = await asyncio.get_running_loop().run_in_executor(self._threads, context.run, call)
+            return await value if inspect.isawaitable(value) else value
+        finally:
+            INSIDE.reset(token)
+
+    async def _reconcile(self, step: Call[Any], at: Attempt) -> Event | None:
+        """What the tool's `reconcile` knows of the attempt that was cut off; None: it did not happen."""
+        try:
+            known = await self._run(lambda: step.tool.reconcile(at.key), step.name)
+        except Exception:
+            return StepInDoubt(n=at.n, attempt=at.number)
+        if known is NotDone or isinstance(known, NotDone):
+            return None
+        if known is Unknown or isinstance(known, Unknown):
+            return StepInDoubt(n=at.n, attempt=at.number)
+        return self._returned(step, at, known)
+
+    def _returned(self, step: Call[Any], at: Attempt, value: Any) -> Event:
+        tool = step.tool
+        try:
+            plain = to_json(value, tool.returns)
+        except TypeError as e:
+            return self._failed(step, at, ToolError(f"tool `{tool.name}` returned {e}"))
+        most = tool.max_output_bytes
+        if isinstance(plain, str):
+            plain = capped(plain, most)
+        elif (size := len(canonical(plain).encode())) > most:
+            return self._failed(step, at, ToolError(
+                f"tool `{tool.name}` returned {size} bytes of JSON and max_output_bytes is {most}: return less, or raise it"
+            ))  # fmt: skip
+        return StepDone(n=at.n, value=plain, attempt=at.number)
+
+    # ---- ends ----------------------------------------------------------------------------------
+    def _failed(self, step: Step[Any], at: Attempt, error: StepError) -> Event:
+        where = error.with_fields(run_id=at.run_id, n=at.n, name=step.name, attempts=at.number)
+        return StepFailed(n=at.n, error=error_to_json(where), attempt=at.number)
+
+    def _again(self, step: Step[Any], at: Attempt, error: Exception, retries: int, after_s: float | None = None) -> Event:
+        """Another attempt later, or the end: exponential back-off with full jitter."""
+        if at.number > retries:
+            final = error if isinstance(error, StepError) else ModelError(str(error))
+            return self._failed(step, at, final)
+        if after_s is None:
+            after_s = random.uniform(0, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**at.number))
+        return StepRetried(n=at.n, error=error_to_json(error), attempt=at.number, after_ms=round(after_s * 1000))
+
+
+def capped(text: str, most_bytes: int) -> str:
+    """At most so many bytes of UTF-8: head and tail are kept, and what is left out is said."""
+    raw = text.encode()
+    if len(raw) <= most_bytes:
+        return text
+    half = max(1, most_bytes // 2 - 64)
+    gone = len(raw) - 2 * half
+    return f"{raw[:half].decode(errors='ignore')}\n[… {gone} bytes left out …]\n{raw[-half:].decode(errors='ignore')}"
+
+

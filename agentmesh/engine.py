@@ -1,0 +1,253 @@
+"""The engine: claim, do, replay, commit. It knows the ports alone; Celery, Redis and models are behind them."""
+
+import asyncio
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentmesh.crew import Crew
+from agentmesh.doing import Attempt, Charge, Doer
+from agentmesh.errors import LimitReached, ReplayError, UnknownName, error_to_json
+from agentmesh.event import Event, RunFailed, StepDone, StepFailed
+from agentmesh.live import Live
+from agentmesh.planning import Planner, assumed, upward
+from agentmesh.ports import Accepted, Claimed, Dispatch, Journal, Next, Refused, RunSpec, advance_unit, step_unit
+from agentmesh.replay import Failed, History, Outcome, Waiting, replay
+from agentmesh.step import Step
+
+CACHED_RUNS = 512
+LONG_REPLAY = 400  # events; longer ones leave the event loop
+
+
+@dataclass(slots=True)
+class Cached:
+    """The tail of a recent run: its history, and the last thing its flow waited for."""
+
+    history: History
+    waiting: Waiting | None = None
+
+
+@dataclass(slots=True)
+class Lease:
+    """A unit this process works on."""
+
+    fence: int
+    task: "asyncio.Task[Any] | None" = None
+    lost: bool = False
+    loop: asyncio.AbstractEventLoop | None = field(default=None)
+
+
+class Engine:
+    """Carries runs of one crew forward, a unit at a time.
+
+    Args:
+        worker: this process's name in leases.
+    """
+
+    def __init__(self, *, crew: Crew, journal: Journal, dispatch: Dispatch, doer: Doer, worker: str) -> None:
+        self.crew, self.journal, self.worker = crew, journal, worker
+        self.planner = Planner(crew, dispatch)
+        self._doer = doer
+        self._cache: OrderedDict[str, Cached] = OrderedDict()
+        self.leases: dict[str, Lease] = {}
+
+    # ---- the two units of work -----------------------------------------------------------------
+    async def step(self, run_id: str, n: int, kind: str, queue: str) -> str:
+        """Do step n if it is still to be done; answers what became of it, for the log."""
+        unit = step_unit(run_id, n)
+        pace = self.crew.queues[queue].pace() if queue in self.crew.queues else None
+        claimed = await self._claim(unit, run_id, ask=kind == "Ask", rate=pace)
+        if isinstance(claimed, Refused):
+            return claimed.why
+        lease = self.leases[unit] = Lease(claimed.fence, asyncio.current_task(), loop=asyncio.get_running_loop())
+        cached = self._cache[run_id]
+        try:
+            if claimed.limit:
+                return await self._spent(unit, claimed, cached.history)
+            step = await self._waited_for(cached, n)
+            if step is None:
+                return "not waited for"
+            event, charge = await self._do(step, n, claimed, lease, cached.history)
+            return await self._commit(unit, n, claimed, event, charge, cached)
+        except (ReplayError, UnknownName) as e:
+            await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e.message}")
+            self._cache.pop(run_id, None)
+            return "held"
+        finally:
+            self.leases.pop(unit, None)
+
+    async def advance(self, run_id: str) -> str:
+        """Replay the run and write what comes next."""
+        unit = advance_unit(run_id)
+        claimed = await self._claim(unit, run_id)
+        if isinstance(claimed, Refused):
+            return claimed.why
+        self.leases[unit] = Lease(claimed.fence)
+        cached = self._cache[run_id]
+        try:
+            while True:
+                version = cached.history.version
+                self._cache.pop(run_id, None)  # it is about to hold what is not written yet
+                nxt, _ = await self._settle(cached)
+                answer = await self.journal.plan(run_id, fence=claimed.fence, version=version, next=nxt)
+                if isinstance(answer, Accepted) or answer.why != "conflict":
+                    self._keep(run_id, cached, answer)
+                    return "planned" if isinstance(answer, Accepted) else answer.why
+                cached = self._cache[run_id] = Cached(History(run_id, await self.journal.events(run_id)))
+        except (ReplayError, UnknownName) as e:
+            await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e.message}")
+            self._cache.pop(run_id, None)
+            return "held"
+        finally:
+            self.leases.pop(unit, None)
+
+    async def begin(self, spec: RunSpec) -> Accepted | Refused:
+        """Begin a run with its first steps: they are found here, by a replay over nothing."""
+        cached = Cached(assumed(spec))
+        nxt, waiting = await self._settle(cached)
+        if waiting is not None and not waiting.steps:
+            nxt = Next()
+        return await self.journal.begin(spec, nxt)
+
+    # ---- parts ---------------------------------------------------------------------------------
+    async def _claim(
+        self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None
+    ) -> Claimed | Refused:
+        cached = self._cache.get(run_id)
+        version = cached.history.version if cached else 0
+        claimed = await self.journal.claim(
+            unit, worker=self.worker, token=uuid.uuid4().hex, version=version, crew=self.crew.name,
+            crew_version=self.crew.version, ask=ask, rate=rate,
+        )  # fmt: skip
+        if isinstance(claimed, Refused):
+            return claimed
+        cached = self._cache.get(run_id)
+        if cached is None or cached.history.version < claimed.version - len(claimed.events):
+            events = claimed.events
+            if len(events) < claimed.version:  # the tail left the cache while the claim was under way
+                events = (await self.journal.events(run_id))[: claimed.version]
+            cached = self._cache[run_id] = Cached(History(run_id, events))
+        else:
+            cached.history.catch_up(claimed.events, claimed.version)
+        self._cache.move_to_end(run_id)
+        while len(self._cache) > CACHED_RUNS:
+            self._cache.popitem(last=False)
+        return claimed
+
+    async def _replay(self, history: History) -> Outcome:
+        started = history.started
+        assert started is not None
+        agent = self.crew.agent(started.agent, dict(started.fields))
+        if history.version > LONG_REPLAY:
+            return await asyncio.to_thread(replay, agent, history)
+        return replay(agent, history)
+
+    async def _waited_for(self, cached: Cached, n: int) -> Step[Any] | None:
+        """Step n as the flow asks for it now; None when nobody waits for it any more."""
+        if cached.waiting is None or n not in cached.waiting.steps:
+            outcome = await self._replay(cached.history)
+            if not isinstance(outcome, Waiting) or n not in outcome.steps:
+                return None
+            cached.waiting = outcome
+        return cached.waiting.steps[n]
+
+    async def _do(
+        self, step: Step[Any], n: int, claimed: Claimed, lease: Lease, history: History
+    ) -> tuple[Event, Charge]:
+        started = history.started
+        assert started is not None
+        live = Live(self.journal, history.run_id, n, claimed.attempt)
+        attempt = Attempt(
+            history.run_id, n, claimed.attempt, claimed.in_doubt, lambda: lease.lost, live.progress,
+            live.text if started.stream and step.kind == "Ask" else None,
+        )  # fmt: skip
+        if claimed.attempt > 1 and started.stream:
+            live.retract()
+        try:
+            return await self._doer.do(step, attempt)
+        finally:
+            await live.flush()
+
+    async def _commit(
+        self, unit: str, n: int, claimed: Claimed, event: Event, charge: Charge, cached: Cached
+    ) -> str:
+        """The step's end together with what comes next; of a gather's member, its end alone."""
+        history = cached.history
+        planned = history.planned[n]
+        if planned.gather or not isinstance(event, StepDone | StepFailed):
+            answer = await self.journal.commit(unit, fence=claimed.fence, event=event, charge=charge)
+            return type(event).__name__ if isinstance(answer, Accepted) else answer.why
+        version = history.version
+        self._cache.pop(history.run_id, None)
+        history.extend([event])
+        cached.waiting = None
+        try:
+            nxt, _ = await self._settle(cached)
+        except (ReplayError, UnknownName):
+            # The step's end is worth keeping; the advance it leaves will meet the same error and hold the run.
+            await self.journal.commit(unit, fence=claimed.fence, event=event, version=-1, charge=charge)
+            raise
+        answer = await self.journal.commit(
+            unit, fence=claimed.fence, event=event, version=version, next=nxt, charge=charge
+        )
+        self._keep(history.run_id, cached, answer)
+        return type(event).__name__ if isinstance(answer, Accepted) else answer.why
+
+    async def _settle(self, cached: Cached) -> tuple[Next, Waiting | None]:
+        """Replay until something must really be done; the history then holds what `next` will write."""
+        plans: list[Any] = []
+        while True:
+            outcome = await self._replay(cached.history)
+            nxt = self.planner.next(cached.history, outcome)
+            cached.history.extend(_written(nxt))
+            plans += nxt.plans
+            # a lone step that failed before it began has nobody who would go on after it
+            if not nxt.plans or nxt.gather or any(p.state != "ended" for p in nxt.plans):
+                break
+        cached.waiting = outcome if isinstance(outcome, Waiting) else None
+        return Next(plans, nxt.gather, nxt.end, nxt.up), cached.waiting
+
+    def _keep(self, run_id: str, cached: Cached, answer: Accepted | Refused) -> None:
+        """Keep the tail when the store wrote just what we thought it would."""
+        if isinstance(answer, Accepted) and not answer.conflict and answer.version == cached.history.version:
+            if cached.history.end is None:
+                self._cache[run_id] = cached
+        else:
+            self._cache.pop(run_id, None)
+
+    async def _spent(self, unit: str, claimed: Claimed, history: History) -> str:
+        """The run ends because it may spend no more."""
+        error = LimitReached(
+            f"run {history.run_id} reached its limit of {claimed.limit}; raise it in Crew(limits=…)",
+            run_id=history.run_id, limit=claimed.limit,
+        )  # fmt: skip
+        failed = StepFailed(n=int(unit.rpartition("|")[2]), error=error_to_json(error))
+        end = Next(end=RunFailed(error=error_to_json(error)), up=upward(history, Failed(error)))
+        version = history.version
+        self._cache.pop(history.run_id, None)
+        await self.journal.commit(unit, fence=claimed.fence, event=failed, version=version, next=end)
+        return "limit"
+
+    # ---- leases, seen from another thread ------------------------------------------------------
+    def held(self) -> list[tuple[str, int]]:
+        """The leases to renew."""
+        return [(unit, lease.fence) for unit, lease in list(self.leases.items())]
+
+    def lose(self, unit: str) -> None:
+        """A lease is somebody else's, or its run was cancelled: stop working on it. Thread-safe."""
+        lease = self.leases.get(unit)
+        if lease is None:
+            return
+        lease.lost = True
+        if lease.task is not None and lease.loop is not None:
+            lease.loop.call_soon_threadsafe(lease.task.cancel)
+
+
+def _written(nxt: Next) -> list[Event]:
+    """The events that the store will append for `next`, as far as they can be known here."""
+    planned: list[Event] = [p.event for p in nxt.plans]
+    ended = [p.end for p in nxt.plans if p.end is not None]
+    return [*planned, *ended, *([nxt.end] if nxt.end is not None else [])]
+
+

@@ -1,0 +1,260 @@
+"""A handle to one execution: result, events, tokens, approve, cancel. Reads and tells; carries nothing forward."""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar, cast
+
+from agentmesh.crew import Crew
+from agentmesh.errors import MeshError, RunCancelled, RunError, RunFailed, StepError, error_from_json
+from agentmesh.event import (
+    ENDS,
+    Approved,
+    Denied,
+    Event,
+    LimitRaised,
+    RunDone,
+    RunStarted,
+    StepPlanned,
+    StepResolved,
+    StepRevived,
+)
+from agentmesh.event import RunCancelled as Cancelled
+from agentmesh.event import RunFailed as Failed
+from agentmesh.message import Message
+from agentmesh.ports import Journal, Refused, RunHead, Token
+from agentmesh.replay import History, replay
+from agentmesh.schema import from_json
+
+Out = TypeVar("Out")
+T = TypeVar("T")
+Drive = Callable[[Coroutine[Any, Any, T]], T]
+WATCH_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """Something that waits: for a person's yes (`approve`), a decision (`in_doubt`), a higher limit, another worker.
+
+    Args:
+        n: the step's number; 0 is the run itself.
+        tool: the tool, agent or question's kind.
+        args: a held tool's arguments, or the question.
+    """
+
+    run_id: str
+    n: int
+    tool: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    why: str = "approve"
+
+
+class Client:
+    """What a handle needs of where the run lives.
+
+    Args:
+        drive: runs a coroutine to its end from plain code.
+        moved: called after a word was told; a mesh without workers goes on here.
+    """
+
+    def __init__(
+        self, *, crew: Crew, journal: Journal, drive: Callable[[Coroutine[Any, Any, Any]], Any],
+        moved: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:  # fmt: skip
+        self.crew, self.journal, self._drive, self._moved = crew, journal, drive, moved
+
+    def drive(self, coro: Coroutine[Any, Any, T]) -> T:
+        """The coroutine's value, for plain code."""
+        return cast(T, self._drive(coro))
+
+    async def tell(self, run_id: str, event: Event) -> None:
+        """Add a person's word.
+
+        Raises:
+            RunError: there is no such run, it has ended, or it does not wait for this.
+        """
+        answer = await self.journal.tell(run_id, event)
+        if isinstance(answer, Refused):
+            n = getattr(event, "n", None)
+            said = {
+                "unknown": f"there is no run {run_id!r}; `agentmesh runs ls` lists them",
+                "ended": f"run {run_id} has ended ({answer.detail})",
+                "not_waiting": f"step {n} of run {run_id} does not wait for this{f' ({answer.detail})' if answer.detail else ''}",
+            }
+            raise RunError(said.get(answer.why, answer.why), run_id=run_id)
+        if self._moved is not None:
+            await self._moved()
+
+
+class Run(Generic[Out]):
+    """A handle to one run; `await` it, or ask for its `result()`."""
+
+    def __init__(self, run_id: str, client: Client) -> None:
+        self.id, self._client, self._journal = run_id, client, client.journal
+
+    def __repr__(self) -> str:
+        return f"Run({self.id!r})"
+
+    # ---- the end -------------------------------------------------------------------------------
+    def result(self, *, timeout_s: float | None = None) -> Out:
+        """The run's value, once it has one.
+
+        Raises:
+            RunFailed, RunCancelled, LimitReached: it ended without one.
+            TimeoutError: it has not ended in time; it goes on.
+        """
+        return self._client.drive(self.wait(timeout_s=timeout_s))
+
+    def __await__(self) -> Generator[Any, None, Out]:
+        return self.wait().__await__()
+
+    async def wait(self, *, timeout_s: float | None = None) -> Out:
+        """`result`, for code on an event loop."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        version = 0
+        while True:
+            head = await self.head()
+            if head.status != "open":
+                return await self._ended()
+            left = WATCH_S if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                waits = "; ".join(f"{a.run_id} step {a.n} ({a.tool}): {a.why}" for a in await self.waiting())
+                raise TimeoutError(f"run {self.id} has not ended after {timeout_s} s" + (f"; waiting: {waits}" if waits else ""))
+            await self._journal.watch(self.id, version=version, timeout_s=min(left, WATCH_S))
+
+    async def head(self) -> RunHead:
+        """The run at a glance.
+
+        Raises:
+            RunError: there is no such run.
+        """
+        head = await self._journal.head(self.id)
+        if head is None:
+            raise RunError(f"there is no run {self.id!r}; `agentmesh runs ls` lists them", run_id=self.id)
+        return head
+
+    async def _ended(self) -> Out:
+        events = await self._journal.events(self.id)
+        # a tolerant gather's late member may be recorded after the end
+        end = next(e for e in reversed(events) if isinstance(e, ENDS))
+        if isinstance(end, RunDone):
+            started = cast(RunStarted, events[0])
+            agent = self._client.crew.agents.get(started.agent)
+            return cast(Out, from_json(end.value, agent.output) if agent is not None else end.value)
+        if isinstance(end, Cancelled):
+            raise RunCancelled(f"run {self.id} was cancelled{f' by {end.by}' if end.by else ''}", run_id=self.id)
+        raise ended_badly(self.id, cast(Failed, end))
+
+    # ---- what happens --------------------------------------------------------------------------
+    @property
+    def status(self) -> Literal["open", "done", "failed", "cancelled"]:
+        """open, done, failed or cancelled."""
+        return self._client.drive(self.head()).status
+
+    def events(self) -> list[Event]:
+        """The journal so far."""
+        return self._client.drive(self._journal.events(self.id))
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        seen = 0
+        while True:
+            new = await self._journal.events(self.id, after=seen)
+            for event in new:
+                yield event
+            seen += len(new)
+            if any(isinstance(e, ENDS) for e in new):
+                return
+            await self._journal.watch(self.id, version=seen, timeout_s=WATCH_S)
+
+    def tokens(self) -> Iterator[str]:
+        """The text of the tree's model calls as it comes, of the run's own steps alone."""
+        stream = self.live()
+        try:
+            while True:
+                token = self._client.drive(_next(stream))
+                if token is None:
+                    return
+                if token.kind == "text" and token.run_id == self.id:
+                    yield token.text
+        finally:
+            self._client.drive(_closed(stream))
+
+    def live(self) -> AsyncIterator[Token]:
+        """Everything said live in the run's tree: text, progress, retractions; each with run, step and attempt."""
+        return self._journal.tokens(self.id)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation, for `history=` of another run."""
+        return self._client.drive(self._messages())
+
+    async def _messages(self) -> list[Message]:
+        history = History(self.id, await self._journal.events(self.id))
+        if history.started is None:
+            raise RunError(f"there is no run {self.id!r}", run_id=self.id)
+        agent = self._client.crew.agent(history.started.agent, dict(history.started.fields))
+        return list(replay(agent, history).messages)
+
+    # ---- a person's word -----------------------------------------------------------------------
+    @property
+    def waiting_for(self) -> list[Approval]:
+        """What waits for somebody in the whole tree."""
+        return self._client.drive(self.waiting())
+
+    async def waiting(self) -> list[Approval]:
+        """`waiting_for`, for code on an event loop."""
+        found = []
+        for held in await self._journal.waiting(self.id):
+            if not held.key.isdigit():
+                found.append(Approval(held.run_id, 0, "run", {}, held.why))
+                continue
+            n = int(held.key)
+            for event in await self._journal.events(held.run_id):
+                if isinstance(event, StepPlanned) and event.n == n:
+                    detail = event.detail if isinstance(event.detail, dict) else {}
+                    found.append(Approval(held.run_id, n, event.name, detail, held.why))
+        return found
+
+    def approve(self, item: Approval, *, by: str = "") -> None:
+        """Say yes."""
+        self._client.drive(self._client.tell(item.run_id, Approved(n=item.n, by=by)))
+
+    def deny(self, item: Approval, *, by: str = "", reason: str = "") -> None:
+        """Say no; the reason goes to whoever asked, a model too."""
+        self._client.drive(self._client.tell(item.run_id, Denied(n=item.n, by=by, reason=reason)))
+
+    def resolve(self, item: Approval, action: Literal["done", "failed", "retry"], *, value: Any = None, by: str = "") -> None:
+        """Say what became of a step in doubt."""
+        self._client.drive(self._client.tell(item.run_id, StepResolved(n=item.n, action=action, value=value, by=by)))
+
+    def revive(self, item: Approval, *, by: str = "") -> None:
+        """Let a held step, or a held run, go on."""
+        self._client.drive(self._client.tell(item.run_id, StepRevived(n=item.n, by=by)))
+
+    def raise_limits(self, *, by: str = "", **limits: float) -> None:
+        """Let the run spend more: `raise_limits(turns=50)`."""
+        self._client.drive(self._client.tell(self.id, LimitRaised(limits=limits, by=by)))
+
+    def cancel(self, *, by: str = "") -> None:
+        """End the run and everything below it; what is running stops at its next token or renewal."""
+        self._client.drive(self._client.tell(self.id, Cancelled(by=by)))
+
+
+def ended_badly(run_id: str, end: Failed) -> RunError:
+    """RunFailed's error as an exception: a RunError as itself, anything else as its cause."""
+    cause = error_from_json(end.error)
+    if isinstance(cause, RunError):
+        return cause
+    where = f" in step {cause.n}" if isinstance(cause, StepError) and cause.n else ""
+    kind = end.error["type"]
+    said = cause.message if isinstance(cause, MeshError) and kind in cause.message else f"{kind}: {end.error['message']}"
+    return RunFailed(f"run {run_id} failed{where}: {said}", run_id=run_id, cause=kind)
+
+
+async def _next(stream: AsyncIterator[Token]) -> Token | None:
+    return await anext(stream, None)
+
+
+async def _closed(stream: AsyncIterator[Token]) -> None:
+    if hasattr(stream, "aclose"):
+        await stream.aclose()
