@@ -29,6 +29,7 @@ class Crew:
         queues: the first is where steps go that name none; `Queue("main")` when left out.
         version: declared by hand; a worker takes runs of its own version alone.
         deps: given to tools as `ToolContext.deps`.
+        open: agents met in a flow are taken in; for a crew whose one process does everything.
 
     Raises:
         NameTaken: two different agents, or two tools, of one name.
@@ -37,9 +38,9 @@ class Crew:
 
     def __init__(
         self, lead: Agent[Any], *agents: Agent[Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
-        limits: Limits | None = None, version: str = "", deps: Any = None,
+        limits: Limits | None = None, version: str = "", deps: Any = None, open: bool = False,
     ) -> None:  # fmt: skip
-        self.lead, self.model, self.version, self.deps = lead, model, version, deps
+        self.lead, self.model, self.version, self.deps, self.open = lead, model, version, deps, open
         self.limits = limits or Limits()
         self.file = _caller_file(inspect.currentframe())
         self.name = name or _default_name(self.file)
@@ -96,6 +97,16 @@ class Crew:
             foreign = type(model).__module__.startswith("langchain")
             mend = "write `agentmesh.langchain.as_model(it)`" if foreign else "it needs an async `ask(prompt, on_token)`"
             raise DefinitionError(f"agent `{agent.name}` has model {model!r}, which is no model: {mend}")
+
+    def take_in(self, other: "Crew") -> None:
+        """Another crew's agents too; the newest class of a name wins (a notebook's cell that was run again)."""
+        self.agents.update(other.agents)
+        self.tools.update(other.tools)
+
+    def meet(self, agent: Agent[Any]) -> None:
+        """A flow delegates to this agent; an open crew takes it in."""
+        if self.open and agent.name not in self.agents:
+            self._add(agent)
 
     def agent(self, name: str, fields: dict[str, Any] | None = None) -> Agent[Any]:
         """The agent of this name, with these fields.

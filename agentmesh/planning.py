@@ -67,6 +67,7 @@ class Planner:
     def _child(self, history: History, planned: StepPlanned, step: Delegate[Any], wire: Any) -> Plan:
         started = history.started
         assert started is not None
+        self.crew.meet(step.agent)
         depth = history.run_id.count("/") + 1
         allowed = started.limits.get("depth", self.crew.limits.depth)
         if depth >= allowed:

@@ -1,0 +1,239 @@
+"""Names in settings become objects: models, meshes, crew files. The only room with imports inside its functions.
+
+`run()` and `start()` bring up what they need, in this process: an embedded Valkey shared with whoever else uses the
+folder, and a worker thread.
+"""
+
+import atexit
+import importlib.util
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from agentmesh.agent import Agent
+from agentmesh.crew import Crew
+from agentmesh.errors import ConfigError, DefinitionError, ExtraMissing, MeshError, did_you_mean
+from agentmesh.message import Message
+from agentmesh.ports import Model
+from agentmesh.run import Run
+from agentmesh.step import INSIDE
+
+if TYPE_CHECKING:
+    from agentmesh.celery.valkey import EmbeddedValkey
+    from agentmesh.config import Config
+    from agentmesh.mesh import InProcess, Mesh
+
+Out = TypeVar("Out")
+PROVIDERS = ("openai", "local")
+
+
+class Models:
+    """`provider:name` to a Model, each made once a process."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Model] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, wanted: Any) -> tuple[Model, str]:
+        """The model and the name it knows.
+
+        Raises:
+            ConfigError: no such provider, or something the model needs is missing.
+        """
+        if hasattr(wanted, "ask"):
+            return wanted, type(wanted).__name__
+        provider, _, name = str(wanted).partition(":")
+        with self._lock:
+            key = "openai" if provider == "openai" else wanted
+            if key not in self._made:
+                self._made[key] = _make_model(provider, name, wanted)
+            return self._made[key], name
+
+
+def _make_model(provider: str, name: str, wanted: str) -> Model:
+    if provider == "openai":
+        from agentmesh.models.http import HttpModel
+
+        return HttpModel()
+    if provider == "local":
+        try:
+            from agentmesh.models.local import LocalModel
+        except ImportError as e:
+            raise ExtraMissing(
+                f"model {wanted!r} needs {e.name}, which is not installed: pip install 'agentmesh-celery[local]'"
+            ) from None
+        return LocalModel(name)
+    raise ConfigError(
+        f"there is no model provider {provider!r} in {wanted!r}; there are {', '.join(PROVIDERS)}."
+        f"{did_you_mean(provider, PROVIDERS)} Any OpenAI-compatible server is `openai:NAME` with OPENAI_BASE_URL"
+    )
+
+
+def check_models(crew: Crew, config: "Config") -> None:
+    """Make every model the crew names, so that what is missing is said before a run begins.
+
+    Raises:
+        ConfigError: a provider, a key, a package or a model's files are missing.
+    """
+    models = Models()
+    for wanted in {str(a.model or crew.model or config.model) for a in crew.agents.values() if _asks(a, crew)}:
+        model, name = models(wanted)
+        if hasattr(model, "check"):
+            model.check(name)
+
+
+def _asks(agent: Agent[Any], crew: Crew) -> bool:
+    """Whether the agent may ask a model that is named by text; a flow of its own may ask none."""
+    return type(agent).flow is Agent.flow and not hasattr(agent.model or crew.model, "ask")
+
+
+# ---- crew files --------------------------------------------------------------------------------
+def load_crew(path: str) -> Crew:
+    """The crew of a file: `crew.py`, or `crew.py:name` where it has several.
+
+    Raises:
+        DefinitionError: no file, no crew or two in it, or an exception in it.
+    """
+    file, _, name = path.partition(":")
+    source = Path(file)
+    if not source.is_file():
+        raise DefinitionError(f"there is no file {file!r}; give the path of a Python file that makes a Crew")
+    folder = str(source.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(source.stem, source)
+    if spec is None or spec.loader is None:
+        raise DefinitionError(f"{file!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[source.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except MeshError:
+        raise
+    except Exception as e:
+        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == str(source)), "?")
+        raise DefinitionError(f"{file}, line {line}: {type(e).__name__}: {e}") from e
+    return _crew_in(vars(module), file, name)
+
+
+def _crew_in(names: dict[str, Any], file: str, name: str) -> Crew:
+    crews = {k: v for k, v in names.items() if isinstance(v, Crew)}
+    if name:
+        if name not in crews:
+            raise DefinitionError(f"{file} has no Crew {name!r}; it has {', '.join(crews) or 'none'}.{did_you_mean(name, crews)}")
+        return crews[name]
+    if not crews:
+        raise DefinitionError(f"{file} makes no Crew; add `crew = Crew(YourAgent())`")
+    if len({id(c) for c in crews.values()}) > 1:
+        raise DefinitionError(f"{file} makes {len(crews)} crews ({', '.join(crews)}); say which: {file}:{next(iter(crews))}")
+    return next(iter(crews.values()))
+
+
+# ---- meshes ------------------------------------------------------------------------------------
+def make_mesh(crew: Crew, config: "Config", *, worker: str = "") -> "tuple[Mesh, EmbeddedValkey | None]":
+    """A mesh for a crew: on the configured broker, or on the embedded Valkey, which is joined."""
+    from agentmesh.mesh import Mesh
+
+    valkey = None
+    if not config.broker:
+        from agentmesh.celery.valkey import EmbeddedValkey
+
+        valkey = EmbeddedValkey.join(config.home)
+        config = config.model_copy(update={"broker": valkey.broker_url, "journal": config.journal or valkey.url})
+    return Mesh(crew, config=config, models=Models(), worker=worker), valkey
+
+
+class _Here:
+    """What `run()` and `start()` keep up in this process: one mesh and worker a crew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[Mesh, InProcess, EmbeddedValkey | None]] = {}
+        self._pid = os.getpid()
+
+    def mesh(self, agent: "Agent[Any] | Crew") -> "Mesh":
+        from agentmesh.config import load
+
+        crew = agent if isinstance(agent, Crew) else Crew(agent, open=True)
+        with self._lock:
+            if self._pid != os.getpid():  # a fork has neither our threads nor our sockets
+                self._open, self._pid = {}, os.getpid()
+            if crew.name in self._open:
+                mesh = self._open[crew.name][0]
+                mesh.crew.take_in(crew)
+                return mesh
+            config = load()
+            check_models(crew, config)
+            mesh, valkey = make_mesh(crew, config)
+            worker = mesh.worker().start()
+            if not self._open:
+                atexit.register(self.close)
+            self._open[crew.name] = mesh, worker, valkey
+            return mesh
+
+    def close(self) -> None:
+        """Stop the workers and leave the embedded Valkey; open runs stay resumable."""
+        with self._lock:
+            for mesh, worker, valkey in self._open.values():
+                worker.stop()
+                mesh.close()
+                if valkey is not None:
+                    valkey.leave()
+            self._open.clear()
+            atexit.unregister(self.close)
+
+
+_HERE = _Here()
+
+
+def start(
+    agent: "Agent[Out] | Crew", task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = True
+) -> Run[Out]:
+    """Begin a run and come back at once with its handle; a script or notebook needs nothing else.
+
+    Args:
+        agent: an agent, or a Crew whose first agent leads.
+        id: of the run; the same id with the same task answers the run that is there.
+        history: messages to put before the task: `other_run.messages`.
+        stream: whether `run.tokens()` has something to give.
+
+    Raises:
+        MeshError: called inside a flow or a tool.
+        ConfigError: a broker, model, key or package is missing.
+    """
+    _outside("start")
+    mesh = _HERE.mesh(agent)
+    lead = agent.lead if isinstance(agent, Crew) else agent
+    return mesh.start(lead, task, id=id, history=history, stream=stream)
+
+
+def run(
+    agent: "Agent[Out] | Crew", task: Any = "", *, id: str = "", history: Sequence[Message] = (), timeout_s: float | None = None
+) -> Out:
+    """The agent's answer: `start` and its result.
+
+    Raises:
+        RunError: the run ended without a value.
+        TimeoutError: it has not ended in `timeout_s`; it can be taken up again under its id.
+    """
+    _outside("run")
+    handle: Run[Out] = start(agent, task, id=id, history=history, stream=False)
+    return handle.result(timeout_s=timeout_s)
+
+
+def stop() -> None:
+    """Stop what `run` and `start` keep up in this process."""
+    _HERE.close()
+
+
+def _outside(verb: str) -> None:
+    inside = INSIDE.get()
+    if inside:
+        mend = "write `ctx.do(Researcher().on(task))`" if "flow" in inside else "call it from an agent's flow as a step"
+        raise MeshError(f"`{verb}()` inside {inside} would hold a worker while it waits: {mend}")
+
+

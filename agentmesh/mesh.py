@@ -1,0 +1,222 @@
+"""Where a crew runs: a Celery app, a journal, models. Made without I/O; used from any thread or event loop."""
+
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from celery import Celery
+
+from agentmesh.agent import Agent
+from agentmesh.celery.app import check_broker, journal_url, make_app, queue_lengths, same_server
+from agentmesh.celery.dispatch import CeleryDispatch
+from agentmesh.celery.embedded import EmbeddedWorker
+from agentmesh.celery.loop import drive
+from agentmesh.celery.publish import Publisher
+from agentmesh.celery.sweep import Tender
+from agentmesh.celery.tasks import register
+from agentmesh.config import Config, load
+from agentmesh.crew import Crew
+from agentmesh.doing import Doer
+from agentmesh.engine import Engine
+from agentmesh.errors import DefinitionError, MeshError, RunError
+from agentmesh.journals.redis import RedisJournal
+from agentmesh.message import Message
+from agentmesh.ports import Journal, Model, Refused, RunHead, RunSpec
+from agentmesh.run import Client, Run
+from agentmesh.step import INSIDE
+
+Out = TypeVar("Out")
+ModelOf = Callable[[Any], tuple[Model, str]]
+RUN_ID = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
+
+
+class Mesh:
+    """Runs a crew on a Celery app: yours, or one it makes.
+
+    Construction does no I/O. The app's conf is read, never written.
+
+    Args:
+        app: your Celery app; None makes one for `broker`.
+        broker: a broker URL; not together with `app`.
+        journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey.
+        models: `provider:name` or an object, to a Model; the default knows `openai:` and `local:`.
+
+    Raises:
+        ConfigError: no broker is named, or the broker cannot hold the journal and no journal is named.
+    """
+
+    def __init__(
+        self, crew: Crew, *, app: Celery | None = None, broker: str = "", journal: str = "",
+        config: Config | None = None, models: ModelOf | None = None, worker: str = "",
+    ) -> None:  # fmt: skip
+        self.crew, self.config = crew, config or load()
+        broker = broker or self.config.broker
+        self.app = app if app is not None else make_app(broker)
+        self.broker = str(self.app.conf.broker_url or broker)
+        self.journal_url = journal_url(self.broker, journal or self.config.journal)
+        self.worker_name = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+        self._models = models
+        self._engines: dict[str, Engine] = {}
+        register(self.app, self._engines)
+        self._publisher: Publisher | None = None
+        self._lock = threading.Lock()
+        self._checked = False
+        self.journal: Journal = self._make_journal()
+        self.dispatch = CeleryDispatch(self.app, crew.name)
+        self._tender: Tender | None = None
+        self._doer: Doer | None = None
+        self._client = Client(crew=crew, journal=self.journal, drive=drive)
+
+    # ---- for users -----------------------------------------------------------------------------
+    def start(
+        self, agent: Agent[Out], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
+    ) -> Run[Out]:  # fmt: skip
+        """Begin a run and come back at once; the same id with the same task answers the run that is there.
+
+        Raises:
+            DefinitionError: the task is not what the agent takes, or the id is not one.
+            RunError: the id is taken by another task.
+        """
+        self._outside("start")
+        return drive(self.begin(agent, task, id=id, history=history, stream=stream))
+
+    def run(self, agent: Agent[Out], task: Any = "", *, timeout_s: float | None = None, **options: Any) -> Out:
+        """`start` and its result."""
+        self._outside("run")
+        return self.start(agent, task, **options).result(timeout_s=timeout_s)
+
+    async def begin(
+        self, agent: Agent[Out], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
+    ) -> Run[Out]:  # fmt: skip
+        """`start`, for code on an event loop."""
+        spec = self._spec(agent, task, id or uuid.uuid4().hex[:12], history, stream)
+        answer = await self.engine.begin(spec)
+        if isinstance(answer, Refused):
+            raise RunError(
+                f"run {spec.id!r} exists with another agent or task; choose another id, or look at it: agentmesh runs show {spec.id}",
+                run_id=spec.id,
+            )
+        return self.get(spec.id)
+
+    def get(self, run_id: str) -> Run[Any]:
+        """A handle to a run; whether it exists shows when it is used."""
+        return Run(run_id, self._client)
+
+    def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """The newest root runs."""
+        return drive(self.journal.runs(limit=limit))
+
+    def check(self) -> None:
+        """Look once whether broker and journal answer and are safe to use.
+
+        Raises:
+            ServiceDown, ConfigError: they are not; the message has the mend.
+        """
+        with self._lock:
+            if not self._checked:
+                check_broker(self.app)
+                self._checked = True
+
+    # ---- for workers ---------------------------------------------------------------------------
+    @property
+    def engine(self) -> Engine:
+        """This process's engine for the crew."""
+        if self.crew.name not in self._engines:
+            self._doer = Doer(
+                model_of=self._models or _no_models, model=self.crew.model or self.config.model, deps=self.crew.deps
+            )
+            self._engines[self.crew.name] = Engine(
+                crew=self.crew, journal=self.journal, dispatch=self.dispatch, doer=self._doer, worker=self.worker_name
+            )
+        return self._engines[self.crew.name]
+
+    def tend(self, *, queues: Sequence[str] = ()) -> Tender:
+        """Start renewing leases and sweeping in a thread of this process."""
+        tender = Tender(
+            engines=[self.engine], journal=self._make_journal(), worker=self.worker_name,
+            queues=queues or self.crew.broker_queues(), lengths=queue_lengths(self.app),
+            ttl_s=self.config.lease_s, sweep_s=self.config.sweep_s,
+        )  # fmt: skip
+        tender.start()
+        return tender
+
+    def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0) -> "InProcess":
+        """A worker in a thread of this process: `with mesh.worker(): …`."""
+        return InProcess(self, self.crew.broker_queues(queues), concurrency or self._concurrency(queues))
+
+    def _concurrency(self, queues: Sequence[str]) -> int:
+        return sum(q.concurrency for name, q in self.crew.queues.items() if not queues or name in queues)
+
+    def close(self) -> None:
+        """Give back connections; the mesh may be used again."""
+        drive(self.journal.close())
+        if self._publisher is not None:
+            self._publisher.close()
+
+    # ---- parts ---------------------------------------------------------------------------------
+    def _make_journal(self) -> Journal:
+        push = same_server(self.broker, self.journal_url)
+        if not push and self._publisher is None:
+            self._publisher = Publisher(self.app)
+        return RedisJournal(
+            self.journal_url, prefix=self.config.prefix, push=push, send=None if push else self._publisher,
+            ttl_ms=round(self.config.lease_s * 1000), retain_ms=round(self.config.retain_days * 86_400_000),
+        )  # fmt: skip
+
+    def _spec(self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool) -> RunSpec:
+        if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:  # noqa: PLR2004  the documented bound
+            raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
+        self.crew.agent(agent.name)
+        home = self.crew.broker_queue(self.crew.queue)
+        return RunSpec(
+            run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
+            [m.to_json() for m in history], limits=self.crew.limits.to_json(),
+            wire=self.dispatch.advance(run_id, agent.name, home), origin=self.crew.file, stream=stream,
+        )  # fmt: skip
+
+    def _outside(self, verb: str) -> None:
+        inside = INSIDE.get()
+        if inside:
+            mend = "write `ctx.do(Researcher().on(task))`" if "flow" in inside else "make it an agent's flow, or a team member"
+            raise MeshError(f"`{verb}()` inside {inside} would hold a worker while it waits: {mend}")
+
+
+class InProcess:
+    """A worker and its tender in this process, for a while; also usable as a context manager."""
+
+    def __init__(self, mesh: Mesh, queues: Sequence[str], concurrency: int) -> None:
+        self._mesh, self._queues = mesh, queues
+        self._worker = EmbeddedWorker(mesh.app, queues=queues, concurrency=concurrency)
+        self._tender: Tender | None = None
+
+    def start(self) -> "InProcess":
+        """Returns when it consumes."""
+        self._mesh.check()
+        _ = self._mesh.engine
+        self._tender = self._mesh.tend(queues=self._queues)
+        self._worker.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop consuming; what it still held is given back."""
+        self._worker.stop()
+        if self._tender is not None:
+            self._tender.stop()
+        drive(self._mesh.journal.release(self._mesh.worker_name, crashed=False, queues=self._queues))
+
+    def __enter__(self) -> "InProcess":
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def _no_models(model: Any) -> tuple[Model, str]:
+    if hasattr(model, "ask"):
+        return model, type(model).__name__
+    raise DefinitionError(f"this mesh was made without models and an agent asks {model!r}; use agentmesh.boot.models()")
+
+
