@@ -372,8 +372,8 @@ class Journal(Protocol):
         """The tree's live stream from its beginning until the root run ends."""
         ...
 
-    async def watch(self, run_id: str, *, version: int, timeout_s: float) -> None:
-        """Come back when the run's journal is longer than `version`, or after the time."""
+    async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
+        """Come back when the run's journal is longer than `version` (None: when the run has ended), or after the time."""
         ...
 
     async def close(self) -> None:

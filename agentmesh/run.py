@@ -111,7 +111,6 @@ class Run(Generic[Out]):
     async def wait(self, *, timeout_s: float | None = None) -> Out:
         """`result`, for code on an event loop."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        version = 0
         while True:
             head = await self.head()
             if head.status != "open":
@@ -120,7 +119,7 @@ class Run(Generic[Out]):
             if left <= 0:
                 waits = "; ".join(f"{a.run_id} step {a.n} ({a.tool}): {a.why}" for a in await self.waiting())
                 raise TimeoutError(f"run {self.id} has not ended after {timeout_s} s" + (f"; waiting: {waits}" if waits else ""))
-            await self._journal.watch(self.id, version=version, timeout_s=min(left, WATCH_S))
+            await self._journal.watch(self.id, version=None, timeout_s=min(left, WATCH_S))
 
     async def head(self) -> RunHead:
         """The run at a glance.

@@ -90,11 +90,16 @@ class MemoryJournal(VerbJournal):
                 return
             await asyncio.sleep(0.005)
 
-    async def watch(self, run_id: str, *, version: int, timeout_s: float) -> None:
+    async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
         """See ports.Journal."""
         deadline = time.monotonic() + timeout_s
-        while self.tables.length(f"ev:{run_id}") <= version and time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self._past(run_id, version):
             await asyncio.sleep(0.002)
+
+    def _past(self, run_id: str, version: int | None) -> bool:
+        if version is None:
+            return bool(self.tables.hget(f"run:{run_id}", "status") != "open")
+        return self.tables.length(f"ev:{run_id}") > version
 
     async def close(self) -> None:
         """See ports.Journal."""

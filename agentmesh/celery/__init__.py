@@ -1,0 +1,1 @@
+"""The only rooms that know Celery; importing this package loads nothing of it."""

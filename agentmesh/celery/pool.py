@@ -1,0 +1,196 @@
+"""The Celery pool of our I/O queues: one asyncio loop per worker process, hundreds of coroutines in flight."""
+
+import asyncio
+import concurrent.futures
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import cached_property
+from time import monotonic
+from typing import Any
+
+from billiard.einfo import ExceptionInfo
+from celery.concurrency.base import BasePool, apply_target
+from celery.utils.log import get_logger
+from celery.utils.saferepr import saferepr
+
+from agentmesh.celery.loop import loop_of_this_process
+
+logger = get_logger("agentmesh.pool")
+
+CANCEL_S = 2.0  # how long a cancelled coroutine may take to clean up
+
+
+class Running:
+    """A coroutine in flight. Celery holds it weakly as the request's handle, the pool holds it until its end."""
+
+    __slots__ = ("__weakref__", "_callback", "_coro", "_name", "_pool", "_stopped", "task")
+
+    def __init__(
+        self, pool: "TaskPool", name: str, coro: Callable[[], Coroutine[Any, Any, Any]], callback: Callable[[Any], None]
+    ) -> None:
+        self._pool, self._name, self._coro, self._callback = pool, name, coro, callback
+        self._stopped = False
+        self.task: asyncio.Task[None] | None = None
+
+    def terminate(self, signal: int | None = None) -> None:
+        """Cancel it, from any thread: revoke(terminate=True) and the cold shutdown call this."""
+        self._pool.loop.call_soon_threadsafe(self.cancel)
+
+    def cancel(self) -> None:
+        """Cancel it, on the loop. It reports nothing then: whoever cancels has told Celery already."""
+        self._stopped = True
+        if self.task is not None:
+            self.task.cancel()
+
+    async def live(self) -> None:
+        """Await the coroutine and report its end to Celery, which acks."""
+        started = monotonic()
+        try:
+            if self._stopped:
+                return
+            value = await self._coro()
+            self._report((0, "None" if value is None else saferepr(value), monotonic() - started))
+        except BaseException as error:  # a SystemExit out of a step would end the loop, and with it every other step
+            if self._stopped and isinstance(error, asyncio.CancelledError):
+                return
+            logger.error("task %s raised: %r", self._name, error, exc_info=True)
+            self._report((1, _einfo(error), monotonic() - started))
+        finally:
+            self._pool.ended(self)
+
+    def _report(self, outcome: tuple[int, Any, float]) -> None:
+        try:
+            self._callback(outcome)
+        except Exception:
+            logger.exception("task %s could not be reported to Celery", self._name)
+
+
+def _einfo(error: BaseException) -> Any:
+    info = ExceptionInfo(sys.exc_info())
+    # ExceptionInfo wraps the exception for pickling; Flower should show the exception itself. And on_success raises a
+    # SystemExit or KeyboardInterrupt that it finds here, which would be the end of the loop after all.
+    info.exception = error if isinstance(error, Exception) else RuntimeError(repr(error))
+    return info
+
+
+class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
+    """Awaits tasks that have a `coro` on this process's loop; runs any other task on a thread.
+
+    A task with `coro` must ignore its result: the call bypasses Celery's tracer, so no backend and no task signal
+    hears of it; acks, events, revoke and shutdown are Celery's. How many are in flight is the worker's prefetch
+    (`-c` with late acks and multiplier 1); the pool itself refuses nothing.
+    """
+
+    signal_safe = False
+    body_can_be_buffer = True
+    # Celery keeps this in a global that would make every `.get()` in a notebook with a worker thread an error.
+    task_join_will_block = False
+
+    grace_s: float = 30.0
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, limit: int | None = None, **options: Any) -> None:
+        super().__init__(limit, **options)
+        self._running: set[Running] = set()
+        self._arrived: deque[Running] = deque()
+        self._woken = False
+        self._pid = os.getpid()
+        self._on_threads: set[concurrent.futures.Future[None]] = set()
+        self.room = threading.Event()  # set at each end, for a consumer that waits with its prefetch full
+
+    def on_start(self) -> None:
+        """Take the process's loop; after a fork the pid is another one."""
+        self.loop, self._pid = loop_of_this_process(), os.getpid()
+
+    def apply_async(
+        self, target: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
+        callback: Callable[[Any], None] | None = None, accept_callback: Callable[[int, float], None] | None = None,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        """Start what a request asks for; answers the handle that can terminate it."""
+        task = self.app.tasks[args[0]]
+        coro = getattr(task, "coro", None)
+        if coro is None:
+            return self._on_a_thread(target, args, kwargs, callback, accept_callback)
+        request = args[2]  # Request has decoded the body: the tracer would do it a second time
+        if accept_callback is not None:
+            accept_callback(self._pid, monotonic())
+        running = Running(
+            self, args[0], lambda: coro(*request["args"], **request["kwargs"]), callback or (lambda _outcome: None)
+        )
+        self._running.add(running)
+        self._arrived.append(running)
+        if not self._woken:  # one wake-up serves all that arrived before the loop looks
+            self._woken = True
+            self.loop.call_soon_threadsafe(self._begin)
+        return running
+
+    def _begin(self) -> None:
+        self._woken = False  # first: who appends after this line wakes the loop again
+        while self._arrived:
+            running = self._arrived.popleft()
+            running.task = self.loop.create_task(running.live())
+
+    def ended(self, running: Running) -> None:
+        """Called on the loop by each coroutine that is through."""
+        self._running.discard(running)
+        self.room.set()
+
+    # ---- tasks without a coroutine ----
+
+    @cached_property
+    def _executor(self) -> concurrent.futures.ThreadPoolExecutor:
+        return concurrent.futures.ThreadPoolExecutor(max_workers=self.limit, thread_name_prefix="agentmesh-task")
+
+    def _on_a_thread(
+        self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None,
+        callback: Callable[[Any], None] | None, accept_callback: Callable[[int, float], None] | None,
+    ) -> None:  # fmt: skip
+        # The tracer falls back to current_app, which need not be the app of this worker: pass it.
+        future = self._executor.submit(
+            apply_target, target, args, {**(kwargs or {}), "app": self.app}, callback, accept_callback
+        )
+        self._on_threads.add(future)
+        future.add_done_callback(self._thread_ended)
+
+    def _thread_ended(self, future: "concurrent.futures.Future[None]") -> None:
+        self._on_threads.discard(future)
+        self.room.set()
+
+    # ---- the end ----
+
+    def on_stop(self) -> None:
+        """Wait for what runs, up to `grace_s`; then cancel it, un-acked."""
+        deadline = monotonic() + self.grace_s
+        asyncio.run_coroutine_threadsafe(self._drain(self.grace_s), self.loop).result()
+        if "_executor" in self.__dict__:
+            concurrent.futures.wait(tuple(self._on_threads), timeout=max(0.0, deadline - monotonic()))
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            del self.__dict__["_executor"]
+
+    def on_terminate(self) -> None:
+        """The cold shutdown: cancel at once."""
+        self.grace_s = 0.0
+        self.on_stop()
+
+    async def _drain(self, grace_s: float) -> None:
+        self._begin()
+        tasks = {r.task for r in self._running if r.task is not None}
+        if not tasks:
+            return
+        late = tasks if grace_s <= 0 else (await asyncio.wait(tasks, timeout=grace_s))[1]
+        if late:
+            logger.warning("%d steps did not end within %s s and are cancelled", len(late), grace_s)
+        for running in tuple(self._running):
+            running.cancel()
+        if late:
+            await asyncio.wait(late, timeout=CANCEL_S)
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        """Nothing: a coroutine has no process; its handle's `terminate` cancels it."""
+
+    def _get_info(self) -> dict[str, Any]:
+        return {**super()._get_info(), "running": len(self._running), "threads": len(self._on_threads)}

@@ -1,0 +1,266 @@
+"""The journal in Redis or Valkey: one Lua script a verb, over one pipelined connection an event loop. No Redis Cluster."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+from agentmesh.errors import JournalError
+from agentmesh.event import Event
+from agentmesh.journals.blobs import fingerprint_of, outsource, restored
+from agentmesh.journals.codec import Reply, VerbJournal, event_of
+from agentmesh.journals.pipe import LOST, Pipe, clean_url
+from agentmesh.ports import Held, RunHead, Sent, Token
+
+LIVE_ENTRIES = 10_000
+POLL_S = 0.25
+
+
+@cache
+def script(verb: str) -> tuple[str, str]:
+    """A verb's Lua and its SHA-1, by which the server knows it."""
+    here = files("agentmesh.journals")
+    text = f"{(here / 'common.lua').read_text()}\n{(here / f'{verb}.lua').read_text()}"
+    return text, hashlib.sha1(text.encode()).hexdigest()  # noqa: S324  Redis' own choice
+
+
+class RedisJournal(VerbJournal):
+    """A Journal on a Redis or Valkey server (one node, any number of replicas).
+
+    Args:
+        url: redis://, rediss:// or unix://.
+        push: the broker is this very server and database, so the scripts push messages themselves.
+        send: where messages go that are not pushed.
+        clock: for tests: milliseconds instead of the server's time.
+    """
+
+    def __init__(
+        self, url: str, *, prefix: str = "agentmesh:", push: bool = True, send: Callable[[Sent], None] | None = None,
+        clock: Callable[[], int] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**options)
+        self.url, self.prefix, self._push, self._send, self._clock = clean_url(url), prefix, push, send, clock
+        self._pipes: WeakKeyDictionary[asyncio.AbstractEventLoop, Pipe] = WeakKeyDictionary()
+        self._ends: WeakKeyDictionary[asyncio.AbstractEventLoop, _Ends] = WeakKeyDictionary()
+        self._boot_id: tuple[int, dict[str, str]] = (0, {})
+
+    # ---- verbs ---------------------------------------------------------------------------------
+    @property
+    def pipe(self) -> Pipe:
+        """The running loop's connection."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._pipes:
+            self._pipes[loop] = Pipe(self.url)
+        return self._pipes[loop]
+
+    async def _call(self, verb: str, args: dict[str, Any]) -> Reply:
+        run_id = args.get("run") or str(args.get("unit", "||")).split("|")[1]
+        for fingerprint, text in list(outsource(args)):
+            await self._keep(run_id, fingerprint, text)
+        now = str(self._clock()) if self._clock else ""
+        given = (self.prefix, json.dumps(args, separators=(",", ":"), ensure_ascii=False), now, "1" if self._push else "0")
+        text, sha = script(verb)
+        try:
+            reply = await self.pipe.ask("EVALSHA", sha, 1, *given)
+        except NoScriptError:
+            reply = await self.pipe.ask("EVAL", text, 1, *given)
+        head, count = json.loads(reply[0]), reply[1]
+        if self._send is not None:
+            for queue, body in zip(reply[2 + count :: 2], reply[3 + count :: 2], strict=True):
+                self._send(Sent(queue, body))
+        lines = reply[2 : 2 + count]
+        return head, await self._whole(lines, run_id) if verb in ("claim", "plan") else lines
+
+    async def _boot(self) -> dict[str, str]:
+        if self._boot_id[0] != self.pipe.connected or not self._boot_id[1]:
+            info = await self.pipe.ask("INFO", "server")
+            run_id = next((x[7:] for x in str(info).splitlines() if x.startswith("run_id:")), "")
+            self._boot_id = self.pipe.connected, {"boot": run_id}
+        return self._boot_id[1]
+
+    # ---- blobs ---------------------------------------------------------------------------------
+    def _key(self, *parts: str) -> str:
+        return self.prefix + ":".join(parts)
+
+    async def _keep(self, run_id: str, fingerprint: str, text: str) -> None:
+        """Before the event that names it; one that no event comes to name dies with its tree."""
+        root = run_id.partition("/")[0]
+        key = self._key("blob", root, fingerprint)
+        await asyncio.gather(self.pipe.ask("SET", key, text), self.pipe.ask("SADD", self._key("blobs", root), key))
+
+    async def _whole(self, lines: list[str], run_id: str) -> list[str]:
+        """Lines with their blobs put back."""
+        marks = {i: mark for i, line in enumerate(lines) if (mark := fingerprint_of(line))}
+        if not marks:
+            return lines
+        root = run_id.partition("/")[0]
+        texts = await self.pipe.ask("MGET", *[self._key("blob", root, mark) for mark in marks.values()])
+        whole = list(lines)
+        for i, text in zip(marks, texts, strict=True):
+            if text is None:
+                raise JournalError(f"a large value of run {run_id} is gone from the journal's server: was a key deleted by hand?")
+            whole[i] = restored(lines[i], text)
+        return whole
+
+    # ---- reads ---------------------------------------------------------------------------------
+    async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
+        """See ports.Journal."""
+        lines = await self.pipe.ask("LRANGE", self._key("ev", run_id), after, -1)
+        return [event_of(line) for line in await self._whole(lines, run_id)]
+
+    async def head(self, run_id: str) -> RunHead | None:
+        """See ports.Journal."""
+        found = _pairs(await self.pipe.ask("HGETALL", self._key("run", run_id)))
+        return RunHead.of(run_id, found) if found.get("status") else None
+
+    async def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """See ports.Journal."""
+        newest = await self.pipe.ask("ZRANGE", self._key("runs"), 0, limit - 1, "REV")
+        heads = await asyncio.gather(*[self.head(run) for run in newest])
+        return [h for h in heads if h is not None]
+
+    async def tree(self, run_id: str) -> list[str]:
+        """See ports.Journal."""
+        members = await self.pipe.ask("SMEMBERS", self._key("tree", run_id.partition("/")[0]))
+        return sorted(m for m in members if m == run_id or m.startswith(f"{run_id}/"))
+
+    async def waiting(self, run_id: str) -> list[Held]:
+        """See ports.Journal."""
+        found = []
+        for member in await self.tree(run_id):
+            records = _pairs(await self.pipe.ask("HGETALL", self._key("st", member)))
+            for key, text in sorted(records.items()):
+                r = json.loads(text) if text.startswith("{") else {}
+                if r.get("st") in ("held", "due") and r.get("why"):
+                    found.append(Held(member, key, r["why"]))
+        return found
+
+    # ---- live ----------------------------------------------------------------------------------
+    async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
+        """See ports.Journal."""
+        key = self._key("live", run_id.partition("/")[0])
+        said = json.dumps([[t.run_id, t.n, t.attempt, t.kind, t.text] for t in tokens], separators=(",", ":"), ensure_ascii=False)
+        await self.pipe.ask("XADD", key, "MAXLEN", "~", LIVE_ENTRIES, "*", "t", said)
+
+    async def tokens(self, run_id: str) -> AsyncIterator[Token]:
+        """See ports.Journal."""
+        root = run_id.partition("/")[0]
+        at = "0"
+        client: Redis = Redis.from_url(self.url, decode_responses=True)
+        try:
+            while True:
+                head = await self.head(root)  # before the read: what was said before the end is then read after it
+                found = await client.xread({self._key("live", root): at}, block=None if _over(head) else 250)
+                entries = next(iter(found.values()))[0] if isinstance(found, dict) and found else found[0][1] if found else []
+                for at, fields in entries:
+                    for token in json.loads(fields["t"]):
+                        yield Token(*token)
+                if not entries and _over(head):
+                    return
+        finally:
+            await client.aclose()
+
+    async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
+        """See ports.Journal."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._ends:
+            self._ends[loop] = _Ends(self.url, f"{self.prefix}ended")
+        ended = await self._ends[loop].of(run_id)
+        deadline, pause = loop.time() + timeout_s, 0.005
+        try:
+            while (left := deadline - loop.time()) > 0:
+                if version is None:
+                    head = await self.head(run_id)  # it may have ended before we listened
+                    if _over(head):
+                        return
+                elif await self.pipe.ask("LLEN", self._key("ev", run_id)) > version:
+                    return
+                wait_s = min(left, 5.0 if version is None else pause)
+                pause = min(POLL_S, pause * 1.5)
+                done, _ = await asyncio.wait([ended], timeout=wait_s)
+                if done:
+                    return
+        finally:
+            self._ends[loop].leave(run_id, ended)
+
+    async def close(self) -> None:
+        """See ports.Journal."""
+        loop = asyncio.get_running_loop()
+        if (pipe := self._pipes.pop(loop, None)) is not None:
+            await pipe.close()
+        if (ends := self._ends.pop(loop, None)) is not None:
+            await ends.close()
+
+
+class _Ends:
+    """Hears of ended runs: one subscription an event loop, whoever waits."""
+
+    def __init__(self, url: str, channel: str) -> None:
+        self._url, self._channel = url, channel
+        self._waiting: dict[str, list[asyncio.Future[None]]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._heard = asyncio.Event()
+
+    async def of(self, run_id: str) -> "asyncio.Future[None]":
+        """Done when the run ends; it is being listened for when this returns."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(run_id, []).append(future)
+        if self._task is None or self._task.done():
+            self._heard.clear()
+            self._task = asyncio.create_task(self._listen())
+        try:
+            await asyncio.wait_for(self._heard.wait(), 5)
+        except TimeoutError:
+            pass  # the server is away; the asker looks for itself every few seconds
+        return future
+
+    def leave(self, run_id: str, future: "asyncio.Future[None]") -> None:
+        """Nobody waits on this future any more."""
+        futures = self._waiting.get(run_id, [])
+        if future in futures:
+            futures.remove(future)
+        if not futures:
+            self._waiting.pop(run_id, None)
+
+    async def _listen(self) -> None:
+        while True:
+            client: Redis = Redis.from_url(self._url, decode_responses=True)
+            try:
+                async with client.pubsub() as heard:
+                    await heard.subscribe(self._channel)
+                    async for message in heard.listen():
+                        if message["type"] == "subscribe":
+                            self._heard.set()
+                        elif message["type"] == "message":
+                            self._tell(message["data"])
+            except LOST:
+                await asyncio.sleep(0.1)
+                for run_id in list(self._waiting):  # whoever waits looks again: ends may have gone unheard
+                    self._tell(run_id)
+            finally:
+                await client.aclose()
+
+    def _tell(self, run_id: str) -> None:
+        for future in self._waiting.pop(run_id, []):
+            if not future.done():
+                future.set_result(None)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+def _pairs(reply: Any) -> dict[str, str]:
+    return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _over(head: RunHead | None) -> bool:
+    return head is None or head.status != "open"

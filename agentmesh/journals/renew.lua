@@ -1,0 +1,13 @@
+local lost = {}
+for _, lease in ipairs(A.leases) do
+  local unit, fence = lease[1], lease[2]
+  local letter, run, key = split(unit)
+  local r = rec(run, key)
+  local mine = r and r.st == 'leased' and r.f == fence
+  if mine and (letter == 'f' or (is_open(run) and not is_cancelled(run))) then
+    zadd('leased', NOW + A.ttl, unit)
+  else
+    lost[#lost + 1] = unit
+  end
+end
+return answer({ ok = 1 }, lost)

@@ -1,0 +1,112 @@
+local holder, until_ms = hget('meta', 'sweeper'), hnum('meta', 'sweeper_until')
+if holder and holder ~= A.worker and until_ms > NOW then return answer({ ok = 0, count = 0 }) end
+redis.call('HSET', P .. 'meta', 'sweeper', A.worker, 'sweeper_until', int(NOW + SWEEPER_MS))
+if A.boot and A.boot ~= hget('meta', 'boot') then
+  if hget('meta', 'boot') then hset('meta', 'grace', int(NOW + A.ttl)) end
+  hset('meta', 'boot', A.boot)
+end
+local limit, empty, count = A.limit, {}, 0
+for _, queue in ipairs(A.empty) do empty[queue] = true end
+
+local function expire()
+  local units = zupto('leased', NOW, limit)
+  for _, unit in ipairs(units) do
+    local letter, run, key = split(unit)
+    local r = rec(run, key)
+    if not r then
+      zrem('leased', unit)
+    elseif letter ~= 'f' and not is_open(run) then
+      drop(unit, run, key, r, 'E0')
+    else
+      give_back(unit, run, key, r, true)
+    end
+  end
+  return #units
+end
+
+local function wake()
+  local units = zupto('due', NOW, limit)
+  for _, unit in ipairs(units) do
+    local letter, run, key = split(unit)
+    zrem('due', unit)
+    local r = letter ~= 'g' and rec(run, key)
+    if letter == 'g' then
+      local text = hget('ga:' .. run, key)
+      local g = text and cjson.decode(text)
+      if g and g.closed ~= 1 and is_open(run) then close(run, tonumber(key), g, 'deadline') end
+    elseif r and is_open(run) then
+      if r.kind == 'Sleep' then
+        event(run, '{"e":"Woken","n":' .. key .. '}')
+        end_step(run, tonumber(key), r, true, 0)
+        if r.g == 0 then advance(run) end
+      else
+        r.why = nil
+        enqueue(unit, run, key, r)
+      end
+    end
+  end
+  return #units
+end
+
+local function again(unit, run, key, r)
+  r.rs = r.rs + 1
+  r.rt = NOW + 1000 * 2 ^ math.min(r.rs, 6)
+  put(run, key, r)
+  send(hget('wires', unit), redis.call('HINCRBY', P .. 'meta', 'seq', 1))
+end
+
+local function resend(queue)
+  local top = hnum('qmax', queue)
+  local kept = hget('qsnap', queue)
+  local snap, at = string.match(kept or (int(top) .. ' ' .. int(NOW)), '^(%d+) (%d+)$')
+  local n = 0
+  for _, unit in ipairs(zupto('q:' .. queue, empty[queue] and 2 ^ 52 or snap - 1, limit)) do
+    local _, run, key = split(unit)
+    local r = rec(run, key)
+    if not r or r.st ~= 'queued' then
+      zrem('q:' .. queue, unit)
+    elseif r.rt <= NOW then
+      again(unit, run, key, r)
+      n = n + 1
+    end
+  end
+  if not kept or NOW - at >= 1000 then hset('qsnap', queue, int(top) .. ' ' .. int(NOW)) end
+  return n
+end
+
+local function cancel_below(run)
+  local n, more = 0, false
+  for _, member in ipairs(members('tree:' .. root_of(run))) do
+    local below = member == run or string.sub(member, 1, #run + 1) == run .. '/'
+    if below and is_open(member) then
+      if n >= limit then more = true break end
+      n = n + 1
+      local error = '{"type":"DelegateFailed","message":"run ' .. member .. ' was cancelled","child":"' .. member .. '"}'
+      local up = '{"e":"StepFailed","n":' .. (string.match(member, '/([^/]*)$') or '') .. ',"error":' .. error .. '}'
+      end_run(member, 'cancelled', '{"e":"RunCancelled","by":"parent"}', up, false)
+    end
+  end
+  if not more then redis.call('SREM', P .. 'cancelled', run) end
+  return n
+end
+
+local function forget(before)
+  local roots = zupto('forget', before, limit)
+  for _, root in ipairs(roots) do
+    for _, run in ipairs(members('tree:' .. root)) do
+      redis.call('DEL', P .. 'run:' .. run, P .. 'st:' .. run, P .. 'ga:' .. run, P .. 'ev:' .. run)
+    end
+    for _, key in ipairs(redis.call('SMEMBERS', P .. 'blobs:' .. root)) do redis.call('DEL', key) end
+    redis.call('DEL', P .. 'tree:' .. root, P .. 'blobs:' .. root, P .. 'live:' .. root)
+    zrem('runs', root)
+    zrem('forget', root)
+  end
+  return #roots
+end
+
+if hnum('meta', 'grace') <= NOW then count = expire() end
+count = count + wake()
+for _, queue in ipairs(members('queues')) do count = count + resend(queue) end
+for _, run in ipairs(members('cancelled')) do count = count + cancel_below(run) end
+if A.retain then count = count + forget(NOW - A.retain) end
+return answer({ ok = 1, count = count })
