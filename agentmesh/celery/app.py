@@ -7,10 +7,9 @@ from urllib.parse import urlsplit
 from celery import Celery
 from kombu.exceptions import ChannelError, OperationalError
 
-from agentmesh.celery.settings import settings
+from agentmesh.celery.settings import is_redis, settings
 from agentmesh.errors import ConfigError, ServiceDown
 
-REDIS = ("redis", "rediss", "redis+socket", "unix", "valkey", "valkeys")
 
 
 def make_app(broker: str) -> Celery:
@@ -18,11 +17,6 @@ def make_app(broker: str) -> Celery:
     app = Celery("agentmesh", set_as_current=False)
     app.conf.update(settings(broker))
     return app
-
-
-def is_redis(url: str) -> bool:
-    """Whether a URL is of Redis or Valkey."""
-    return url.partition("://")[0] in REDIS
 
 
 def same_server(broker: str, journal: str) -> bool:

@@ -44,6 +44,7 @@ class Running:
         self._stopped = True
         if self.task is not None:
             self.task.cancel()
+            self._pool.ended(self)  # one that is cancelled before its first step never gets to its own `finally`
 
     async def live(self) -> None:
         """Await the coroutine and report its end to Celery, which acks."""

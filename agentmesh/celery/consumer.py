@@ -1,0 +1,129 @@
+"""Celery's consumer as our workers need it: local acks, quick reconnects, and a loop that a thread can leave."""
+
+import contextlib
+import socket
+import uuid
+from typing import Any
+
+from celery.bootsteps import RUN
+from celery.exceptions import WorkerShutdown
+from celery.utils.log import get_logger
+from celery.worker.consumer import Consumer
+from celery.worker.state import maybe_shutdown
+
+logger = get_logger("agentmesh.consumer")
+
+POLL_S = 0.1  # how long the thread's loop looks at the broker before it looks at its own state
+
+
+def thread_loop(
+    obj: Any, connection: Any, consumer: Any, blueprint: Any, hub: Any, qos: Any, heartbeat: Any, clock: Any, *_: Any, **__: Any
+) -> None:
+    """Consume until the blueprint leaves RUN. Celery's own synloop asks a process-wide flag, and only every 2 s."""
+    consumer.on_message = obj.create_task_handler()
+    consumer.consume()
+    obj.on_ready()
+    prefetch = getattr(consumer.channel, "qos", None)  # AMQP has none: there the broker counts
+    while blueprint.state == RUN and obj.connection:
+        if qos.prev != qos.value:
+            qos.update()
+        obj.perform_pending_operations()
+        full = prefetch is not None and not prefetch.can_consume()
+        if full:  # the broker has nothing for us until a step ends, and drain_events would not notice that
+            obj.pool.room.clear()
+            if not prefetch.can_consume():
+                obj.pool.room.wait(POLL_S)
+        try:
+            connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else POLL_S)
+        except TimeoutError:
+            pass
+        except OSError:
+            if blueprint.state == RUN:
+                raise
+
+
+class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
+    """Pass it to a worker as `consumer_cls=`; it leaves the app's own settings alone.
+
+    On Redis its connection has no ack emulation: leases in the journal do that work, and an ack is local counting.
+    """
+
+    client_name: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.client_name = f"agentmesh-{uuid.uuid4().hex}"
+        super().__init__(*args, **kwargs)
+        if self.hub is None:
+            self.loop = thread_loop
+
+    def connection_for_read(self, heartbeat: float | None = None) -> Any:
+        """A connected connection, whose Redis clients bear `client_name`."""
+        connection = self.app.connection_for_read(heartbeat=heartbeat)
+        is_redis = connection.get_transport_cls().driver_type == "redis"
+        if is_redis:
+            connection.transport_options = {
+                **(connection.transport_options or {}), "ack_emulation": False, "client_name": self.client_name,
+            }  # fmt: skip
+        self.ensure_connected(connection)
+        if is_redis:
+            # What is un-acked when the channel closes is the journal's to send again; Celery restoring it too would
+            # raise with the broker away, and the worker would exit.
+            connection.default_channel.do_restore = False
+        return connection
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Try for as long as the worker lives: a broker that restarts is back within a second."""
+
+        def failed(error: Exception, interval_s: float) -> None:
+            logger.warning("no broker answers at %s (%s); trying again in %.1f s", conn.as_uri(), error, interval_s)
+            self._leave_if_closing()
+
+        conn.ensure_connection(
+            failed, None, interval_start=0.1, interval_step=0.2, interval_max=2.0, callback=self._leave_if_closing
+        )
+        self.first_connection_attempt = False
+        return conn
+
+    def _leave_if_closing(self) -> None:
+        maybe_shutdown()
+        if self.blueprint.state not in (None, RUN):
+            raise WorkerShutdown(0)
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        """Said already."""
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Let go of the connection; what runs goes on, and its acks fall away with the channel they were for."""
+        logger.warning("the connection to the broker is lost (%r); connecting again", exc)
+        connection, self.connection = self.connection, None
+        with contextlib.suppress(Exception):
+            connection.collect(socket_timeout=1.0)
+        with contextlib.suppress(Exception):
+            connection.close()
+
+    def unblock(self) -> None:
+        """End a BRPOP that waits, from another thread, so that closing the channel need not wait for its second."""
+        with contextlib.suppress(Exception):  # the broker may be away: then closing takes its second
+            connection = self.connection
+            if connection is None or connection.transport.driver_type != "redis":
+                return
+            client = connection.default_channel._create_client()
+            for other in client.client_list():
+                if other["name"] == self.client_name and "b" in other["flags"]:
+                    client.client_unblock(int(other["id"]))
+
+
+def broker_answers(app: Any, timeout_s: float) -> Exception | None:
+    """None when the app's broker answers, else what came instead."""
+    connection = app.connection_for_read(connect_timeout=timeout_s)
+    if connection.get_transport_cls().driver_type == "redis":
+        connection.transport_options = {
+            **(connection.transport_options or {}), "socket_connect_timeout": timeout_s, "socket_timeout": timeout_s,
+        }  # fmt: skip
+    try:
+        connection.connect()
+    except (OSError, socket.timeout, *connection.connection_errors, *connection.channel_errors) as error:
+        return error  # type: ignore[no-any-return]  # the tuple is Celery's, untyped
+    finally:
+        connection.release()
+    return None

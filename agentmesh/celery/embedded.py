@@ -1,0 +1,135 @@
+"""A Celery worker in a thread of this process, for notebooks and `run()`; touches no signal, stdout or logging."""
+
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+from celery.bootsteps import CLOSE, RUN
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+from celery.utils.log import get_logger
+from celery.worker import WorkController
+
+from agentmesh.celery.consumer import MeshConsumer, broker_answers
+from agentmesh.celery.pool import CANCEL_S, TaskPool
+from agentmesh.errors import ConfigError, ServiceDown
+
+logger = get_logger("agentmesh.embedded")
+
+READY_S = 10.0
+AGAIN_S = 0.2  # a worker that ended by itself is made again after this, doubled up to AGAIN_MOST_S
+AGAIN_MOST_S = 5.0
+
+
+class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
+    # celery.apps.worker.Worker would take stdout, the root logger and the signals; WorkController takes none of them.
+    def __init__(self, app: Any, *, name: str, queues: Sequence[str], concurrency: int) -> None:
+        self.ready = threading.Event()
+        self.cause: BaseException | None = None
+        super().__init__(
+            app=app, hostname=name, queues=list(queues), concurrency=concurrency, pool=TaskPool,
+            consumer_cls=MeshConsumer, prefetch_multiplier=1, use_eventloop=False,
+            without_gossip=True, without_mingle=True, without_heartbeat=True,
+        )  # fmt: skip
+
+    def on_consumer_ready(self, consumer: Any) -> None:
+        self.ready.set()
+
+    def live(self) -> None:
+        """Work until the consumer's blueprint closes. The steps are stopped by the thread that started them."""
+        try:
+            self.blueprint.start(self)
+        except (WorkerShutdown, WorkerTerminate):
+            pass
+        except BaseException as error:  # Celery's own start() would only log it, and nobody may be listening
+            self.cause = error
+        try:
+            if self.blueprint.state == RUN:
+                self.stop()
+        except Exception as error:
+            self.cause = self.cause or error
+
+
+class EmbeddedWorker:
+    """A worker of `app` in a daemon thread; made again when it ends without being asked.
+
+    Args:
+        queues: names of the broker's queues.
+        concurrency: how many steps may be in flight.
+        name: the worker's node name; a unique one when empty.
+    """
+
+    def __init__(self, app: Any, *, queues: Sequence[str], concurrency: int = 100, name: str = "") -> None:
+        self._app, self._queues, self._concurrency = app, tuple(queues), concurrency
+        self.name = name or f"embedded-{os.getpid()}-{uuid.uuid4().hex[:6]}@{socket.gethostname()}"
+        self._leaving = threading.Event()
+        self._worker: _Worker | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread lives."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Come back when it consumes; a second start does nothing.
+
+        Raises:
+            ServiceDown: the broker does not answer.
+            ConfigError: it did not get ready within 10 s.
+        """
+        if self.running:
+            return
+        error = broker_answers(self._app, READY_S / 2)
+        if error is not None:
+            raise ServiceDown(
+                f"no broker answers at {self._app.connection_for_read().as_uri()} ({error}). Start one, or leave "
+                "`broker` empty to use the embedded one"
+            ) from error
+        self._leaving.clear()
+        worker = self._worker = self._make()
+        self._thread = threading.Thread(target=self._live, args=(worker,), name="agentmesh-worker", daemon=True)
+        self._thread.start()
+        deadline = monotonic() + READY_S
+        while not worker.ready.wait(0.02):
+            if worker.cause is not None or monotonic() > deadline:
+                self.stop(grace_s=0.0)
+                raise ConfigError(
+                    f"the worker in this process is not ready for {list(self._queues)!r} after {READY_S:.0f} s "
+                    f"({worker.cause or 'no reason given'}). Look at the broker with `agentmesh doctor`"
+                ) from worker.cause
+
+    def stop(self, *, grace_s: float = 5.0) -> None:
+        """Let what runs end for up to `grace_s`, cancel the rest and come back; a second stop does nothing."""
+        thread = self._thread
+        if thread is None:
+            return
+        self._leaving.set()
+        deadline = monotonic() + grace_s + CANCEL_S + READY_S
+        while thread.is_alive() and monotonic() < deadline:
+            worker = self._worker
+            if worker is not None:
+                worker.pool.grace_s = min(worker.pool.grace_s, grace_s)
+                worker.consumer.blueprint.state = CLOSE
+                worker.consumer.unblock()
+            thread.join(0.02)
+        if thread.is_alive():
+            logger.error("the worker thread of %s does not end; it is left to the end of the process", self.name)
+        self._thread = self._worker = None
+
+    def _make(self) -> _Worker:
+        return _Worker(self._app, name=self.name, queues=self._queues, concurrency=self._concurrency)
+
+    def _live(self, worker: _Worker) -> None:
+        again_s = AGAIN_S
+        while True:
+            began = monotonic()
+            worker.live()
+            if not worker.ready.is_set() or self._leaving.wait(again_s):
+                return
+            logger.error("the worker %s ended (%r) and is made again", self.name, worker.cause)
+            again_s = AGAIN_S if monotonic() - began > AGAIN_MOST_S else min(2 * again_s, AGAIN_MOST_S)
+            worker = self._worker = self._make()
