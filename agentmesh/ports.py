@@ -364,6 +364,10 @@ class Journal(Protocol):
         """What waits for a person, a limit or another worker in the run's tree."""
         ...
 
+    async def moving(self, run_id: str) -> int:
+        """How many entries of the tree are queued, leased or due without a reason to wait."""
+        ...
+
     async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
         """Add to the tree's live stream, which is capped and never the journal."""
         ...

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from agentmesh.errors import DefinitionError
 
@@ -17,14 +16,12 @@ class Queue:
     Args:
         concurrency: steps at once in one worker process; at least 1.
         rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
-        pool: `io` awaits hundreds of steps on one loop; `cpu` runs them in child processes, which a timeout may kill.
         model: the local model this queue's workers load; steps on `local:MODEL` go here.
     """
 
     name: str
     concurrency: int = 100
     rate: str = ""
-    pool: Literal["io", "cpu"] = "io"
     model: str = ""
 
     def __post_init__(self) -> None:
@@ -32,8 +29,6 @@ class Queue:
             raise DefinitionError(f"queue name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
         if self.concurrency < 1:
             raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must be at least 1")
-        if self.pool not in ("io", "cpu"):
-            raise DefinitionError(f"queue {self.name!r}: pool={self.pool!r} must be 'io' or 'cpu'")
         self.pace()
 
     def pace(self) -> tuple[int, int] | None:

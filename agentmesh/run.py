@@ -53,12 +53,13 @@ class Client:
     """What a handle needs of where the run lives.
 
     Args:
+        crew: None where only its journal is at hand; values then stay plain JSON.
         drive: runs a coroutine to its end from plain code.
         moved: called after a word was told; a mesh without workers goes on here.
     """
 
     def __init__(
-        self, *, crew: Crew, journal: Journal, drive: Callable[[Coroutine[Any, Any, Any]], Any],
+        self, *, crew: Crew | None, journal: Journal, drive: Callable[[Coroutine[Any, Any, Any]], Any],
         moved: Callable[[], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
         self.crew, self.journal, self._drive, self._moved = crew, journal, drive, moved
@@ -138,7 +139,8 @@ class Run(Generic[Out]):
         end = next(e for e in reversed(events) if isinstance(e, ENDS))
         if isinstance(end, RunDone):
             started = cast(RunStarted, events[0])
-            agent = self._client.crew.agents.get(started.agent)
+            crew = self._client.crew
+            agent = crew.agents.get(started.agent) if crew is not None else None
             return cast(Out, from_json(end.value, agent.output) if agent is not None else end.value)
         if isinstance(end, Cancelled):
             raise RunCancelled(f"run {self.id} was cancelled{f' by {end.by}' if end.by else ''}", run_id=self.id)
@@ -191,8 +193,14 @@ class Run(Generic[Out]):
         history = History(self.id, await self._journal.events(self.id))
         if history.started is None:
             raise RunError(f"there is no run {self.id!r}", run_id=self.id)
+        if self._client.crew is None:
+            raise RunError(f"the messages of run {self.id} need its crew's code", run_id=self.id)
         agent = self._client.crew.agent(history.started.agent, dict(history.started.fields))
         return list(replay(agent, history).messages)
+
+    async def stuck(self) -> list[Approval]:
+        """`waiting`, when nothing else of the tree moves any more; empty while something does."""
+        return [] if await self._journal.moving(self.id) else await self.waiting()
 
     # ---- a person's word -----------------------------------------------------------------------
     @property

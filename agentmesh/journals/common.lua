@@ -68,7 +68,7 @@ local function enqueue(unit, run, key, r)
   local seq = redis.call('HINCRBY', P .. 'meta', 'seq', 1)
   local wire = hget('wires', unit)
   local queue = string.match(wire, '^%Z*')
-  r.st, r.q, r.rs, r.rt = 'queued', queue, 0, NOW + RESEND_MS
+  r.st, r.q, r.rs, r.rt, r.why = 'queued', queue, 0, NOW + RESEND_MS, nil
   put(run, key, r)
   zadd('q:' .. queue, seq, unit)
   redis.call('SADD', P .. 'queues', queue)

@@ -59,6 +59,7 @@ class Store:
         seq = int(self.t.hincr("meta", "seq"))
         queue, head, tail = self.t.hget("wires", unit).split("\0")
         rec.update(st="queued", q=queue, rs=0, rt=self.now + RESEND_MS)
+        rec.pop("why", None)
         self.put(run, key, rec)
         self.t.zadd(f"q:{queue}", unit, seq)
         self.t.sadd("queues", queue)

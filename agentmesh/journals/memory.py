@@ -65,12 +65,21 @@ class MemoryJournal(VerbJournal):
 
     async def waiting(self, run_id: str) -> list[Held]:
         """See ports.Journal."""
+        return [
+            Held(run, key, r["why"]) for run, key, r in await self._open(run_id) if r["st"] in ("held", "due") and r.get("why")
+        ]
+
+    async def moving(self, run_id: str) -> int:
+        """See ports.Journal."""
+        return sum(not r.get("why") and r["st"] in ("queued", "leased", "due") for _, _, r in await self._open(run_id))
+
+    async def _open(self, run_id: str) -> list[tuple[str, str, dict[str, Any]]]:
+        """The open records of a tree: run, key, record."""
         found = []
         for member in await self.tree(run_id):
             with self._lock:
                 records = dict(self.tables.hashes[f"st:{member}"])
-            found += [Held(member, key, r["why"]) for key, r in sorted(records.items())
-                      if isinstance(r, dict) and r["st"] in ("held", "due") and r.get("why")]  # fmt: skip
+            found += [(member, key, r) for key, r in sorted(records.items()) if isinstance(r, dict)]
         return found
 
     async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:

@@ -133,13 +133,20 @@ class RedisJournal(VerbJournal):
 
     async def waiting(self, run_id: str) -> list[Held]:
         """See ports.Journal."""
+        return [
+            Held(run, key, r["why"]) for run, key, r in await self._open(run_id) if r["st"] in ("held", "due") and r.get("why")
+        ]
+
+    async def moving(self, run_id: str) -> int:
+        """See ports.Journal."""
+        return sum(not r.get("why") and r["st"] in ("queued", "leased", "due") for _, _, r in await self._open(run_id))
+
+    async def _open(self, run_id: str) -> list[tuple[str, str, dict[str, Any]]]:
+        """The open records of a tree: run, key, record."""
         found = []
         for member in await self.tree(run_id):
             records = _pairs(await self.pipe.ask("HGETALL", self._key("st", member)))
-            for key, text in sorted(records.items()):
-                r = json.loads(text) if text.startswith("{") else {}
-                if r.get("st") in ("held", "due") and r.get("why"):
-                    found.append(Held(member, key, r["why"]))
+            found += [(member, key, json.loads(text)) for key, text in sorted(records.items()) if text.startswith("{")]
         return found
 
     # ---- live ----------------------------------------------------------------------------------

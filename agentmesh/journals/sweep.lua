@@ -40,7 +40,6 @@ local function wake()
         end_step(run, tonumber(key), r, true, 0)
         if r.g == 0 then advance(run) end
       else
-        r.why = nil
         enqueue(unit, run, key, r)
       end
     end

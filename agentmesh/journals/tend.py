@@ -138,7 +138,6 @@ def wake(s: Store, limit: int) -> int:
             if not rec["g"]:
                 s.advance(run)
         else:
-            rec.pop("why", None)
             s.enqueue(unit, run, key, rec)
     return len(units)
 

@@ -1,0 +1,220 @@
+"""`agentmesh`: the commands, their options and help. Each body is one call into its own module."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshError, RunError
+
+DONE, FAILED, WRONG_USE, WAITING, SURROUNDINGS, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+app = typer.Typer(
+    name="agentmesh", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Run crews of agents on Celery. Every step is journaled: whatever dies, the run goes on.",
+    epilog="Examples:  agentmesh run crew.py 'write about tea'  ·  agentmesh worker crew.py  ·  agentmesh runs ls",
+)  # fmt: skip
+runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at runs and speak to them.",
+                   epilog="Examples:  agentmesh runs show ID  ·  agentmesh runs approve ID 2  ·  agentmesh runs resume ID")  # fmt: skip
+models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models on this machine.",
+                     epilog="Examples:  agentmesh models pull smollm2  ·  agentmesh models ls")  # fmt: skip
+app.add_typer(runs, name="runs")
+app.add_typer(models, name="models")
+
+Broker = Annotated[str, typer.Option(help="Celery broker URL; left out, an embedded Valkey is used.", metavar="URL")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+RunId = Annotated[str, typer.Argument(metavar="ID", help="The run's id.")]
+By = Annotated[str, typer.Option(help="Who says so; kept in the journal.")]
+
+
+class State:
+    """What the options before the command say."""
+
+    config: Path | None = None
+    debug: bool = False
+
+
+@app.callback()
+def _options(
+    config: Annotated[Path | None, typer.Option(help="agentmesh.toml or pyproject.toml to read settings from.")] = None,
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    State.config, State.debug = config, debug
+    if version:
+        from agentmesh import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Examples:  agentmesh run crew.py 'write about tea'  ·  agentmesh run crew.py:night TASK --detach --id tea-7")
+def run(
+    crew: Annotated[str, typer.Argument(metavar="CREW", help="A Python file that makes a Crew: crew.py or crew.py:name.")],
+    task: Annotated[str, typer.Argument(help="What the crew's first agent is to do; JSON where its flow takes more than text.")],
+    broker: Broker = "",
+    model: Annotated[str, typer.Option(help="For agents that name none, such as openai:gpt-5-mini.", metavar="NAME")] = "",
+    id: Annotated[str, typer.Option(help="The run's id; the same id and task take up the run that is there.")] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and leave it running.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a crew and show what it does. Ctrl-C leaves the run resumable."""
+    from agentmesh.cli.run import run_crew
+
+    raise typer.Exit(run_crew(crew, task, broker=broker, model=model, run_id=id, detach=detach, as_json=json, file=State.config))
+
+
+@app.command(epilog="Examples:  agentmesh worker crew.py --queue web --concurrency 200  ·  agentmesh worker a.py b.py --processes 2")
+def worker(
+    crews: Annotated[list[str], typer.Argument(metavar="CREW...", help="Crew files; one worker may serve several.")],
+    queue: Annotated[list[str] | None, typer.Option(help="Queues to serve; all of the crews' when left out.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Steps at once in a process; 0 is what the queues say.")] = 0,
+    processes: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
+    broker: Broker = "",
+    model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
+) -> None:
+    """Run supervised Celery workers: a process that dies is started again, and what it held goes on at once."""
+    from agentmesh.cli.worker import run_workers
+
+    raise typer.Exit(
+        run_workers(crews, queues=queue or [], concurrency=concurrency, processes=processes, broker=broker, model=model, file=State.config)
+    )
+
+
+@app.command()
+def doctor(crew: Annotated[str, typer.Argument(help="A crew file to check too.")] = "", broker: Broker = "") -> None:
+    """Look at everything a run needs; each finding comes with its mend."""
+    from agentmesh.cli.doctor import examine
+
+    raise typer.Exit(examine(crew, broker=broker, file=State.config))
+
+
+@runs.command("ls")
+def runs_ls(limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20, broker: Broker = "", json: Json = False) -> None:
+    """The newest runs: id, state, agent, steps' cost."""
+    from agentmesh.cli.runs import list_runs
+
+    raise typer.Exit(list_runs(limit, broker=broker, as_json=json, file=State.config))
+
+
+@runs.command("show")
+def runs_show(id: RunId, broker: Broker = "", json: Json = False) -> None:
+    """One run's journal, and what it waits for."""
+    from agentmesh.cli.runs import show_run
+
+    raise typer.Exit(show_run(id, broker=broker, as_json=json, file=State.config))
+
+
+@runs.command("tail")
+def runs_tail(id: RunId, broker: Broker = "", json: Json = False) -> None:
+    """Follow a run until it ends; starts no worker."""
+    from agentmesh.cli.runs import tail_run
+
+    raise typer.Exit(tail_run(id, broker=broker, as_json=json, file=State.config))
+
+
+@runs.command("approve")
+def runs_approve(id: RunId, n: Annotated[int, typer.Argument(help="The step's number.")], by: By = "", broker: Broker = "") -> None:
+    """Say yes to a step that waits for it."""
+    from agentmesh.cli.runs import tell_run
+
+    raise typer.Exit(tell_run(id, "approve", n=n, by=by, broker=broker, file=State.config))
+
+
+@runs.command("deny")
+def runs_deny(
+    id: RunId, n: Annotated[int, typer.Argument(help="The step's number.")], by: By = "",
+    reason: Annotated[str, typer.Option(help="Told to whoever asked, a model too.")] = "", broker: Broker = "",
+) -> None:  # fmt: skip
+    """Say no to a step that waits for a yes."""
+    from agentmesh.cli.runs import tell_run
+
+    raise typer.Exit(tell_run(id, "deny", n=n, by=by, reason=reason, broker=broker, file=State.config))
+
+
+@runs.command("cancel")
+def runs_cancel(id: RunId, by: By = "", broker: Broker = "") -> None:
+    """End a run and everything below it."""
+    from agentmesh.cli.runs import tell_run
+
+    raise typer.Exit(tell_run(id, "cancel", by=by, broker=broker, file=State.config))
+
+
+@runs.command("resolve")
+def runs_resolve(
+    id: RunId, n: Annotated[int, typer.Argument(help="The step's number.")],
+    action: Annotated[str, typer.Argument(help="done, failed or retry: what became of a step in doubt.")],
+    value: Annotated[str, typer.Option(help="With done: the step's value, as JSON.")] = "null", by: By = "", broker: Broker = "",
+) -> None:  # fmt: skip
+    """Say what became of an at-most-once step that a crash cut off."""
+    from agentmesh.cli.runs import tell_run
+
+    raise typer.Exit(tell_run(id, "resolve", n=n, action=action, value=value, by=by, broker=broker, file=State.config))
+
+
+@runs.command("resume")
+def runs_resume(
+    id: RunId,
+    crew: Annotated[str, typer.Argument(help="The crew file; the one the run was begun from when left out.")] = "",
+    limit: Annotated[list[str] | None, typer.Option(help="Raise a limit, such as turns=50.")] = None,
+    broker: Broker = "",
+    model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
+    json: Json = False,
+) -> None:
+    """Go on with a run where it was; finished steps are not done again."""
+    from agentmesh.cli.run import resume_run
+
+    raise typer.Exit(resume_run(id, crew=crew, limits=limit or [], broker=broker, model=model, as_json=json, file=State.config))
+
+
+@models.command("pull")
+def models_pull(name: Annotated[str, typer.Argument(help="smollm2, or a name of the hub such as Qwen/Qwen3-0.6B.")]) -> None:
+    """Fetch a model into the cache; a second pull finds it there."""
+    from agentmesh.cli.models import pull_model
+
+    raise typer.Exit(pull_model(name))
+
+
+@models.command("ls")
+def models_ls(json: Json = False) -> None:
+    """The models in the cache."""
+    from agentmesh.cli.models import list_models
+
+    raise typer.Exit(list_models(as_json=json))
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command ends with after this error."""
+    if isinstance(error, ConfigError):
+        return SURROUNDINGS
+    if isinstance(error, DefinitionError):
+        return WRONG_USE
+    return WRONG_USE if isinstance(error, RunError) and type(error) is RunError else FAILED
+
+
+def main() -> None:
+    """The console script: errors become an `error:` and a `help:` line, and an exit code."""
+    try:
+        app()
+    except MeshError as e:
+        if State.debug:
+            raise
+        say_error(e)
+        sys.exit(exit_code(e))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def say_error(error: MeshError) -> None:
+    """`error:` what happened, `help:` what to do."""
+    happened, _, mend = error.message.partition("; ")
+    typer.echo(f"error: {happened}", err=True)
+    if isinstance(error, LimitReached):
+        mend = mend or f"agentmesh runs resume {error.run_id} --limit {error.limit}=…"
+    if mend:
+        typer.echo(f"help: {mend}", err=True)
+
+
+if __name__ == "__main__":
+    main()
