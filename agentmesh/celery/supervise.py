@@ -1,0 +1,271 @@
+"""Starts worker processes and starts them again; bounds their drain and leaves no orphan. Loads no Celery.
+
+A worker's command line gets `--worker-name NAME --ready-fd FD` at its end. The worker calls `leave_with_parent` first
+and `announce_ready` once it consumes.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import IO, Any
+
+logger = logging.getLogger("agentmesh.supervise")
+
+AGAIN_S = 0.05  # a dead worker is started again after this, doubled up to AGAIN_MOST_S
+AGAIN_MOST_S = 5.0
+STEADY_S = 30.0  # a worker that lived this long starts the back-off anew
+TOLD_S = 5.0  # how long the last on_death may take
+LEFT_BY_FORCE = 1
+# A worker that ends so before any of its kind was ever ready would end so for ever: wrong use, surroundings missing.
+HOPELESS = (2, 4)
+
+
+def announce_ready(fd: int) -> None:
+    """Tell the supervisor that this worker consumes."""
+    with contextlib.suppress(OSError):
+        os.write(fd, b"1")
+        os.close(fd)
+
+
+def leave_with_parent(grace_s: float) -> None:
+    """Drain as on SIGTERM when the supervisor is gone, however it went, and exit after `grace_s` at the latest."""
+    threading.Thread(target=_watch_parent, args=(grace_s,), name="agentmesh-parent", daemon=True).start()
+
+
+def _watch_parent(grace_s: float) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(0, 64):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace_s)
+    if os.getpgrp() == os.getpid():  # a group of our own: take the processes of a prefork pool along
+        os.killpg(0, signal.SIGKILL)
+    os._exit(LEFT_BY_FORCE)
+
+
+class _Worker:
+    """One place for a worker: the process in it changes, its command line does not."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.argv = tuple(argv)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.name = ""
+        self.started = 0.0
+        self.again_s = AGAIN_S
+        self.due = 0.0  # when to start it, in monotonic seconds
+        self.ready = False  # the process that runs now
+        self.ever_ready = False
+
+
+class Supervisor:
+    """Keeps one worker process running per command line, until it is told to stop.
+
+    Args:
+        workers: command lines, the interpreter first.
+        on_death: gets the dead worker's name and return code, on a thread of its own: give back what it held.
+        drain_s: how long workers may take to end what runs.
+        env: added to the environment of the workers.
+        output: where the workers' stdout and stderr go; the supervisor's own when None.
+    """
+
+    def __init__(
+        self, workers: Sequence[Sequence[str]], *, on_death: Callable[[str, int], None] | None = None,
+        drain_s: float = 30.0, env: Mapping[str, str] | None = None, output: "int | IO[Any] | None" = None,
+    ) -> None:  # fmt: skip
+        self._workers = [_Worker(argv) for argv in workers]
+        self._on_death, self._drain_s, self._output = on_death, drain_s, output
+        self._env = {**os.environ, **(env or {})}
+        self._news: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._watchers: set[threading.Thread] = set()
+        self._all_ready = threading.Event()
+        self._ended = threading.Event()
+        self._stops = 0
+        self._give_up = 0.0  # when a drain ends
+        self._code = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the workers that run."""
+        return [w.name for w in self._workers if w.process is not None]
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The process ids of the workers that run, by name."""
+        return {w.name: w.process.pid for w in self._workers if w.process is not None}
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Whether every worker consumes; comes back early, with False, when the supervisor has ended."""
+        until = time.monotonic() + timeout_s
+        while not self._all_ready.wait(0.01):
+            if self._ended.is_set() or time.monotonic() > until:
+                return False
+        return True
+
+    def run(self) -> int:
+        """Supervise until stopped. On the main thread SIGTERM and SIGINT stop it, and a second one kills at once.
+
+        Returns:
+            0 after a drain; 1 when something had to be killed at its end; 128 + n after a second signal n; a worker's
+            own code when it was 2 or 4 before any worker of its place was ready.
+        """
+        before = self._take_signals()
+        try:
+            while not (self._stops and not self.names):
+                self._start_due()
+                self._hear()
+                self._end_late()
+        finally:
+            self._kill()
+            for watcher in tuple(self._watchers):
+                watcher.join(TOLD_S)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._ended.set()
+        return self._code
+
+    def start(self) -> None:
+        """Supervise on a thread of its own; no signal is touched."""
+        threading.Thread(target=self.run, name="agentmesh-supervisor", daemon=True).start()
+
+    def stop(self, *, now: bool = False) -> None:
+        """Ask for the end, from any thread: a drain, or `now` the kill."""
+        self._news.put(("stop", 0, now))
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether it has ended within the time."""
+        return self._ended.wait(timeout_s)
+
+    # ---- what happens ----
+
+    def _take_signals(self) -> dict[int, Any]:
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def heard(number: int, frame: FrameType | None) -> None:
+            self._news.put(("stop", number, False))  # a SimpleQueue may be put to from a signal handler
+
+        return {number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _hear(self) -> None:
+        times = [w.due for w in self._workers if w.process is None and not self._stops]
+        times += [self._give_up] if self._stops else []
+        wait_s = max(0.0, min(times) - time.monotonic()) if times else None
+        with contextlib.suppress(queue.Empty):
+            what, *rest = self._news.get(timeout=wait_s)
+            {"stop": self._on_stop, "ready": self._on_ready, "death": self._died}[what](*rest)
+
+    def _on_stop(self, number: int, now: bool) -> None:
+        self._stops += 1
+        if self._stops == 1 and not now:
+            self._give_up = time.monotonic() + self._drain_s
+            for worker in self._workers:
+                if worker.process is not None:
+                    worker.process.terminate()  # the process alone: Celery ends the processes of a pool itself
+            return
+        self._code = 128 + number if number else self._code
+        self._kill()
+
+    def _on_ready(self, worker: _Worker, process: "subprocess.Popen[bytes]") -> None:
+        if worker.process is process:
+            worker.ready = worker.ever_ready = True
+        if all(w.ready for w in self._workers):
+            self._all_ready.set()
+
+    def _died(self, worker: _Worker, code: int) -> None:
+        now = time.monotonic()
+        if now - worker.started > STEADY_S:
+            worker.again_s = AGAIN_S
+        worker.process, worker.ready, worker.due = None, False, now + worker.again_s
+        if self._stops:
+            return
+        if code in HOPELESS and not worker.ever_ready:
+            self._code = code
+            self._on_stop(0, False)
+            return
+        logger.warning("worker %s ended with %d; again in %.2f s", worker.name, code, worker.again_s)
+        worker.again_s = min(2 * worker.again_s, AGAIN_MOST_S)
+
+    def _end_late(self) -> None:
+        if self._stops and self.names and time.monotonic() >= self._give_up:
+            logger.warning("%d workers did not drain in %.0f s and are killed", len(self.names), self._drain_s)
+            self._code = self._code or LEFT_BY_FORCE
+            self._give_up = time.monotonic() + self._drain_s
+            self._kill()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            if worker.process is not None:
+                _kill_group(worker.process.pid)
+
+    # ---- processes ----
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for worker in self._workers:
+            if worker.process is None and not self._stops and worker.due <= now:
+                self._spawn(worker)
+
+    def _spawn(self, worker: _Worker) -> None:
+        worker.name = f"{socket.gethostname()}:{os.getpid()}/{uuid.uuid4().hex[:8]}"
+        worker.started = time.monotonic()
+        told, ready = os.pipe()
+        try:
+            worker.process = subprocess.Popen(
+                [*worker.argv, "--worker-name", worker.name, "--ready-fd", str(ready)],
+                stdin=subprocess.PIPE,  # never written to: it breaks when this process ends, and the worker leaves
+                stdout=self._output, stderr=self._output, pass_fds=(ready,), env=self._env,
+                process_group=0,  # a Ctrl-C of the terminal is for the supervisor alone
+            )  # fmt: skip
+        except BaseException:
+            os.close(told)
+            raise
+        finally:
+            os.close(ready)
+        self._watch(self._hear_ready, worker, worker.process, told)
+        self._watch(self._bury, worker, worker.process, worker.name)
+
+    def _watch(self, target: Callable[..., None], *args: Any) -> None:
+        def watched() -> None:
+            try:
+                target(*args)
+            finally:
+                self._watchers.discard(threading.current_thread())
+
+        thread = threading.Thread(target=watched, name="agentmesh-watcher", daemon=True)
+        self._watchers.add(thread)
+        thread.start()
+
+    def _hear_ready(self, worker: _Worker, process: "subprocess.Popen[bytes]", told: int) -> None:
+        try:
+            if os.read(told, 1):
+                self._news.put(("ready", worker, process))
+        finally:
+            os.close(told)
+
+    def _bury(self, worker: _Worker, process: "subprocess.Popen[bytes]", name: str) -> None:
+        code = process.wait()
+        _kill_group(process.pid)  # what a killed worker leaves of its prefork pool
+        if process.stdin is not None:
+            process.stdin.close()
+        self._news.put(("death", worker, code))
+        if self._on_death is not None:
+            try:
+                self._on_death(name, code)
+            except Exception:
+                logger.exception("what worker %s held could not be given back; its leases run out by themselves", name)
+
+
+def _kill_group(pid: int) -> None:
+    if sys.platform != "win32":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
