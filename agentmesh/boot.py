@@ -18,7 +18,7 @@ from agentmesh.agent import Agent
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError, DefinitionError, ExtraMissing, MeshError, did_you_mean
 from agentmesh.message import Message
-from agentmesh.ports import Model
+from agentmesh.ports import Journal, Model
 from agentmesh.run import Run
 from agentmesh.step import INSIDE
 
@@ -134,16 +134,30 @@ def _crew_in(names: dict[str, Any], file: str, name: str) -> Crew:
 
 
 # ---- meshes ------------------------------------------------------------------------------------
+def place(config: "Config") -> "tuple[Config, EmbeddedValkey | None]":
+    """Settings that name a broker: as they are, or those of the embedded Valkey, which is joined."""
+    if config.broker:
+        return config, None
+    from agentmesh.celery.valkey import EmbeddedValkey
+
+    valkey = EmbeddedValkey.join(config.home)
+    return config.model_copy(update={"broker": valkey.broker_url, "journal": config.journal or valkey.url}), valkey
+
+
+def open_journal(config: "Config") -> "tuple[Config, Journal, EmbeddedValkey | None]":
+    """The journal alone, for whoever only reads and tells; needs no crew."""
+    from agentmesh.celery.app import make_app
+    from agentmesh.mesh import make_journal
+
+    config, valkey = place(config)
+    return config, make_journal(config, make_app(config.broker)), valkey
+
+
 def make_mesh(crew: Crew, config: "Config", *, worker: str = "") -> "tuple[Mesh, EmbeddedValkey | None]":
-    """A mesh for a crew: on the configured broker, or on the embedded Valkey, which is joined."""
+    """A mesh for a crew: on the configured broker, or on the embedded Valkey."""
     from agentmesh.mesh import Mesh
 
-    valkey = None
-    if not config.broker:
-        from agentmesh.celery.valkey import EmbeddedValkey
-
-        valkey = EmbeddedValkey.join(config.home)
-        config = config.model_copy(update={"broker": valkey.broker_url, "journal": config.journal or valkey.url})
+    config, valkey = place(config)
     return Mesh(crew, config=config, models=Models(), worker=worker), valkey
 
 

@@ -61,10 +61,9 @@ class Mesh:
         self._models = models
         self._engines: dict[str, Engine] = {}
         register(self.app, self._engines)
-        self._publisher: Publisher | None = None
         self._lock = threading.Lock()
         self._checked = False
-        self.journal: Journal = self._make_journal()
+        self.journal: Journal = make_journal(self.config, self.app, self.journal_url)
         self.dispatch = CeleryDispatch(self.app, crew.name)
         self._tender: Tender | None = None
         self._doer: Doer | None = None
@@ -73,15 +72,20 @@ class Mesh:
     # ---- for users -----------------------------------------------------------------------------
     def start(
         self, agent: Agent[Out], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        origin: str = "",
     ) -> Run[Out]:  # fmt: skip
         """Begin a run and come back at once; the same id with the same task answers the run that is there.
+
+        Args:
+            stream: whether `run.tokens()` will have something to give.
+            origin: the crew file, for `agentmesh runs resume`.
 
         Raises:
             DefinitionError: the task is not what the agent takes, or the id is not one.
             RunError: the id is taken by another task.
         """
         self._outside("start")
-        return drive(self.begin(agent, task, id=id, history=history, stream=stream))
+        return drive(self.begin(agent, task, id=id, history=history, stream=stream, origin=origin))
 
     def run(self, agent: Agent[Out], task: Any = "", *, timeout_s: float | None = None, **options: Any) -> Out:
         """`start` and its result."""
@@ -90,9 +94,10 @@ class Mesh:
 
     async def begin(
         self, agent: Agent[Out], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        origin: str = "",
     ) -> Run[Out]:  # fmt: skip
         """`start`, for code on an event loop."""
-        spec = self._spec(agent, task, id or uuid.uuid4().hex[:12], history, stream)
+        spec = self._spec(agent, task, id or uuid.uuid4().hex[:12], history, stream, origin or self.crew.file)
         answer = await self.engine.begin(spec)
         if isinstance(answer, Refused):
             raise RunError(
@@ -136,7 +141,7 @@ class Mesh:
     def tend(self, *, queues: Sequence[str] = ()) -> Tender:
         """Start renewing leases and sweeping in a thread of this process."""
         tender = Tender(
-            engines=[self.engine], journal=self._make_journal(), worker=self.worker_name,
+            engines=[self.engine], journal=make_journal(self.config, self.app, self.journal_url), worker=self.worker_name,
             queues=queues or self.crew.broker_queues(), lengths=queue_lengths(self.app),
             ttl_s=self.config.lease_s, sweep_s=self.config.sweep_s,
         )  # fmt: skip
@@ -153,20 +158,9 @@ class Mesh:
     def close(self) -> None:
         """Give back connections; the mesh may be used again."""
         drive(self.journal.close())
-        if self._publisher is not None:
-            self._publisher.close()
 
     # ---- parts ---------------------------------------------------------------------------------
-    def _make_journal(self) -> Journal:
-        push = same_server(self.broker, self.journal_url)
-        if not push and self._publisher is None:
-            self._publisher = Publisher(self.app)
-        return RedisJournal(
-            self.journal_url, prefix=self.config.prefix, push=push, send=None if push else self._publisher,
-            ttl_ms=round(self.config.lease_s * 1000), retain_ms=round(self.config.retain_days * 86_400_000),
-        )  # fmt: skip
-
-    def _spec(self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool) -> RunSpec:
+    def _spec(self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool, origin: str) -> RunSpec:
         if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:  # noqa: PLR2004  the documented bound
             raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
         self.crew.agent(agent.name)
@@ -174,7 +168,7 @@ class Mesh:
         return RunSpec(
             run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
             [m.to_json() for m in history], limits=self.crew.limits.to_json(),
-            wire=self.dispatch.advance(run_id, agent.name, home), origin=self.crew.file, stream=stream,
+            wire=self.dispatch.advance(run_id, agent.name, home), origin=origin, stream=stream,
         )  # fmt: skip
 
     def _outside(self, verb: str) -> None:
@@ -182,6 +176,17 @@ class Mesh:
         if inside:
             mend = "write `ctx.do(Researcher().on(task))`" if "flow" in inside else "make it an agent's flow, or a team member"
             raise MeshError(f"`{verb}()` inside {inside} would hold a worker while it waits: {mend}")
+
+
+def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
+    """The journal of these settings; where the broker is another server, a publisher sends what the scripts cannot push."""
+    broker = str(app.conf.broker_url or config.broker)
+    url = url or journal_url(broker, config.journal)
+    push = same_server(broker, url)
+    return RedisJournal(
+        url, prefix=config.prefix, push=push, send=None if push else Publisher(app),
+        ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
+    )  # fmt: skip
 
 
 class InProcess:
@@ -200,9 +205,9 @@ class InProcess:
         self._worker.start()
         return self
 
-    def stop(self) -> None:
-        """Stop consuming; what it still held is given back."""
-        self._worker.stop()
+    def stop(self, *, grace_s: float = 5.0) -> None:
+        """Stop consuming and let steps end for up to `grace_s`; what is cut off is given back."""
+        self._worker.stop(grace_s=grace_s)
         if self._tender is not None:
             self._tender.stop()
         drive(self._mesh.journal.release(self._mesh.worker_name, crashed=False, queues=self._queues))

@@ -1,0 +1,39 @@
+"""`agentmesh models`: fetching models into the cache, with progress."""
+
+import json
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from agentmesh.errors import ExtraMissing
+from agentmesh.models.cache import installed
+
+
+def pull_model(name: str) -> int:
+    """Fetch one model and say where it is."""
+    try:
+        from agentmesh.models.pull import pull
+    except ImportError as e:
+        raise ExtraMissing(f"local models need {e.name}, which is not installed: pip install 'agentmesh-celery[local]'") from None
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]  # TaskID is an int
+
+        folder = pull(name, progress=progress)
+    print(f"{name}: {folder}")
+    return 0
+
+
+def list_models(*, as_json: bool) -> int:
+    """What the cache holds."""
+    for model in installed():
+        if as_json:
+            print(json.dumps({"name": model.name, "bytes": model.bytes, "source": model.source}))
+        else:
+            print(f"{model.name:<40} {model.bytes / 1e6:8.0f} MB  {model.source}")
+    return 0

@@ -1,0 +1,217 @@
+"""`agentmesh run` and `agentmesh runs resume`: a supervised worker, the run, and a view of it until it ends."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from agentmesh.boot import Models, check_models, load_crew, place
+from agentmesh.celery.loop import drive
+from agentmesh.celery.supervise import Supervisor
+from agentmesh.celery.valkey import EmbeddedValkey
+from agentmesh.cli.child import spec_of
+from agentmesh.cli.main import DONE, FAILED, INTERRUPTED, WAITING, exit_code, say_error
+from agentmesh.cli.place import Place
+from agentmesh.cli.show import View, answer, make_view
+from agentmesh.cli.watching import follow
+from agentmesh.cli.worker import giver_back
+from agentmesh.config import Config, load
+from agentmesh.crew import Crew
+from agentmesh.errors import DefinitionError, MeshError, RunError, ServiceDown
+from agentmesh.mesh import Mesh
+from agentmesh.run import Run
+from agentmesh.schema import from_json
+
+READY_S = 60.0
+STUCK_LOOKS = 3
+
+
+def run_crew(
+    path: str, task: str, *, broker: str, model: str, run_id: str, detach: bool, as_json: bool, file: Path | None
+) -> int:
+    """Begin a run and see it to its end."""
+    crew = load_crew(path)
+    config = load(file=file, broker=broker or None, model=model or None)
+    check_models(crew, config)
+    given = _task(crew, task)
+    config, valkey = place(config)
+    try:
+        mesh = Mesh(crew, config=config, models=Models())
+        mesh.check()
+        run = mesh.start(crew.lead, given, id=run_id, stream=not detach, origin=_origin(path))
+        if detach:
+            _leave_a_worker(path, config, run.id, embedded=valkey is not None)
+            print(run.id)
+            return DONE
+        return _see_through(run, mesh, path, config, as_json=as_json)
+    finally:
+        _leave(valkey)
+
+
+def resume_run(
+    run_id: str, *, crew: str, limits: list[str], broker: str, model: str, as_json: bool, file: Path | None
+) -> int:
+    """Go on with a run: with the crew file it was begun from, unless another is named."""
+    found = Place.open(broker=broker, model=model, file=file)
+    try:
+        events = drive(found.journal.events(run_id.partition("/")[0]))
+        run = found.run(run_id)
+        path = crew or getattr(events[0], "origin", "")
+        if not path:
+            raise DefinitionError(f"run {run_id} was not begun from a crew file; name one: agentmesh runs resume {run_id} crew.py")
+        loaded = load_crew(path)
+        if limits:
+            run.raise_limits(**_limits(limits))
+        for item in run.waiting_for:
+            if item.why.startswith("replay"):
+                run.revive(item)
+        mesh = Mesh(loaded, config=found.config, models=Models())
+        return _see_through(mesh.get(run_id), mesh, path, found.config, as_json=as_json)
+    finally:
+        found.close()
+
+
+def _see_through(run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool) -> int:
+    """A worker of our own under supervision, and the view, until the run ends or waits for a person."""
+    quiet = sys.stderr.isatty() and not as_json
+    supervisor = Supervisor(
+        [spec_of(config, crews=[path], queues=[], concurrency=0)], drain_s=2,
+        on_death=giver_back(config, mesh.crew.broker_queues()), output=subprocess.DEVNULL if quiet else None,
+    )  # fmt: skip
+    supervisor.start()
+    view = make_view(as_json=as_json)
+    try:
+        if drive(run.head()).status == "open" and not supervisor.wait_ready(READY_S):
+            raise ServiceDown(f"the worker did not get ready in {READY_S:.0f} s; see why with: agentmesh worker {path}")
+        waits = asyncio.run(_show(run, view))
+        view.close()
+        if waits:
+            return _say_waiting(run)
+        answer(run.result(timeout_s=10), as_json=as_json)
+        return DONE
+    except KeyboardInterrupt:
+        view.close()
+        print(f"\ninterrupted; the run is where it was: agentmesh runs resume {run.id}", file=sys.stderr)
+        return INTERRUPTED
+    except RunError as e:
+        view.close()
+        say_error(e)
+        return FAILED
+    finally:
+        view.close()
+        supervisor.stop()
+        supervisor.join(5)
+        mesh.close()
+
+
+async def _show(run: Run[Any], view: View) -> bool:
+    """Events and tokens into the view; True when only people, or another worker, could move the run."""
+
+    async def events() -> None:
+        async for member, event in follow(run._journal, run.id):
+            view.event(member, event)
+
+    async def tokens() -> None:
+        async for token in run.live():
+            view.token(token)
+
+    async def stuck() -> None:
+        looks = 0
+        while looks < STUCK_LOOKS:  # between two entries nothing may seem to move for a moment
+            await asyncio.sleep(0.5)
+            looks = looks + 1 if await run.stuck() else 0
+
+    watching = [asyncio.create_task(work()) for work in (events, stuck)]
+    talking = asyncio.create_task(tokens())
+    try:
+        done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return watching[0] not in done
+    finally:
+        for task in (*watching, talking):
+            task.cancel()
+        await asyncio.gather(*watching, talking, return_exceptions=True)
+
+
+def _say_waiting(run: Run[Any]) -> int:
+    for item in run.waiting_for:
+        what = f"{item.tool} {json.dumps(dict(item.args), ensure_ascii=False)}" if item.args else item.tool
+        print(f"waiting ({item.why}): run {item.run_id}, step {item.n}: {what}", file=sys.stderr)
+        if item.why == "approve":
+            print(f"  agentmesh runs approve {item.run_id} {item.n}   or   agentmesh runs deny {item.run_id} {item.n}", file=sys.stderr)
+    print(f"then: agentmesh runs resume {run.id.partition('/')[0]}", file=sys.stderr)
+    return WAITING
+
+
+def _leave_a_worker(path: str, config: Config, run_id: str, *, embedded: bool) -> None:
+    """A process of its own that keeps a supervised worker up while the run is open."""
+    told = config.model_dump(mode="json") | ({"broker": "", "journal": ""} if embedded else {})
+    argv = [sys.executable, "-m", "agentmesh.cli.detached", json.dumps({"crew": path, "run": run_id, "config": told})]
+    config.home.mkdir(parents=True, exist_ok=True)
+    with (config.home / "detached.log").open("ab") as log:
+        subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def keep_worker(spec: dict[str, Any]) -> int:
+    """Supervise a worker until the run has ended or waits for a person; what `--detach` leaves behind."""
+    config, valkey = place(Config(**spec["config"]))
+    try:
+        crew = load_crew(spec["crew"])
+        mesh = Mesh(crew, config=config, models=Models())
+        supervisor = Supervisor(
+            [spec_of(config, crews=[spec["crew"]], queues=[], concurrency=0)], drain_s=config.drain_s,
+            on_death=giver_back(config, crew.broker_queues()),
+        )  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
+        supervisor.start()
+        with suppress(MeshError):
+            mesh.get(spec["run"]).result()
+        supervisor.stop()
+        supervisor.join(config.drain_s + 5)
+        return DONE
+    except MeshError as e:
+        say_error(e)
+        return exit_code(e)
+    finally:
+        _leave(valkey)
+
+
+def _leave(valkey: EmbeddedValkey | None) -> None:
+    if valkey is not None:
+        valkey.leave()
+
+
+def _origin(path: str) -> str:
+    """The crew file as `runs resume` can find it from any folder."""
+    file, _, name = path.partition(":")
+    return os.path.abspath(file) + (f":{name}" if name else "")
+
+
+def _task(crew: Crew, task: str) -> Any:
+    """The task as the leading agent takes it: text, or JSON for any other type."""
+    wanted = crew.lead.task_type
+    if wanted is str:
+        return task
+    try:
+        return from_json(json.loads(task), wanted)
+    except ValueError as e:
+        raise DefinitionError(f"agent `{crew.lead.name}` takes a {getattr(wanted, '__name__', wanted)}; the task {task!r} is none: {e}") from None
+
+
+def _limits(given: list[str]) -> dict[str, float]:
+    limits = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in ("turns", "tokens", "cost_usd", "seconds"):
+            raise DefinitionError(f"--limit {text!r} must be turns=…, tokens=…, cost_usd=… or seconds=…")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            raise DefinitionError(f"--limit {text!r}: {value!r} is not a number") from None
+    return limits

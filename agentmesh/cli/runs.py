@@ -1,0 +1,112 @@
+"""`agentmesh runs`: looking at runs and speaking to them; the journal is all they need."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from agentmesh.celery.loop import drive
+from agentmesh.cli.place import Place
+from agentmesh.cli.show import make_view
+from agentmesh.cli.watching import follow, sentence
+from agentmesh.errors import DefinitionError
+from agentmesh.ports import RunHead
+from agentmesh.run import Approval, Run
+
+
+def list_runs(limit: int, *, broker: str, as_json: bool, file: Path | None) -> int:
+    """Print the newest runs."""
+    place = Place.open(broker=broker, file=file)
+    try:
+        heads = drive(place.journal.runs(limit=limit))
+        if as_json:
+            for head in heads:
+                print(json.dumps({name: getattr(head, name) for name in RunHead.__dataclass_fields__}))
+            return 0
+        table = Table("run", "state", "agent", "began", "turns", "tokens", "$", box=None, pad_edge=False)
+        for head in heads:
+            began = time.strftime("%m-%d %H:%M:%S", time.localtime(head.started_ms / 1000))
+            state = head.status
+            if state == "open" and (why := Run[Any](head.id, place.client).waiting_for):
+                state = f"waiting: {_reason(why[0])}"
+            cost = f"{head.cost_usd:.4f}" if head.cost_usd else ""
+            table.add_row(head.id, state, f"{head.crew}.{head.agent}", began, str(head.turns), str(head.tokens), cost)
+        Console().print(table if heads else f"no runs in {place.config.home if place.valkey else place.config.broker}")
+        return 0
+    finally:
+        place.close()
+
+
+def show_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> int:
+    """Print a run's journal with those below it, and what it waits for."""
+    place = Place.open(broker=broker, file=file)
+    try:
+        run = place.run(run_id)
+        for member in drive(place.journal.tree(run_id)):
+            for event in drive(place.journal.events(member)):
+                line = json.dumps({"run": member, "at_ms": event.at_ms, **event.to_json()}, ensure_ascii=False)
+                print(line if as_json else sentence(member, event))
+        for item in run.waiting_for:
+            told = json.dumps({"waiting": item.why, "run": item.run_id, "n": item.n, "args": item.args})
+            print(told if as_json else f"waiting: {_reason(item)} (run {item.run_id}, step {item.n}, {item.tool} {dict(item.args)})")
+        return 0
+    finally:
+        place.close()
+
+
+def tail_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> int:
+    """Follow a run to its end."""
+    place = Place.open(broker=broker, file=file)
+    view = make_view(as_json=as_json)
+    try:
+        place.run(run_id)
+
+        async def show() -> None:
+            async for member, event in follow(place.journal, run_id):
+                view.event(member, event)
+
+        asyncio.run(show())
+        return 0
+    finally:
+        view.close()
+        place.close()
+
+
+def tell_run(
+    run_id: str, word: Literal["approve", "deny", "cancel", "resolve"], *, n: int = 0, by: str = "", reason: str = "",
+    action: str = "", value: str = "null", broker: str = "", file: Path | None = None,
+) -> int:  # fmt: skip
+    """Say one word to a run."""
+    place = Place.open(broker=broker, file=file)
+    try:
+        run = place.run(run_id)
+        item = Approval(run_id, n, "")
+        if word == "approve":
+            run.approve(item, by=by)
+        elif word == "deny":
+            run.deny(item, by=by, reason=reason)
+        elif word == "resolve":
+            if action not in ("done", "failed", "retry"):
+                raise DefinitionError(f"action {action!r} must be done, failed or retry")
+            run.resolve(item, cast(Literal["done", "failed", "retry"], action), value=json.loads(value), by=by)
+        else:
+            run.cancel(by=by)
+        print(f"{word}: {run_id}{f' step {n}' if n else ''}")
+        return 0
+    finally:
+        place.close()
+
+
+def _reason(item: Approval) -> str:
+    kind, _, rest = item.why.partition(":")
+    said = {"approve": "a person's yes", "in_doubt": "a decision: it was cut off and may have happened"}
+    if kind == "version":
+        crew, _, version = rest.partition(" ")
+        return f"no worker of crew {crew!r}" + (f" version {version!r}" if version else "")
+    if kind == "limit":
+        return f"a higher limit of {rest}: agentmesh runs resume {item.run_id.partition('/')[0]} --limit {rest}=…"
+    return said.get(kind, item.why)
