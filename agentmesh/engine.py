@@ -110,6 +110,13 @@ class Engine:
             nxt = Next()
         return await self.journal.begin(spec, nxt)
 
+    async def take(self, unit: str, run_id: str) -> Claimed | Refused:
+        """Lease a unit that is neither step nor advance; the taker drops it from `leases` when it is through."""
+        claimed = await self._claim(unit, run_id)
+        if isinstance(claimed, Claimed):
+            self.leases[unit] = Lease(claimed.fence)
+        return claimed
+
     # ---- parts ---------------------------------------------------------------------------------
     async def _claim(
         self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None

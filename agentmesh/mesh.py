@@ -5,11 +5,13 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from celery import Celery
+from celery import Celery, Signature
 
 from agentmesh.agent import Agent
+from agentmesh.celery import canvas
 from agentmesh.celery.app import check_broker, journal_url, make_app, queue_lengths, same_server
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.embedded import EmbeddedWorker
@@ -26,6 +28,7 @@ from agentmesh.journals.redis import RedisJournal
 from agentmesh.message import Message
 from agentmesh.ports import Journal, Model, Refused, RunHead, RunSpec
 from agentmesh.run import Client, Run
+from agentmesh.schema import canonical
 from agentmesh.step import INSIDE
 
 Out = TypeVar("Out")
@@ -60,7 +63,9 @@ class Mesh:
         self.worker_name = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
         self._models = models
         self._engines: dict[str, Engine] = {}
+        self._begins: dict[str, Callable[..., None]] = {crew.name: self._begin_for_canvas}
         register(self.app, self._engines)
+        canvas.register(self.app, self._engines, self._begins)
         self._lock = threading.Lock()
         self._checked = False
         self.journal: Journal = make_journal(self.config, self.app, self.journal_url)
@@ -105,6 +110,28 @@ class Mesh:
                 run_id=spec.id,
             )
         return self.get(spec.id)
+
+    def s(self, agent: Agent[Any], task: Any = None) -> Signature:
+        """The agent as a signature of the app, for your own chain, group or chord; the result is the run's value.
+
+        Without a task it takes what the canvas gives it: text as it is, anything else as JSON text.
+        """
+        args = () if task is None else (agent.task_json(task),)
+        wanted: Signature = self.app.tasks[canvas.AgentTask.name].s(
+            *args, agent=agent.name, crew=self.crew.name, fields=agent.fields_json()
+        )
+        return wanted
+
+    def _begin_for_canvas(self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]) -> None:
+        who = self.crew.agent(agent, fields)
+        if who.task_type is str and not isinstance(task, str):
+            task = canonical(task)
+        spec = replace(
+            self._spec(who, task, run_id, (), False, self.crew.file), canvas=saved,
+            finish=self.dispatch.finish(run_id, agent, self.crew.broker_queue(self.crew.queue)),
+        )  # fmt: skip
+        if isinstance(drive(self.engine.begin(spec)), Refused):
+            raise RunError(f"run {run_id!r} exists with another agent or task", run_id=run_id)
 
     def get(self, run_id: str) -> Run[Any]:
         """A handle to a run; whether it exists shows when it is used."""

@@ -11,7 +11,7 @@ from agentmesh.engine import Engine
 Engines = Mapping[str, Engine]
 
 
-class _EngineTask(Task):  # type: ignore[misc]  # celery is untyped
+class EngineTask(Task):  # type: ignore[misc]  # celery is untyped
     """A task whose work is a coroutine: our pool awaits it, every other pool drives it."""
 
     abstract = True
@@ -29,7 +29,7 @@ class _EngineTask(Task):  # type: ignore[misc]  # celery is untyped
         raise NotImplementedError
 
 
-class StepTask(_EngineTask):
+class StepTask(EngineTask):
     """One step: an LLM call or a tool call."""
 
     name = "agentmesh.step"
@@ -39,7 +39,7 @@ class StepTask(_EngineTask):
         return await engine.step(run_id, int(n), kind, queue) if engine else "no such crew here"
 
 
-class AdvanceTask(_EngineTask):
+class AdvanceTask(EngineTask):
     """A gather's body, a woken run, a child's beginning."""
 
     name = "agentmesh.advance"
