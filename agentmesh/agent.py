@@ -51,6 +51,7 @@ class Agent(Generic[Out]):
     output: ClassVar[Any] = str
     task_type: ClassVar[Any] = str
     _fields: ClassVar[type[BaseModel]]
+    _values: BaseModel
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -80,7 +81,7 @@ class Agent(Generic[Out]):
 
     def fields_json(self) -> dict[str, Any]:
         """The typed fields as JSON."""
-        return cast(BaseModel, self._values).model_dump(mode="json")
+        return self._values.model_dump(mode="json")
 
     def on(self, task: Any = "") -> Step[Out]:
         """The step that has this agent do a task, in a run of its own.

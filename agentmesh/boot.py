@@ -58,7 +58,8 @@ def _make_model(provider: str, name: str, wanted: str) -> Model:
     if provider == "openai":
         from agentmesh.models.http import HttpModel
 
-        return HttpModel()
+        model: Model = HttpModel()
+        return model
     if provider == "local":
         try:
             from agentmesh.models.local import LocalModel
@@ -66,7 +67,8 @@ def _make_model(provider: str, name: str, wanted: str) -> Model:
             raise ExtraMissing(
                 f"model {wanted!r} needs {e.name}, which is not installed: pip install 'agentmesh-celery[local]'"
             ) from None
-        return LocalModel(name)
+        local: Model = LocalModel(name)
+        return local
     raise ConfigError(
         f"there is no model provider {provider!r} in {wanted!r}; there are {', '.join(PROVIDERS)}."
         f"{did_you_mean(provider, PROVIDERS)} Any OpenAI-compatible server is `openai:NAME` with OPENAI_BASE_URL"

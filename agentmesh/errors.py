@@ -90,7 +90,7 @@ class ServiceDown(ConfigError):
 class StepError(MeshError):
     """One step failed for good."""
 
-    fields = ("run_id", "n", "name", "attempts")
+    fields: ClassVar[tuple[str, ...]] = ("run_id", "n", "name", "attempts")
     run_id: str | None
     n: int | None
     name: str | None
@@ -116,7 +116,7 @@ class ContextTooLong(ModelError):
 class ToolError(StepError):
     """A tool raised."""
 
-    fields = (*StepError.fields, "again")
+    fields: ClassVar[tuple[str, ...]] = (*StepError.fields, "again")
     again: bool | None  # the tool raised TryAgain: its text is for the model
 
 
@@ -127,21 +127,21 @@ class StepTimeout(StepError):
 class DelegateFailed(StepError):
     """A sub-agent's run ended without a value."""
 
-    fields = (*StepError.fields, "child")
+    fields: ClassVar[tuple[str, ...]] = (*StepError.fields, "child")
     child: str | None
 
 
 class QuorumMissed(StepError):
     """Too few members of a gather succeeded."""
 
-    fields = (*StepError.fields, "errors")
+    fields: ClassVar[tuple[str, ...]] = (*StepError.fields, "errors")
     errors: "list[StepError] | None"
 
 
 class ApprovalDenied(StepError):
     """A person said no."""
 
-    fields = (*StepError.fields, "by")
+    fields: ClassVar[tuple[str, ...]] = (*StepError.fields, "by")
     by: str | None
 
 
@@ -156,14 +156,14 @@ class GpuOutOfMemory(StepError):
 class RunError(MeshError):
     """A run ended without a value."""
 
-    fields = ("run_id",)
+    fields: ClassVar[tuple[str, ...]] = ("run_id",)
     run_id: str | None
 
 
 class RunFailed(RunError):
     """The run failed."""
 
-    fields = ("run_id", "cause")
+    fields: ClassVar[tuple[str, ...]] = ("run_id", "cause")
     cause: str | None  # the type's name of the exception that ended the flow
 
 
@@ -174,14 +174,14 @@ class RunCancelled(RunError):
 class LimitReached(RunError):
     """The run spent what it may spend."""
 
-    fields = ("run_id", "limit")
+    fields: ClassVar[tuple[str, ...]] = ("run_id", "limit")
     limit: str | None
 
 
 class ReplayError(MeshError):
     """The flow no longer asks for the steps it asked for; the run is held."""
 
-    fields = ("run_id", "n")
+    fields: ClassVar[tuple[str, ...]] = ("run_id", "n")
     run_id: str | None
     n: int | None
 

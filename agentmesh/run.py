@@ -144,7 +144,7 @@ class Run(Generic[Out]):
             return cast(Out, from_json(end.value, agent.output) if agent is not None else end.value)
         if isinstance(end, Cancelled):
             raise RunCancelled(f"run {self.id} was cancelled{f' by {end.by}' if end.by else ''}", run_id=self.id)
-        raise ended_badly(self.id, cast(Failed, end))
+        raise ended_badly(self.id, end)
 
     # ---- what happens --------------------------------------------------------------------------
     @property
@@ -238,9 +238,9 @@ class Run(Generic[Out]):
         """Let a held step, or a held run, go on."""
         self._client.drive(self._client.tell(item.run_id, StepRevived(n=item.n, by=by)))
 
-    def raise_limits(self, *, by: str = "", **limits: float) -> None:
-        """Let the run spend more: `raise_limits(turns=50)`."""
-        self._client.drive(self._client.tell(self.id, LimitRaised(limits=limits, by=by)))
+    def raise_limits(self, limits: Mapping[str, float], *, by: str = "") -> None:
+        """Let the run spend more: `raise_limits({"turns": 50})`."""
+        self._client.drive(self._client.tell(self.id, LimitRaised(limits=dict(limits), by=by)))
 
     def cancel(self, *, by: str = "") -> None:
         """End the run and everything below it; what is running stops at its next token or renewal."""

@@ -5,6 +5,7 @@ could take to its grave. When the run ends, a leased and repeatable `finish` rep
 """
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         if begin is None:
             raise DefinitionError(f"no mesh of crew {kwargs.get('crew')!r} was made on this app in this process")
         saved = {name: value for name, value in request.items() if value is not None} | {"id": run_id}
-        begin(kwargs["agent"], args[0] if args else "", run_id, kombu_json.loads(kombu_json.dumps(saved)), kwargs["fields"])
+        begin(kwargs["agent"], args[0] if args else "", run_id, _plain(saved), kwargs["fields"])
 
 
 class FinishTask(EngineTask):
@@ -67,7 +68,7 @@ class FinishTask(EngineTask):
 
     name = "agentmesh.finish"
 
-    async def coro(self, crew: str, run_id: str) -> str:  # type: ignore[override]
+    async def coro(self, crew: str, run_id: str) -> str:
         engine = self.engines.get(crew)
         return await finish(self.app, engine, run_id) if engine else "no such crew here"
 
@@ -112,6 +113,12 @@ def _joined(backend: Any, group: str) -> bool:
     if not hasattr(backend, "_chord_part_return_script"):
         return True  # other backends count without a claim
     return backend.client.get(backend.get_key_for_group(group, ".c")) in (None, b"done", "done")
+
+
+def _plain(saved: dict[str, Any]) -> Any:
+    """Signatures and all, as JSON."""
+    dumps: Any = kombu_json.dumps  # kombu is untyped
+    return json.loads(dumps(saved))
 
 
 def _listed(link: Any) -> list[Any] | None:

@@ -84,6 +84,7 @@ class CeleryDispatch:
         return self._templates[key]
 
     def _signature(self, kind: str, name: str, queue: str) -> Any:
+        args: tuple[str, ...]
         task, args = "agentmesh.step", (self._crew, RUN, N, kind, queue.rpartition(".")[2])
         shown = f"{RUN} step {N}"
         if kind in ("Advance", "Delegate"):

@@ -34,7 +34,7 @@ class StepTask(EngineTask):
 
     name = "agentmesh.step"
 
-    async def coro(self, crew: str, run_id: str, n: str, kind: str, queue: str) -> str:  # type: ignore[override]
+    async def coro(self, crew: str, run_id: str, n: str, kind: str, queue: str) -> str:
         engine = self.engines.get(crew)
         return await engine.step(run_id, int(n), kind, queue) if engine else "no such crew here"
 
@@ -44,7 +44,7 @@ class AdvanceTask(EngineTask):
 
     name = "agentmesh.advance"
 
-    async def coro(self, crew: str, run_id: str) -> str:  # type: ignore[override]
+    async def coro(self, crew: str, run_id: str) -> str:
         engine = self.engines.get(crew)
         return await engine.advance(run_id) if engine else "no such crew here"
 

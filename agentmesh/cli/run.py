@@ -66,7 +66,7 @@ def resume_run(
             raise DefinitionError(f"run {run_id} was not begun from a crew file; name one: agentmesh runs resume {run_id} crew.py")
         loaded = load_crew(path)
         if limits:
-            run.raise_limits(**_limits(limits))
+            run.raise_limits(_limits(limits))
         for item in run.waiting_for:
             if item.why.startswith("replay"):
                 run.revive(item)

@@ -30,7 +30,7 @@ def list_runs(limit: int, *, broker: str, as_json: bool, file: Path | None) -> i
         table = Table("run", "state", "agent", "began", "turns", "tokens", "$", box=None, pad_edge=False)
         for head in heads:
             began = time.strftime("%m-%d %H:%M:%S", time.localtime(head.started_ms / 1000))
-            state = head.status
+            state: str = head.status
             if state == "open" and (why := Run[Any](head.id, place.client).waiting_for):
                 state = f"waiting: {_reason(why[0])}"
             cost = f"{head.cost_usd:.4f}" if head.cost_usd else ""

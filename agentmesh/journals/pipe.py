@@ -74,8 +74,8 @@ class Pipe:
 
     async def _connect(self) -> None:
         if self._connection is None:
-            options = parse_url(self.url)
-            kind = options.pop("connection_class", Connection)
+            options: Any = parse_url(self.url)
+            kind: Any = options.pop("connection_class", Connection)
             connection = kind(**options, decode_responses=True, socket_connect_timeout=5)
             await connection.connect()
             self._connection = connection

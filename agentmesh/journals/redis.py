@@ -164,8 +164,9 @@ class RedisJournal(VerbJournal):
         try:
             while True:
                 head = await self.head(root)  # before the read: what was said before the end is then read after it
-                found = await client.xread({self._key("live", root): at}, block=None if _over(head) else 250)
-                entries = next(iter(found.values()))[0] if isinstance(found, dict) and found else found[0][1] if found else []
+                # redis-py types the answers of both protocols at once; RESP3 gives {key: [entries]}, RESP2 [[key, entries]]
+                found: Any = await client.xread({self._key("live", root): at}, block=None if _over(head) else 250)
+                entries: Any = [] if not found else found.popitem()[1][0] if isinstance(found, dict) else found[0][1]
                 for at, fields in entries:
                     for token in json.loads(fields["t"]):
                         yield Token(*token)

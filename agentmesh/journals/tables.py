@@ -31,7 +31,7 @@ class Tables:
 
     def hincr(self, key: str, field: str, by: float = 1) -> float:
         """Add and answer the sum; a missing field is 0."""
-        value = self.hashes[key].get(field, 0) + by
+        value: float = self.hashes[key].get(field, 0) + by
         self.hashes[key][field] = value
         return value
 

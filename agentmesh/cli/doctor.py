@@ -1,0 +1,134 @@
+"""`agentmesh doctor`: everything a run needs, looked at one by one; what is wrong comes with its mend."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentmesh.boot import check_models, load_crew, place
+from agentmesh.celery.app import check_broker, journal_url, make_app
+from agentmesh.celery.loop import drive
+from agentmesh.cli.main import DONE, SURROUNDINGS
+from agentmesh.config import Config, load
+from agentmesh.errors import MeshError
+from agentmesh.journals.redis import RedisJournal
+from agentmesh.models.cache import installed
+
+EXTRAS = {
+    "local": ("torch", "transformers", "safetensors", "gguf"),
+    "rag": ("faiss", "numpy"),
+    "langchain": ("langchain_core",),
+    "notebook": ("ipykernel",),
+}
+CLASHES = {"agents": "openai-agents", "tools": "a package of that name"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; `mend` only where something is to be done."""
+
+    ok: bool
+    what: str
+    mend: str = ""
+
+
+def examine(crew: str, *, broker: str, file: Path | None) -> int:
+    """Print every finding; 0 when nothing needs mending."""
+    findings = list(_findings(crew, broker, file))
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'help'}  {finding.what}" + (f"\n      -> {finding.mend}" if finding.mend else ""))
+    return DONE if all(f.ok for f in findings) else SURROUNDINGS
+
+
+def _findings(crew: str, broker: str, file: Path | None) -> Iterator[Finding]:
+    new_enough = sys.version_info >= (3, 11)
+    yield Finding(new_enough, f"Python {platform.python_version()}", "" if new_enough else "install Python 3.11 or newer")
+    yield from _packages()
+    yield from _names()
+    try:
+        config = load(file=file, broker=broker or None)
+    except MeshError as e:
+        yield Finding(False, "settings", e.message)
+        return
+    yield from _servers(config)
+    yield from _models(config)
+    if crew:
+        yield from _crew(crew, config)
+
+
+def _packages() -> Iterator[Finding]:
+    for name in ("celery", "redis", "kombu"):
+        yield Finding(True, f"{name} {importlib.metadata.version(name)}")
+    for extra, modules in EXTRAS.items():
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        mend = f"only if you need it: pip install 'agentmesh-celery[{extra}]'" if missing else ""
+        yield Finding(True, f"extra {extra}: {'not installed (' + ', '.join(missing) + ')' if missing else 'installed'}", mend)
+
+
+def _names() -> Iterator[Finding]:
+    """Modules whose names are easily taken by somebody else's package."""
+    for name in ("agentmesh", "agentmesh_agents", "agentmesh_tools"):
+        spec = importlib.util.find_spec(name)
+        ours = spec is not None
+        yield Finding(ours, f"module {name}: {spec.origin if spec else 'not found'}", "" if ours else "pip install agentmesh-celery")
+    for name, owner in CLASHES.items():
+        if Path(f"{name}.py").exists():
+            yield Finding(False, f"{name}.py in this folder hides {owner}", f"rename {name}.py")
+
+
+def _servers(config: Config) -> Iterator[Finding]:
+    try:
+        config, valkey = place(config)
+    except MeshError as e:
+        yield Finding(False, "embedded Valkey", e.message)
+        return
+    try:
+        app = make_app(config.broker)
+        check_broker(app)
+        where = f"embedded Valkey in {config.home}" if valkey else "broker"
+        yield Finding(True, f"{where}: answers, and evicts nothing")
+        yield from drive(_journal(RedisJournal(journal_url(config.broker, config.journal))))
+    except MeshError as e:
+        yield Finding(False, "broker", e.message)
+    finally:
+        if valkey is not None:
+            valkey.leave()
+
+
+async def _journal(journal: RedisJournal) -> list[Finding]:
+    info: Any = await journal.pipe.ask("INFO", "everything")
+    facts = dict(line.split(":", 1) for line in str(info).splitlines() if ":" in line and not line.startswith("#"))
+    await journal.close()
+    aof = facts.get("aof_enabled") == "1"
+    server = f"journal: {facts.get('server_name', 'redis')} {facts.get('valkey_version', facts.get('redis_version', '?'))}"
+    cluster = facts.get("cluster_enabled") == "1"
+    return [
+        Finding(aof, f"{server}, append-only file {'on' if aof else 'off'}",
+                "" if aof else "set `appendonly yes`: without it a restart of the server loses every open run"),
+        Finding(not cluster, f"cluster mode {'on' if cluster else 'off'}",
+                "use a single node with replicas: one script writes many keys" if cluster else ""),
+    ]  # fmt: skip
+
+
+def _models(config: Config) -> Iterator[Finding]:
+    here = [m.name for m in installed()]
+    wanted = config.model.partition(":")[2] if config.model.startswith("local:") else ""
+    missing = bool(wanted) and wanted not in here
+    yield Finding(not missing, f"local models: {', '.join(here) or 'none'}", f"agentmesh models pull {wanted}" if missing else "")
+    has_key = bool(os.environ.get("OPENAI_API_KEY"))
+    yield Finding(True, f"OPENAI_API_KEY {'is set' if has_key else 'is not set'}", "" if has_key else "only `openai:` models need it")
+
+
+def _crew(path: str, config: Config) -> Iterator[Finding]:
+    try:
+        crew = load_crew(path)
+        yield Finding(True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.broker_queues())}")
+        check_models(crew, config)
+        yield Finding(True, "its models can be reached from here")
+    except MeshError as e:
+        yield Finding(False, f"crew {path}", e.message)
