@@ -10,6 +10,7 @@ from celery.exceptions import WorkerShutdown
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown
+from kombu.utils.url import maybe_sanitize_url
 
 logger = get_logger("agentmesh.consumer")
 
@@ -75,7 +76,8 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         """Try for as long as the worker lives: a broker that restarts is back within a second."""
 
         def failed(error: Exception, interval_s: float) -> None:
-            logger.warning("no broker answers at %s (%s); trying again in %.1f s", conn.as_uri(), error, interval_s)
+            url = maybe_sanitize_url(self.app.conf.broker_url)
+            logger.warning("no broker answers at %s (%s); trying again in %.1f s", url, error, interval_s)
             self._leave_if_closing()
 
         conn.ensure_connection(

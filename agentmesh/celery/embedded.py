@@ -12,6 +12,7 @@ from celery.bootsteps import CLOSE, RUN
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.utils.log import get_logger
 from celery.worker import WorkController
+from kombu.utils.url import maybe_sanitize_url
 
 from agentmesh.celery.consumer import MeshConsumer, broker_answers
 from agentmesh.celery.pool import CANCEL_S, TaskPool
@@ -86,7 +87,7 @@ class EmbeddedWorker:
         error = broker_answers(self._app, READY_S / 2)
         if error is not None:
             raise ServiceDown(
-                f"no broker answers at {self._app.connection_for_read().as_uri()} ({error}). Start one, or leave "
+                f"no broker answers at {maybe_sanitize_url(self._app.conf.broker_url)} ({error}). Start one, or leave "
                 "`broker` empty to use the embedded one"
             ) from error
         self._leaving.clear()

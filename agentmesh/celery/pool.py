@@ -160,6 +160,8 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
     def _thread_ended(self, future: "concurrent.futures.Future[None]") -> None:
         self._on_threads.discard(future)
         self.room.set()
+        if not future.cancelled() and (error := future.exception()) is not None:
+            logger.error("a task on a thread could not be traced", exc_info=error)
 
     # ---- the end ----
 

@@ -1,0 +1,225 @@
+"""The supervisor: workers come back, drain, and never outlive it. Real processes, without Celery but for the last."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import redis
+from celery import Celery
+
+from agentmesh.celery.supervise import Supervisor
+
+FRONT = """
+import argparse, os, signal, sys, threading, time
+from pathlib import Path
+from agentmesh.celery.supervise import announce_ready, leave_with_parent
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=Path); parser.add_argument("grace_s", type=float)
+parser.add_argument("--worker-name"); parser.add_argument("--ready-fd", type=int)
+given = parser.parse_args()
+leave_with_parent(given.grace_s)
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+"""
+# Ready at once; leaves a file when it has drained.
+GENTLE = FRONT + (
+    "announce_ready(given.ready_fd)\ntold.wait()\n"
+    "(given.folder / given.worker_name.replace('/', '-')).write_text('drained')"
+)
+DEAF = FRONT + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nannounce_ready(given.ready_fd)\ntime.sleep(600)"
+WITH_A_CHILD = FRONT + (
+    "child = os.fork()\n"
+    "if child == 0: time.sleep(600)\n"
+    "(given.folder / 'child').write_text(str(child))\nannounce_ready(given.ready_fd)\ntime.sleep(600)"
+)
+RETURNS = "import sys; sys.exit({})"
+
+OUTER = """
+import sys, pathlib
+from agentmesh.celery.supervise import Supervisor
+folder, drain_s, count, code = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+s = Supervisor([[sys.executable, "-c", code, str(folder), str(drain_s)]] * count, drain_s=drain_s)
+import threading
+def tell():
+    s.wait_ready(20)
+    print(*s.pids.values(), flush=True)
+threading.Thread(target=tell, daemon=True).start()
+heavy = {"celery", "kombu", "redis", "billiard"} & set(sys.modules)
+sys.exit(s.run() if not heavy else f"too heavy: {heavy}")
+"""
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+
+
+@pytest.fixture
+def supervised():
+    """Makes supervisors on threads, and ends them."""
+    made = []
+
+    def make(*codes, folder, grace_s=10.0, **options):
+        argvs = [[sys.executable, "-c", code, str(folder), str(grace_s)] for code in codes]
+        supervisor = Supervisor(argvs, **options)
+        made.append(supervisor)
+        supervisor.start()
+        return supervisor
+
+    yield make
+    for supervisor in made:
+        supervisor.stop(now=True)
+        assert supervisor.join(20)
+
+
+@pytest.fixture
+def outer(tmp_path):
+    """Starts a supervisor in a process of its own; answers it and its workers' pids."""
+    made = []
+
+    def start(code, *, count=2, drain_s=20.0):
+        argv = [sys.executable, "-c", OUTER, str(tmp_path), str(drain_s), str(count), code]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        made.append(process)
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == count
+        return process, pids
+
+    yield start
+    for process in made:
+        process.kill()
+        process.communicate()
+
+
+def lives(pid):
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_ready_when_every_worker_says_so_and_drained_by_stop(supervised, tmp_path):
+    supervisor = supervised(GENTLE, GENTLE, folder=tmp_path)
+    assert supervisor.wait_ready(20)
+    names = supervisor.names
+    assert len(set(names)) == 2
+    supervisor.stop()
+    assert supervisor.join(20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(n.replace("/", "-") for n in names)
+
+
+def test_a_killed_worker_is_named_and_comes_back_under_another_name(supervised, tmp_path, eventually):
+    deaths = []
+    supervisor = supervised(GENTLE, folder=tmp_path, on_death=lambda name, code: deaths.append((name, code)))
+    assert supervisor.wait_ready(20)
+    killed = []
+    for _ in range(3):
+        ((name, pid),) = supervisor.pids.items()
+        killed.append((name, -signal.SIGKILL))
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: supervisor.names and supervisor.names[0] not in {n for n, _ in killed})
+    eventually(lambda: deaths == killed)
+
+
+def test_an_on_death_that_raises_stops_nothing(supervised, tmp_path, eventually):
+    asked = threading.Event()
+
+    def on_death(name, code):
+        asked.set()
+        raise OSError("the store is away")
+
+    supervisor = supervised(GENTLE, folder=tmp_path, on_death=on_death)
+    assert supervisor.wait_ready(20)
+    (pid,) = supervisor.pids.values()
+    os.kill(pid, signal.SIGKILL)
+    assert asked.wait(20)
+    eventually(lambda: supervisor.pids and pid not in supervisor.pids.values())
+
+
+def test_what_a_killed_worker_forked_goes_with_it(supervised, tmp_path, eventually):
+    supervisor = supervised(WITH_A_CHILD, folder=tmp_path)
+    assert supervisor.wait_ready(20)
+    child = int((tmp_path / "child").read_text())
+    (pid,) = supervisor.pids.values()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not lives(child))
+
+
+@pytest.mark.parametrize("code", [2, 4])
+def test_a_worker_that_cannot_ever_start_ends_the_supervisor_with_its_code(code):
+    assert Supervisor([[sys.executable, "-c", RETURNS.format(code)]]).run() == code
+
+
+def test_a_worker_that_fails_otherwise_is_tried_again(supervised, tmp_path, eventually):
+    deaths = []
+    supervised(RETURNS.format(1), folder=tmp_path, on_death=lambda name, code: deaths.append(code))
+    eventually(lambda: deaths[:3] == [1, 1, 1])
+
+
+def test_a_worker_that_does_not_drain_is_killed_at_the_end_of_its_time(outer, eventually):
+    process, pids = outer(DEAF, drain_s=0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 1
+    eventually(lambda: not any(map(lives, pids)))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_second_signal_kills_at_once(outer, eventually, number, code):
+    process, pids = outer(DEAF, drain_s=600.0)
+    process.send_signal(number)
+    eventually(lambda: pending(process.pid) == 0)
+    process.send_signal(number)
+    assert process.wait(20) == code
+    eventually(lambda: not any(map(lives, pids)))
+
+
+def pending(pid):
+    """Signals that the process has not taken yet; two of a kind would be one."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd")))
+
+
+def test_the_first_signal_drains_and_ends_with_zero(outer, tmp_path):
+    process, _ = outer(GENTLE)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("code", "drained"), [(GENTLE, 2), (DEAF, 0), (WITH_A_CHILD, 1)])
+def test_nobody_outlives_a_killed_supervisor(outer, tmp_path, eventually, code, drained):
+    process, pids = outer(code, count=1 if code is WITH_A_CHILD else 2, drain_s=0.3)
+    process.kill()
+    process.wait()
+    if code is WITH_A_CHILD:
+        pids.append(int((tmp_path / "child").read_text()))
+    eventually(lambda: not any(map(lives, pids)))
+    assert len(list(tmp_path.iterdir())) == drained
+
+
+def test_real_workers_go_on_after_a_kill_and_drain(valkey, eventually):
+    script = Path(__file__).with_name("counting_worker.py")
+    argv = [sys.executable, str(script), valkey.broker_url, valkey.url, "50", "20"]
+    supervisor = Supervisor([argv, argv])
+    supervisor.start()
+    try:
+        assert supervisor.wait_ready(20)
+        os.kill(next(iter(supervisor.pids.values())), signal.SIGKILL)
+        with (
+            Celery("ask", set_as_current=False, broker=valkey.broker_url) as app,
+            redis.Redis.from_url(valkey.url, decode_responses=True) as client,
+        ):
+            eventually(lambda: len(supervisor.names) == 2)
+            for _ in range(80):
+                app.send_task("count", (1.0,), queue="q")
+            eventually(lambda: client.get("begun") == "80")
+            supervisor.stop()
+            assert supervisor.join(20)
+            assert client.get("ended") == "80"
+    finally:
+        supervisor.stop(now=True)
+        assert supervisor.join(20)
