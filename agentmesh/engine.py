@@ -1,7 +1,7 @@
 """The engine: claim, do, replay, commit. It knows the ports alone; Celery, Redis and models are behind them."""
 
 import asyncio
-import uuid
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,7 @@ class Engine:
         self._doer = doer
         self._cache: OrderedDict[str, Cached] = OrderedDict()
         self.leases: dict[str, Lease] = {}
+        self._tokens = itertools.count(1)  # with the worker's name: unlike any other claim's
 
     # ---- the two units of work -----------------------------------------------------------------
     async def step(self, run_id: str, n: int, kind: str, queue: str) -> str:
@@ -124,7 +125,7 @@ class Engine:
         cached = self._cache.get(run_id)
         version = cached.history.version if cached else 0
         claimed = await self.journal.claim(
-            unit, worker=self.worker, token=uuid.uuid4().hex, version=version, crew=self.crew.name,
+            unit, worker=self.worker, token=f"{self.worker}#{next(self._tokens)}", version=version, crew=self.crew.name,
             crew_version=self.crew.version, ask=ask, rate=rate,
         )  # fmt: skip
         if isinstance(claimed, Refused):

@@ -345,7 +345,7 @@ class Journal(Protocol):
         ...
 
     async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
-        """The journal of a run, from its `after`-th event on."""
+        """The journal of a run, from its `after`-th event on; -1 is the last one."""
         ...
 
     async def head(self, run_id: str) -> RunHead | None:

@@ -14,7 +14,6 @@ from agentmesh.event import (
     Event,
     LimitRaised,
     RunDone,
-    RunStarted,
     StepPlanned,
     StepResolved,
     StepRevived,
@@ -115,7 +114,7 @@ class Run(Generic[Out]):
         while True:
             head = await self.head()
             if head.status != "open":
-                return await self._ended()
+                return await self._ended(head)
             left = WATCH_S if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 waits = "; ".join(f"{a.run_id} step {a.n} ({a.tool}): {a.why}" for a in await self.waiting())
@@ -133,14 +132,13 @@ class Run(Generic[Out]):
             raise RunError(f"there is no run {self.id!r}; `agentmesh runs ls` lists them", run_id=self.id)
         return head
 
-    async def _ended(self) -> Out:
-        events = await self._journal.events(self.id)
-        # a tolerant gather's late member may be recorded after the end
-        end = next(e for e in reversed(events) if isinstance(e, ENDS))
+    async def _ended(self, head: RunHead) -> Out:
+        (end,) = await self._journal.events(self.id, after=-1)
+        if not isinstance(end, ENDS):  # a tolerant gather's late member was recorded after the end
+            end = next(e for e in reversed(await self._journal.events(self.id)) if isinstance(e, ENDS))
         if isinstance(end, RunDone):
-            started = cast(RunStarted, events[0])
             crew = self._client.crew
-            agent = crew.agents.get(started.agent) if crew is not None else None
+            agent = crew.agents.get(head.agent) if crew is not None else None
             return cast(Out, from_json(end.value, agent.output) if agent is not None else end.value)
         if isinstance(end, Cancelled):
             raise RunCancelled(f"run {self.id} was cancelled{f' by {end.by}' if end.by else ''}", run_id=self.id)

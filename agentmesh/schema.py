@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, cast, get_type_hints
 
+from pydantic_core import from_json as parse_json
+from pydantic_core import to_json as to_json_bytes
 from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError, create_model
 
 
@@ -29,7 +31,7 @@ def to_json(value: Any, kind: Any = Any) -> Any:
     Raises:
         TypeError: it has no JSON form.
     """
-    if kind is str and type(value) is str:
+    if (value is None or type(value) in (str, int, bool)) and kind in (Any, type(value)):
         return value
     try:
         plain = adapter(kind).dump_python(value, mode="json", warnings="error")
@@ -54,6 +56,16 @@ def from_json(data: Any, kind: Any) -> Any:
 def json_schema(kind: Any) -> dict[str, Any]:
     """The JSON Schema of a type."""
     return adapter(kind).json_schema()
+
+
+def dumps(data: Any) -> str:
+    """Compact JSON text of plain values; for what is stored, not for what is compared."""
+    return to_json_bytes(data).decode()
+
+
+def loads(text: str | bytes) -> Any:
+    """Plain values from JSON text."""
+    return parse_json(text, cache_strings="keys")
 
 
 def canonical(data: Any) -> str:

@@ -1,7 +1,6 @@
 """Celery's consumer as our workers need it: local acks, quick reconnects, and a loop that a thread can leave."""
 
 import contextlib
-import socket
 import uuid
 from typing import Any
 
@@ -18,13 +17,13 @@ POLL_S = 0.1  # how long the thread's loop looks at the broker before it looks a
 
 
 def thread_loop(
-    obj: Any, connection: Any, consumer: Any, blueprint: Any, hub: Any, qos: Any, heartbeat: Any, clock: Any, *_: Any, **__: Any
+    obj: Any, connection: Any, consumer: Any, blueprint: Any, hub: Any, qos: Any, *_: Any, **__: Any
 ) -> None:
     """Consume until the blueprint leaves RUN. Celery's own synloop asks a process-wide flag, and only every 2 s."""
     consumer.on_message = obj.create_task_handler()
     consumer.consume()
     obj.on_ready()
-    prefetch = getattr(consumer.channel, "qos", None)  # AMQP has none: there the broker counts
+    prefetch: Any = getattr(consumer.channel, "qos", None)  # AMQP has none: there the broker counts
     while blueprint.state == RUN and obj.connection:
         if qos.prev != qos.value:
             qos.update()
@@ -50,6 +49,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     """
 
     client_name: str
+    connection: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.client_name = f"agentmesh-{uuid.uuid4().hex}"
@@ -124,7 +124,7 @@ def broker_answers(app: Any, timeout_s: float) -> Exception | None:
         }  # fmt: skip
     try:
         connection.connect()
-    except (OSError, socket.timeout, *connection.connection_errors, *connection.channel_errors) as error:
+    except (TimeoutError, OSError, *connection.connection_errors, *connection.channel_errors) as error:
         return error  # type: ignore[no-any-return]  # the tuple is Celery's, untyped
     finally:
         connection.release()

@@ -42,8 +42,9 @@ def drive(coro: Coroutine[Any, Any, T]) -> T:
     """
     native = _native_threads()
     if native is not None:
-        # Under gevent and eventlet `threading` is greenlets, which share one running loop; only a native thread has its own.
-        return native(lambda: asyncio.run(coro))
+        # Under gevent and eventlet `threading` is greenlets, which share one running loop; a native thread has its own.
+        value: T = native(lambda: asyncio.run(coro))
+        return value
     loop = loop_of_this_process()
     if threading.current_thread() is _LOOPS[os.getpid()][1]:
         coro.close()

@@ -139,7 +139,7 @@ class Supervisor:
 
     def stop(self, *, now: bool = False) -> None:
         """Ask for the end, from any thread: a drain, or `now` the kill."""
-        self._news.put(("stop", 0, now))
+        self._news.put((self._on_stop, 0, now))
 
     def join(self, timeout_s: float) -> bool:
         """Whether it has ended within the time."""
@@ -152,7 +152,7 @@ class Supervisor:
             return {}
 
         def heard(number: int, frame: FrameType | None) -> None:
-            self._news.put(("stop", number, False))  # a SimpleQueue may be put to from a signal handler
+            self._news.put((self._on_stop, number, False))  # a SimpleQueue may be put to from a signal handler
 
         return {number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -162,7 +162,7 @@ class Supervisor:
         wait_s = max(0.0, min(times) - time.monotonic()) if times else None
         with contextlib.suppress(queue.Empty):
             what, *rest = self._news.get(timeout=wait_s)
-            {"stop": self._on_stop, "ready": self._on_ready, "death": self._died}[what](*rest)
+            what(*rest)
 
     def _on_stop(self, number: int, now: bool) -> None:
         self._stops += 1
@@ -248,7 +248,7 @@ class Supervisor:
     def _hear_ready(self, worker: _Worker, process: "subprocess.Popen[bytes]", told: int) -> None:
         try:
             if os.read(told, 1):
-                self._news.put(("ready", worker, process))
+                self._news.put((self._on_ready, worker, process))
         finally:
             os.close(told)
 
@@ -257,7 +257,7 @@ class Supervisor:
         _kill_group(process.pid)  # what a killed worker leaves of its prefork pool
         if process.stdin is not None:
             process.stdin.close()
-        self._news.put(("death", worker, code))
+        self._news.put((self._died, worker, code))
         if self._on_death is not None:
             try:
                 self._on_death(name, code)

@@ -170,8 +170,9 @@ def _end(address: _Address) -> None:
 
 def _start_keeper(place: Path, binary: Path, address: _Address) -> "subprocess.Popen[bytes]":
     argv = [
-        str(binary), "--dir", str(place), *address.argv, "--save", "", "--appendonly", "yes", "--appendfsync", "everysec",
-        "--maxmemory-policy", "noeviction", "--logfile", "valkey.log", "--loglevel", "warning", "--daemonize", "no",
+        str(binary), "--dir", str(place), *address.argv, "--daemonize", "no", "--logfile", "valkey.log",
+        "--loglevel", "warning", "--save", "", "--appendonly", "yes", "--appendfsync", "everysec",
+        "--maxmemory-policy", "noeviction",
     ]  # fmt: skip
     if address.password:
         _write(place / "secret.conf", f"requirepass {address.password}\n")  # a command line is for everybody to read

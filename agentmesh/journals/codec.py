@@ -1,6 +1,5 @@
 """Between the engine's words and the protocol's JSON: one adapter for every journal; knows no store."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from agentmesh.event import (
 )
 from agentmesh.errors import JournalVersion
 from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec
-from agentmesh.schema import digest
+from agentmesh.schema import digest, dumps, loads
 
 TTL_MS = 10_000
 RETAIN_MS = 30 * 24 * 3600 * 1000
@@ -35,14 +34,14 @@ Reply = tuple[dict[str, Any], list[str]]
 
 def text_of(event: Event) -> str:
     """An event as the journal's line, without its time."""
-    return json.dumps(event.to_json(), separators=(",", ":"), ensure_ascii=False)
+    return dumps(event.to_json())
 
 
 def event_of(line: str) -> Event:
     """The event of a journal's line `AT_MS JSON`."""
     at, _, text = line.partition(" ")
     try:
-        return event_from_json(json.loads(text), int(at))
+        return event_from_json(loads(text), int(at))
     except KeyError as e:
         raise JournalVersion(f"the journal holds an event {e.args[0]!r} that this agentmesh does not know: upgrade it") from None
 

@@ -7,6 +7,7 @@ import asyncio
 import time
 from typing import Any
 
+from hiredis import pack_command
 from redis.asyncio.connection import Connection, parse_url
 from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
@@ -89,7 +90,7 @@ class Pipe:
     async def _exchange(self, batch: list[tuple[Command, "asyncio.Future[Any]", float]]) -> None:
         """Send all, read all; a reply is given to its asker at once, so that a later loss repeats only the rest."""
         connection = self._connection
-        await connection.send_packed_command(connection.pack_commands([command for command, _, _ in batch]))
+        await connection.send_packed_command(b"".join([pack_command(command) for command, _, _ in batch]))
         for _, future, _ in batch:
             try:
                 reply = await connection.read_response()

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-import json
+from contextlib import suppress
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -18,6 +18,7 @@ from agentmesh.journals.blobs import fingerprint_of, outsource, restored
 from agentmesh.journals.codec import Reply, VerbJournal, event_of
 from agentmesh.journals.pipe import LOST, Pipe, clean_url
 from agentmesh.ports import Held, RunHead, Sent, Token
+from agentmesh.schema import dumps, loads
 
 LIVE_ENTRIES = 10_000
 POLL_S = 0.25
@@ -65,13 +66,13 @@ class RedisJournal(VerbJournal):
         for fingerprint, text in list(outsource(args)):
             await self._keep(run_id, fingerprint, text)
         now = str(self._clock()) if self._clock else ""
-        given = (self.prefix, json.dumps(args, separators=(",", ":"), ensure_ascii=False), now, "1" if self._push else "0")
+        given = (self.prefix, dumps(args), now, "1" if self._push else "0")
         text, sha = script(verb)
         try:
             reply = await self.pipe.ask("EVALSHA", sha, 1, *given)
         except NoScriptError:
             reply = await self.pipe.ask("EVAL", text, 1, *given)
-        head, count = json.loads(reply[0]), reply[1]
+        head, count = loads(reply[0]), reply[1]
         if self._send is not None:
             for queue, body in zip(reply[2 + count :: 2], reply[3 + count :: 2], strict=True):
                 self._send(Sent(queue, body))
@@ -146,14 +147,14 @@ class RedisJournal(VerbJournal):
         found = []
         for member in await self.tree(run_id):
             records = _pairs(await self.pipe.ask("HGETALL", self._key("st", member)))
-            found += [(member, key, json.loads(text)) for key, text in sorted(records.items()) if text.startswith("{")]
+            found += [(member, key, loads(text)) for key, text in sorted(records.items()) if text.startswith("{")]
         return found
 
     # ---- live ----------------------------------------------------------------------------------
     async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
         """See ports.Journal."""
         key = self._key("live", run_id.partition("/")[0])
-        said = json.dumps([[t.run_id, t.n, t.attempt, t.kind, t.text] for t in tokens], separators=(",", ":"), ensure_ascii=False)
+        said = dumps([[t.run_id, t.n, t.attempt, t.kind, t.text] for t in tokens])
         await self.pipe.ask("XADD", key, "MAXLEN", "~", LIVE_ENTRIES, "*", "t", said)
 
     async def tokens(self, run_id: str) -> AsyncIterator[Token]:
@@ -168,7 +169,7 @@ class RedisJournal(VerbJournal):
                 found: Any = await client.xread({self._key("live", root): at}, block=None if _over(head) else 250)
                 entries: Any = [] if not found else found.popitem()[1][0] if isinstance(found, dict) else found[0][1]
                 for at, fields in entries:
-                    for token in json.loads(fields["t"]):
+                    for token in loads(fields["t"]):
                         yield Token(*token)
                 if not entries and _over(head):
                     return
@@ -223,10 +224,9 @@ class _Ends:
         if self._task is None or self._task.done():
             self._heard.clear()
             self._task = asyncio.create_task(self._listen())
-        try:
-            await asyncio.wait_for(self._heard.wait(), 5)
-        except TimeoutError:
-            pass  # the server is away; the asker looks for itself every few seconds
+        if not self._heard.is_set():
+            with suppress(TimeoutError):  # the server is away; the asker looks for itself every few seconds
+                await asyncio.wait_for(self._heard.wait(), 5)
         return future
 
     def leave(self, run_id: str, future: "asyncio.Future[None]") -> None:

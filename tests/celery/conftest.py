@@ -80,10 +80,10 @@ def valkey(_valkey_server: ValkeyServer) -> ValkeyServer:
 
 
 @pytest.fixture
-def eventually():  # noqa: ANN201
+def eventually():
     """`eventually(condition)` waits until it is true, and fails after 15 s."""
 
-    def wait(condition, timeout_s=15.0):  # noqa: ANN001, ANN202
+    def wait(condition, timeout_s=15.0):
         until = time.monotonic() + timeout_s
         while True:
             with contextlib.suppress(redis.RedisError):
