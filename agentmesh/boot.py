@@ -117,7 +117,7 @@ def load_crew(path: str) -> Crew:
     except MeshError:
         raise
     except Exception as e:
-        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == str(source)), "?")
+        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if Path(f.filename).name == source.name), "?")
         raise DefinitionError(f"{file}, line {line}: {type(e).__name__}: {e}") from e
     return _crew_in(vars(module), file, name)
 

@@ -1,0 +1,56 @@
+# `make` lists the targets. Each makes what it needs; none needs another to have run.
+#
+# TORCH_INDEX: a package index with CPU builds of torch, for machines whose default index brings CUDA packages, e.g.
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+QUESTION ?= What is agentmesh, and what does it promise?
+PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+BIN = $(VENV)/bin
+TORCH_FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+
+.PHONY: help demo test check fix bench clean
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.local  ## run a crew over docs/ with the bundled local model: no key, no server, no GPU
+	$(BIN)/agentmesh models pull smollm2
+	$(BIN)/agentmesh run docs/examples/briefing.py "$(QUESTION)"
+
+test: $(VENV)/.dev  ## pass every test
+	$(BIN)/agentmesh models pull smollm2
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## lint, format, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q tests/house
+
+fix: $(VENV)/.dev  ## mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## print the figures: ratios beside a bare loop and plain Celery
+	$(BIN)/python bench/start.py
+	$(BIN)/python bench/steps.py
+	$(BIN)/python bench/rounds.py
+	$(BIN)/python bench/fanout.py
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) .agentmesh build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.local: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) $(TORCH_FROM) torch
+	$(PIP) -e '.[local]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) $(TORCH_FROM) torch
+	$(PIP) -e '.[local,rag,langchain,notebook,dev]'
+	touch $@ $(VENV)/.local
