@@ -1,0 +1,1 @@
+"""Models: messages in, message out (or tokens). One adapter a file; none imports another."""

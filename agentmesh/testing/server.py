@@ -1,0 +1,280 @@
+"""A fake OpenAI server on loopback: chat, tools, streaming, latency and faults; fast enough to stand under a benchmark.
+
+    with FakeOpenAI(["hello"]) as server:
+        HttpModel(base_url=server.url)
+
+As a process: `python -m agentmesh.testing.server --rounds 1 --latency 0.5` prints its URL.
+"""
+
+import argparse
+import asyncio
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentmesh.models.scripted import Reply, says, uses
+
+Answerer = Callable[[dict[str, Any]], Reply | str]
+
+
+@dataclass(slots=True)
+class Fault:
+    """What the server does instead of answering, once.
+
+    Args:
+        status: an HTTP error with `body`; 0 answers, but in a broken way.
+        cut_after: bytes of the stream after which the connection is closed.
+        drip_s: seconds between two pieces of a stream.
+        hang: never answer.
+        malformed: answer 200 with what is no JSON.
+    """
+
+    status: int = 0
+    retry_after: str = ""
+    body: str = ""
+    cut_after: int | None = None
+    drip_s: float = 0.0
+    hang: bool = False
+    malformed: bool = False
+
+
+@dataclass(slots=True)
+class Request:
+    """A request as it came."""
+
+    body: dict[str, Any]
+    at_s: float = field(default_factory=time.time)
+
+
+class FakeOpenAI:
+    """An OpenAI-compatible server in a thread of its own.
+
+    Args:
+        answer: replies in order, or a function of the request's body; default: `rounds` tool calls, then a text.
+        latency_s: before each answer.
+
+    Attributes:
+        url: its base URL, with /v1.
+        requests: everything that was asked.
+    """
+
+    def __init__(
+        self, answer: Iterable[Reply | str] | Answerer | None = None, *, latency_s: float = 0.0, rounds: int = 1,
+        keep: bool = True, port: int = 0,
+    ) -> None:  # fmt: skip
+        self._answer = _answerer(answer, rounds)
+        self._latency_s, self._keep, self._port = latency_s, keep, port
+        self.faults: deque[Fault] = deque()
+        self.requests: list[Request] = []
+        self.served = 0
+        self.url = ""
+        self._loop = asyncio.new_event_loop()
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fake-openai", daemon=True)
+        self._open: set[_Connection] = set()
+
+    def fail_next(self, status: int, *, retry_after: float | str = "", times: int = 1, body: str = "") -> None:
+        """The next answers are this HTTP error."""
+        self.faults.extend(Fault(status=status, retry_after=str(retry_after), body=body) for _ in range(times))
+
+    def __enter__(self) -> "FakeOpenAI":
+        self._thread.start()
+        self._up.wait()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self._port))
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        self._up.set()
+        try:
+            self._loop.run_forever()
+        finally:
+            server.close()
+            for connection in list(self._open):
+                connection.drop()
+            pending = asyncio.all_tasks(self._loop)
+            for task in pending:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            self._loop.close()
+
+    def reply(self, body: dict[str, Any]) -> Reply:
+        """What to answer to a request."""
+        said = self._answer(body)
+        return says(said) if isinstance(said, str) else said
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive HTTP/1.1 connection, parsed by hand: a framework would cost more than what is measured with it."""
+
+    def __init__(self, server: FakeOpenAI) -> None:
+        self._server, self._data = server, b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._server._open.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server._open.discard(self)
+
+    def drop(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        while (end := self._data.find(b"\r\n\r\n")) >= 0:
+            head = self._data[:end].lower()
+            at = head.find(b"content-length:")
+            length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+            if len(self._data) < end + 4 + length:
+                return
+            path, content = self._data[:end].split(b" ", 2)[1], self._data[end + 4 : end + 4 + length]
+            self._data = self._data[end + 4 + length :]
+            self._serve(path, content)
+
+    def _serve(self, path: bytes, content: bytes) -> None:
+        server = self._server
+        if path.endswith(b"/models"):
+            self._write(json.dumps({"object": "list", "data": [{"id": "fake", "object": "model"}]}).encode())
+            return
+        body = json.loads(content)
+        server.served += 1
+        if server._keep:
+            server.requests.append(Request(body))
+        fault = server.faults.popleft() if server.faults else None
+        if server._latency_s or (fault and (fault.hang or fault.drip_s)) or body.get("stream"):
+            server._loop.create_task(self._later(body, fault))
+        else:
+            self._respond(body, fault)
+
+    async def _later(self, body: dict[str, Any], fault: Fault | None) -> None:
+        if fault and fault.hang:
+            return
+        if self._server._latency_s:
+            await asyncio.sleep(self._server._latency_s)
+        if body.get("stream") and not (fault and fault.status):
+            await self._stream(body, fault or Fault())
+        else:
+            self._respond(body, fault)
+
+    def _respond(self, body: dict[str, Any], fault: Fault | None) -> None:
+        if fault and fault.status:
+            text = fault.body or json.dumps({"error": {"message": f"made to fail with {fault.status}"}})
+            extra = f"Retry-After: {fault.retry_after}\r\n" if fault.retry_after else ""
+            self._write(text.encode(), fault.status, extra)
+        elif fault and fault.malformed:
+            self._write(b"<html>no json</html>")
+        else:
+            self._write(json.dumps(whole(body, self._server.reply(body))).encode())
+
+    def _write(self, content: bytes, status: int = 200, extra: str = "") -> None:
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n{extra}\r\n"
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(head.encode() + content)
+
+    async def _stream(self, body: dict[str, Any], fault: Fault) -> None:
+        assert self._transport is not None
+        self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        written = 0
+        for piece in pieces(body, self._server.reply(body)):
+            data = f"data: {piece}\n\n".encode()
+            written += len(data)
+            if fault.cut_after is not None and written > fault.cut_after:
+                self._transport.abort()
+                return
+            self._transport.write(b"%x\r\n%s\r\n" % (len(data), data))
+            if fault.drip_s:
+                await asyncio.sleep(fault.drip_s)
+        self._transport.write(b"0\r\n\r\n")
+
+
+def _answerer(answer: Any, rounds: int) -> Answerer:
+    if answer is None:
+        return lambda body: _loop(body, rounds)
+    if callable(answer):
+        function: Answerer = answer
+        return function
+    replies = iter(list(answer))
+    return lambda body: next(replies)
+
+
+def _loop(body: dict[str, Any], rounds: int) -> Reply:
+    """Call the first tool until it has answered `rounds` times, then say so."""
+    done = sum(m["role"] == "tool" for m in body["messages"])
+    if body.get("tools") and done < rounds:
+        function = body["tools"][0]["function"]
+        wanted = function["parameters"].get("properties", {})
+        return uses(function["name"], **{name: _example(schema) for name, schema in wanted.items()})
+    return says("done")
+
+
+def _example(schema: dict[str, Any]) -> Any:
+    return {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}.get(schema.get("type", ""), "x")
+
+
+def _usage(body: dict[str, Any], reply: Reply) -> dict[str, int]:
+    asked = sum(len(str(m.get("content") or "")) for m in body["messages"]) // 4 + 1
+    said = len(reply.text) // 4 + 1
+    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+
+def whole(body: dict[str, Any], reply: Reply) -> dict[str, Any]:
+    """A chat completion."""
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text or None}
+    if reply.calls:
+        message["tool_calls"] = [
+            {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            for i, (name, arguments) in enumerate(reply.calls)
+        ]
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if reply.calls else "stop"}
+    head = {"id": "chatcmpl-fake", "object": "chat.completion", "created": 0, "model": body.get("model", "fake")}
+    return {**head, "choices": [choice], "usage": _usage(body, reply)}
+
+
+def pieces(body: dict[str, Any], reply: Reply) -> Iterable[str]:
+    """The same as a stream of chunks."""
+
+    def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        head = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 0, "model": body.get("model", "fake")}
+        return json.dumps({**head, "choices": [choice]})
+
+    for i, word in enumerate(reply.text.split(" ") if reply.text else ()):
+        yield chunk({"role": "assistant", "content": word if i == 0 else f" {word}"})
+    for i, (name, arguments) in enumerate(reply.calls):
+        half = len(arguments) // 2
+        first = {"index": i, "id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments[:half]}}
+        yield chunk({"tool_calls": [first]})
+        yield chunk({"tool_calls": [{"index": i, "function": {"arguments": arguments[half:]}}]})
+    yield chunk({}, "tool_calls" if reply.calls else "stop")
+    usage = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 0, "model": "fake", "choices": []}
+    yield json.dumps({**usage, "usage": _usage(body, reply)})
+    yield "[DONE]"
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(description="a fake OpenAI server for tests and benchmarks")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=1)
+    given = parser.parse_args()
+    with FakeOpenAI(latency_s=given.latency, rounds=given.rounds, keep=False, port=given.port) as server:
+        print(server.url, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
