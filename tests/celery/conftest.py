@@ -69,7 +69,7 @@ def _valkey_server() -> Iterator[ValkeyServer]:
         yield server
     finally:
         server.kill()
-        pass
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

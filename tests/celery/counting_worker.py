@@ -6,11 +6,15 @@ import asyncio
 import redis.asyncio
 from celery import Celery, signals
 from celery.apps.worker import Worker
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 
 from agentmesh.celery.consumer import MeshConsumer
 from agentmesh.celery.pool import TaskPool
 from agentmesh.celery.settings import settings
 from agentmesh.celery.supervise import announce_ready, leave_with_parent
+
+AGAIN = Retry(ConstantBackoff(0.1), 100)  # the tests kill the server
 
 
 def main() -> None:
@@ -35,7 +39,9 @@ def main() -> None:
             raise AssertionError
 
         async def coro(self, seconds):
-            client = clients.get("it") or clients.setdefault("it", redis.asyncio.Redis.from_url(given.url))
+            if "it" not in clients:  # made here, on the loop that uses it
+                clients["it"] = redis.asyncio.Redis.from_url(given.url, retry=AGAIN)
+            client = clients["it"]
             await client.incr("begun")
             await asyncio.sleep(seconds)
             await client.incr("ended")

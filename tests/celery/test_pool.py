@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 from celery import Celery
+from celery.app.defaults import DEFAULTS
 from celery.result import AsyncResult
 from celery.worker import state
 
@@ -227,3 +228,19 @@ def test_a_worker_outlives_its_broker(valkey, eventually):
     finally:
         worker.terminate()
         worker.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("redis+socket:///a/v.sock?virtual_host=0", {"ack_emulation": False, "socket_keepalive": True}),
+        ("rediss://:secret@host:6380/1", {"ack_emulation": False, "socket_keepalive": True}),
+        ("amqp://host//", {"confirm_publish": True}),
+        ("memory://", {}),
+    ],
+)
+def test_settings_are_celerys_own_words(url, options):
+    given = settings(url)
+    assert set(given) <= set(DEFAULTS)
+    assert given["broker_transport_options"] == options
+    assert given["accept_content"] == ["json"]
