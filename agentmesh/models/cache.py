@@ -1,0 +1,92 @@
+"""Where local models live, and how a folder comes to be there whole or not at all. Standard library only."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentmesh.errors import ConfigError
+
+ORIGIN = "agentmesh.json"  # in each folder: where the model came from, written last
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A model of the cache."""
+
+    name: str
+    folder: Path
+    bytes: int
+    source: str
+
+
+def cache_folder() -> Path:
+    """AGENTMESH_CACHE, or the platform's cache folder."""
+    named = os.environ.get("AGENTMESH_CACHE")
+    if named:
+        return Path(named)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "agentmesh"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "agentmesh"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentmesh"
+
+
+def model_folder(name: str) -> Path:
+    """Where the model of this name is, or would be.
+
+    Raises:
+        ConfigError: no such name can be.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise ConfigError(f"model name {name!r} must be like 'smollm2' or 'org/model'")
+    return cache_folder() / "models" / name.replace("/", "--")
+
+
+def is_installed(name: str) -> bool:
+    """Whether the model is in the cache, whole."""
+    return (model_folder(name) / ORIGIN).is_file()
+
+
+def installed() -> list[Installed]:
+    """Every model of the cache, by name."""
+    found = []
+    for origin in sorted((cache_folder() / "models").glob(f"*/{ORIGIN}")):
+        told = json.loads(origin.read_text())
+        size = sum(f.stat().st_size for f in origin.parent.iterdir() if f.is_file())
+        found.append(Installed(told["name"], origin.parent, size, told["source"]))
+    return found
+
+
+@contextlib.contextmanager
+def building(name: str, source: str) -> Iterator[Path]:
+    """A folder to fill; when the block ends well it becomes the model's folder in one rename, else nothing remains."""
+    target = model_folder(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield folder
+        (folder / ORIGIN).write_text(json.dumps({"name": name, "source": source}))
+        for file in folder.iterdir():
+            _sync(file)
+        _sync(folder)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
