@@ -78,7 +78,7 @@ class LocalModel:
     def count(self, text: str) -> int:
         """How many tokens a text is."""
         self._load()
-        return len(self._tokenizer(text)["input_ids"])
+        return len(self._tokenizer(text, verbose=False)["input_ids"])
 
     # ---- parts ---------------------------------------------------------------------------------
     def _load(self) -> None:
@@ -119,7 +119,8 @@ class LocalModel:
                 told.insert(0, messages.pop(0)["content"])
             messages.insert(0, {"role": "system", "content": "\n\n".join(told)})
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        # verbose: a prompt that is too long is our error to raise, not the tokenizer's to warn about
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def _generate(self, ids: list[int], wanted: int, options: Any, stop: "_Stop") -> list[int]:
