@@ -19,6 +19,7 @@ local function raise_limits()
       end
     end
   end
+  advance(root)
 end
 
 local function tell_step()

@@ -56,7 +56,7 @@ def tell_step(s: Store, run: str, kind: str, a: Args) -> Reply:
 
 
 def raise_limits(s: Store, run: str, a: Args) -> None:
-    """New ceilings for the tree, and what they held goes on."""
+    """New ceilings for the tree, and what they held goes on; whoever works on the root meanwhile sees the new fact."""
     root = run.partition("/")[0]
     head = f"run:{root}"
     s.event(root, a["event"])
@@ -69,6 +69,7 @@ def raise_limits(s: Store, run: str, a: Args) -> None:
                 unit = f"s|{member}|{key}"
                 s.leave(unit, rec)
                 s.enqueue(unit, member, key, rec)
+    s.advance(root)
 
 
 def told(s: Store, a: Args) -> Reply:

@@ -1,0 +1,369 @@
+"""A seeded world around the protocol: clients, workers that die at any line, a broker that loses, repeats and reorders.
+
+The oracle stands outside the store: it counts what was executed and looks at the journal after every verb.
+`simulate(seed)` raises Violation with what went wrong; the same seed goes the same way.
+"""
+
+import heapq
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentmesh.journals import tend
+from agentmesh.journals.entries import Store
+from agentmesh.journals.tables import Tables
+
+TTL, SWEEP, PATIENCE = 2_000, 400, 600_000
+Stage = tuple[Any, ...]
+
+
+class Violation(AssertionError):
+    """The protocol broke a promise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """How bad the weather is; probabilities."""
+
+    loss: float = 0.08
+    repeat: float = 0.08
+    crash: float = 0.06
+    zombie: float = 0.04
+    reply_lost: float = 0.08
+    renewing: bool = True
+    tokens: bool = True
+
+
+def program(rng: random.Random, depth: int = 0) -> list[Stage]:
+    """A random flow: what it asks for, one after the other."""
+    stages: list[Stage] = []
+    for _ in range(rng.randint(1, 3)):
+        kind = rng.choice(["step", "step", "gather", "gather", "sleep", "approve", "child"])
+        if kind == "gather":
+            k = rng.randint(2, 4)
+            need = rng.choice([k, k, max(1, k - 1)])
+            inner = program(rng, depth + 1) if depth < 2 and rng.random() < 0.4 else None
+            stages.append(("gather", k, need, rng.choice([0, 0, 3_000]), inner, rng.choice([0, 2])))
+        elif kind == "child" and depth < 2:
+            stages.append(("child", program(rng, depth + 1)))
+        elif kind in ("sleep", "approve"):
+            stages.append((kind,))
+        else:
+            stages.append(("step",))
+    return stages
+
+
+def following(run: str, stages: list[Stage], lines: list[str]) -> dict[str, Any]:
+    """What a replay of this flow would plan now, as the verbs take it."""
+    events = [json.loads(line.partition(" ")[2]) for line in lines]
+    planned = {e["n"] for e in events if e["e"] == "StepPlanned"}
+    ended = {e["n"] for e in events if e["e"] in ("StepDone", "StepFailed", "Woken", "Approved", "Denied")}
+    closed = {e["first"] for e in events if e["e"] == "GatherClosed"}
+    n = 1
+    for stage in stages:
+        width = stage[1] if stage[0] == "gather" else 1
+        if (n not in closed) if stage[0] == "gather" else (n not in ended):
+            plans = [_plan(run, stage, n + i) for i in range(width) if n + i not in planned]
+            if not plans:
+                return {}
+            if stage[0] != "gather":
+                return {"plans": plans}
+            _, k, need, deadline, _, window = stage
+            gather = {"first": n, "last": n + k - 1, "need": need, "everyone": 0, "deadline": deadline, "window": window}
+            return {"plans": plans, "gather": gather}
+        n += width
+    up = json.dumps({"e": "StepDone", "n": int(run.rpartition("/")[2] or 0) if "/" in run else 0, "value": "child"})
+    return {"end": {"status": "done", "event": '{"e":"RunDone","value":1}', "up": up, "up_ok": 1}}
+
+
+def _plan(run: str, stage: Stage, n: int) -> dict[str, Any]:
+    inner = stage[4] if stage[0] == "gather" else stage[1] if stage[0] == "child" else None
+    kind = {"sleep": "Sleep", "approve": "Approve"}.get(stage[0], "Delegate" if inner else "Call")
+    out = {"n": n, "kind": kind, "event": json.dumps({"e": "StepPlanned", "n": n, "kind": kind}), "wire": _wire(f"s|{run}|{n}")}
+    if inner:
+        spec = {"crew": "c", "version": "", "agent": "A", "wire": _wire(f"a|{run}/{n}"), "parent": run, "n": n}
+        return {**out, "state": "child", "child": {"spec": spec, "started": '{"e":"RunStarted"}'}}
+    if kind == "Sleep":
+        return {**out, "state": "due", "due": 1_500}
+    if kind == "Approve":
+        return {**out, "state": "held", "held": "approve"}
+    return {**out, "state": "queued"}
+
+
+def _wire(unit: str) -> str:
+    return f"q\0{unit}#\0"
+
+
+@dataclass
+class World:
+    """One simulated afternoon."""
+
+    seed: int
+    faults: Faults = Faults()
+    now: int = 0
+    tables: Tables = field(default_factory=Tables)
+    executed: Counter[str] = field(default_factory=Counter)
+    excuses: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self._agenda: list[tuple[int, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._tokens = itertools.count()
+        self._programs: dict[str, list[Stage]] = {}
+        self._workers = {f"w{i}": 0 for i in range(3)}  # name -> generation: a death makes older work void
+        self._cancel: str = ""
+
+    # ---- time ----------------------------------------------------------------------------------
+    def at(self, delay: int, what: Callable[[], None]) -> None:
+        """Something to happen later."""
+        heapq.heappush(self._agenda, (self.now + delay, next(self._order), what))
+
+    def run(self) -> None:
+        """Until every run has ended and nothing is left to happen."""
+        for i in range(self.rng.randint(1, 3)):
+            self._programs[f"r{i}"] = program(self.rng)
+            self.at(self.rng.randint(0, 500), lambda run=f"r{i}": self._begin(run))  # type: ignore[misc]
+            for _ in range(self.rng.randint(0, 8)):  # somebody speaks while it works
+                self.at(self.rng.randint(100, 9_000), lambda run=f"r{i}": self._raise(run))  # type: ignore[misc]
+        if self.rng.random() < 0.2:
+            self._cancel = "r0"
+            self.at(self.rng.randint(500, 6_000), lambda: self._tell("r0", "RunCancelled", 0))
+        self.at(SWEEP, self._sweep)
+        while self._agenda and self.now < PATIENCE:
+            self.now, _, what = heapq.heappop(self._agenda)
+            what()
+            if self._over():
+                break
+        self._check_end()
+
+    def _over(self) -> bool:
+        runs = self.tables.zsets["runs"]
+        return len(runs) == len(self._programs) and not self.tables.zsets["open"]
+
+    # ---- verbs ---------------------------------------------------------------------------------
+    def verb(self, name: str, **args: Any) -> tuple[dict[str, Any], list[str]]:
+        """One atomic verb; its messages go to the broker, and the oracle looks."""
+        store = Store(self.tables, self.now)
+        reply = tend.ALL[name](store, args)
+        for _, head, _, _ in store.sent:
+            self._send(head.rstrip("#"))
+        self._look()
+        return reply
+
+    def _send(self, unit: str) -> None:
+        copies = 0 if self.rng.random() < self.faults.loss else 1 + (self.rng.random() < self.faults.repeat)
+        for _ in range(copies):
+            self.at(self.rng.randint(1, 120), lambda: self._deliver(unit))
+
+    def _begin(self, run: str) -> None:
+        args = {"run": run, "spec": {"crew": "c", "version": "", "agent": "A", "wire": _wire(f"a|{run}")},
+                "started": '{"e":"RunStarted"}', "digest": "d", "next": following(run, self._program(run), [])}  # fmt: skip
+        self.verb("begin", **args)
+        if self.rng.random() < self.faults.reply_lost:
+            self.verb("begin", **args)
+
+    def _program(self, run: str) -> list[Stage]:
+        if run in self._programs:
+            return self._programs[run]
+        parent, _, n = run.rpartition("/")
+        at = 1
+        for stage in self._program(parent):
+            width = stage[1] if stage[0] == "gather" else 1
+            if at <= int(n) < at + width:
+                return list(stage[4] if stage[0] == "gather" else stage[1])
+            at += width
+        raise Violation(f"run {run} has no program")
+
+    def _tell(self, run: str, kind: str, n: int) -> None:
+        self.verb("tell", run=run, kind=kind, n=n, event=json.dumps({"e": kind, **({"n": n} if n else {})}), up="{}")
+
+    def _raise(self, run: str) -> None:
+        self.verb("tell", run=run, kind="LimitRaised", n=0, event='{"e":"LimitRaised"}', limits={"turns": 10**6})
+
+    # ---- a worker ------------------------------------------------------------------------------
+    def _deliver(self, unit: str) -> None:
+        worker = self.rng.choice(list(self._workers))
+        generation = self._workers[worker]
+        if self._dies(worker, unit):
+            return
+        token = f"t{next(self._tokens)}"
+        run = unit.split("|")[1]
+        args = {"unit": unit, "worker": worker, "token": token, "version": 0, "crew": "c", "crew_version": "", "ttl": TTL}
+        head, lines = self.verb("claim", **args)
+        if self.rng.random() < self.faults.reply_lost:  # the client library asks again
+            if not self.faults.tokens:
+                args["token"] = f"t{next(self._tokens)}"
+            head, lines = self.verb("claim", **args)
+            if head.get("no") == "busy" and not self.faults.tokens:
+                return  # it holds the lease and does not know it
+        if "no" in head:
+            return
+        if self._dies(worker, unit):
+            return
+        fence = head["fence"]
+        if unit[0] == "a":
+            self.at(self.rng.choice([5, 60, 700]), lambda: self._plan_of(worker, generation, unit, run, fence, head["version"], lines))
+            return
+        self.executed[unit] += 1
+        needs = self.rng.choice([50, 200, 900, 3_000])
+        if self.rng.random() < self.faults.zombie:
+            self.excuses[unit] += 1
+            needs += 3 * TTL  # it sleeps through its lease, without renewing
+        elif self.faults.renewing:
+            for step in range(TTL // 3, needs, TTL // 3):
+                self.at(step, lambda: self._renew(worker, generation, unit, fence))
+        self.at(needs, lambda: self._commit(worker, generation, unit, run, fence, head["version"], lines))
+
+    def _renew(self, worker: str, generation: int, unit: str, fence: int) -> None:
+        if self._workers[worker] == generation:
+            self.verb("renew", worker=worker, leases=[[unit, fence]], ttl=TTL)
+
+    def _commit(
+        self, worker: str, generation: int, unit: str, run: str, fence: int, version: int, lines: list[str]
+    ) -> None:  # fmt: skip
+        if self._workers[worker] != generation or self._dies(worker, unit):
+            return
+        n = int(unit.split("|")[2])
+        roll = self.rng.random()
+        how, event = "done", {"e": "StepDone", "n": n}
+        if roll < 0.1:
+            how, event = "retried", {"e": "StepRetried", "n": n}
+            self.excuses[unit] += 1
+        elif roll < 0.2 and self.tables.hget(f"st:{run}", str(n)) and self._in_gather(run, n):
+            how, event = "failed", {"e": "StepFailed", "n": n}
+        text = json.dumps(event)
+        args: dict[str, Any] = {"unit": unit, "fence": fence, "event": text, "how": how, "version": version, "usage": {"turns": 1}}
+        if how == "retried":
+            args["delay"] = self.rng.choice([0, 800])
+        else:
+            args["next"] = following(run, self._program(run), [*lines, f"0 {text}"])
+        self.verb("commit", **args)
+        if self.rng.random() < self.faults.reply_lost:
+            self.verb("commit", **args)
+
+    def _in_gather(self, run: str, n: int) -> bool:
+        at = 1
+        for stage in self._program(run):
+            width = stage[1] if stage[0] == "gather" else 1
+            if at <= n < at + width:
+                return bool(stage[0] == "gather")
+            at += width
+        return False
+
+    def _plan_of(
+        self, worker: str, generation: int, unit: str, run: str, fence: int, version: int, lines: list[str]
+    ) -> None:
+        if self._workers[worker] != generation or self._dies(worker, unit):
+            return
+        args = {"run": run, "fence": fence, "version": version, "next": following(run, self._program(run), lines)}
+        head, more = self.verb("plan", **args)
+        if head.get("no") == "conflict":
+            later = [*lines, *more]
+            self.at(5, lambda: self._plan_of(worker, generation, unit, run, fence, head["version"], later))
+        elif self.rng.random() < self.faults.reply_lost:
+            self.verb("plan", **args)
+
+    def _dies(self, worker: str, unit: str) -> bool:
+        """The process goes, with everything it had in hand."""
+        if self.rng.random() >= self.faults.crash:
+            return False
+        self._workers[worker] += 1
+        for held in self.tables.smembers(f"wl:{worker}"):
+            self.excuses[held] += 1
+        self.excuses[unit] += 1
+        if self.rng.random() < 0.5:  # a supervisor sees it; else the lease runs out
+            self.at(20, lambda: self._release(worker))
+        return True
+
+    def _release(self, worker: str) -> None:
+        for held in self.tables.smembers(f"wl:{worker}"):
+            self.excuses[held] += 1  # a process of the same name may have begun anew
+        self.verb("release", worker=worker, crashed=1, queues=["q"])
+
+    def _sweep(self) -> None:
+        self.at(SWEEP, self._sweep)
+        empty = ["q"] if self.rng.random() < 0.3 else []
+        self.verb("sweep", worker=self.rng.choice(["s0", "s1"]), ttl=TTL, limit=50, empty=empty)
+        for unit in list(self.tables.zsets["held"]):
+            _, run, n = unit.split("|")
+            self._tell(run, "Approved", int(n))
+
+    # ---- the oracle ----------------------------------------------------------------------------
+    def _look(self) -> None:
+        for run in [k[3:] for k in self.tables.lists if k.startswith("ev:")]:
+            events = [json.loads(line.partition(" ")[2]) for line in self.tables.lists[f"ev:{run}"]]
+            self._look_at(run, events)
+            if self.tables.hget(f"run:{run}", "status") == "open" and not self._has_entry(run):
+                raise Violation(f"open run {run} has no entry")
+
+    def _look_at(self, run: str, events: list[dict[str, Any]]) -> None:
+        ends = Counter(e["n"] for e in events if e["e"] in ("StepDone", "StepFailed", "Woken", "Approved"))
+        twice = [n for n, count in ends.items() if count > 1]
+        if twice:
+            raise Violation(f"step {twice[0]} of {run} ended twice")
+        closed = Counter(e["first"] for e in events if e["e"] == "GatherClosed")
+        if any(count > 1 for count in closed.values()):
+            raise Violation(f"a gather of {run} closed twice")
+        if sum(e["e"] in ("RunDone", "RunFailed", "RunCancelled") for e in events) > 1:
+            raise Violation(f"run {run} ended twice")
+        at = 1
+        planned = Counter(e["n"] for e in events if e["e"] == "StepPlanned")
+        if any(count > 1 for count in planned.values()):
+            raise Violation(f"a step of {run} was planned twice")
+        good = {e["n"] for e in events if e["e"] in ("StepDone", "Woken", "Approved")}
+        for stage in self._program(run):
+            width = stage[1] if stage[0] == "gather" else 1
+            through = at in closed if stage[0] == "gather" else at in ends
+            if not through and max(planned, default=0) >= at + width:
+                raise Violation(f"run {run} went on past step {at}, which has not ended")
+            at += width
+        for e in events:
+            if e["e"] == "GatherClosed" and e["why"] in ("all", "need"):
+                need = next(g["need"] for f, g in self.tables.hashes[f"ga:{run}"].items() if int(f) == e["first"])
+                if len(good & set(e["members"])) < need:
+                    raise Violation(f"the gather {e['first']} of {run} closed before {need} members had succeeded")
+
+    def _has_entry(self, run: str) -> bool:
+        z = self.tables.zsets
+        for key, rec in self.tables.hashes[f"st:{run}"].items():
+            if not isinstance(rec, dict):
+                continue
+            unit = f"a|{run}" if key == "a" else f"s|{run}|{key}"
+            if rec["st"] == "child" and self.tables.hget(f"run:{run}/{key}", "status") == "open":
+                return True
+            if rec["st"] == "queued" and unit in z[f"q:{rec['q']}"]:
+                return True
+            if rec["st"] in ("leased", "due", "held") and unit in z[rec["st"]]:
+                return True
+        parent = run.rpartition("/")[0]
+        rec = self.tables.hget(f"st:{parent}", run.rpartition("/")[2]) if parent else None
+        waits = isinstance(rec, dict) and rec["st"] == "backlog"
+        return waits or any(run == c or run.startswith(f"{c}/") for c in self.tables.sets["cancelled"])
+
+    def _check_end(self) -> None:
+        for run in self._programs:
+            status = self.tables.hget(f"run:{run}", "status")
+            if status not in ("done", "cancelled") or (status == "cancelled" and run != self._cancel):
+                raise Violation(f"run {run} is {status} after {self.now} ms")
+        for unit, count in self.executed.items():
+            if count > 1 + self.excuses[unit]:
+                raise Violation(f"{unit} was executed {count} times and only {self.excuses[unit]} crashes or retries explain it")
+
+
+def simulate(seed: int, faults: Faults = Faults()) -> World:  # noqa: B008  frozen
+    """Run one world to its end.
+
+    Raises:
+        Violation: a promise was broken; the message names the seed.
+    """
+    world = World(seed, faults)
+    try:
+        world.run()
+    except Violation as e:
+        raise Violation(f"seed {seed}: {e}") from None
+    return world
