@@ -54,6 +54,7 @@ class FakeMesh:
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
         self.now_ms = start_ms
         self.messages: deque[str] = deque()
+        self.hold_messages = False  # True: nothing is worked off until it is False again
         self.journal = MemoryJournal(clock=lambda: self.now_ms, send=self._sent)
         self._ids = itertools.count(1)
         doer = Doer(model_of=lambda name: (self.model, str(name)), model=self.crew.model, deps=self.crew.deps, threads=4)
@@ -68,13 +69,18 @@ class FakeMesh:
         """Begin a run and go on until it ends or waits for somebody."""
         agent, task = (agent_or_task, task) if isinstance(agent_or_task, Agent) else (self.crew.lead, agent_or_task)
         run_id = id or f"r{next(self._ids)}"
-        wire = PlainDispatch().advance(run_id, agent.name, "")
-        spec = RunSpec(
-            run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
-            [m.to_json() for m in history], limits=self.crew.limits.to_json(), wire=wire, stream=stream,
-        )  # fmt: skip
-        self._drive(self._begin(spec))
+        self._drive(self._begin(self.spec(agent, task, run_id, history=history, stream=stream)))
         return Run(run_id, self.client)
+
+    def spec(
+        self, agent: Agent[Any], task: Any, run_id: str, *, history: Sequence[Message] = (), stream: bool = True
+    ) -> RunSpec:
+        """What a run of this agent is begun with."""
+        return RunSpec(
+            run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
+            [m.to_json() for m in history], limits=self.crew.limits.to_json(),
+            wire=PlainDispatch().advance(run_id, agent.name, ""), stream=stream,
+        )  # fmt: skip
 
     def run(self, agent_or_task: Agent[Any] | Any, task: Any = None, **options: Any) -> Any:
         """`start` and its result.
@@ -92,9 +98,9 @@ class FakeMesh:
 
     async def settle(self) -> None:
         """Work off every message; then let time skip to the next timer, until nothing is left to happen."""
-        while True:
+        while not self.hold_messages:
             while self.messages:
-                await asyncio.gather(*[self._work(self.messages.popleft()) for _ in range(len(self.messages))])
+                await self.pump_once()
             due = self.journal.tables.zsets["due"]
             cancelled = self.journal.tables.sets["cancelled"]
             if not due and not cancelled:
@@ -102,6 +108,10 @@ class FakeMesh:
             if due and not cancelled:
                 self.now_ms = max(self.now_ms, min(due.values()))
             await self.journal.sweep("sweeper")
+
+    async def pump_once(self) -> None:
+        """Work off the messages that are there now, side by side."""
+        await asyncio.gather(*[self._work(self.messages.popleft()) for _ in range(len(self.messages))])
 
     async def _work(self, unit: str) -> None:
         letter, run_id, *rest = unit.split("|")
