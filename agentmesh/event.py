@@ -1,7 +1,7 @@
 """The facts a journal holds, each in the past tense. Pure values; `at_ms` is the store's time."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 
@@ -12,11 +12,11 @@ class Event:
     at_ms: int = field(default=0, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """`{"e": "StepDone", "n": 3, …}`: the kind and what is not empty; the time is the store's to add."""
+        """`{"e": "StepDone", "n": 3, …}`: the kind and what is not as by default; the time is the store's to add."""
         out: dict[str, Any] = {"e": type(self).__name__}
-        for name in _FIELDS[type(self).__name__]:
+        for name, default in _FIELDS[type(self).__name__].items():
             value = getattr(self, name)
-            if name in ("value", "task") or value not in (None, "", 0, {}, [], ()):
+            if value != default or default is _REQUIRED:
                 out[name] = value
         return out
 
@@ -181,7 +181,16 @@ class RunCancelled(Event):
 
 KINDS: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}
 ENDS = (RunDone, RunFailed, RunCancelled)
-_FIELDS = {name: tuple(f.name for f in fields(cls) if f.name != "at_ms") for name, cls in KINDS.items()}
+_REQUIRED: Any = object()
+
+
+def _default(f: "Field[Any]") -> Any:
+    if f.default is not MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not MISSING else _REQUIRED
+
+
+_FIELDS = {name: {f.name: _default(f) for f in fields(cls) if f.name != "at_ms"} for name, cls in KINDS.items()}
 
 
 def event_from_json(data: Mapping[str, Any], at_ms: int = 0) -> Event:

@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic_core import from_json as parse_json
 from pydantic_core import to_json as to_json_bytes
@@ -123,11 +123,10 @@ class Parameters:
 
         Raises:
             TypeError: the call does not fit the signature.
+            pydantic.ValidationError: a value does not fit its type.
         """
-        given = self.signature.bind(*args, **kwargs).arguments
-        # pydantic's create_model erases the field names for a type checker
-        value = cast(Any, self.model).model_construct(**given)
-        return cast("dict[str, Any]", value.model_dump(mode="json", exclude_unset=True, warnings="error"))
+        value = self.model(**self.signature.bind(*args, **kwargs).arguments)
+        return value.model_dump(mode="json", exclude_unset=True, warnings="error")
 
     def parse(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Typed arguments by name from plain JSON.

@@ -5,9 +5,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
+from pydantic import ValidationError
+
 from agentmesh.errors import DefinitionError, ToolSignatureError
 from agentmesh.message import ToolSpec
-from agentmesh.schema import Parameters, summary
+from agentmesh.schema import Parameters, explain, summary
 from agentmesh.step import Call, ToolContext
 
 P = ParamSpec("P")
@@ -66,7 +68,8 @@ class Tool(Generic[P, R]):
         """
         try:
             arguments = self.parameters.bind(args, kwargs)
-            self.parameters.parse(arguments)
+        except ValidationError as e:
+            raise ToolSignatureError(f"tool `{self.name}`: {explain(e)}") from None
         except (TypeError, ValueError) as e:
             raise ToolSignatureError(f"tool `{self.name}`: {e}") from None
         return Call(self.name, self, arguments)

@@ -1,0 +1,209 @@
+"""Bad input gets a sentence that names the value and the mend; nothing half-made is left behind."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmesh import (
+    Agent,
+    ConfigError,
+    Context,
+    Crew,
+    DefinitionError,
+    Limits,
+    MeshError,
+    NameTaken,
+    Queue,
+    QuorumMissed,
+    StepError,
+    ToolSignatureError,
+    UnknownName,
+    errors,
+    tool,
+)
+from agentmesh.boot import Models, load_crew
+from agentmesh.config import load
+from agentmesh.errors import error_from_json, error_to_json
+
+
+def test_agents() -> None:
+    with pytest.raises(DefinitionError, match=r"`Boss`: team has the class Worker; write `Worker\(\)`"):
+
+        class Worker(Agent):
+            pass
+
+        class Boss(Agent):
+            team = (Worker,)
+
+    with pytest.raises(DefinitionError, match="no tool; write `@tool` above `def plain`"):
+
+        def plain(x: int) -> int:
+            return x
+
+        class A(Agent):
+            tools = (plain,)  # type: ignore[assignment]
+
+    with pytest.raises(DefinitionError, match="a flow is a plain `def`"):
+
+        class B(Agent):
+            async def flow(self, task: str, ctx: Context) -> str:  # type: ignore[override]
+                return ""
+
+    with pytest.raises(DefinitionError, match=r"a flow is `def flow\(self, task, ctx\)`"):
+
+        class C(Agent):
+            def flow(self, task: str) -> str:  # type: ignore[override]
+                return ""
+
+    with pytest.raises(DefinitionError, match="has no JSON Schema"):
+
+        class Opaque:
+            pass
+
+        class D(Agent[Opaque]):
+            pass
+
+
+def test_agents_have_no_state_and_take_known_fields() -> None:
+    class A(Agent):
+        city: str
+
+    with pytest.raises(AttributeError, match="has no state"):
+        A(city="Lima").city = "Rome"
+    with pytest.raises(DefinitionError, match="city: Field required"):
+        A()  # type: ignore[call-arg]
+    with pytest.raises(DefinitionError, match="town: Extra inputs are not permitted"):
+        A(city="Lima", town="x")  # type: ignore[call-arg]
+    with pytest.raises(DefinitionError, match="agent `A` takes text, not dict"):
+        A(city="Lima").on({"a": 1})
+
+
+def test_tools() -> None:
+    with pytest.raises(ToolSignatureError, match="tool `f`: parameter `x` has no type; write `x: str`"):
+
+        @tool
+        def f(x):  # type: ignore[no-untyped-def]
+            return x
+
+    with pytest.raises(ToolSignatureError, match="tool `g`"):
+
+        @tool
+        def g(x: object()) -> int:  # type: ignore[valid-type]
+            return 1
+
+    with pytest.raises(ToolSignatureError, match="has no fixed form"):
+
+        @tool
+        def h(*x: int) -> int:
+            return 1
+
+    with pytest.raises(DefinitionError, match="is at_most_once and has retries=2"):
+
+        @tool(delivery="at_most_once", retries=2)
+        def pay() -> str:
+            return ""
+
+    @tool
+    def ok(n: int) -> int:
+        return n
+
+    with pytest.raises(ToolSignatureError, match="tool `ok`: missing a required argument: 'n'"):
+        ok.on()  # type: ignore[call-arg]
+    with pytest.raises(ToolSignatureError, match="valid integer"):
+        ok.on("x")  # type: ignore[arg-type]
+
+
+def test_crews() -> None:
+    class Editor(Agent):
+        queue = "gpus"
+
+    with pytest.raises(UnknownName, match="agent `Editor` names queue 'gpus'; the crew has 'gpu', 'web'. Did you mean 'gpu'?"):
+        Crew(Editor(), queues=[Queue("gpu"), Queue("web")])
+
+    def another() -> type[Agent]:
+        class Editor(Agent):
+            pass
+
+        Editor.__module__ = "elsewhere"
+        return Editor
+
+    with pytest.raises(NameTaken, match="two agents are named 'Editor'"):
+        Crew(Editor(), another()(), queues=[Queue("gpus")])
+    with pytest.raises(DefinitionError, match="model 'gpt-5'; a model is `provider:name`"):
+        Crew(another()(), model="gpt-5")
+    with pytest.raises(DefinitionError, match="which is no model"):
+        Crew(another()(), model=42)
+    with pytest.raises(NameTaken, match="two queues of one name"):
+        Crew(another()(), queues=[Queue("a"), Queue("a")])
+    with pytest.raises(UnknownName, match="has no agent 'Edtor'; it has Editor. Did you mean 'Editor'?"):
+        Crew(another()()).agent("Edtor")
+    with pytest.raises(DefinitionError, match="write `Editor\\(\\)`"):
+        Crew(another())  # type: ignore[arg-type]
+    with pytest.raises(DefinitionError, match=r"rate='fast' must be like"):
+        Queue("a", rate="fast")
+    with pytest.raises(DefinitionError, match=r"Limits\(turns=0\) must be above 0"):
+        Limits(turns=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1", "makes no Crew; add `crew = Crew"),
+        ("from agentmesh import *\nclass A(Agent): pass\na=Crew(A())\nb=Crew(A())", "makes 2 crews (a, b); say which"),
+        ("\n1/0", "line 2: ZeroDivisionError: division by zero"),
+        ("import nowhere_to_be_found", "ModuleNotFoundError"),
+    ],
+)
+def test_crew_files(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "bad_crew.py"
+    file.write_text(text)
+    with pytest.raises(DefinitionError) as e:
+        load_crew(str(file))
+    assert said in e.value.message
+    with pytest.raises(DefinitionError, match="there is no file"):
+        load_crew(str(tmp_path / "none.py"))
+
+
+def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "agentmesh.toml"
+    file.write_text("borker = 'redis://x'")
+    with pytest.raises(ConfigError, match="there is no setting 'borker'. Did you mean 'broker'?"):
+        load(file=file)
+    file.write_text("lease_s = 'long'")
+    with pytest.raises(ConfigError, match="setting 'lease_s' is 'long'"):
+        load(file=file)
+    file.write_text("lease_s = 3.0\nbroker='redis://file'")
+    monkeypatch.setenv("AGENTMESH_BROKER", "redis://env")
+    assert (load(file=file).lease_s, load(file=file).broker, load(file=file, broker="redis://arg").broker) == (
+        3.0, "redis://env", "redis://arg",
+    )  # fmt: skip
+
+
+def test_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ConfigError, match="there is no model provider 'opnai' .* Did you mean 'openai'?"):
+        Models()("opnai:gpt")
+    with pytest.raises(ConfigError, match="there is no OPENAI_API_KEY in the environment"):
+        Models()("openai:gpt")
+
+
+def every_error() -> list[type[MeshError]]:
+    return [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, MeshError)]
+
+
+@pytest.mark.parametrize("cls", every_error(), ids=lambda c: c.__name__)
+def test_errors_survive_pickle_and_the_journal(cls: type[MeshError]) -> None:
+    given: dict[str, Any] = {f: 1 if f in ("n", "attempts") else "x" for f in cls.fields if f != "errors"}
+    error = cls("what happened", **given)
+    for again in (pickle.loads(pickle.dumps(error)), error_from_json(error_to_json(error))):
+        assert (type(again), again.message, again._given()) == (cls, "what happened", given)
+
+
+def test_nested_errors_survive_too() -> None:
+    error = QuorumMissed("1 of 2", errors=[StepError("a", n=1)])
+    again = error_from_json(error_to_json(error))
+    assert isinstance(again, QuorumMissed)
+    assert [(e.message, e.n) for e in again.errors or []] == [("a", 1)]
