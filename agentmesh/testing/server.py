@@ -70,7 +70,7 @@ class FakeOpenAI:
         self._latency_s, self._keep, self._port = latency_s, keep, port
         self.faults: deque[Fault] = deque()
         self.requests: list[Request] = []
-        self.served = 0
+        self.served = self.answered = 0
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._up = threading.Event()
@@ -80,6 +80,11 @@ class FakeOpenAI:
     def fail_next(self, status: int, *, retry_after: float | str = "", times: int = 1, body: str = "") -> None:
         """The next answers are this HTTP error."""
         self.faults.extend(Fault(status=status, retry_after=str(retry_after), body=body) for _ in range(times))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that came and have no answer yet."""
+        return self.served - self.answered
 
     def __enter__(self) -> "FakeOpenAI":
         self._thread.start()
@@ -147,6 +152,7 @@ class _Connection(asyncio.Protocol):
     def _serve(self, path: bytes, content: bytes) -> None:
         server = self._server
         if path.endswith(b"/models"):
+            server.served += 1
             self._write(json.dumps({"object": "list", "data": [{"id": "fake", "object": "model"}]}).encode())
             return
         body = json.loads(content)
@@ -180,6 +186,7 @@ class _Connection(asyncio.Protocol):
             self._write(json.dumps(whole(body, self._server.reply(body))).encode())
 
     def _write(self, content: bytes, status: int = 200, extra: str = "") -> None:
+        self._server.answered += 1
         head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n{extra}\r\n"
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(head.encode() + content)
@@ -197,6 +204,7 @@ class _Connection(asyncio.Protocol):
             self._transport.write(b"%x\r\n%s\r\n" % (len(data), data))
             if fault.drip_s:
                 await asyncio.sleep(fault.drip_s)
+        self._server.answered += 1
         self._transport.write(b"0\r\n\r\n")
 
 

@@ -1,0 +1,190 @@
+"""What must survive: real worker processes, a real Valkey, real kills. The fake server and a tool's file are the oracle."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from agentmesh.boot import load_crew
+from agentmesh.celery.loop import drive
+from agentmesh.celery.supervise import Supervisor
+from agentmesh.cli.child import spec_of
+from agentmesh.cli.worker import giver_back
+from agentmesh.config import Config
+from agentmesh.event import GatherClosed, StepDone
+from agentmesh.mesh import Mesh
+from agentmesh.run import Run
+from agentmesh.testing import FakeOpenAI, says, uses
+
+CREW = str(Path(__file__).parent / "survivors.py")
+LATENCY_S = 0.3
+
+
+def answer(body: dict[str, Any]) -> Any:
+    """A worker's two turns, and the writer's one."""
+    last = body["messages"][-1]
+    if last["role"] == "tool":
+        return says(f"<{last['content']}>")
+    return uses("look_up", word=last["content"]) if body.get("tools") else says(f"page: {last['content']}")
+
+
+def expected(task: str) -> str:
+    return "page: " + " | ".join(f"<meaning of {task}-{i}>" for i in range(4))
+
+
+class Scene:
+    """A mesh, supervised workers, the oracle."""
+
+    def __init__(self, valkey: Any, server: FakeOpenAI, log: Path, *, processes: int = 1, supervised: bool = True) -> None:
+        self.valkey, self.server, self.log = valkey, server, log
+        self.config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=2.0, sweep_s=0.2, drain_s=3.0)
+        self.crew = load_crew(CREW)
+        self.mesh = Mesh(self.crew, config=self.config)
+        argv = spec_of(self.config, crews=[CREW], queues=[], concurrency=0)
+        death = giver_back(self.config, self.crew.broker_queues()) if supervised else None
+        self.supervisor = Supervisor(
+            [argv] * processes, on_death=death, drain_s=5, output=subprocess.DEVNULL,
+            env={"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "SURVIVORS_LOG": str(log)},
+        )  # fmt: skip
+        self.excused = 0
+
+    def start(self, task: str) -> Run[str]:
+        return self.mesh.start(self.crew.lead, task, id=task)
+
+    def kill(self, number: int = signal.SIGKILL, which: int = 0) -> int:
+        """A worker process gets a signal; what it asked of the server may be asked again."""
+        pid = list(self.supervisor.pids.values())[which]
+        self.excused += self.server.in_flight
+        os.kill(pid, number)
+        return pid
+
+    def check(self, *tasks: str) -> None:
+        """Right answers, each step ended once, finished calls not paid again."""
+        for task in tasks:
+            run: Run[str] = self.mesh.get(task)
+            assert run.result(timeout_s=30) == expected(task)
+            for member in drive(self.mesh.journal.tree(task)):
+                ends = Counter(e.n for e in drive(self.mesh.journal.events(member)) if isinstance(e, StepDone))
+                assert set(ends.values()) <= {1}, (member, ends)
+        asked = [json.dumps(r.body["messages"]) for r in self.server.requests]
+        assert len(asked) - len(set(asked)) <= self.excused
+        assert len(set(asked)) == 9 * len(tasks)
+
+
+@contextmanager
+def scene(valkey: Any, tmp_path: Path, **how: Any) -> Iterator[Scene]:
+    with FakeOpenAI(answer, latency_s=LATENCY_S) as server:
+        it = Scene(valkey, server, tmp_path / "log", **how)
+        it.log.touch()
+        it.supervisor.start()
+        try:
+            assert it.supervisor.wait_ready(20)
+            yield it
+        finally:
+            it.supervisor.stop(now=True)
+            it.supervisor.join(10)
+            it.mesh.close()
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.005)
+
+
+def closed(it: Scene, task: str) -> bool:
+    return any(isinstance(e, GatherClosed) for e in it.mesh.get(task).events())
+
+
+MOMENTS: dict[str, Callable[[Scene], Any]] = {
+    "before it claims": lambda it: True,
+    "in an LLM call": lambda it: it.server.in_flight >= 2,
+    "in a tool": lambda it: it.log.read_text(),
+    "between commit and plan": lambda it: it.server.answered >= 5,
+    "while joining": lambda it: closed(it, "tea"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_worker_killed(valkey: Any, tmp_path: Path, moment: str) -> None:
+    with scene(valkey, tmp_path) as it:
+        it.start("tea")
+        until(lambda: MOMENTS[moment](it))
+        it.kill()
+        killed = time.monotonic()
+        it.check("tea")
+        assert time.monotonic() - killed < 15
+
+
+def test_workers_killed_again_and_again_without_anybody_giving_back(valkey: Any, tmp_path: Path) -> None:
+    """Only leases and the sweeper bring it back, as when a whole host dies."""
+    with scene(valkey, tmp_path, processes=2, supervised=False) as it:
+        for task in ("a", "b", "c"):
+            it.start(task)
+        for i in range(4):
+            until(lambda: it.server.in_flight >= 1)
+            it.kill(which=i % 2)
+            until(lambda: len(it.supervisor.pids) == 2)
+            time.sleep(0.4)
+        it.check("a", "b", "c")
+
+
+def test_the_store_killed_under_load(valkey: Any, tmp_path: Path) -> None:
+    with scene(valkey, tmp_path) as it:
+        for task in ("a", "b", "c"):
+            it.start(task)
+        for _ in range(2):
+            until(lambda: it.server.in_flight >= 2)
+            valkey.kill()
+            time.sleep(0.5)
+            valkey.restart()
+        it.check("a", "b", "c")
+        assert it.excused == 0  # a call that was answered while the store was away is still written
+
+
+def test_a_worker_that_slept_through_its_lease_is_refused(valkey: Any, tmp_path: Path) -> None:
+    with scene(valkey, tmp_path, processes=2) as it:
+        it.start("tea")
+        until(lambda: it.server.in_flight >= 4)
+        pid = it.kill(signal.SIGSTOP)
+        it.check("tea")
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(1.0)  # the zombie commits what it still has in hand, and is refused
+        it.check("tea")
+
+
+def test_every_message_delivered_twice(valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    with FakeOpenAI(answer) as server:
+        for name, value in {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "SURVIVORS_LOG": str(log)}.items():
+            monkeypatch.setenv(name, value)
+        from agentmesh.boot import Models
+
+        crew = load_crew(CREW)
+        mesh = Mesh(crew, broker=valkey.broker_url, journal=valkey.url, models=Models())
+        client = redis.Redis.from_url(valkey.url)
+
+        def twice(sent: Any) -> None:
+            client.lpush(sent.queue, sent.body)
+            client.lpush(sent.queue, sent.body)
+
+        for journal in (mesh.journal,):
+            monkeypatch.setattr(journal, "_push", False)
+            monkeypatch.setattr(journal, "_send", twice)
+        with mesh.worker():
+            runs = [mesh.start(crew.lead, f"t{i}") for i in range(3)]
+            assert [r.result(timeout_s=20) for r in runs] == [expected(f"t{i}") for i in range(3)]
+        assert len(server.requests) == 27
+        assert Counter(log.read_text().split()) == Counter(f"t{i}-{j}" for i in range(3) for j in range(4))
+        mesh.close()
+        client.close()
