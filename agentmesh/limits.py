@@ -21,7 +21,7 @@ class Limits:
         depth: how deep sub-agents may call sub-agents; at least 1.
     """
 
-    turns: int | None = 100
+    turns: int | None = 10_000  # enough for wide fan-outs, and an end for an agent that has none
     tokens: int | None = None
     cost_usd: float | None = None
     seconds: float | None = None

@@ -62,10 +62,8 @@ class Mesh:
         self.journal_url = journal_url(self.broker, journal or self.config.journal)
         self.worker_name = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
         self._models = models
-        self._engines: dict[str, Engine] = {}
-        self._begins: dict[str, Callable[..., None]] = {crew.name: self._begin_for_canvas}
-        register(self.app, self._engines)
-        canvas.register(self.app, self._engines, self._begins)
+        self._engines = register(self.app)
+        canvas.register(self.app, self._engines)[crew.name] = self._begin_for_canvas
         self._lock = threading.Lock()
         self._checked = False
         self.journal: Journal = make_journal(self.config, self.app, self.journal_url)

@@ -127,9 +127,13 @@ def _listed(link: Any) -> list[Any] | None:
     return [dict(x) for x in link] if isinstance(link, list | tuple) else [dict(link)]
 
 
-def register(app: Celery, engines: Engines, begins: dict[str, Any]) -> None:
-    """Put the agent's and the finish task on this app."""
+def register(app: Celery, engines: Engines) -> dict[str, Callable[..., None]]:
+    """Put the agent's and the finish task on this app; answers the `begin` of each crew, for all meshes of the app."""
+    if AgentTask.name in app.tasks:
+        found: dict[str, Callable[..., None]] = app.tasks[AgentTask.name].begins
+        return found
     agent, end = AgentTask(), FinishTask()
-    agent.begins, end.engines = begins, engines
+    agent.begins, end.engines = {}, engines
     app.register_task(agent)
     app.register_task(end)
+    return agent.begins

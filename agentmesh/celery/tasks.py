@@ -49,9 +49,14 @@ class AdvanceTask(EngineTask):
         return await engine.advance(run_id) if engine else "no such crew here"
 
 
-def register(app: Celery, engines: Engines) -> None:
-    """Put the tasks on this app and no other."""
+def register(app: Celery) -> dict[str, Engine]:
+    """Put the tasks on this app and no other; answers the engines they look in, which all meshes of the app share."""
+    if StepTask.name in app.tasks:
+        found: dict[str, Engine] = app.tasks[StepTask.name].engines
+        return found
+    engines: dict[str, Engine] = {}
     for cls in (StepTask, AdvanceTask):
         task = cls()
         task.engines = engines
         app.register_task(task)
+    return engines

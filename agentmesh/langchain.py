@@ -1,0 +1,130 @@
+"""The one door to LangChain: its chat models and tools become ours. Its types never reach a journal."""
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from agentmesh.errors import DefinitionError, ExtraMissing
+from agentmesh.message import Message, ToolCall, ToolSpec, Usage
+from agentmesh.ports import Answer, Prompt
+from agentmesh.tool import Tool
+
+try:
+    from langchain_core.language_models import BaseChatModel
+    from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+    from langchain_core.tools import BaseTool
+except ImportError as e:
+    raise ExtraMissing(f"LangChain needs {e.name}, which is not installed: pip install 'agentmesh-celery[langchain]'") from None
+
+
+class _ChatModel:
+    """A LangChain chat model as a Model."""
+
+    def __init__(self, chat: BaseChatModel) -> None:
+        self._chat = chat
+
+    async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
+        """See ports.Model."""
+        chat: Any = self._chat
+        if prompt.output is not None:
+            chat = chat.bind(response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(prompt.output)}})
+        if prompt.tools:
+            chat = chat.bind_tools([_function(t) for t in prompt.tools])
+        asked = to_langchain(prompt.messages)
+        if on_token is None:
+            return answer_of(await chat.ainvoke(asked, **prompt.options))
+        whole: Any = None
+        async for chunk in chat.astream(asked, **prompt.options):
+            whole = chunk if whole is None else whole + chunk
+            if text := _text(chunk):
+                on_token(text)
+        return answer_of(whole)
+
+    async def close(self) -> None:
+        """See ports.Model."""
+
+
+def as_model(chat: BaseChatModel) -> _ChatModel:
+    """A LangChain chat model for `Agent.model` or `Crew(model=…)`."""
+    if not isinstance(chat, BaseChatModel):
+        raise DefinitionError(f"as_model takes a LangChain chat model, not {type(chat).__name__}")
+    return _ChatModel(chat)
+
+
+def as_tool(tool: BaseTool, **options: Any) -> Tool[..., Any]:
+    """A LangChain tool for `Agent.tools`, with its own name, description and arguments.
+
+    Args:
+        options: as `@tool` takes them: timeout_s, retries, delivery, approve, queue.
+    """
+    if not isinstance(tool, BaseTool):
+        raise DefinitionError(f"as_tool takes a LangChain tool, not {type(tool).__name__}")
+
+    async def call(**arguments: Any) -> Any:
+        return await tool.ainvoke(arguments)
+
+    fields = tool.get_input_schema().model_fields
+    parameters = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation,
+            default=inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True),
+        )
+        for name, field in fields.items()
+    ]  # fmt: skip
+    call.__name__ = tool.name
+    call.__doc__ = tool.description
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    vars(call)["__signature__"] = inspect.Signature(parameters)
+    return Tool(call, name=tool.name, **options)
+
+
+def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:
+    """Our messages as LangChain's."""
+    out: list[BaseMessage] = []
+    for m in messages:
+        if m.role == "assistant":
+            calls: list[Any] = [{"id": c.id, "name": c.name, "args": _arguments(c.arguments), "type": "tool_call"} for c in m.tool_calls]
+            out.append(AIMessage(content=m.text, tool_calls=calls))
+        elif m.role == "tool":
+            out.append(ToolMessage(content=m.text, tool_call_id=m.tool_call_id))
+        else:
+            out.append(SystemMessage(content=m.text) if m.role == "system" else HumanMessage(content=m.text))
+    return out
+
+
+def from_langchain(message: BaseMessage) -> Message:
+    """A LangChain message as ours."""
+    roles: dict[str, Any] = {"ai": "assistant", "AIMessageChunk": "assistant", "human": "user", "system": "system", "tool": "tool"}
+    calls = tuple(
+        ToolCall(c.get("id") or f"call_{i}", c["name"], json.dumps(c["args"]))
+        for i, c in enumerate(getattr(message, "tool_calls", None) or ())
+    )
+    role = roles.get(message.type, "user")
+    return Message(role, _text(message), calls, getattr(message, "tool_call_id", "") or "")
+
+
+def answer_of(message: Any) -> Answer:
+    """A LangChain answer as ours, with what it counted."""
+    said = from_langchain(message)
+    counted = getattr(message, "usage_metadata", None) or {}
+    usage = Usage(counted.get("input_tokens", 0), counted.get("output_tokens", 0))
+    return Answer(said, usage, "tool_calls" if said.tool_calls else "stop")
+
+
+def _text(message: Any) -> str:
+    content = message.content
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return {}
+
+
+def _function(spec: ToolSpec) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": spec.name, "description": spec.description, "parameters": dict(spec.parameters)}}

@@ -1,0 +1,148 @@
+"""The command line as a user runs it: an embedded Valkey in a folder of the test's own, real worker processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmesh.testing import FakeOpenAI, says, uses
+
+CREW = """
+from agentmesh import *
+
+@tool(approve=True)
+def refund(order: int) -> str:
+    "Refunds."
+    return f"refunded {order}"
+
+class Desk(Agent):
+    "Answers."
+    tools = (refund,)
+
+class Helper(Agent):
+    "Helps."
+
+class Lead(Agent):
+    def flow(self, task: str, ctx: Context) -> str:
+        notes = ctx.gather([Helper().on(f"{task} {i}") for i in range(3)])
+        return ctx.do(Desk().on(task)) + " / " + ", ".join(notes)
+
+crew = Crew(Lead(), Desk(), Helper(), model="openai:fake")
+"""
+
+
+def answer(body: dict[str, Any]) -> Any:
+    last = body["messages"][-1]
+    if last["role"] == "tool":
+        return says(last["content"])
+    return uses("refund", order=7) if body.get("tools") and "refund" in last["content"] else says(last["content"].upper())
+
+
+class Shell:
+    def __init__(self, folder: Path, server: FakeOpenAI) -> None:
+        self.folder, self.server = folder, server
+        (folder / "crew.py").write_text(CREW)
+        self.env = {**os.environ, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "AGENTMESH_LEASE_S": "3"}
+
+    def argv(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "agentmesh.cli.main", *args]
+
+    def __call__(self, *args: str, code: int = 0) -> str:
+        done = subprocess.run(self.argv(*args), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        self.err = done.stderr
+        return done.stdout
+
+    def start(self, *args: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.argv(*args), cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            process_group=0,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    with FakeOpenAI(answer) as server:
+        yield Shell(tmp_path, server)
+
+
+def test_run_prints_the_answer_alone(shell: Shell) -> None:
+    assert shell("run", "crew.py", "tea", "--id", "t1") == "TEA / TEA 0, TEA 1, TEA 2\n"
+    assert "Delegate Helper (gather 1)" in shell.err
+    assert shell("run", "crew.py", "tea", "--id", "t1") == "TEA / TEA 0, TEA 1, TEA 2\n"
+    assert len(shell.server.requests) == 4
+    events = [json.loads(line) for line in shell("run", "crew.py", "cake", "--json").splitlines()]
+    assert (events[0]["e"], events[-1]["e"]) == ("RunStarted", "RunDone")
+    assert "done" in shell("runs", "ls")
+    assert "GatherClosed" in shell("runs", "show", "t1")
+
+
+def test_waiting_for_a_person(shell: Shell) -> None:
+    shell("run", "crew.py", "refund 7", "--id", "w1", code=3)
+    assert "agentmesh runs approve w1/4 2" in shell.err
+    shell("runs", "approve", "w1/4", "3", code=2)
+    assert "does not wait for this" in shell.err
+    shell("runs", "approve", "w1/4", "2", "--by", "ana")
+    assert shell("runs", "resume", "w1") == "refunded 7 / REFUND 7 0, REFUND 7 1, REFUND 7 2\n"
+    shell("runs", "cancel", "w1", code=2)
+    assert "has ended (done)" in shell.err
+
+
+def test_ctrl_c_leaves_the_run_resumable(shell: Shell) -> None:
+    shell.server._latency_s = 1.0
+    process = shell.start("run", "crew.py", "tea", "--id", "c1")
+    while shell.server.in_flight < 3:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "agentmesh runs resume c1" in err
+    shell.server._latency_s = 0.0
+    assert shell("runs", "resume", "c1") == "TEA / TEA 0, TEA 1, TEA 2\n"
+
+
+def test_a_detached_run_needs_no_client(shell: Shell) -> None:
+    assert shell("run", "crew.py", "tea", "--id", "d1", "--detach") == "d1\n"
+    shell("runs", "tail", "d1")
+    assert "RunDone" in shell("runs", "show", "d1")
+
+
+def test_a_worker_killed_in_front_of_your_eyes(shell: Shell) -> None:
+    shell.server._latency_s = 0.7
+    process = shell.start("run", "crew.py", "tea", "--id", "k1")
+    while shell.server.in_flight < 3:
+        time.sleep(0.01)
+    killed = subprocess.run(["pkill", "-9", "-P", str(process.pid), "-f", "agentmesh.cli.child"], check=False)
+    assert killed.returncode == 0
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "TEA / TEA 0, TEA 1, TEA 2\n"), err
+
+
+def test_wrong_use_says_what_is_wrong(shell: Shell) -> None:
+    shell("run", "none.py", "x", code=2)
+    assert shell.err.startswith("error: there is no file 'none.py'\nhelp: ")
+    shell("run", "crew.py", "x", "--broker", "redis://127.0.0.1:1/0", code=4)
+    assert "no broker answers at redis://127.0.0.1:1/0" in shell.err
+    shell("runs", "show", "nope", code=2)
+    assert "there is no run 'nope'" in shell.err
+    shell("run", "crew.py", "x", "--id", "a/b", code=2)
+    del shell.env["OPENAI_BASE_URL"], shell.env["OPENAI_API_KEY"]
+    shell("run", "crew.py", "x", "--id", "nokey", code=4)
+    assert "there is no OPENAI_API_KEY" in shell.err
+    shell("runs", "show", "nokey", code=2)  # nothing half-started is left behind
+    shell("worker", "crew.py", "--queue", "mian", code=2)
+    assert "Did you mean 'main'?" in shell.err
+
+
+def test_doctor(shell: Shell) -> None:
+    shell.env["AGENTMESH_MODEL"] = "openai:fake"
+    out = shell("doctor", "crew.py")
+    assert "append-only file on" in out
+    assert "crew 'crew': agents Lead, Desk, Helper" in out

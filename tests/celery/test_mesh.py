@@ -1,0 +1,155 @@
+"""A mesh on a real Valkey: handles, versions, large values, canvases of messages, the broker's safety."""
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+import redis
+from celery import chord
+
+from agentmesh import Agent, ConfigError, Context, Crew, DefinitionError, Queue, RunError, ServiceDown, Sleep, tool
+from agentmesh.celery.gather import Gather
+from agentmesh.mesh import Mesh
+from agentmesh.testing import ScriptedModel, says
+
+
+class Echo(Agent):
+    """Says what it is told."""
+
+
+@tool
+def repeat(text: str, times: int) -> str:
+    """Repeats."""
+    return text * times
+
+
+class Big(Agent):
+    def flow(self, task: str, ctx: Context) -> str:
+        return ctx.do(repeat.on("x", 900_000))
+
+
+class Wide(Agent[int]):
+    def flow(self, task: int, ctx: Context) -> int:
+        return len(ctx.gather([Echo().on(str(i)) for i in range(task)]))
+
+
+class Sleeper(Agent):
+    def flow(self, task: str, ctx: Context) -> str:
+        ctx.do(Sleep(0.3))
+        return "awake"
+
+
+def model() -> ScriptedModel:
+    return ScriptedModel(lambda p: says(p.messages[-1].text))
+
+
+def make(valkey: Any, *agents: Agent[Any], **crew: Any) -> Mesh:
+    return Mesh(Crew(*agents, **{"name": "m", "model": model(), **crew}), broker=valkey.broker_url, journal=valkey.url)
+
+
+def test_a_handle(valkey: Any) -> None:
+    mesh = make(valkey, Echo())
+    with mesh.worker():
+        run = mesh.start(Echo(), "hello there", id="h1", stream=True)
+        assert "".join(run.tokens()).split() == ["hello", "there"]
+        assert run.result(timeout_s=10) == "hello there"
+        assert mesh.start(Echo(), "hello there", id="h1").result(timeout_s=10) == "hello there"
+        with pytest.raises(RunError, match="exists with another agent or task"):
+            mesh.start(Echo(), "another", id="h1")
+        with pytest.raises(DefinitionError, match="run id 'a/b' must be"):
+            mesh.start(Echo(), "x", id="a/b")
+        assert [h.id for h in mesh.runs()] == ["h1"]
+
+        async def from_a_loop() -> str:
+            handle = await mesh.begin(Echo(), "x")
+            seen = [type(e).__name__ async for e in handle]
+            assert seen == ["RunStarted", "StepPlanned", "StepDone", "RunDone"]
+            value = await handle
+            await mesh.journal.close()  # this loop's connections; the mesh's own go with mesh.close()
+            return value
+
+        assert asyncio.run(from_a_loop()) == "x"
+    mesh.close()
+
+
+def test_a_run_that_does_not_exist(valkey: Any) -> None:
+    mesh = make(valkey, Echo())
+    with pytest.raises(RunError, match="there is no run 'nope'"):
+        mesh.get("nope").result(timeout_s=1)
+    mesh.close()
+
+
+def test_wide_gathers_and_sleeps_hold_no_worker(valkey: Any) -> None:
+    mesh = make(valkey, Wide(), Sleeper(), Echo(), queues=[Queue("main", concurrency=2)])
+    with mesh.worker():
+        sleeping = [mesh.start(Sleeper(), "x") for _ in range(10)]
+        assert mesh.run(Wide(), 120, timeout_s=20) == 120
+        assert [r.result(timeout_s=20) for r in sleeping] == ["awake"] * 10
+    mesh.close()
+
+
+def test_large_values_live_beside_the_journal(valkey: Any) -> None:
+    mesh = make(valkey, Big())
+    with mesh.worker():
+        run = mesh.start(Big(), "y" * 200_000)
+        assert run.result(timeout_s=20) == "x" * 900_000
+        assert len(run.events()[0].task) == 200_000  # type: ignore[attr-defined]
+    with redis.Redis.from_url(valkey.url, decode_responses=True) as client:
+        lines = client.lrange(f"agentmesh:ev:{run.id}", 0, -1)
+        assert max(map(len, lines)) < 1000  # type: ignore[arg-type]
+        assert len(list(client.scan_iter("agentmesh:blob:*"))) >= 2
+    mesh.close()
+
+
+def test_a_run_of_another_version_waits_visibly(valkey: Any) -> None:
+    old, new = make(valkey, Echo(), version="1"), make(valkey, Echo(), version="2")
+    run = old.start(Echo(), "x")
+    with new.worker():
+        for _ in range(200):
+            if run.waiting_for:
+                break
+            threading.Event().wait(0.02)
+        assert [i.why for i in run.waiting_for] == ["version:m 1"]
+        assert run.status == "open"
+    with old.worker():
+        assert run.result(timeout_s=20) == "x"
+    old.close()
+    new.close()
+
+
+def test_a_gather_is_a_chord_and_its_messages_say_so(valkey: Any) -> None:
+    mesh = make(valkey, Wide(), Echo())
+    assert issubclass(Gather, chord)
+    run = mesh.start(Wide(), 3, id="g1")
+    with redis.Redis.from_url(valkey.url, decode_responses=True) as client:
+        messages = [json.loads(m) for m in client.lrange("agentmesh.m.main", 0, -1)]  # type: ignore[union-attr]
+        assert len(messages) == 3
+        heads = sorted((m["headers"] for m in messages), key=lambda h: h["group_index"])
+        assert [(h["task"], h["group"], h["group_index"]) for h in heads] == [("agentmesh.advance", "g1:g1", i) for i in range(3)]
+        assert [h["shadow"] for h in heads] == ["Echo.delegate"] * 3
+        assert all(not h.get("chord") and h["ignore_result"] for h in heads)
+        assert {h["root_id"] for h in heads} == {"g1"}
+        assert max(len(json.dumps(m)) for m in messages) < 2000
+    with mesh.worker():
+        assert run.result(timeout_s=10) == 3
+    mesh.close()
+
+
+def test_a_broker_that_evicts_is_refused(valkey: Any) -> None:
+    mesh = make(valkey, Echo())
+    with redis.Redis.from_url(valkey.url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            with pytest.raises(ConfigError, match="maxmemory-policy 'allkeys-lru' and would drop messages"):
+                mesh.check()
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+    mesh.close()
+
+
+def test_a_broker_that_is_away_is_named() -> None:
+    mesh = Mesh(Crew(Echo(), name="x"), broker="redis://127.0.0.1:1/0")
+    with pytest.raises(ServiceDown, match="no broker answers at redis://127.0.0.1:1/0"):
+        mesh.check()
