@@ -54,6 +54,12 @@ class Models:
             return self._made[key], name
 
 
+    async def close(self) -> None:
+        """Give back what the models hold on the running loop."""
+        for model in list(self._made.values()):
+            await model.close()
+
+
 def _make_model(provider: str, name: str, wanted: str) -> Model:
     if provider == "openai":
         from agentmesh.models.http import HttpModel

@@ -183,6 +183,8 @@ class Mesh:
     def close(self) -> None:
         """Give back connections; the mesh may be used again."""
         drive(self.journal.close())
+        if hasattr(self._models, "close"):
+            drive(self._models.close())
 
     # ---- parts ---------------------------------------------------------------------------------
     def _spec(self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool, origin: str) -> RunSpec:

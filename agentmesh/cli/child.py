@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from agentmesh.boot import Models, load_crew
+from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import announce_ready, leave_with_parent
 from agentmesh.cli.main import exit_code, say_error
 from agentmesh.config import Config
@@ -44,6 +45,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     over.wait()
     for worker in workers:
         worker.stop(grace_s=config.drain_s)
+    drive(models.close())
     return 0
 
 

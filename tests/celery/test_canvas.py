@@ -1,5 +1,6 @@
 """Agents inside a user's own Celery canvas, on the user's app with its own stock Redis backend."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,12 @@ from agentmesh.celery.embedded import EmbeddedWorker
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says
 
-# Celery's Redis backend calls a command that redis-py 8 calls deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:.*setex.*:DeprecationWarning")
+pytestmark = [
+    # Celery's Redis backend calls a command that redis-py 8 calls deprecated
+    pytest.mark.filterwarnings("ignore:.*setex.*:DeprecationWarning"),
+    # and leaves its connections to the collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 class Echo(Agent):
@@ -58,6 +63,9 @@ def scene(valkey: Any) -> Iterator[Scene]:
         yield it
         theirs.stop()
     it.mesh.close()
+    gc.collect()  # Celery's results unsubscribe when they are collected, and want the server for that
+    it.app.backend.result_consumer.stop()
+    it.app.backend.client.close()
     it.app.close()
 
 

@@ -1,0 +1,102 @@
+"""CPU of a run of 2 LLM calls and 1 tool: agentmesh on Celery beside a bare loop, and beside the same loop as plain Celery tasks.
+
+    python bench/steps.py [--runs 400] [--rounds 3]
+
+No latency, 50 runs at a time; each agentmesh step is its own Celery message, journaled. Client and worker CPU are counted
+together, store and broker (one Valkey) apart. The ways alternate; medians are printed. Ratios are within this run alone.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import cpu_s, fake_server, machine, median, valkey, valkey_cpu_s
+
+from agentmesh.boot import Models, load_crew
+from agentmesh.celery.loop import drive
+from agentmesh.celery.supervise import Supervisor
+from agentmesh.celery.valkey import EmbeddedValkey
+from agentmesh.cli.child import spec_of
+from agentmesh.config import Config
+from agentmesh.mesh import Mesh
+
+HERE = Path(__file__).parent
+AT_ONCE = 50
+
+
+def bare(url: str, runs: int) -> tuple[float, float]:
+    """Wall and CPU of the hand-written loop."""
+    done = subprocess.run([sys.executable, str(HERE / "loop.py"), url, str(runs), str(AT_ONCE)], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    return told["wall_s"], told["cpu_s"]
+
+
+def mesh_runs(mesh: Mesh, pids: list[int], url: str, runs: int) -> tuple[float, float, float]:
+    """Wall, CPU of client and workers, CPU of Valkey."""
+
+    async def all_of(count: int) -> None:
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def one(i: int) -> None:
+            async with room:
+                await (await mesh.begin(mesh.crew.lead, f"word{i}"))
+
+        await asyncio.gather(*[one(i) for i in range(count)])
+
+    drive(all_of(20))
+    store, cpu, began = valkey_cpu_s(url), time.process_time() + sum(map(cpu_s, pids)), time.perf_counter()
+    drive(all_of(runs))
+    return (
+        time.perf_counter() - began,
+        time.process_time() + sum(map(cpu_s, pids)) - cpu,
+        valkey_cpu_s(url) - store,
+    )
+
+
+def plain_celery(server: EmbeddedValkey, url: str, runs: int) -> tuple[float, float]:
+    """The same calls as three chained Celery tasks on the threads pool with a Redis backend; nothing survives a kill."""
+    env = {**os.environ, "BENCH_BROKER": server.broker_url, "OPENAI_BASE_URL": url}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "plain.py"), str(runs), str(AT_ONCE)], capture_output=True, text=True, check=True, env=env
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    return told["wall_s"], told["cpu_s"]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    rows: dict[str, list[tuple[float, ...]]] = {"bare loop": [], "agentmesh": [], "plain Celery": []}
+    with valkey() as server, fake_server() as url:
+        os.environ |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "k"}
+        config = Config(broker=server.broker_url, journal=server.url)
+        crew = str(HERE / "crew.py")
+        mesh = Mesh(load_crew(crew), config=config, models=Models())
+        supervisor = Supervisor([spec_of(config, crews=[crew], queues=[], concurrency=0)])
+        supervisor.start()
+        supervisor.wait_ready(20)
+        for _ in range(given.rounds):
+            rows["bare loop"].append(bare(url, given.runs))
+            rows["agentmesh"].append(mesh_runs(mesh, list(supervisor.pids.values()), server.url, given.runs))
+            rows["plain Celery"].append(plain_celery(server, url, given.runs))
+        supervisor.stop()
+        supervisor.join(10)
+        mesh.close()
+    print(f"{given.runs} runs of 2 LLM calls + 1 tool, {AT_ONCE} at a time, {given.rounds} rounds; {machine()}")
+    base = median([r[1] for r in rows["bare loop"]])
+    for name, found in rows.items():
+        wall, cpu = median([r[0] for r in found]), median([r[1] for r in found])
+        store = f"   store+broker {median([r[2] for r in found]) / given.runs * 1e3:.2f} ms" if len(found[0]) > 2 else ""
+        print(f"{name:<13} {given.runs / wall:7.0f} runs/s   {cpu / given.runs * 1e3:6.2f} ms CPU a run   x {cpu / base:.2f}{store}")
+
+
+if __name__ == "__main__":
+    main()
