@@ -1,26 +1,28 @@
 """Any OpenAI-compatible server over HTTP: OpenAI, vLLM, SGLang, Ollama, llama-server, gateways. One thin client."""
 
 import asyncio
+import contextlib
 import os
+import random
 import re
 import time
-from collections.abc import Callable
-from email.utils import parsedate_to_datetime
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import AsyncGenerator, Callable
+from urllib.parse import urlsplit
 
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_base, wait_random_exponential
 
 from agentmesh.errors import ConfigError, ContextTooLong, ModelError, ModelRefused
-from agentmesh.models.wire import Assembly, answer_of, body
+from agentmesh.models.wire import NOT_AN_ANSWER, Assembly, Pieces, answer_of, body, retry_after_s, said_by
 from agentmesh.ports import Answer, Prompt, RetryLater
 from agentmesh.schema import loads
 
 OPENAI = "https://api.openai.com/v1"
 LONGEST_WAIT_S = 5.0  # a longer one is the journal's: it holds no worker
-TOO_LONG = re.compile(r"context_length_exceeded|maximum context length|context (size|window|length)|too many tokens", re.I)
+FIRST_WAIT_S = 0.25
+DRAIN_S = 0.5  # for the few bytes after [DONE], without which the connection could not be used again
+TOO_LONG = re.compile(r"context_length_exceeded|context (size|window|length)|too many tokens", re.I)
 
 
 class _Passing(Exception):
@@ -38,7 +40,7 @@ class _Wait(wait_base):
     """
 
     def __init__(self) -> None:
-        self._jitter = wait_random_exponential(multiplier=0.25, max=LONGEST_WAIT_S)
+        self._jitter = wait_random_exponential(multiplier=2 * FIRST_WAIT_S, max=LONGEST_WAIT_S)
 
     def __call__(self, retry_state: RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None
@@ -56,7 +58,7 @@ class HttpModel:
         tries: attempts within one step, as long as the waits between them stay under 5 s.
 
     Raises:
-        ConfigError: OpenAI's own server and no key.
+        ConfigError: OpenAI's own server and no key, or a base URL that is none.
     """
 
     def __init__(
@@ -64,38 +66,54 @@ class HttpModel:
         connections: int = 1000,
     ) -> None:  # fmt: skip
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
-        key = api_key or os.environ.get("OPENAI_API_KEY", "")
-        if not key and self.base_url == OPENAI:
+        address = urlsplit(self.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError(
-                "there is no OPENAI_API_KEY in the environment; set it, or set OPENAI_BASE_URL to a server that needs none"
+                f"OPENAI_BASE_URL is {self.base_url!r}, which is no URL; write it like 'http://localhost:8000/v1'"
+            )
+        key = (api_key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        if not key and address.hostname == urlsplit(OPENAI).hostname:
+            raise ConfigError(
+                "there is no OPENAI_API_KEY in the environment; set it, or set OPENAI_BASE_URL to a server without keys"
             )
         self._url = f"{self.base_url}/chat/completions"
+        self._key = key
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        self._timeout_s, self._tries, self._connections = timeout_s, tries, connections
-        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, aiohttp.ClientSession] = WeakKeyDictionary()
+        self._timeout_s, self._tries, self._connections = timeout_s, max(1, tries), connections
+        # A session lives inside a generator that its loop ends when it shuts down, so that none outlives its loop.
+        self._sessions: dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]] = {}
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
         """See ports.Model."""
         sent = body(prompt, stream=on_token is not None)
+        began_s = time.monotonic()
         try:
             return await self._once(prompt, sent, on_token)  # nearly always enough, and tenacity is not free
-        except _Passing as first:
-            self._hand_over(first)
-            failed = first
-        await asyncio.sleep(failed.after_s if failed.after_s is not None else 0.1)
-        try:
-            async for attempt in AsyncRetrying(
-                stop=stop_after_attempt(max(1, self._tries - 1)), wait=_Wait(), reraise=True,
-                retry=retry_if_exception_type(_Passing),
-            ):  # fmt: skip
-                with attempt:
-                    try:
-                        return await self._once(prompt, sent, on_token)
-                    except _Passing as e:
-                        self._hand_over(e)
-                        raise
         except _Passing as e:
-            raise RetryLater(ModelError(f"{e.error.message} ({self._tries} tries)"), LONGEST_WAIT_S) from None
+            self._hand_over(e)
+            failed = e
+        if self._tries > 1:
+            await asyncio.sleep(random.uniform(0, FIRST_WAIT_S) if failed.after_s is None else failed.after_s)
+            try:
+                return await self._again(prompt, sent, on_token)
+            except _Passing as e:
+                failed = e
+        tried = f"({self._tries} {'try' if self._tries == 1 else 'tries'}) within {time.monotonic() - began_s:.1f} s"
+        raise RetryLater(ModelError(f"{failed.error.message} {tried}"), LONGEST_WAIT_S) from None
+
+    async def _again(self, prompt: Prompt, sent: bytes, on_token: Callable[[str], None] | None) -> Answer:
+        async for attempt in AsyncRetrying(
+            stop=stop_after_attempt(self._tries - 1),
+            wait=_Wait(),
+            reraise=True,
+            retry=retry_if_exception_type(_Passing),
+        ):
+            with attempt:
+                try:
+                    return await self._once(prompt, sent, on_token)
+                except _Passing as e:
+                    self._hand_over(e)
+                    raise
         raise AssertionError("unreachable")
 
     def _hand_over(self, failed: _Passing) -> None:
@@ -105,113 +123,120 @@ class HttpModel:
 
     async def close(self) -> None:
         """See ports.Model."""
-        session = self._sessions.pop(asyncio.get_running_loop(), None)
-        if session is not None:
-            await session.close()
+        _, life = self._sessions.pop(asyncio.get_running_loop(), (None, None))
+        if life is not None:
+            await life.aclose()
 
-    def _session(self) -> aiohttp.ClientSession:
+    async def _session(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
-        session = self._sessions.get(loop)
-        if session is None or session.closed:
-            session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=60),
-                timeout=aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10),
-                auto_decompress=True, cookie_jar=aiohttp.DummyCookieJar(),
-            )  # fmt: skip
-            self._sessions[loop] = session
+        known = self._sessions.get(loop)
+        if known is not None:
+            return known[0]
+        for gone in [other for other in self._sessions if other.is_closed()]:
+            del self._sessions[gone]
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        life = _life(session)
+        self._sessions[loop] = session, life
+        await anext(life)
         return session
 
     async def _once(self, prompt: Prompt, sent: bytes, on_token: Callable[[str], None] | None) -> Answer:
-        said_before = False
+        session, assembly = await self._session(), Assembly()
         try:
-            async with self._session().post(self._url, data=sent, headers=self._headers) as response:
+            async with session.post(self._url, data=sent, headers=self._headers) as response:
                 if response.status != 200:
                     raise self._refusal(prompt, response, (await response.read()).decode(errors="replace"))
-                if on_token is None:
-                    return self._whole(await response.read())
-                assembly = Assembly()
-                async for piece in _pieces(response):
-                    text = assembly.add(piece)
-                    if text:
-                        said_before = True
-                        on_token(text)
-                if assembly.finish is None:
-                    raise _Passing(ModelError(f"the stream from {self.base_url} ended in the middle of an answer"))
-                return assembly.answer()
+                if on_token is not None and response.content_type != "application/json":
+                    return await self._streamed(response, assembly, on_token)
+                answer = self._whole(await response.read())
         except _Passing as e:
-            if said_before:  # a new attempt of the step retracts what was said
+            if assembly.said:  # a new attempt of the step retracts what was said
                 raise RetryLater(e.error, 0.0) from None
             raise
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as e:
-            error = ModelError(_unreachable(self.base_url, e))
-            if said_before:
+            error = ModelError(self._broken(e))
+            if assembly.said:
                 raise RetryLater(error, 0.0) from None
             raise _Passing(error) from None
+        if on_token is not None and answer.message.text:  # a server that does not stream
+            on_token(answer.message.text)
+        return answer
+
+    async def _streamed(
+        self, response: aiohttp.ClientResponse, assembly: Assembly, on_token: Callable[[str], None]
+    ) -> Answer:  # fmt: skip
+        pieces = Pieces()
+        async for chunk in response.content.iter_any():
+            for data in pieces.feed(chunk):
+                if text := self._added(assembly, data):
+                    on_token(text)
+            if pieces.done:
+                break
+        if assembly.finish is None:
+            raise _Passing(ModelError(f"the stream from {self.base_url} ended in the middle of an answer"))
+        if not response.content.at_eof():
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, ConnectionError):
+                async with asyncio.timeout(DRAIN_S):
+                    await response.read()
+        return assembly.answer()
+
+    def _added(self, assembly: Assembly, data: bytes) -> str:
+        """The text of a piece of the stream."""
+        try:
+            piece = loads(data)
+            if piece.get("error"):
+                reason = said_by(data.decode(errors="replace"), self._key)
+                raise _Passing(ModelError(f"{self.base_url} broke off its answer: {reason}"))
+            return assembly.add(piece)
+        except NOT_AN_ANSWER:
+            raise _Passing(ModelError(
+                f"the stream from {self.base_url} is no chat completion: {data[:200].decode(errors='replace')!r}"
+            )) from None  # fmt: skip
 
     def _whole(self, raw: bytes) -> Answer:
         try:
             return answer_of(loads(raw))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except NOT_AN_ANSWER:
             shown = raw[:200].decode(errors="replace")
             raise ModelError(
                 f"{self.base_url} answered what is no chat completion: {shown!r}; is it an OpenAI-compatible server?"
             ) from None
 
     def _refusal(self, prompt: Prompt, response: aiohttp.ClientResponse, text: str) -> Exception:
-        status, said = response.status, _said(text)
+        status, said = response.status, said_by(text, self._key)
         if status in (401, 403):
             return ModelRefused(f"{self.base_url} refused the key ({status}: {said}); check OPENAI_API_KEY")
         if status == 404:
-            return ModelRefused(f"{self.base_url} has no model {prompt.model!r} (404: {said}); check its name and the URL")
+            return ModelRefused(
+                f"{self.base_url} has no model {prompt.model!r} (404: {said}); check its name and the URL"
+            )
         if status in (400, 413) and TOO_LONG.search(text):
-            return ContextTooLong(f"the prompt is longer than {prompt.model!r} takes: {said}; send less, or a model with more context")
+            return ContextTooLong(
+                f"the prompt is longer than {prompt.model!r} takes: {said}; send less, or a model with more context"
+            )
         if status == 429 and "insufficient_quota" in text:
             return ModelRefused(f"{self.base_url} says that the account's quota is used up: {said}")
         if status in (408, 409, 429) or status >= 500:
-            return _Passing(ModelError(f"{self.base_url} answered {status}: {said}"), _retry_after(response.headers.get("Retry-After")))
+            wait_s = retry_after_s(response.headers.get("Retry-After"))
+            return _Passing(ModelError(f"{self.base_url} answered {status}: {said}"), wait_s)
         return ModelRefused(f"{self.base_url} refused the request ({status}): {said}")
 
-
-async def _pieces(response: aiohttp.ClientResponse) -> Any:
-    """The JSON pieces of a server-sent event stream.
-
-    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
-    """
-    async for line in response.content:
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return
-        try:
-            yield loads(data)
-        except ValueError:
-            raise _Passing(ModelError(f"the stream is not JSON: {data[:200].decode(errors='replace')!r}")) from None
+    def _broken(self, error: Exception) -> str:
+        """What a failed connection means."""
+        reason = str(error) or type(error).__name__
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            return f"no model answers at {self.base_url} ({reason}); start the server, or set OPENAI_BASE_URL to yours"
+        if isinstance(error, TimeoutError):
+            return f"{self.base_url} did not end its answer in {self._timeout_s:g} s; ask for less, or raise timeout_s"
+        return f"the connection to {self.base_url} broke off ({reason}); see that server's log"
 
 
-def _retry_after(header: str | None) -> float | None:
-    """Seconds, from seconds or an HTTP date. Source: RFC 9110, section 10.2.3."""
-    if not header:
-        return None
+async def _life(session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
     try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
-
-
-def _said(text: str) -> str:
-    """The server's own sentence."""
-    try:
-        error = loads(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)[:500]
-    except (ValueError, KeyError, TypeError):
-        return text[:200].strip() or "no reason given"
-
-
-def _unreachable(url: str, error: Exception) -> str:
-    reason = str(error) or type(error).__name__
-    return f"no model answers at {url} ({reason}); start the server, or set OPENAI_BASE_URL to the one you mean"
+        yield
+    finally:
+        await session.close()

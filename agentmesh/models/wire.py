@@ -3,16 +3,24 @@
 Source: https://platform.openai.com/docs/api-reference/chat
 """
 
+import math
+import re
+import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
 from agentmesh.message import Message, ToolCall, ToolSpec, Usage
 from agentmesh.ports import Answer, Prompt
-from agentmesh.schema import dumps
+from agentmesh.schema import dumps, loads
+
+NOT_AN_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError)  # what foreign JSON does to `answer_of`
+LONGEST_RETRY_AFTER_S = 86_400.0
+KEY = re.compile(r"\bsk-[\w*.-]+")  # servers quote the key they refuse
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2048)
 def message_text(message: Message) -> str:
     """A message as JSON text; cached, since a conversation is sent whole at every turn."""
     if message.role == "tool":
@@ -59,15 +67,21 @@ def answer_of(data: Mapping[str, Any]) -> Answer:
     """An answer that came whole.
 
     Raises:
-        KeyError, IndexError, TypeError: it is not an answer.
+        KeyError, IndexError, TypeError, AttributeError: it is not an answer.
     """
     choice = data["choices"][0]
     said = choice["message"]
     calls = tuple(
-        ToolCall(c["id"], c["function"]["name"], c["function"]["arguments"]) for c in said.get("tool_calls") or ()
+        _call(i, c.get("id"), c["function"]["name"], c["function"].get("arguments"))
+        for i, c in enumerate(said.get("tool_calls") or ())
     )
-    message = Message("assistant", said.get("content") or "", calls)
+    message = Message("assistant", said.get("content") or said.get("refusal") or "", calls)
     return Answer(message, usage_of(data.get("usage")), _finish(choice.get("finish_reason")))
+
+
+def _call(i: int, call_id: str | None, name: str, arguments: Any) -> ToolCall:
+    """A call as the words have it; some servers leave out the id, or write arguments that are not text."""
+    return ToolCall(call_id or f"call_{i}", name, arguments if isinstance(arguments, str) else dumps(arguments or {}))
 
 
 def _finish(reason: str | None) -> Any:
@@ -75,13 +89,19 @@ def _finish(reason: str | None) -> Any:
 
 
 class Assembly:
-    """An answer put together from a stream's pieces."""
+    """An answer put together from a stream's pieces.
+
+    Attributes:
+        finish: why the answer ended, None while it has not.
+        said: whether any text came.
+    """
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._calls: dict[int, list[str]] = {}  # index -> id, name, arguments
         self._usage: Mapping[str, Any] | None = None
         self.finish: str | None = None
+        self.said = False
 
     def add(self, data: Mapping[str, Any]) -> str:
         """Take a piece; answers its text."""
@@ -97,11 +117,66 @@ class Assembly:
             call[0] = piece.get("id") or call[0]
             call[1] += function.get("name") or ""
             call[2] += function.get("arguments") or ""
-        text: str = delta.get("content") or ""
-        self._text.append(text)
+        text: str = delta.get("content") or delta.get("refusal") or ""
+        if text:
+            self._text.append(text)
+            self.said = True
         return text
 
     def answer(self) -> Answer:
         """The whole of it."""
-        calls = tuple(ToolCall(*self._calls[i]) for i in sorted(self._calls))
+        calls = tuple(_call(i, *self._calls[i]) for i in sorted(self._calls))
         return Answer(Message("assistant", "".join(self._text), calls), usage_of(self._usage), _finish(self.finish))
+
+
+class Pieces:
+    """Cuts a stream of server-sent events into their data; one event is one line, as every server writes it.
+
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+    Attributes:
+        done: [DONE] came.
+    """
+
+    def __init__(self) -> None:
+        self._begun: list[bytes] = []  # of a line that has not ended; a list, since a line may be megabytes
+        self.done = False
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The data that is whole now."""
+        if b"\n" not in chunk:
+            self._begun.append(chunk)
+            return []
+        *lines, rest = b"".join([*self._begun, chunk]).split(b"\n")
+        self._begun = [rest]
+        found = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+        if b"[DONE]" in found:
+            self.done = True
+            del found[found.index(b"[DONE]") :]
+        return found
+
+
+def retry_after_s(header: str | None) -> float | None:
+    """Seconds to wait, from seconds or an HTTP date; None when it says neither. Source: RFC 9110, section 10.2.3."""
+    if not header:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S) if math.isfinite(seconds) else None
+
+
+def said_by(text: str, key: str = "") -> str:
+    """The sentence in a server's refusal, never with the key in it."""
+    try:
+        data = loads(text)
+        error = data.get("error", data)
+        said = str(error["message"] if isinstance(error, dict) else error)[:500]
+    except NOT_AN_ANSWER:
+        said = text[:200].strip()
+    said = said.replace(key, "…") if key else said
+    return KEY.sub("…", said) or "no reason given"
