@@ -1,17 +1,22 @@
 """The Lua scripts and the Python protocol, verb by verb on the same worlds: equal answers, messages and journals."""
 
 import json
+import random
 from typing import Any
 
 import pytest
 import redis
+from redis.exceptions import NoScriptError
 
 from agentmesh.journals import tend
 from agentmesh.journals.entries import Store
 from agentmesh.journals.redis import script
+from agentmesh.journals.tables import Tables
 from agentmesh.testing.simulation import Faults, World
 
 PREFIX = "diff:"
+VERBS = ("begin", "claim", "renew", "release", "commit", "plan", "hold", "tell", "sweep", "told")
+OFTEN = ("claim", "claim", "commit", "commit", "plan", "tell")
 
 
 class Twin(World):
@@ -20,29 +25,45 @@ class Twin(World):
     client: Any
 
     def verb(self, name: str, **args: Any) -> tuple[dict[str, Any], list[str]]:
-        store = Store(self.tables, self.now)
-        head, lines = tend.ALL[name](store, args)
-        reply = self.client.eval(script(name)[0], 1, PREFIX, json.dumps(args), str(self.now), "0")
-        told, count = json.loads(reply[0]), reply[1]
-        assert (told, reply[2 : 2 + count]) == (head, lines), f"seed {self.seed}, {self.now} ms: {name}({args})"
-        sent = list(zip(reply[2 + count :: 2], reply[3 + count :: 2], strict=True))
-        assert sent == [(queue, f"{h}{seq}{t}") for queue, h, seq, t in store.sent], f"seed {self.seed}: {name}({args})"
-        for _, text, _, _ in store.sent:
-            self._send(text.rstrip("#"))
-        return head, lines
+        reply, sent = both(self.client, self.tables, self.now, name, args, seed=self.seed)
+        for unit in sent:
+            self._send(unit)
+        return reply
 
-    def compare(self) -> None:
-        """Everything that is kept."""
-        for key, events in self.tables.lists.items():
-            assert self.client.lrange(PREFIX + key, 0, -1) == events, key
-        for key, members in self.tables.zsets.items():
-            found = {m: int(s) for m, s in self.client.zrange(PREFIX + key, 0, -1, withscores=True)}
-            assert found == members, key
-        for key, names in self.tables.sets.items():
-            assert self.client.smembers(PREFIX + key) == names, key
-        for key, fields in self.tables.hashes.items():
-            found = {name: _plain(value) for name, value in self.client.hgetall(PREFIX + key).items()}
-            assert found == {name: _plain(value) for name, value in fields.items()}, key
+
+def both(
+    client: Any, tables: Tables, now: int, name: str, args: dict[str, Any], *, seed: int
+) -> tuple[tuple[dict[str, Any], list[str]], list[str]]:
+    """The reply of both, and the units for which both sent messages."""
+    store = Store(tables, now)
+    head, lines = tend.ALL[name](store, args)
+    text, sha = script(name)
+    given = (1, PREFIX, json.dumps(args), str(now), "0")
+    try:
+        reply = client.evalsha(sha, *given)
+    except NoScriptError:
+        reply = client.eval(text, *given)
+    told, count = json.loads(reply[0]), reply[1]
+    assert (told, reply[2 : 2 + count]) == (head, lines), f"seed {seed}, {now} ms: {name}({args})"
+    sent = list(zip(reply[2 + count :: 2], reply[3 + count :: 2], strict=True))
+    assert sent == [(queue, f"{h}{seq}{t}") for queue, h, seq, t in store.sent], (
+        f"seed {seed}, {now} ms: {name}({args})"
+    )
+    return (head, lines), [text.rstrip("#") for _, text, _, _ in store.sent]
+
+
+def compare(client: Any, tables: Tables) -> None:
+    """Everything that is kept."""
+    for key, events in tables.lists.items():
+        assert client.lrange(PREFIX + key, 0, -1) == events, key
+    for key, members in tables.zsets.items():
+        found = {m: int(s) for m, s in client.zrange(PREFIX + key, 0, -1, withscores=True)}
+        assert found == members, key
+    for key, names in tables.sets.items():
+        assert client.smembers(PREFIX + key) == names, key
+    for key, fields in tables.hashes.items():
+        kept = {name: _plain(value) for name, value in client.hgetall(PREFIX + key).items()}
+        assert kept == {name: _plain(value) for name, value in fields.items()}, key
 
 
 def _plain(value: Any) -> Any:
@@ -57,7 +78,9 @@ def _plain(value: Any) -> Any:
         return value
 
 
-@pytest.mark.parametrize("weather", [Faults(), Faults(loss=0.2, repeat=0.2, crash=0.12, zombie=0.1)], ids=["bad", "worse"])
+@pytest.mark.parametrize(
+    "weather", [Faults(), Faults(loss=0.2, repeat=0.2, crash=0.12, zombie=0.1)], ids=["bad", "worse"]
+)
 def test_the_scripts_do_what_the_protocol_says(valkey: Any, weather: Faults) -> None:
     client = redis.Redis.from_url(valkey.url, decode_responses=True)
     for seed in range(5000, 5060):
@@ -65,5 +88,205 @@ def test_the_scripts_do_what_the_protocol_says(valkey: Any, weather: Faults) -> 
         world = Twin(seed, weather)
         world.client = client
         world.run()
-        world.compare()
+        compare(client, world.tables)
+    client.close()
+
+
+class Scramble:
+    """Verbs in any order with any arguments that the codec may make, also such as no sane worker would send."""
+
+    def __init__(self, client: Any, seed: int) -> None:
+        self.client, self.seed, self.now = client, seed, 1_700_000_000_000
+        self.rng, self.tables = random.Random(seed), Tables()
+        self.leases: list[tuple[str, int, int]] = [("s|r0|1", 1, 1)]
+        self.last: tuple[str, dict[str, Any]] = ("sweep", self.sweep())
+        self.runs = ["r0", "r1"]
+
+    def step(self) -> None:
+        """One verb; now and then the last one once more."""
+        self.now += self.rng.choice([0, 1, 40, 700, 2_500])
+        if self.rng.random() > 0.1:
+            name = self.rng.choice([*VERBS, *OFTEN])
+            self.last = name, getattr(self, name)()
+        (head, _), _ = both(self.client, self.tables, self.now, *self.last, seed=self.seed)
+        if self.last[0] == "claim" and "ok" in head:
+            self.leases.append((self.last[1]["unit"], head["fence"], head["version"]))
+        self.runs = sorted(k[4:] for k in self.tables.hashes if k.startswith("run:")) or ["r0"]
+
+    def claim(self) -> dict[str, Any]:
+        z = self.tables.zsets
+        queued = sorted(unit for key in list(z) if key.startswith("q:") for unit in z[key])
+        units = [*queued, *queued, *z["leased"], *[u for u in z["due"] if u[0] != "g"], *z["held"], "s|r0|9"]
+        rng = self.rng
+        args: dict[str, Any] = {
+            "unit": rng.choice(units),
+            "worker": rng.choice("vw"),
+            "token": rng.choice("tu"),
+            "ttl": 3_000,
+        }
+        args |= {"version": rng.choice([0, 0, 2]), "crew": "c", "crew_version": rng.choice(["", "", "", "2"])}
+        if args["unit"][0] == "s" and rng.random() < 0.4:
+            args["ask"] = 1
+        if rng.random() < 0.3:
+            args |= {"rate_ms": 500, "burst": 2}
+        return args
+
+    def commit(self) -> dict[str, Any]:
+        unit, fence, version = self.lease("s")
+        run, n = unit.split("|")[1], int(unit.split("|")[2])
+        how = self.rng.choice(["done", "done", "done", "failed", "retried", "doubt"])
+        args: dict[str, Any] = {
+            "unit": unit,
+            "fence": fence,
+            "how": how,
+            "event": f'{{"e":"x","n":{n},"é":"\\u0000 €"}}',
+        }
+        args["version"] = self.rng.choice([version, len(self.tables.lists[f"ev:{run}"])])
+        if self.rng.random() < 0.7:
+            args["usage"] = {"turns": 1, "tokens": self.rng.randint(1, 500), "usd": self.rng.choice([0.5, 0.25])}
+        if how == "retried":
+            args["delay"] = self.rng.choice([0, 900])
+        elif self.rng.random() < 0.8:
+            args["next"] = self.next(run)
+        return args
+
+    def plan(self) -> dict[str, Any]:
+        unit, fence, version = self.lease("a")
+        run = unit.split("|")[1]
+        version = self.rng.choice([version, len(self.tables.lists[f"ev:{run}"])])
+        return {"run": run, "fence": fence, "version": version, "next": self.next(run)}
+
+    def lease(self, letter: str) -> tuple[str, int, int]:
+        fitting = [lease for lease in self.leases[-6:] if lease[0][0] == letter]
+        return (
+            self.rng.choice(fitting)
+            if fitting
+            else (f"{letter}|r0" + "|1" * (letter == "s"), self.rng.randint(1, 5), 1)
+        )
+
+    def next(self, run: str) -> dict[str, Any]:
+        """Nothing, an end, a lone step or a gather."""
+        rng, kind = self.rng, self.rng.choice(["", "end", "lone", "lone", "gather", "gather", "gather"])
+        first = 1 + max((int(k) for k in self.tables.hashes[f"st:{run}"] if k.isdigit()), default=0)
+        if kind == "end":
+            n = int(run.rpartition("/")[2]) if "/" in run else 0
+            end = {"status": rng.choice(["done", "failed"]), "event": '{"e":"RunDone"}'}
+            return {"end": end | ({"up": f'{{"e":"StepDone","n":{n}}}', "up_ok": rng.randint(0, 1)} if n else {})}
+        if kind == "lone":
+            return {"plans": [self.planned(run, first, ended=False)]}
+        if not kind:
+            return {}
+        k = rng.randint(1, 12)
+        gather = {"first": first, "last": first + k - 1, "need": rng.randint(1, k), "everyone": rng.randint(0, 1)}
+        gather |= {"deadline": rng.choice([0, 0, 1_500]), "window": rng.choice([0, 0, 1, 3])}
+        return {"plans": [self.planned(run, first + i) for i in range(k)], "gather": gather}
+
+    def planned(self, run: str, n: int, *, ended: bool = True) -> dict[str, Any]:
+        rng = self.rng
+        state = rng.choice(
+            ["queued", "queued", "queued", "held", "due", "child" if run.count("/") < 2 else "queued", "ended"]
+        )
+        state = "queued" if state == "ended" and not ended else state
+        kind = {"child": "Delegate", "held": rng.choice(["Approve", "Call"]), "due": rng.choice(["Sleep", "Call"])}.get(
+            state, "Call"
+        )
+        out: dict[str, Any] = {"n": n, "kind": kind, "state": state, "event": f'{{"e":"StepPlanned","n":{n}}}'}
+        if state == "child":
+            out["child"] = {"spec": self.spec(f"{run}/{n}") | {"parent": run, "n": n}, "started": '{"e":"RunStarted"}'}
+        else:
+            out["wire"] = wire(f"s|{run}|{n}", rng.choice("pq"))
+        if state == "queued" and rng.random() < 0.4:
+            out |= rng.choice([{"once": 1}, {"once": 1, "rec": 1}])
+        return out | {
+            "held": {"held": "approve"},
+            "due": {"due": 1_200},
+            "ended": {"end": f'{{"e":"StepFailed","n":{n}}}'},
+        }.get(state, {})
+
+    def spec(self, run: str) -> dict[str, Any]:
+        return {"crew": "c", "version": "", "agent": "A", "wire": wire(f"a|{run}", "q")}
+
+    def begin(self) -> dict[str, Any]:
+        rng, run = self.rng, self.rng.choice(["r0", "r1", "r2"])
+        spec = (
+            self.spec(run)
+            | rng.choice([{}, {"finish": wire(f"f|{run}", "p")}])
+            | {"on_limit": rng.choice(["hold", "fail"])}
+        )
+        spec |= rng.choice([{}, {"lim_turns": 3}, {"lim_tokens": 800}, {"lim_cost_usd": 1.5}, {"lim_seconds": 6.5}])
+        return {
+            "run": run,
+            "spec": spec,
+            "started": '{"e":"RunStarted"}',
+            "digest": rng.choice("ddd2"),
+            "next": self.next(run),
+        }
+
+    def renew(self) -> dict[str, Any]:
+        return {
+            "worker": self.rng.choice("vw"),
+            "leases": [list(lease[:2]) for lease in self.leases[-3:]],
+            "ttl": 3_000,
+        }
+
+    def release(self) -> dict[str, Any]:
+        return {
+            "worker": self.rng.choice("vw"),
+            "crashed": self.rng.randint(0, 1),
+            "queues": self.rng.choice([[], ["p", "q"]]),
+        }
+
+    def hold(self) -> dict[str, Any]:
+        unit, fence, _ = self.lease(self.rng.choice("as"))
+        return {"unit": unit, "fence": fence, "why": self.rng.choice(["replay", "in_doubt"])}
+
+    def tell(self) -> dict[str, Any]:
+        rng, run, n = self.rng, self.rng.choice(self.runs), self.rng.randint(0, 9)
+        held = sorted(self.tables.zsets["held"])
+        if held and rng.random() < 0.8:
+            _, run, *rest = rng.choice(held).split("|")
+            n = int(rest[0]) if rest else 0
+        kind = rng.choice(
+            [
+                "Approved",
+                "Approved",
+                "Denied",
+                "StepResolved",
+                "StepResolved",
+                "StepRevived",
+                "LimitRaised",
+                "RunCancelled",
+            ]
+        )
+        out: dict[str, Any] = {"run": run, "kind": kind, "event": f'{{"e":"{kind}"}}', "n": n}
+        if kind == "StepResolved":
+            out["action"] = rng.choice(["done", "failed", "retry"])
+        if kind == "LimitRaised":
+            out |= {"limits": {"turns": rng.randint(3, 9), "cost_usd": 2.75}, "n": 0}
+        if kind == "RunCancelled":
+            out |= {"n": 0} | ({"up": '{"e":"StepFailed"}'} if "/" in run else {})
+        return out
+
+    def sweep(self) -> dict[str, Any]:
+        rng = self.rng
+        out: dict[str, Any] = {"worker": rng.choice("vw"), "empty": rng.choice([[], ["q"], ["p", "q"]]), "ttl": 3_000}
+        out |= {"limit": rng.choice([2, 50]), "retain": rng.choice([4_000, 10**9])}
+        return out | ({"boot": rng.choice("bbbc")} if rng.random() < 0.3 else {})
+
+    def told(self) -> dict[str, Any]:
+        return {"run": self.rng.choice(self.runs)}
+
+
+def wire(unit: str, queue: str) -> str:
+    return f"{queue}\0{unit}#\0"
+
+
+def test_the_scripts_do_what_the_protocol_says_whatever_is_asked(valkey: Any) -> None:
+    client = redis.Redis.from_url(valkey.url, decode_responses=True)
+    for seed in range(300):
+        client.flushdb()
+        scramble = Scramble(client, seed)
+        for _ in range(60):
+            scramble.step()
+        compare(client, scramble.tables)
     client.close()
