@@ -137,7 +137,10 @@ class Agent(Generic[Out]):
 
     def specs(self) -> list[ToolSpec]:
         """The tools and the team as the model sees them."""
-        return [t.spec for t in self.tools] + [a.as_tool() for a in self.team]
+        known: list[ToolSpec] | None = self.__dict__.get("_specs")
+        if known is None:
+            known = self.__dict__["_specs"] = [t.spec for t in self.tools] + [a.as_tool() for a in self.team]
+        return known
 
     def schema(self) -> dict[str, Any] | None:
         """The JSON Schema of the answer's text; None for plain text. What is no object is wrapped as `value`."""
@@ -165,23 +168,18 @@ class Agent(Generic[Out]):
     def wanted(self, call: ToolCall) -> Step[Any] | str:
         """The step that a model's call asks for, or what to tell the model is wrong with it."""
         try:
-            arguments = json.loads(call.arguments or "{}")
-        except ValueError as e:
-            return f"error: the arguments are not JSON ({e}); call {call.name} again"
-        for tool in self.tools:
-            if tool.name == call.name:
-                try:
-                    return tool.asked(arguments)
-                except (ValidationError, TypeError) as e:
-                    return f"error: {explain(e) if isinstance(e, ValidationError) else e}; call {call.name} again"
-        for member in self.team:
-            if member.name == call.name:
-                if not isinstance(arguments, dict) or "task" not in arguments:
-                    return f"error: {call.name} needs `task`; call it again"
-                try:
-                    return member.on(from_json(arguments["task"], member.task_type))
-                except (ValidationError, DefinitionError) as e:
-                    return f"error: {explain(e) if isinstance(e, ValidationError) else e}; call {call.name} again"
+            for tool in self.tools:
+                if tool.name == call.name:
+                    return tool.asked(call.arguments)
+            for member in self.team:
+                if member.name == call.name:
+                    task = json.loads(call.arguments or "{}")["task"]
+                    return member.on(from_json(task, member.task_type))
+        except ValidationError as e:
+            return f"error: {explain(e)}; call {call.name} again"
+        except (ValueError, TypeError, KeyError, DefinitionError) as e:
+            missing = "it needs `task`" if isinstance(e, KeyError) else str(e)
+            return f"error: {missing}; call {call.name} again"
         known = ", ".join(s.name for s in self.specs())
         return f"error: there is no tool {call.name!r}; there are: {known or 'none'}"
 

@@ -5,7 +5,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -108,7 +108,7 @@ class Crew:
         if self.open and agent.name not in self.agents:
             self._add(agent)
 
-    def agent(self, name: str, fields: dict[str, Any] | None = None) -> Agent[Any]:
+    def agent(self, name: str, fields: Mapping[str, Any] | None = None) -> Agent[Any]:
         """The agent of this name, with these fields.
 
         Raises:

@@ -146,7 +146,7 @@ class Engine:
     async def _replay(self, history: History) -> Outcome:
         started = history.started
         assert started is not None
-        agent = self.crew.agent(started.agent, dict(started.fields))
+        agent = self.crew.agent(started.agent, started.fields)
         if history.version > LONG_REPLAY:
             return await asyncio.to_thread(replay, agent, history)
         return replay(agent, history)

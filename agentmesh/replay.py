@@ -37,6 +37,9 @@ class History:
         self.ended: dict[int, Event] = {}
         self.closed: dict[int, GatherClosed] = {}
         self.end: Event | None = None
+        # What an earlier replay over this history has found out already: a run of n steps is replayed n times.
+        self.checked: set[int] = set()
+        self.values: dict[int, Any] = {}
         self.extend(events)
 
     def extend(self, events: Iterable[Event]) -> None:
@@ -89,6 +92,8 @@ class Waiting:
     gather: GatherPlan | None = None
     messages: Sequence[Message] = ()
 
+
+UNCHANGING = (Message, str, int, float, bool)
 
 Outcome = Finished | Failed | Waiting
 
@@ -197,16 +202,26 @@ class Replaying:
         self._n += 1
         n = self._n
         was = self._history.planned.get(n)
-        if was is not None and (was.kind, was.name, was.digest, was.gather) != (step.kind, step.name, step.digest(), gather):
+        if was is None:
+            return n
+        known = n in self._history.checked  # its digest was compared; kind and name still are, at every replay
+        if (was.kind, was.name, was.gather) != (step.kind, step.name, gather) or (not known and was.digest != step.digest()):
             self._break(n, f"{was.kind} {was.name!r}", f"{step.kind} {step.name!r}")
+        self._history.checked.add(n)
         return n
 
     def _value(self, n: int, step: Step[Any]) -> Any:
         """What became of step n: its value, or its StepError."""
+        known = self._history.values.get(n)
+        if known is not None:
+            return known
         event = self._history.ended[n]
         where: dict[str, Any] = {"run_id": self.run_id, "n": n, "name": step.name}
         if isinstance(event, StepDone):
-            return step.decode(event.value)
+            value = step.decode(event.value)
+            if type(value) in UNCHANGING:  # anything else the flow may have changed: it gets its own
+                self._history.values[n] = value
+            return value
         if isinstance(event, StepResolved) and event.action == "done":
             return step.decode(event.value)
         if isinstance(event, Denied):

@@ -1,8 +1,10 @@
 """A typed function a model may call."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from pydantic import ValidationError
@@ -74,14 +76,13 @@ class Tool(Generic[P, R]):
             raise ToolSignatureError(f"tool `{self.name}`: {e}") from None
         return Call(self.name, self, arguments)
 
-    def asked(self, arguments: Mapping[str, Any]) -> Call[R]:
-        """The step that calls this tool as a model asked for it.
+    def asked(self, arguments: str) -> Call[R]:
+        """The step that calls this tool with the JSON a model wrote.
 
         Raises:
-            pydantic.ValidationError: the arguments do not fit.
+            ValueError: it is not JSON, or (pydantic.ValidationError) it does not fit.
         """
-        self.parameters.parse(arguments)
-        return Call(self.name, self, dict(arguments))
+        return _asked(self, arguments)
 
     def bound(self, arguments: Mapping[str, Any], context: ToolContext) -> Callable[[], Any]:
         """The function, ready to be called with typed arguments."""
@@ -90,6 +91,16 @@ class Tool(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<tool {self.name}>"
+
+
+@lru_cache(maxsize=4096)
+def _asked(tool: Tool[Any, Any], arguments: str) -> Call[Any]:
+    """Cached: a flow that is replayed asks again for what it asked before."""
+    given = json.loads(arguments or "{}")
+    if not isinstance(given, dict):
+        raise ValueError(f"the arguments are {type(given).__name__}, not an object")
+    tool.parameters.parse(given)
+    return Call(tool.name, tool, given)
 
 
 def _apply(func: Callable[..., Any], given: Mapping[str, Any]) -> Any:

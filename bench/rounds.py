@@ -11,14 +11,12 @@ import time
 
 from common import machine, valkey
 
+from agentmesh import Agent, tool
 from agentmesh.celery.loop import drive
 from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says, uses
-
-from agentmesh import Agent, tool  # isort: skip
-
 
 @tool
 async def look_up(word: str) -> str:
@@ -36,7 +34,7 @@ def main() -> None:
     """Print CPU per round for growing numbers of rounds, and the ratio of late rounds to round 5."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--runs", type=int, default=100)
     given = parser.parse_args()
     wanted = [0]
 
@@ -61,11 +59,11 @@ def main() -> None:
             return (time.process_time() - began) / given.runs * 1e3
 
         with mesh.worker():
-            cost(5)
-            four, six = cost(4), cost(6)
+            cost(given.rounds)
+            three, seven = cost(3), cost(7)
             near, far = cost(given.rounds - 4), cost(given.rounds + 4)
         mesh.close()
-    early, late = (six - four) / 2, (far - near) / 8
+    early, late = (seven - three) / 4, (far - near) / 8
     print(f"{given.runs} runs side by side; {machine()}")
     print(f"round 5: {early:.2f} ms CPU   round {given.rounds}: {late:.2f} ms CPU   ratio {late / early:.2f}")
 
