@@ -70,7 +70,12 @@ class Engine:
             if step is None:
                 return "not waited for"
             event, charge = await self._do(step, n, claimed, lease, cached.history)
+            lease.task = None  # it is done: from here on only the journal says whether it counts
             return await self._commit(unit, n, claimed, event, charge, cached)
+        except asyncio.CancelledError:
+            if not lease.lost:
+                raise
+            return "lost"
         except (ReplayError, UnknownName) as e:
             await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e.message}")
             self._cache.pop(run_id, None)
@@ -248,8 +253,13 @@ class Engine:
         if lease is None:
             return
         lease.lost = True
-        if lease.task is not None and lease.loop is not None:
-            lease.loop.call_soon_threadsafe(lease.task.cancel)
+        if lease.loop is not None:
+            lease.loop.call_soon_threadsafe(_stop, lease)
+
+
+def _stop(lease: Lease) -> None:
+    if lease.task is not None:  # looked at on its own loop: a step that is being committed is left alone
+        lease.task.cancel()
 
 
 def _written(nxt: Next) -> list[Event]:

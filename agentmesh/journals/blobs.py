@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 LARGE_BYTES = 64 * 1024
 LARGE_KEYS = ("event", "started", "end", "up")
+# The whole line, and the fingerprint where no event has a field of its own: a user's `{"blob": …}` is not one.
+STUB = re.compile(r'\d+ \{"e":"\w+","blob":"([0-9a-f]{64})"(?:,"n":\d+)?\}')
+LONGEST_STUB = 200
 
 
 def outsource(args: Any) -> Iterator[tuple[str, str]]:
@@ -36,8 +40,8 @@ def _stub(text: str, fingerprint: str) -> str:
 
 def fingerprint_of(line: str) -> str:
     """The blob that a journal's line stands for, or nothing."""
-    at = line.find('"blob":"', 0, 200)
-    return line[at + 8 : at + 72] if at > 0 else ""
+    found = STUB.fullmatch(line) if len(line) <= LONGEST_STUB else None
+    return found[1] if found else ""
 
 
 def restored(line: str, text: str) -> str:

@@ -1,7 +1,7 @@
 local unit, fence = A.unit, A.fence
 local _, run, key = split(unit)
 local r, mark = rec(run, key)
-if mark == 'E' .. int(fence) then return answer({ ok = 1, version = version(run), again = 1 }) end
+if mark == 'E' .. int(fence) or (r and r.tf == fence) then return answer({ ok = 1, version = version(run), again = 1 }) end
 charge(run, A.usage)
 if not r or r.f ~= fence or not is_open(run) or is_cancelled(run) then
   redis.call('HINCRBY', P .. 'run:' .. root_of(run), 'refused', 1)
@@ -9,6 +9,7 @@ if not r or r.f ~= fence or not is_open(run) or is_cancelled(run) then
 end
 local before = version(run)
 event(run, A.event)
+if A.how == 'retried' or A.how == 'doubt' then r.tf = fence end
 if A.how == 'retried' then
   leave(unit, r)
   r.lost = 0

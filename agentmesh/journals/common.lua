@@ -1,3 +1,5 @@
+#!lua
+-- (Declared so, a script begins only where it can write: out of memory, it is refused before it has done half.)
 -- The moves that the verbs share: entries.py, function by function. Put before each verb's script.
 -- KEYS[1] prefix · ARGV[1] the verb's arguments as JSON · ARGV[2] now in ms, or '' for the server's time ·
 -- ARGV[3] '1' to push messages to the broker's lists here, '0' to answer them.

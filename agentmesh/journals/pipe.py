@@ -1,21 +1,32 @@
-"""One pipelined connection: what is asked for in one turn of the event loop is sent together, and survives a lost server.
+"""One pipelined connection: what is asked in one turn of the event loop is sent together and survives a lost server.
 
 Every command given here must be repeatable: one whose reply was lost is sent again.
 """
 
 import asyncio
+import re
 import time
 from typing import Any
 
 from hiredis import pack_command
 from redis.asyncio.connection import Connection, parse_url
-from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    NoScriptError,
+    ReadOnlyError,
+    ResponseError,
+)
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from agentmesh.errors import JournalError, ServiceDown
 
 LOST = (ConnectionError, RedisTimeout, BusyLoadingError, OSError, EOFError)
+FIRST_S = 3.0
+AGAIN_S, AGAIN_MOST_S = 0.01, 0.5
 Command = tuple[Any, ...]
+Asked = tuple[Command, asyncio.Future[Any], float]
 
 
 def clean_url(url: str) -> str:
@@ -28,12 +39,13 @@ class Pipe:
     """Sends commands over one connection of the event loop it was made on.
 
     Args:
-        patience_s: how long commands wait for a server that is away before they fail.
+        patience_s: how long commands wait for a server that is away before they fail; for one that was never there
+            not longer than 3 s.
     """
 
     def __init__(self, url: str, *, patience_s: float = 60.0) -> None:
         self.url, self._patience_s = clean_url(url), patience_s
-        self._pending: list[tuple[Command, asyncio.Future[Any], float]] = []
+        self._pending: list[Asked] = []
         self._task: asyncio.Task[None] | None = None
         self._connection: Any = None
         self.connected = 0  # how often; a store that restarted is a new connection
@@ -42,7 +54,8 @@ class Pipe:
         """The reply to come; an error reply is raised."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._pending.append((command, future, time.monotonic() + self._patience_s))
+        patience_s = self._patience_s if self.connected else min(FIRST_S, self._patience_s)
+        self._pending.append((command, future, time.monotonic() + patience_s))
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._work())
         return future
@@ -51,27 +64,38 @@ class Pipe:
         """Let go of the connection; pending commands fail."""
         if self._task is not None:
             self._task.cancel()
-        if self._connection is not None:
-            await self._connection.disconnect()
-            self._connection = None
+            await asyncio.gather(self._task, return_exceptions=True)
+        _fail(self._pending, JournalError(f"the connection to {self.place} was closed before it answered"))
+        self._pending = []
+        await self._drop()
+
+    @property
+    def place(self) -> str:
+        """The URL for people: without its password."""
+        return re.sub(r"://[^/@]*@", "://", self.url)
 
     async def _work(self) -> None:
-        wait_s = 0.01
+        wait_s = AGAIN_S
         while self._pending:
             batch, self._pending = self._pending, []
             try:
                 await self._connect()
                 await self._exchange(batch)
-                wait_s = 0.01
+                wait_s = AGAIN_S
             except LOST as e:
                 await self._drop()
                 now = time.monotonic()
-                for _, future, deadline in batch:
-                    if not future.done() and deadline <= now:
-                        future.set_exception(ServiceDown(f"no journal answers at {self.url} ({e}); start it, or name another"))
-                self._pending = [b for b in batch if not b[1].done()] + self._pending
+                away = ServiceDown(f"no journal answers at {self.place} ({e}); start it, or name another")
+                _fail([asked for asked in batch if asked[2] <= now or isinstance(e, AuthenticationError)], away)
+                self._pending = [asked for asked in batch if not asked[1].done()] + self._pending
                 await asyncio.sleep(wait_s)
-                wait_s = min(0.5, wait_s * 2)
+                wait_s = min(AGAIN_MOST_S, wait_s * 2)
+            except asyncio.CancelledError:
+                self._pending = [asked for asked in batch if not asked[1].done()] + self._pending
+                raise
+            except Exception as e:  # whatever it is, nobody may wait forever for a reply that will not come
+                await self._drop()
+                _fail(batch, _meaning(e))
 
     async def _connect(self) -> None:
         if self._connection is None:
@@ -87,7 +111,7 @@ class Pipe:
         if connection is not None:
             await connection.disconnect(nowait=True)
 
-    async def _exchange(self, batch: list[tuple[Command, "asyncio.Future[Any]", float]]) -> None:
+    async def _exchange(self, batch: list[Asked]) -> None:
         """Send all, read all; a reply is given to its asker at once, so that a later loss repeats only the rest."""
         connection = self._connection
         await connection.send_packed_command(b"".join([pack_command(command) for command, _, _ in batch]))
@@ -106,13 +130,23 @@ class Pipe:
                 future.set_result(reply)
 
 
+def _fail(batch: list[Asked], error: Exception) -> None:
+    for _, future, _ in batch:
+        if not future.done():
+            future.set_exception(error)
+
+
 def _meaning(error: Exception) -> Exception:
     """A server's error, with what to do about it."""
     text = str(error)
     if isinstance(error, NoScriptError):
         return error
     if text.startswith("OOM") or "maxmemory" in text:
-        return JournalError(f"the journal's server is out of memory ({text}); give it more, or let runs go with retain_days")
+        return JournalError(
+            f"the journal's server is out of memory ({text}); give it more, or let runs go with retain_days"
+        )
     if text.startswith("MISCONF") or isinstance(error, ReadOnlyError):
-        return JournalError(f"the journal's server does not write ({text}); look at its disk, and at whether it is a replica")
-    return error if isinstance(error, RedisError) else JournalError(text)
+        return JournalError(
+            f"the journal's server does not write ({text}); look at its disk, and at whether it is a replica"
+        )
+    return JournalError(f"the journal's server refused a command ({text}); agentmesh doctor looks for the cause")

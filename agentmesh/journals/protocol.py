@@ -172,7 +172,7 @@ def commit(s: Store, a: Args) -> Reply:
     unit, fence = a["unit"], a["fence"]
     _, run, key = split(unit)
     rec = s.rec(run, key)
-    if rec == f"E{fence}":
+    if rec == f"E{fence}" or (isinstance(rec, dict) and rec.get("tf") == fence):
         return {"ok": 1, "version": s.t.length(f"ev:{run}"), "again": 1}, NOTHING
     s.charge(run, a.get("usage", {}))
     if not isinstance(rec, dict) or not same_fence(rec, fence) or not s.is_open(run) or s.is_cancelled(run):
@@ -180,6 +180,8 @@ def commit(s: Store, a: Args) -> Reply:
         return refuse("stale")
     before = s.t.length(f"ev:{run}")
     s.event(run, a["event"])
+    if a["how"] in ("retried", "doubt"):
+        rec["tf"] = fence  # this turn is told: a client that lost the reply says it again
     if a["how"] == "retried":
         s.leave(unit, rec)
         rec["lost"] = 0

@@ -1,9 +1,11 @@
 local holder, until_ms = hget('meta', 'sweeper'), hnum('meta', 'sweeper_until')
 if holder and holder ~= A.worker and until_ms > NOW then return answer({ ok = 0, count = 0 }) end
 redis.call('HSET', P .. 'meta', 'sweeper', A.worker, 'sweeper_until', int(NOW + SWEEPER_MS))
-if A.boot and A.boot ~= hget('meta', 'boot') then
+-- The server's own word: a sweep sent before it died may be the first that it gets when it is back.
+local boot = A.boot or (ARGV[2] == '' and string.match(redis.call('INFO', 'server'), 'run_id:(%w+)'))
+if boot and boot ~= hget('meta', 'boot') then
   if hget('meta', 'boot') then hset('meta', 'grace', int(NOW + A.ttl)) end
-  hset('meta', 'boot', A.boot)
+  hset('meta', 'boot', boot)
 end
 local limit, empty, count = A.limit, {}, 0
 for _, queue in ipairs(A.empty) do empty[queue] = true end

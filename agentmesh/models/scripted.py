@@ -1,6 +1,7 @@
 """A model that says what it was told to: for tests and examples. An unscripted question is an error."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 from agentmesh.errors import ModelError
 from agentmesh.message import Message, ToolCall, Usage
 from agentmesh.ports import Answer, Prompt
+
+WORDS = re.compile(r"\s*\S+|\s+")  # every character is in one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,8 @@ class ScriptedModel:
         if isinstance(reply, str):
             reply = says(reply)
         if on_token is not None:
-            for word in reply.text.split(" "):
-                on_token(f"{word} ")
+            for token in WORDS.findall(reply.text):
+                on_token(token)
         calls = tuple(ToolCall(f"call_{count}_{i}", name, arguments) for i, (name, arguments) in enumerate(reply.calls))
         asked = sum(len(m.text.split()) for m in prompt.messages)
         usage = Usage(max(1, asked), max(1, len(reply.text.split())))

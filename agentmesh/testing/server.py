@@ -3,7 +3,8 @@
     with FakeOpenAI(["hello"]) as server:
         HttpModel(base_url=server.url)
 
-As a process: `python -m agentmesh.testing.server --rounds 1 --latency 0.5` prints its URL.
+As a process: `python -m agentmesh.testing.server --rounds 1 --latency 0.5` prints its URL; `--script FILE` answers with
+the lines of a file in order, each `{"says": "text"}` or `{"uses": [["tool", {"argument": 1}]]}`.
 """
 
 import argparse
@@ -14,10 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from agentmesh.models.scripted import Reply, says, uses
+from agentmesh.models.scripted import Reply, says
+from agentmesh.testing.chat import error_text, loop, pieces, scripted, whole
 
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 Answerer = Callable[[dict[str, Any]], Reply | str]
 
 
@@ -97,7 +101,8 @@ class FakeOpenAI:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self._port))
+        listening = self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self._port)
+        server = self._loop.run_until_complete(listening)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         self._up.set()
         try:
@@ -112,9 +117,15 @@ class FakeOpenAI:
             self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
             self._loop.close()
 
-    def reply(self, body: dict[str, Any]) -> Reply:
-        """What to answer to a request."""
-        said = self._answer(body)
+    def reply(self, body: dict[str, Any]) -> Reply | Fault:
+        """What to answer to a request; a question without an answer is a bad request that says so."""
+        try:
+            said = self._answer(body)
+        except StopIteration:
+            last = str(body["messages"][-1].get("content"))[:200] if body.get("messages") else ""
+            return _bad(f"request {self.served} is not in the script: {last!r}; add a reply for it")
+        except Exception as e:
+            return _bad(f"the answer to request {self.served} raised {type(e).__name__}: {e}")
         return says(said) if isinstance(said, str) else said
 
 
@@ -155,8 +166,16 @@ class _Connection(asyncio.Protocol):
             server.served += 1
             self._write(json.dumps({"object": "list", "data": [{"id": "fake", "object": "model"}]}).encode())
             return
-        body = json.loads(content)
         server.served += 1
+        if not path.endswith(b"/chat/completions"):
+            self._refuse(Fault(404, body=error_text(f"there is no {path.decode(errors='replace')} here")))
+            return
+        try:
+            body = json.loads(content)
+            body["messages"][0]["role"]
+        except (ValueError, LookupError, TypeError):
+            self._refuse(_bad("this is no request for a chat completion"))
+            return
         if server._keep:
             server.requests.append(Request(body))
         fault = server.faults.popleft() if server.faults else None
@@ -177,13 +196,17 @@ class _Connection(asyncio.Protocol):
 
     def _respond(self, body: dict[str, Any], fault: Fault | None) -> None:
         if fault and fault.status:
-            text = fault.body or json.dumps({"error": {"message": f"made to fail with {fault.status}"}})
-            extra = f"Retry-After: {fault.retry_after}\r\n" if fault.retry_after else ""
-            self._write(text.encode(), fault.status, extra)
+            self._refuse(fault)
         elif fault and fault.malformed:
             self._write(b"<html>no json</html>")
+        elif isinstance(reply := self._server.reply(body), Fault):
+            self._refuse(reply)
         else:
-            self._write(json.dumps(whole(body, self._server.reply(body))).encode())
+            self._write(json.dumps(whole(body, reply)).encode())
+
+    def _refuse(self, fault: Fault) -> None:
+        extra = f"Retry-After: {fault.retry_after}\r\n" if fault.retry_after else ""
+        self._write((fault.body or error_text(f"made to fail with {fault.status}")).encode(), fault.status, extra)
 
     def _write(self, content: bytes, status: int = 200, extra: str = "") -> None:
         self._server.answered += 1
@@ -192,14 +215,19 @@ class _Connection(asyncio.Protocol):
             self._transport.write(head.encode() + content)
 
     async def _stream(self, body: dict[str, Any], fault: Fault) -> None:
+        reply = self._server.reply(body)
+        if isinstance(reply, Fault) or fault.malformed:
+            self._respond(body, reply if isinstance(reply, Fault) else fault)
+            return
         assert self._transport is not None
-        self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self._transport.write(STREAM_HEAD)
         written = 0
-        for piece in pieces(body, self._server.reply(body)):
+        for piece in pieces(body, reply):
             data = f"data: {piece}\n\n".encode()
             written += len(data)
             if fault.cut_after is not None and written > fault.cut_after:
-                self._transport.abort()
+                self._server.answered += 1
+                self._transport.close()
                 return
             self._transport.write(b"%x\r\n%s\r\n" % (len(data), data))
             if fault.drip_s:
@@ -210,7 +238,7 @@ class _Connection(asyncio.Protocol):
 
 def _answerer(answer: Any, rounds: int) -> Answerer:
     if answer is None:
-        return lambda body: _loop(body, rounds)
+        return lambda body: loop(body, rounds)
     if callable(answer):
         function: Answerer = answer
         return function
@@ -218,58 +246,8 @@ def _answerer(answer: Any, rounds: int) -> Answerer:
     return lambda body: next(replies)
 
 
-def _loop(body: dict[str, Any], rounds: int) -> Reply:
-    """Call the first tool until it has answered `rounds` times, then say so."""
-    done = sum(m["role"] == "tool" for m in body["messages"])
-    if body.get("tools") and done < rounds:
-        function = body["tools"][0]["function"]
-        wanted = function["parameters"].get("properties", {})
-        return uses(function["name"], **{name: _example(schema) for name, schema in wanted.items()})
-    return says("done")
-
-
-def _example(schema: dict[str, Any]) -> Any:
-    return {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}.get(schema.get("type", ""), "x")
-
-
-def _usage(body: dict[str, Any], reply: Reply) -> dict[str, int]:
-    asked = sum(len(str(m.get("content") or "")) for m in body["messages"]) // 4 + 1
-    said = len(reply.text) // 4 + 1
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
-
-
-def whole(body: dict[str, Any], reply: Reply) -> dict[str, Any]:
-    """A chat completion."""
-    message: dict[str, Any] = {"role": "assistant", "content": reply.text or None}
-    if reply.calls:
-        message["tool_calls"] = [
-            {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
-            for i, (name, arguments) in enumerate(reply.calls)
-        ]
-    choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if reply.calls else "stop"}
-    head = {"id": "chatcmpl-fake", "object": "chat.completion", "created": 0, "model": body.get("model", "fake")}
-    return {**head, "choices": [choice], "usage": _usage(body, reply)}
-
-
-def pieces(body: dict[str, Any], reply: Reply) -> Iterable[str]:
-    """The same as a stream of chunks."""
-
-    def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        head = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 0, "model": body.get("model", "fake")}
-        return json.dumps({**head, "choices": [choice]})
-
-    for i, word in enumerate(reply.text.split(" ") if reply.text else ()):
-        yield chunk({"role": "assistant", "content": word if i == 0 else f" {word}"})
-    for i, (name, arguments) in enumerate(reply.calls):
-        half = len(arguments) // 2
-        first = {"index": i, "id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments[:half]}}
-        yield chunk({"tool_calls": [first]})
-        yield chunk({"tool_calls": [{"index": i, "function": {"arguments": arguments[half:]}}]})
-    yield chunk({}, "tool_calls" if reply.calls else "stop")
-    usage = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 0, "model": "fake", "choices": []}
-    yield json.dumps({**usage, "usage": _usage(body, reply)})
-    yield "[DONE]"
+def _bad(message: str) -> Fault:
+    return Fault(400, body=error_text(message))
 
 
 def main() -> None:
@@ -278,8 +256,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--script", type=Path, help="a file of replies, one a line")
     given = parser.parse_args()
-    with FakeOpenAI(latency_s=given.latency, rounds=given.rounds, keep=False, port=given.port) as server:
+    script = scripted(given.script.read_text().splitlines()) if given.script else None
+    with FakeOpenAI(script, latency_s=given.latency, rounds=given.rounds, keep=False, port=given.port) as server:
         print(server.url, flush=True)
         threading.Event().wait()
 

@@ -107,7 +107,8 @@ class FakeMesh:
                 return
             if due and not cancelled:
                 self.now_ms = max(self.now_ms, min(due.values()))
-            await self.journal.sweep("sweeper")
+            if not await self.journal.sweep("sweeper"):
+                self.now_ms += 1_000  # another sweeper's turn, or a lease that must run out first
 
     async def pump_once(self) -> None:
         """Work off the messages that are there now, side by side."""
