@@ -18,7 +18,8 @@ from agentmesh.agent import Agent
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError, DefinitionError, ExtraMissing, MeshError, did_you_mean
 from agentmesh.message import Message
-from agentmesh.ports import Journal, Model
+from agentmesh.journal import Journal
+from agentmesh.ports import Model
 from agentmesh.run import Run
 from agentmesh.step import INSIDE
 

@@ -12,7 +12,8 @@ from agentmesh.errors import LimitReached, ReplayError, UnknownName, error_to_js
 from agentmesh.event import Event, RunFailed, StepDone, StepFailed
 from agentmesh.live import Live
 from agentmesh.planning import Planner, assumed, upward
-from agentmesh.ports import Accepted, Claimed, Dispatch, Journal, Next, Refused, RunSpec, advance_unit, step_unit
+from agentmesh.journal import Journal
+from agentmesh.ports import Accepted, Claimed, Dispatch, Next, Refused, RunSpec, advance_unit, step_unit
 from agentmesh.replay import Failed, History, Outcome, Waiting, replay
 from agentmesh.step import Step
 

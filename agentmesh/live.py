@@ -4,7 +4,8 @@ import asyncio
 import threading
 from typing import Literal
 
-from agentmesh.ports import Journal, Token
+from agentmesh.journal import Journal
+from agentmesh.ports import Token
 
 FLUSH_S = 0.03
 

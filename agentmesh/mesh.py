@@ -26,7 +26,8 @@ from agentmesh.engine import Engine
 from agentmesh.errors import DefinitionError, MeshError, RunError
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.message import Message
-from agentmesh.ports import Journal, Model, Refused, RunHead, RunSpec
+from agentmesh.journal import Journal
+from agentmesh.ports import Model, Refused, RunHead, RunSpec
 from agentmesh.run import Client, Run
 from agentmesh.schema import canonical
 from agentmesh.step import INSIDE

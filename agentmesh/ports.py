@@ -1,9 +1,9 @@
-"""What the engine needs of the world, as protocols: a Model answers, a Journal remembers, a Dispatch renders.
+"""What the engine needs of the world: a Model answers, a Dispatch renders; and the words a Journal is spoken to with.
 
 Adapters implement these; the engine knows nothing else of them.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -293,93 +293,3 @@ class Token:
     attempt: int
     kind: Literal["text", "progress", "retract"]
     text: str
-
-
-class Journal(Protocol):
-    """The events of runs, with entries, leases and timers. The verbs are atomic and repeatable (docs/architecture.md)."""
-
-    async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused:
-        """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused."""
-        ...
-
-    async def claim(
-        self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
-        ask: bool = False, rate: tuple[int, int] | None = None,
-    ) -> Claimed | Refused:  # fmt: skip
-        """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst)."""
-        ...
-
-    async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]:
-        """Push the deadlines of (unit, fence); answers the units that are not the worker's any more."""
-        ...
-
-    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = ()) -> int:
-        """Give back everything a worker held."""
-        ...
-
-    async def commit(
-        self, unit: str, *, fence: int, event: Event, version: int = 0, next: Next | None = None,
-        charge: dict[str, float] | None = None,
-    ) -> Accepted | Refused:  # fmt: skip
-        """A step's end (StepDone, StepFailed) or turn (StepRetried, StepInDoubt), with what comes next."""
-        ...
-
-    async def plan(self, run_id: str, *, fence: int, version: int, next: Next) -> Accepted | Refused:
-        """What an advance found; Refused("conflict") brings the events that came in between."""
-        ...
-
-    async def hold(self, unit: str, *, fence: int, why: str) -> Accepted | Refused:
-        """A leased entry waits for a person; `why` is shown by `waiting`."""
-        ...
-
-    async def tell(self, run_id: str, event: Any) -> Accepted | Refused:
-        """A person's word."""
-        ...
-
-    async def sweep(self, worker: str, *, empty: Sequence[str] = (), limit: int = 200) -> int:
-        """Time's word; how many entries moved. `empty` are queues known to have been empty for a second."""
-        ...
-
-    async def told(self, run_id: str) -> None:
-        """The canvas has the run's result."""
-        ...
-
-    async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
-        """The journal of a run, from its `after`-th event on; -1 is the last one."""
-        ...
-
-    async def head(self, run_id: str) -> RunHead | None:
-        """A run at a glance, or None."""
-        ...
-
-    async def runs(self, *, limit: int = 50) -> list[RunHead]:
-        """The newest root runs."""
-        ...
-
-    async def tree(self, run_id: str) -> list[str]:
-        """The run and every run below it."""
-        ...
-
-    async def waiting(self, run_id: str) -> list[Held]:
-        """What waits for a person, a limit or another worker in the run's tree."""
-        ...
-
-    async def moving(self, run_id: str) -> int:
-        """How many entries of the tree are queued, leased or due without a reason to wait."""
-        ...
-
-    async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
-        """Add to the tree's live stream, which is capped and never the journal."""
-        ...
-
-    def tokens(self, run_id: str) -> AsyncIterator[Token]:
-        """The tree's live stream from its beginning until the root run ends."""
-        ...
-
-    async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
-        """Come back when the run's journal is longer than `version` (None: when the run has ended), or after the time."""
-        ...
-
-    async def close(self) -> None:
-        """Give back connections."""
-        ...

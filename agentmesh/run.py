@@ -21,7 +21,8 @@ from agentmesh.event import (
 from agentmesh.event import RunCancelled as Cancelled
 from agentmesh.event import RunFailed as Failed
 from agentmesh.message import Message
-from agentmesh.ports import Journal, Refused, RunHead, Token
+from agentmesh.journal import Journal
+from agentmesh.ports import Refused, RunHead, Token
 from agentmesh.replay import History, replay
 from agentmesh.schema import from_json
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from agentmesh.engine import Engine
 from agentmesh.errors import MeshError
-from agentmesh.ports import Journal
+from agentmesh.journal import Journal
 
 EMPTY_S = 1.0
 log = logging.getLogger("agentmesh")

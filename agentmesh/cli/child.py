@@ -15,7 +15,7 @@ from typing import Any
 from agentmesh.boot import Models, load_crew
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import announce_ready, leave_with_parent
-from agentmesh.cli.main import exit_code, say_error
+from agentmesh.cli.exits import exit_code, say_error
 from agentmesh.config import Config
 from agentmesh.errors import MeshError
 from agentmesh.mesh import InProcess, Mesh

@@ -13,7 +13,7 @@ from typing import Any
 from agentmesh.boot import check_models, load_crew, place
 from agentmesh.celery.app import check_broker, journal_url, make_app
 from agentmesh.celery.loop import drive
-from agentmesh.cli.main import DONE, SURROUNDINGS
+from agentmesh.cli.exits import DONE, SURROUNDINGS
 from agentmesh.config import Config, load
 from agentmesh.errors import MeshError
 from agentmesh.journals.redis import RedisJournal

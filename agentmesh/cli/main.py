@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshError, RunError
-
-DONE, FAILED, WRONG_USE, WAITING, SURROUNDINGS, INTERRUPTED = 0, 1, 2, 3, 4, 130
+from agentmesh.cli.exits import INTERRUPTED, exit_code, say_error
+from agentmesh.errors import MeshError
 
 app = typer.Typer(
     name="agentmesh", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -184,15 +183,6 @@ def models_ls(json: Json = False) -> None:
     raise typer.Exit(list_models(as_json=json))
 
 
-def exit_code(error: BaseException) -> int:
-    """What a command ends with after this error."""
-    if isinstance(error, ConfigError):
-        return SURROUNDINGS
-    if isinstance(error, DefinitionError):
-        return WRONG_USE
-    return WRONG_USE if isinstance(error, RunError) and type(error) is RunError else FAILED
-
-
 def main() -> None:
     """The console script: errors become an `error:` and a `help:` line, and an exit code."""
     try:
@@ -204,16 +194,6 @@ def main() -> None:
         sys.exit(exit_code(e))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-
-
-def say_error(error: MeshError) -> None:
-    """`error:` what happened, `help:` what to do."""
-    happened, _, mend = error.message.partition("; ")
-    typer.echo(f"error: {happened}", err=True)
-    if isinstance(error, LimitReached):
-        mend = mend or f"agentmesh runs resume {error.run_id} --limit {error.limit}=…"
-    if mend:
-        typer.echo(f"help: {mend}", err=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.config import Config, load
 from agentmesh.errors import RunError
-from agentmesh.ports import Journal
+from agentmesh.journal import Journal
 from agentmesh.run import Client, Run
 
 

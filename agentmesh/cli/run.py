@@ -15,7 +15,7 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import spec_of
-from agentmesh.cli.main import DONE, FAILED, INTERRUPTED, WAITING, exit_code, say_error
+from agentmesh.cli.exits import DONE, FAILED, INTERRUPTED, WAITING, exit_code, say_error
 from agentmesh.cli.place import Place
 from agentmesh.cli.show import View, answer, make_view
 from agentmesh.cli.watching import follow

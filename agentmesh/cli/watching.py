@@ -14,7 +14,7 @@ from agentmesh.event import (
     StepPlanned,
     StepRetried,
 )
-from agentmesh.ports import Journal
+from agentmesh.journal import Journal
 
 LOOK_S = 0.1
 

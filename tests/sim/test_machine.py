@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from agentmesh.testing.simulation import TTL, Faults, World, following, program
+from agentmesh.testing.programs import following, program
+from agentmesh.testing.simulation import TTL, Faults, World
 
 FAIR = Faults(loss=0, repeat=0, crash=0, zombie=0, reply_lost=0)
 

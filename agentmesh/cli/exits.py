@@ -1,0 +1,26 @@
+"""How a command ends: exit codes, and errors as an `error:` and a `help:` line."""
+
+import typer
+
+from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshError, RunError
+
+DONE, FAILED, WRONG_USE, WAITING, SURROUNDINGS, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command ends with after this error."""
+    if isinstance(error, ConfigError):
+        return SURROUNDINGS
+    if isinstance(error, DefinitionError):
+        return WRONG_USE
+    return WRONG_USE if isinstance(error, RunError) and type(error) is RunError else FAILED
+
+
+def say_error(error: MeshError) -> None:
+    """`error:` what happened, `help:` what to do."""
+    happened, _, mend = error.message.partition("; ")
+    typer.echo(f"error: {happened}", err=True)
+    if isinstance(error, LimitReached):
+        mend = mend or f"agentmesh runs resume {error.run_id} --limit {error.limit}=…"
+    if mend:
+        typer.echo(f"help: {mend}", err=True)
