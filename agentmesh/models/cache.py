@@ -1,13 +1,14 @@
 """Where local models live, and how a folder comes to be there whole or not at all. Standard library only."""
 
 import contextlib
+import datetime
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def is_installed(name: str) -> bool:
 def installed() -> list[Installed]:
     """Every model of the cache, by name."""
     found = []
-    for origin in sorted((cache_folder() / "models").glob(f"*/{ORIGIN}")):
+    for origin in sorted((cache_folder() / "models").glob(f"[!.]*/{ORIGIN}")):  # a dot: still being built
         told = json.loads(origin.read_text())
         size = sum(f.stat().st_size for f in origin.parent.iterdir() if f.is_file())
         found.append(Installed(told["name"], origin.parent, size, told["source"]))
@@ -65,26 +66,47 @@ def installed() -> list[Installed]:
 
 
 @contextlib.contextmanager
-def building(name: str, source: str) -> Iterator[Path]:
-    """A folder to fill; when the block ends well it becomes the model's folder in one rename, else nothing remains."""
+def building(name: str, source: str, *, sha256: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """A folder to fill; when the block ends well it becomes the model's folder in one rename, else nothing remains.
+
+    Args:
+        source: where the files are from, for people to read.
+        sha256: of each file that was fetched.
+    """
     target = model_folder(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    folder.chmod(0o755)  # mkdtemp's is for one user alone, and a cache may be shared
     try:
         yield folder
-        (folder / ORIGIN).write_text(json.dumps({"name": name, "source": source}))
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        (folder / ORIGIN).write_text(
+            json.dumps({"name": name, "source": source, "at": at, "sha256": dict(sha256 or {})})
+        )
         for file in folder.iterdir():
             _sync(file)
         _sync(folder)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
+        _put(folder, target)
         _sync(target.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _put(folder: Path, target: Path) -> None:
+    """Rename; a whole model that another process put there meanwhile stays, for somebody may be reading it."""
+    if (target / ORIGIN).is_file():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        folder.rename(target)
+    except OSError:
+        if not (target / ORIGIN).is_file():
+            raise
+
+
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # there is no fsync of what is open for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

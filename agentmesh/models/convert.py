@@ -40,7 +40,9 @@ def convert(gguf: Path, folder: Path, *, progress: Progress | None = None) -> No
     reader = GGUFReader(str(gguf))
     about = _Metadata(reader)
     if about("general.architecture") != "llama":
-        raise ConfigError(f"{gguf.name} is a {about('general.architecture')!r} model; only Llama-shaped GGUF files are converted")
+        raise ConfigError(
+            f"{gguf.name} is a {about('general.architecture')!r} model; only Llama-shaped GGUF files are converted"
+        )
     heads, kv_heads = about("llama.attention.head_count"), about("llama.attention.head_count_kv")
     weights: dict[str, torch.Tensor] = {}
     for i, tensor in enumerate(reader.tensors):
@@ -111,10 +113,20 @@ def _tokenizer(about: _Metadata, folder: Path) -> None:
     """A byte-level BPE tokenizer as the `tokenizers` library reads it."""
     tokens, types = about("tokenizer.ggml.tokens"), about("tokenizer.ggml.token_type")
     if about("tokenizer.ggml.model") != "gpt2":
-        raise ConfigError(f"the file's tokenizer is {about('tokenizer.ggml.model')!r}; only byte-level BPE is converted")
+        raise ConfigError(
+            f"the file's tokenizer is {about('tokenizer.ggml.model')!r}; only byte-level BPE is converted"
+        )
     special = [i for i, kind in enumerate(types) if kind == CONTROL]
     added = [
-        {"id": i, "content": tokens[i], "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        {
+            "id": i,
+            "content": tokens[i],
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
         for i in special
     ]
     digits = {"type": "Digits", "individual_digits": True}
@@ -133,6 +145,12 @@ def _tokenizer(about: _Metadata, folder: Path) -> None:
         },
     }
     (folder / "tokenizer.json").write_text(json.dumps(whole))
+    _tokenizer_config(about, folder)
+
+
+def _tokenizer_config(about: _Metadata, folder: Path) -> None:
+    """Special tokens and chat template."""
+    tokens = about("tokenizer.ggml.tokens")
     named = {kind: tokens[i] for kind in ("bos", "eos") if (i := about(f"tokenizer.ggml.{kind}_token_id")) is not None}
     told = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,155 @@
+"""One file over HTTP onto the disk: resumed where it broke off, checked against its sha256. Standard library only."""
+
+import base64
+import hashlib
+import http.client
+import os
+import shutil
+import ssl
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from agentmesh.errors import ConfigError, ServiceDown
+from agentmesh.models.cache import cache_folder
+
+Progress = Callable[[str, int, int], None]
+BLOCK_BYTES = 1 << 20
+TIMEOUT_S = 60.0
+RANGE_IS_OVER, PARTIAL, SERVER_ERROR = 416, 206, 500
+
+
+def fetch(url: str, target: Path, *, sha256: str = "", progress: Progress | None = None) -> str:
+    """The sha256 of the file now at `target`; it comes there in one rename, and a broken-off part is gone on with.
+
+    Args:
+        sha256: what it must be; empty when nobody knows.
+        progress: told the file's name, bytes so far and bytes in all (0: not known).
+
+    Raises:
+        ServiceDown: nobody answers, or the download broke off.
+        ConfigError: the server has no such file, it is not the one expected, or the disk has no room.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    for again in (True, False):
+        resumed = _append(url, part, progress)
+        found = sha256_of(part)
+        if not sha256 or found == sha256:
+            part.replace(target)
+            return found
+        part.unlink()
+        if not (resumed and again):  # else the old part may have been of another file: once more from its beginning
+            raise ConfigError(
+                f"{target.name} has sha256 {found[:12]}… and should have {sha256[:12]}…: "
+                "it was changed or cut on the way; pull it again"
+            )
+    raise AssertionError("unreachable")
+
+
+def read(url: str, *, accept: str = "application/json") -> bytes:
+    """A small document whole.
+
+    Raises:
+        ServiceDown, ConfigError: as `fetch`.
+    """
+    with _open(url, {"Accept": accept}) as response:
+        try:
+            content: bytes = response.read()
+        except (OSError, http.client.HTTPException) as e:
+            raise ServiceDown(f"the answer of {shown(url)} broke off ({e!r}); try again") from None
+    return content
+
+
+def sha256_of(path: Path) -> str:
+    """A file's sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shown(url: str) -> str:
+    """An address without the password that it may hold."""
+    return _split(url)[0]
+
+
+def _append(url: str, part: Path, progress: Progress | None) -> bool:
+    """Bring `part` to its full length; answers whether an earlier beginning was gone on with."""
+    done = part.stat().st_size if part.is_file() else 0
+    response = _open(url, {"Range": f"bytes={done}-"} if done else {}, over=done > 0)
+    if response is None:  # nothing comes after what is here
+        return True
+    with response:
+        if response.status != PARTIAL:
+            done = 0
+        resumed, length = done > 0, response.headers.get("Content-Length")
+        total = done + int(length) if length else 0
+        _need_room(part, total - done)
+        with part.open("ab" if done else "wb") as out:
+            while block := _block(response, url):
+                out.write(block)
+                done += len(block)
+                if progress is not None:
+                    progress(part.stem, done, total)
+    if done < total:  # http.client does not tell
+        raise ServiceDown(
+            f"the download of {shown(url)} broke off at {done} of {total} bytes; pull again to go on there"
+        )
+    return resumed
+
+
+def _block(response: Any, url: str) -> bytes:
+    try:
+        block: bytes = response.read(BLOCK_BYTES)
+    except (OSError, http.client.HTTPException) as e:
+        raise ServiceDown(f"the download of {shown(url)} broke off ({e!r}); pull again to go on there") from None
+    return block
+
+
+def _need_room(part: Path, bytes_: int) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if bytes_ > free:
+        raise ConfigError(
+            f"{part.stem} needs {bytes_ / 1e6:.0f} MB and {str(part.parent)!r} has {free / 1e6:.0f} MB free: "
+            "make room, or point AGENTMESH_CACHE at a folder that has it"
+        )
+
+
+def _open(url: str, headers: dict[str, str], *, over: bool = False) -> Any:
+    """The response; None for "nothing after that byte" where `over` allows it."""
+    address, login = _split(url)
+    request = urllib.request.Request(address, headers={"User-Agent": "agentmesh", **headers})
+    if login:
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S, context=_trust())
+    except urllib.error.HTTPError as e:
+        e.close()
+        if over and e.code == RANGE_IS_OVER:
+            return None
+        if e.code >= SERVER_ERROR:
+            raise ServiceDown(f"{address} answered {e.code}; try again later") from None
+        raise ConfigError(f"{address} answered {e.code}: is the name right, and is it open to everybody?") from None
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        raise ServiceDown(
+            f"cannot reach {address} ({getattr(e, 'reason', e)}); pull the model where there is a network "
+            f"and point AGENTMESH_CACHE at a copy of its cache folder (here {str(cache_folder())!r})"
+        ) from None
+
+
+def _split(url: str) -> tuple[str, str]:
+    """An address without its user:password@, and that."""
+    parts = urllib.parse.urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    return (urllib.parse.urlunsplit(parts._replace(netloc=host)), urllib.parse.unquote(login)) if at else (url, "")
+
+
+def _trust() -> ssl.SSLContext:
+    """The system's certificates, and those that pip is told to trust."""
+    context = ssl.create_default_context()
+    named = os.environ.get("PIP_CERT")
+    if named and Path(named).is_file():
+        context.load_verify_locations(named)
+    return context
