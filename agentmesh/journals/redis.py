@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
 
 from agentmesh.errors import JournalError
 from agentmesh.event import Event
@@ -250,7 +250,7 @@ class _Ends:
                             self._heard.set()
                         elif message["type"] == "message":
                             self._tell(message["data"])
-            except LOST:
+            except (*LOST, RedisError):
                 await asyncio.sleep(0.1)
                 for run_id in list(self._waiting):  # whoever waits looks again: ends may have gone unheard
                     self._tell(run_id)

@@ -75,11 +75,28 @@ local function resend(queue)
   return n
 end
 
+-- Looked through once a sweep: a gather that is met early may cancel thousands of children of one tree.
+local trees = {}
+local function below(run)
+  local root = root_of(run)
+  if not trees[root] then
+    trees[root] = {}
+    for _, member in ipairs(members('tree:' .. root)) do
+      local at = member
+      while at do
+        trees[root][at] = trees[root][at] or {}
+        table.insert(trees[root][at], member)
+        at = above(at)
+      end
+    end
+  end
+  return trees[root][run] or {}
+end
+
 local function cancel_below(run)
   local n, more = 0, false
-  for _, member in ipairs(members('tree:' .. root_of(run))) do
-    local below = member == run or string.sub(member, 1, #run + 1) == run .. '/'
-    if below and is_open(member) then
+  for _, member in ipairs(below(run)) do
+    if is_open(member) then
       if n >= limit then more = true break end
       n = n + 1
       local error = '{"type":"DelegateFailed","message":"run ' .. member .. ' was cancelled","child":"' .. member .. '"}'
@@ -95,10 +112,10 @@ local function forget(before)
   local roots = zupto('forget', before, limit)
   for _, root in ipairs(roots) do
     for _, run in ipairs(members('tree:' .. root)) do
-      redis.call('DEL', P .. 'run:' .. run, P .. 'st:' .. run, P .. 'ga:' .. run, P .. 'ev:' .. run)
+      redis.call('UNLINK', P .. 'run:' .. run, P .. 'st:' .. run, P .. 'ga:' .. run, P .. 'ev:' .. run)
     end
-    for _, key in ipairs(redis.call('SMEMBERS', P .. 'blobs:' .. root)) do redis.call('DEL', key) end
-    redis.call('DEL', P .. 'tree:' .. root, P .. 'blobs:' .. root, P .. 'live:' .. root)
+    for _, key in ipairs(redis.call('SMEMBERS', P .. 'blobs:' .. root)) do redis.call('UNLINK', key) end
+    redis.call('UNLINK', P .. 'tree:' .. root, P .. 'blobs:' .. root, P .. 'live:' .. root)
     zrem('runs', root)
     zrem('forget', root)
   end

@@ -244,6 +244,27 @@ def test_a_server_killed_under_load_keeps_everything_it_answered(valkey: Any) ->
     on(valkey, story)
 
 
+def test_watchers_hear_of_an_end_after_the_server_was_away(valkey: Any) -> None:
+    def restart() -> None:
+        valkey.kill()
+        valkey.restart()
+
+    async def story(journal: RedisJournal) -> None:
+        async def ended() -> None:
+            while (head := await journal.head("r")) is None or head.status == "open":
+                await journal.watch("r", version=None, timeout_s=60)
+
+        await journal.begin(spec("r"), lone("r"))
+        waiting = [asyncio.create_task(ended()) for _ in range(10)]
+        await journal.watch("r", version=None, timeout_s=0.02)  # by now they are listened for
+        await asyncio.to_thread(restart)
+        await whole_run(journal, "r")
+        async with asyncio.timeout(20):
+            await asyncio.gather(*waiting)
+
+    on(valkey, story)
+
+
 def test_no_lease_expires_for_one_term_after_the_server_was_away(valkey: Any) -> None:
     ttl_ms = 30_000
 
