@@ -77,7 +77,9 @@ class Agent(Generic[Out]):
             self.__dict__[name] = getattr(self._values, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"agent `{self.name}` has no state: make another with {name}={value!r}, or keep it in a tool")
+        raise AttributeError(
+            f"agent `{self.name}` has no state: make another with {name}={value!r}, or keep it in a tool"
+        )
 
     def fields_json(self) -> dict[str, Any]:
         """The typed fields as JSON."""
@@ -155,7 +157,12 @@ class Agent(Generic[Out]):
         task = {"type": "string", "description": "what to do, with all it needs to know"}
         if self.task_type is not str:
             task = json_schema(self.task_type)
-        parameters = {"type": "object", "properties": {"task": task}, "required": ["task"], "additionalProperties": False}
+        parameters = {
+            "type": "object",
+            "properties": {"task": task},
+            "required": ["task"],
+            "additionalProperties": False,
+        }
         return ToolSpec(self.name, about or f"Delegate to {self.name}.", parameters)
 
     def act(self, calls: Sequence[ToolCall], ctx: Context) -> list[Message]:
@@ -198,7 +205,9 @@ class Agent(Generic[Out]):
                 data = data["value"]
             return cast(Out, from_json(data, self.output))
         except ValidationError as e:
-            raise OutputInvalid(f"the answer of `{self.name}` is not a {_type_name(self.output)}: {explain(e)}") from None
+            raise OutputInvalid(
+                f"the answer of `{self.name}` is not a {_type_name(self.output)}: {explain(e)}"
+            ) from None
         except (ValueError, KeyError, TypeError) as e:
             raise OutputInvalid(f"the answer of `{self.name}` is not JSON for {_type_name(self.output)}: {e}") from None
 
@@ -230,7 +239,9 @@ def _fields_model(cls: type["Agent[Any]"], hints: dict[str, Any]) -> type[BaseMo
     try:
         return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", frozen=True), **wanted)
     except Exception as e:
-        raise DefinitionError(f"agent `{cls.__name__}`: its fields have no JSON form: {str(e).splitlines()[0]}") from None
+        raise DefinitionError(
+            f"agent `{cls.__name__}`: its fields have no JSON form: {str(e).splitlines()[0]}"
+        ) from None
 
 
 def _task_type(cls: type["Agent[Any]"]) -> Any:
@@ -238,10 +249,14 @@ def _task_type(cls: type["Agent[Any]"]) -> Any:
     if cls.flow is Agent.flow:
         return str
     parameters = list(inspect.signature(cls.flow).parameters)
-    if len(parameters) != 3:  # noqa: PLR2004  self, task, ctx
-        raise DefinitionError(f"agent `{cls.__name__}`: a flow is `def flow(self, task, ctx)`; this one takes {parameters}")
+    if len(parameters) != 3:
+        raise DefinitionError(
+            f"agent `{cls.__name__}`: a flow is `def flow(self, task, ctx)`; this one takes {parameters}"
+        )
     if inspect.iscoroutinefunction(cls.flow) or inspect.isgeneratorfunction(cls.flow):
-        raise DefinitionError(f"agent `{cls.__name__}`: a flow is a plain `def`; its waiting is done by ctx.do and ctx.gather")
+        raise DefinitionError(
+            f"agent `{cls.__name__}`: a flow is a plain `def`; its waiting is done by ctx.do and ctx.gather"
+        )
     try:
         return typing.get_type_hints(cls.flow).get(parameters[1], str)
     except NameError as e:
@@ -263,7 +278,9 @@ def _check_acts(cls: type["Agent[Any]"]) -> None:
     seen: set[str] = set()
     for act in [*cls.tools, *cls.team]:
         if isinstance(act, type) and issubclass(act, Agent):
-            raise DefinitionError(f"agent `{cls.__name__}`: team has the class {act.__name__}; write `{act.__name__}()`")
+            raise DefinitionError(
+                f"agent `{cls.__name__}`: team has the class {act.__name__}; write `{act.__name__}()`"
+            )
         if not isinstance(act, Tool | Agent):
             raise DefinitionError(f"agent `{cls.__name__}`: {act!r} is no tool{_foreign(act)}")
         if act.name in seen:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from agentmesh.agent import Agent
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError, DefinitionError, ExtraMissing, MeshError, did_you_mean
-from agentmesh.message import Message
 from agentmesh.journal import Journal
+from agentmesh.message import Message
 from agentmesh.ports import Model
 from agentmesh.run import Run
 from agentmesh.step import INSIDE
@@ -53,7 +53,6 @@ class Models:
             if key not in self._made:
                 self._made[key] = _make_model(provider, name, wanted)
             return self._made[key], name
-
 
     async def close(self) -> None:
         """Give back what the models hold on the running loop."""
@@ -124,7 +123,10 @@ def load_crew(path: str) -> Crew:
     except MeshError:
         raise
     except Exception as e:
-        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if Path(f.filename).name == source.name), "?")
+        line = next(
+            (f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if Path(f.filename).name == source.name),
+            "?",
+        )
         raise DefinitionError(f"{file}, line {line}: {type(e).__name__}: {e}") from e
     return _crew_in(vars(module), file, name)
 
@@ -133,12 +135,16 @@ def _crew_in(names: dict[str, Any], file: str, name: str) -> Crew:
     crews = {k: v for k, v in names.items() if isinstance(v, Crew)}
     if name:
         if name not in crews:
-            raise DefinitionError(f"{file} has no Crew {name!r}; it has {', '.join(crews) or 'none'}.{did_you_mean(name, crews)}")
+            raise DefinitionError(
+                f"{file} has no Crew {name!r}; it has {', '.join(crews) or 'none'}.{did_you_mean(name, crews)}"
+            )
         return crews[name]
     if not crews:
         raise DefinitionError(f"{file} makes no Crew; add `crew = Crew(YourAgent())`")
     if len({id(c) for c in crews.values()}) > 1:
-        raise DefinitionError(f"{file} makes {len(crews)} crews ({', '.join(crews)}); say which: {file}:{next(iter(crews))}")
+        raise DefinitionError(
+            f"{file} makes {len(crews)} crews ({', '.join(crews)}); say which: {file}:{next(iter(crews))}"
+        )
     return next(iter(crews.values()))
 
 
@@ -235,7 +241,12 @@ def start(
 
 
 def run(
-    agent: "Agent[Out] | Crew", task: Any = "", *, id: str = "", history: Sequence[Message] = (), timeout_s: float | None = None
+    agent: "Agent[Out] | Crew",
+    task: Any = "",
+    *,
+    id: str = "",
+    history: Sequence[Message] = (),
+    timeout_s: float | None = None,
 ) -> Out:
     """The agent's answer: `start` and its result.
 
@@ -258,5 +269,3 @@ def _outside(verb: str) -> None:
     if inside:
         mend = "write `ctx.do(Researcher().on(task))`" if "flow" in inside else "call it from an agent's flow as a step"
         raise MeshError(f"`{verb}()` inside {inside} would hold a worker while it waits: {mend}")
-
-

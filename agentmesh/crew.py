@@ -61,7 +61,9 @@ class Crew:
 
     def _add(self, agent: Agent[Any]) -> None:
         if isinstance(agent, type):
-            raise DefinitionError(f"crew {self.name!r} was given the class {agent.__name__}; write `{agent.__name__}()`")
+            raise DefinitionError(
+                f"crew {self.name!r} was given the class {agent.__name__}; write `{agent.__name__}()`"
+            )
         if not isinstance(agent, Agent):
             raise DefinitionError(f"crew {self.name!r} was given {agent!r}, which is no Agent")
         known = self.agents.get(agent.name)
@@ -95,7 +97,9 @@ class Crew:
             )
         if model is not None and not isinstance(model, str) and not hasattr(model, "ask"):
             foreign = type(model).__module__.startswith("langchain")
-            mend = "write `agentmesh.langchain.as_model(it)`" if foreign else "it needs an async `ask(prompt, on_token)`"
+            mend = (
+                "write `agentmesh.langchain.as_model(it)`" if foreign else "it needs an async `ask(prompt, on_token)`"
+            )
             raise DefinitionError(f"agent `{agent.name}` has model {model!r}, which is no model: {mend}")
 
     def take_in(self, other: "Crew") -> None:

@@ -9,7 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentmesh.errors import ConfigError, MeshError, ModelError, StepError, StepTimeout, ToolError, TryAgain, error_to_json
+from agentmesh.errors import (
+    ConfigError,
+    MeshError,
+    ModelError,
+    StepError,
+    StepTimeout,
+    ToolError,
+    TryAgain,
+    error_to_json,
+)
 from agentmesh.event import Event, StepDone, StepFailed, StepInDoubt, StepRetried
 from agentmesh.ports import Answer, Model, Prompt, RetryLater
 from agentmesh.schema import canonical, to_json
@@ -46,7 +55,9 @@ class Doer:
         threads: how many `def` tools run at once in this process.
     """
 
-    def __init__(self, *, model_of: Callable[[Any], tuple[Model, str]], model: Any, deps: Any = None, threads: int = 64) -> None:
+    def __init__(
+        self, *, model_of: Callable[[Any], tuple[Model, str]], model: Any, deps: Any = None, threads: int = 64
+    ) -> None:
         self._model_of, self._model, self._deps = model_of, model, deps
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="agentmesh-tool")
 
@@ -147,7 +158,9 @@ class Doer:
         where = error.with_fields(run_id=at.run_id, n=at.n, name=step.name, attempts=at.number)
         return StepFailed(n=at.n, error=error_to_json(where), attempt=at.number)
 
-    def _again(self, step: Step[Any], at: Attempt, error: Exception, retries: int, after_s: float | None = None) -> Event:
+    def _again(
+        self, step: Step[Any], at: Attempt, error: Exception, retries: int, after_s: float | None = None
+    ) -> Event:
         """Another attempt later, or the end: exponential back-off with full jitter."""
         if at.number > retries:
             final = error if isinstance(error, StepError) else ModelError(str(error))
@@ -165,5 +178,3 @@ def capped(text: str, most_bytes: int) -> str:
     half = max(1, most_bytes // 2 - 64)
     gone = len(raw) - 2 * half
     return f"{raw[:half].decode(errors='ignore')}\n[… {gone} bytes left out …]\n{raw[-half:].decode(errors='ignore')}"
-
-

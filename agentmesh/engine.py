@@ -10,9 +10,9 @@ from agentmesh.crew import Crew
 from agentmesh.doing import Attempt, Charge, Doer
 from agentmesh.errors import LimitReached, ReplayError, UnknownName, error_to_json
 from agentmesh.event import Event, RunFailed, StepDone, StepFailed
+from agentmesh.journal import Journal
 from agentmesh.live import Live
 from agentmesh.planning import Planner, assumed, upward
-from agentmesh.journal import Journal
 from agentmesh.ports import Accepted, Claimed, Dispatch, Next, Refused, RunSpec, advance_unit, step_unit
 from agentmesh.replay import Failed, History, Outcome, Waiting, replay
 from agentmesh.step import Step
@@ -183,9 +183,7 @@ class Engine:
         finally:
             await live.flush()
 
-    async def _commit(
-        self, unit: str, n: int, claimed: Claimed, event: Event, charge: Charge, cached: Cached
-    ) -> str:
+    async def _commit(self, unit: str, n: int, claimed: Claimed, event: Event, charge: Charge, cached: Cached) -> str:
         """The step's end together with what comes next; of a gather's member, its end alone."""
         history = cached.history
         planned = history.planned[n]
@@ -268,5 +266,3 @@ def _written(nxt: Next) -> list[Event]:
     planned: list[Event] = [p.event for p in nxt.plans]
     ended = [p.end for p in nxt.plans if p.end is not None]
     return [*planned, *ended, *([nxt.end] if nxt.end is not None else [])]
-
-

@@ -15,7 +15,9 @@ try:
     from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
     from langchain_core.tools import BaseTool
 except ImportError as e:
-    raise ExtraMissing(f"LangChain needs {e.name}, which is not installed: pip install 'agentmesh-celery[langchain]'") from None
+    raise ExtraMissing(
+        f"LangChain needs {e.name}, which is not installed: pip install 'agentmesh-celery[langchain]'"
+    ) from None
 
 
 class _ChatModel:
@@ -28,7 +30,12 @@ class _ChatModel:
         """See ports.Model."""
         chat: Any = self._chat
         if prompt.output is not None:
-            chat = chat.bind(response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(prompt.output)}})
+            chat = chat.bind(
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"name": "answer", "schema": dict(prompt.output)},
+                }
+            )
         if prompt.tools:
             chat = chat.bind_tools([_function(t) for t in prompt.tools])
         asked = to_langchain(prompt.messages)
@@ -64,7 +71,7 @@ def as_tool(tool: BaseTool, **options: Any) -> Tool[..., Any]:
     async def call(**arguments: Any) -> Any:
         return await tool.ainvoke(arguments)
 
-    fields = tool.get_input_schema().model_fields
+    fields: dict[str, Any] = getattr(tool.get_input_schema(), "model_fields", {})  # pydantic v1 has none
     parameters = [
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation,
@@ -84,7 +91,9 @@ def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:
     out: list[BaseMessage] = []
     for m in messages:
         if m.role == "assistant":
-            calls: list[Any] = [{"id": c.id, "name": c.name, "args": _arguments(c.arguments), "type": "tool_call"} for c in m.tool_calls]
+            calls: list[Any] = [
+                {"id": c.id, "name": c.name, "args": _arguments(c.arguments), "type": "tool_call"} for c in m.tool_calls
+            ]
             out.append(AIMessage(content=m.text, tool_calls=calls))
         elif m.role == "tool":
             out.append(ToolMessage(content=m.text, tool_call_id=m.tool_call_id))
@@ -95,7 +104,13 @@ def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:
 
 def from_langchain(message: BaseMessage) -> Message:
     """A LangChain message as ours."""
-    roles: dict[str, Any] = {"ai": "assistant", "AIMessageChunk": "assistant", "human": "user", "system": "system", "tool": "tool"}
+    roles: dict[str, Any] = {
+        "ai": "assistant",
+        "AIMessageChunk": "assistant",
+        "human": "user",
+        "system": "system",
+        "tool": "tool",
+    }
     calls = tuple(
         ToolCall(c.get("id") or f"call_{i}", c["name"], json.dumps(c["args"]))
         for i, c in enumerate(getattr(message, "tool_calls", None) or ())
@@ -127,4 +142,7 @@ def _arguments(text: str) -> Any:
 
 
 def _function(spec: ToolSpec) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": spec.name, "description": spec.description, "parameters": dict(spec.parameters)}}
+    return {
+        "type": "function",
+        "function": {"name": spec.name, "description": spec.description, "parameters": dict(spec.parameters)},
+    }

@@ -24,9 +24,9 @@ from agentmesh.crew import Crew
 from agentmesh.doing import Doer
 from agentmesh.engine import Engine
 from agentmesh.errors import DefinitionError, MeshError, RunError
+from agentmesh.journal import Journal
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.message import Message
-from agentmesh.journal import Journal
 from agentmesh.ports import Model, Refused, RunHead, RunSpec
 from agentmesh.run import Client, Run
 from agentmesh.schema import canonical
@@ -121,7 +121,9 @@ class Mesh:
         )
         return wanted
 
-    def _begin_for_canvas(self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]) -> None:
+    def _begin_for_canvas(
+        self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
+    ) -> None:
         who = self.crew.agent(agent, fields)
         if who.task_type is str and not isinstance(task, str):
             task = canonical(task)
@@ -184,12 +186,15 @@ class Mesh:
     def close(self) -> None:
         """Give back connections; the mesh may be used again."""
         drive(self.journal.close())
-        if hasattr(self._models, "close"):
-            drive(self._models.close())
+        close = getattr(self._models, "close", None)
+        if close is not None:
+            drive(close())
 
     # ---- parts ---------------------------------------------------------------------------------
-    def _spec(self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool, origin: str) -> RunSpec:
-        if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:  # noqa: PLR2004  the documented bound
+    def _spec(
+        self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool, origin: str
+    ) -> RunSpec:
+        if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
             raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
         self.crew.agent(agent.name)
         home = self.crew.broker_queue(self.crew.queue)
@@ -202,7 +207,11 @@ class Mesh:
     def _outside(self, verb: str) -> None:
         inside = INSIDE.get()
         if inside:
-            mend = "write `ctx.do(Researcher().on(task))`" if "flow" in inside else "make it an agent's flow, or a team member"
+            mend = (
+                "write `ctx.do(Researcher().on(task))`"
+                if "flow" in inside
+                else "make it an agent's flow, or a team member"
+            )
             raise MeshError(f"`{verb}()` inside {inside} would hold a worker while it waits: {mend}")
 
 
@@ -251,5 +260,3 @@ def _no_models(model: Any) -> tuple[Model, str]:
     if hasattr(model, "ask"):
         return model, type(model).__name__
     raise DefinitionError(f"this mesh was made without models and an agent asks {model!r}; use agentmesh.boot.models()")
-
-

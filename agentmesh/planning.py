@@ -24,11 +24,11 @@ class Planner:
         """What to write after a replay; empty when everything waited for is planned already."""
         if isinstance(outcome, Waiting):
             return self._steps(history, outcome)
-        end: Event
-        if isinstance(outcome, Finished):
-            end = RunDone(value=outcome.value)
-        else:
-            end = RunFailed(error=error_to_json(outcome.error))
+        end: Event = (
+            RunDone(value=outcome.value)
+            if isinstance(outcome, Finished)
+            else RunFailed(error=error_to_json(outcome.error))
+        )
         return Next(end=end, up=upward(history, outcome))
 
     def _steps(self, history: History, waiting: Waiting) -> Next:
@@ -48,7 +48,13 @@ class Planner:
     def _plan(self, history: History, n: int, step: Step[Any], first: int, wire: Any) -> Plan:
         shown = step.detail() if isinstance(step, Approve) or (isinstance(step, Call) and step.tool.approve) else None
         planned = StepPlanned(
-            n=n, kind=step.kind, name=step.name, digest=step.digest(), queue=self._queue(step), gather=first, detail=shown
+            n=n,
+            kind=step.kind,
+            name=step.name,
+            digest=step.digest(),
+            queue=self._queue(step),
+            gather=first,
+            detail=shown,
         )
         if isinstance(step, Sleep):
             return Plan(planned, "due", wire, due_in_ms=math.ceil(step.seconds * 1000))

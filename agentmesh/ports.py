@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from agentmesh.event import Event
-from agentmesh.message import Message, Usage
-from agentmesh.message import ToolSpec as ToolSpec  # a Prompt's, and so this port's word
+from agentmesh.message import Message, ToolSpec, Usage
 
 # ---- models ------------------------------------------------------------------------------------
 
@@ -31,12 +30,15 @@ class Prompt:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+NOTHING_USED = Usage()
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A model's answer; `finish` says why it ended."""
 
     message: Message
-    usage: Usage = Usage()
+    usage: Usage = NOTHING_USED
     finish: Literal["stop", "length", "tool_calls"] = "stop"
 
 

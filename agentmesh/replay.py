@@ -54,9 +54,9 @@ class History:
                 self.closed[event.first] = event
             elif isinstance(event, RunStarted):
                 self.started = event
-            elif isinstance(event, Approved) and self.planned[event.n].kind == "Approve":
-                self.ended.setdefault(event.n, event)
-            elif isinstance(event, StepResolved) and event.action != "retry":
+            elif (isinstance(event, Approved) and self.planned[event.n].kind == "Approve") or (
+                isinstance(event, StepResolved) and event.action != "retry"
+            ):
                 self.ended.setdefault(event.n, event)
             elif isinstance(event, ENDS):
                 self.end = event
@@ -205,7 +205,9 @@ class Replaying:
         if was is None:
             return n
         known = n in self._history.checked  # its digest was compared; kind and name still are, at every replay
-        if (was.kind, was.name, was.gather) != (step.kind, step.name, gather) or (not known and was.digest != step.digest()):
+        if (was.kind, was.name, was.gather) != (step.kind, step.name, gather) or (
+            not known and was.digest != step.digest()
+        ):
             self._break(n, f"{was.kind} {was.name!r}", f"{step.kind} {step.name!r}")
         self._history.checked.add(n)
         return n
@@ -226,7 +228,9 @@ class Replaying:
             return step.decode(event.value)
         if isinstance(event, Denied):
             reason = f": {event.reason}" if event.reason else ""
-            return ApprovalDenied(f"{step.name} was denied{f' by {event.by}' if event.by else ''}{reason}", by=event.by, **where)
+            return ApprovalDenied(
+                f"{step.name} was denied{f' by {event.by}' if event.by else ''}{reason}", by=event.by, **where
+            )
         if isinstance(event, StepFailed):
             error = error_from_json(event.error)
             if not isinstance(error, StepError):

@@ -20,8 +20,8 @@ from agentmesh.event import (
 )
 from agentmesh.event import RunCancelled as Cancelled
 from agentmesh.event import RunFailed as Failed
-from agentmesh.message import Message
 from agentmesh.journal import Journal
+from agentmesh.message import Message
 from agentmesh.ports import Refused, RunHead, Token
 from agentmesh.replay import History, replay
 from agentmesh.schema import from_json
@@ -119,7 +119,9 @@ class Run(Generic[Out]):
             left = WATCH_S if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 waits = "; ".join(f"{a.run_id} step {a.n} ({a.tool}): {a.why}" for a in await self.waiting())
-                raise TimeoutError(f"run {self.id} has not ended after {timeout_s} s" + (f"; waiting: {waits}" if waits else ""))
+                raise TimeoutError(
+                    f"run {self.id} has not ended after {timeout_s} s" + (f"; waiting: {waits}" if waits else "")
+                )
             await self._journal.watch(self.id, version=None, timeout_s=min(left, WATCH_S))
 
     async def head(self) -> RunHead:
@@ -229,7 +231,9 @@ class Run(Generic[Out]):
         """Say no; the reason goes to whoever asked, a model too."""
         self._client.drive(self._client.tell(item.run_id, Denied(n=item.n, by=by, reason=reason)))
 
-    def resolve(self, item: Approval, action: Literal["done", "failed", "retry"], *, value: Any = None, by: str = "") -> None:
+    def resolve(
+        self, item: Approval, action: Literal["done", "failed", "retry"], *, value: Any = None, by: str = ""
+    ) -> None:
         """Say what became of a step in doubt."""
         self._client.drive(self._client.tell(item.run_id, StepResolved(n=item.n, action=action, value=value, by=by)))
 
@@ -253,7 +257,9 @@ def ended_badly(run_id: str, end: Failed) -> RunError:
         return cause
     where = f" in step {cause.n}" if isinstance(cause, StepError) and cause.n else ""
     kind = end.error["type"]
-    said = cause.message if isinstance(cause, MeshError) and kind in cause.message else f"{kind}: {end.error['message']}"
+    said = (
+        cause.message if isinstance(cause, MeshError) and kind in cause.message else f"{kind}: {end.error['message']}"
+    )
     return RunFailed(f"run {run_id} failed{where}: {said}", run_id=run_id, cause=kind)
 
 

@@ -10,7 +10,9 @@ from agentmesh.message import Message, ToolSpec
 from agentmesh.schema import digest, from_json
 
 T = TypeVar("T")
-INSIDE: ContextVar[str] = ContextVar("agentmesh_inside", default="")  # what this code runs in: a flow, a tool, or nothing
+INSIDE: ContextVar[str] = ContextVar(
+    "agentmesh_inside", default=""
+)  # what this code runs in: a flow, a tool, or nothing
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ class Approve(Step[None]):
 
     def detail(self) -> Any:
         """The question, and what it is about."""
-        return {"question": self.question, "about": self.about} if self.about is not None else {"question": self.question}
+        return (
+            {"question": self.question, "about": self.about} if self.about is not None else {"question": self.question}
+        )
 
 
 @dataclass(frozen=True, init=False)

@@ -51,7 +51,9 @@ class Tool(Generic[P, R]):
         if not NAME.fullmatch(self.name):
             raise DefinitionError(f"tool name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
         if self.delivery not in ("idempotent", "at_most_once"):
-            raise DefinitionError(f"tool `{self.name}`: delivery={self.delivery!r} must be 'idempotent' or 'at_most_once'")
+            raise DefinitionError(
+                f"tool `{self.name}`: delivery={self.delivery!r} must be 'idempotent' or 'at_most_once'"
+            )
         if self.delivery == "at_most_once" and self.retries:
             raise DefinitionError(
                 f"tool `{self.name}` is at_most_once and has retries={self.retries}: a retry is a second delivery; drop one of the two"

@@ -59,7 +59,8 @@ def main() -> None:
             wall, used = time.perf_counter() - began, cpu_s(pid) - cpu
             loop = asyncio.run(bare(url, width))
             print(
-                f"{width:>5}  agentmesh {wall:5.2f} s  x {wall / IDEAL_S:.2f} of the ideal   bare loop {loop:5.2f} s  x {loop / IDEAL_S:.2f}   "
+                f"{width:>5}  agentmesh {wall:5.2f} s  x {wall / IDEAL_S:.2f} of the ideal   "
+                f"bare loop {loop:5.2f} s  x {loop / IDEAL_S:.2f}   "
                 f"worker {used / width * 1e3:.2f} ms CPU a sub-agent, {rss_mb(pid):.0f} MB"
             )
         supervisor.stop()

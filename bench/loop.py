@@ -23,7 +23,10 @@ TOOL: Any = {
 
 async def one(client: openai.AsyncOpenAI, task: str) -> str:
     """One run: ask, call the tool, ask again."""
-    messages: list[Any] = [{"role": "system", "content": "Look the word up, then answer."}, {"role": "user", "content": task}]
+    messages: list[Any] = [
+        {"role": "system", "content": "Look the word up, then answer."},
+        {"role": "user", "content": task},
+    ]
     while True:
         reply = await client.chat.completions.create(model="fake", messages=messages, tools=[TOOL])
         message = reply.choices[0].message

@@ -37,7 +37,9 @@ def main(runs: int, at_once: int) -> None:
     pid = os.fork()
     if pid == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        app.worker_main(["worker", "-P", "threads", "-c", str(at_once), "--without-mingle", "--without-gossip", "-l", "ERROR"])
+        app.worker_main(
+            ["worker", "-P", "threads", "-c", str(at_once), "--without-mingle", "--without-gossip", "-l", "ERROR"]
+        )
         os._exit(0)
     room = threading.Semaphore(at_once)
 
@@ -52,7 +54,9 @@ def main(runs: int, at_once: int) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    print(json.dumps({"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() + _cpu(pid) - cpu}), flush=True)
+    print(
+        json.dumps({"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() + _cpu(pid) - cpu}), flush=True
+    )
     os.kill(pid, 9)
 
 

@@ -18,6 +18,7 @@ from agentmesh.crew import Crew
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says, uses
 
+
 @tool
 async def look_up(word: str) -> str:
     """Looks a word up."""

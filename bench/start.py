@@ -1,6 +1,6 @@
 """What starting costs: `import agentmesh`, `agentmesh --help`, and a first run from cold.
 
-    python bench/start.py
+python bench/start.py
 """
 
 import os
@@ -12,8 +12,26 @@ from pathlib import Path
 
 from common import fake_server, machine, median
 
-HEAVY = ("celery", "kombu", "redis", "torch", "transformers", "faiss", "numpy", "langchain", "langchain_core", "aiohttp", "rich", "typer")
-LOOK = f"import time; t = time.perf_counter(); import agentmesh, sys; print(time.perf_counter() - t, [m for m in {HEAVY!r} if m in sys.modules])"
+HEAVY = (
+    "celery",
+    "kombu",
+    "redis",
+    "torch",
+    "transformers",
+    "faiss",
+    "numpy",
+    "langchain",
+    "langchain_core",
+    "aiohttp",
+    "rich",
+    "typer",
+)
+LOOK = f"""
+import time
+t = time.perf_counter()
+import agentmesh, sys
+print(time.perf_counter() - t, [m for m in {HEAVY!r} if m in sys.modules])
+"""
 CREW = """
 from agentmesh import Agent, Crew
 class Poet(Agent):
@@ -32,9 +50,14 @@ def timed(argv: list[str], **how: object) -> float:
 def main() -> None:
     """Print the table."""
     print(machine())
-    looks = [subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True).stdout.split(" ", 1) for _ in range(9)]
+    looks = [
+        subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True).stdout.split(" ", 1)
+        for _ in range(9)
+    ]
     bare = median([timed([sys.executable, "-c", "pass"]) for _ in range(9)])
-    print(f"import agentmesh        {median([float(x[0]) for x in looks]):.3f} s   heavy modules loaded: {looks[0][1].strip()}   (bare python {bare:.3f} s)")
+    print(
+        f"import agentmesh        {median([float(x[0]) for x in looks]):.3f} s   heavy modules loaded: {looks[0][1].strip()}   (bare python {bare:.3f} s)"
+    )
     helps = [timed([sys.executable, "-m", "agentmesh.cli.main", "--help"]) for _ in range(9)]
     print(f"agentmesh --help        {median(helps):.3f} s")
     with fake_server() as url:
@@ -46,7 +69,9 @@ def main() -> None:
                 argv = [sys.executable, "-m", "agentmesh.cli.main", "run", "crew.py", "the sea"]
                 colds.append(timed(argv, cwd=folder, env=env))
                 warms.append(timed(argv, cwd=folder, env=env))
-    print(f"first run from cold     {median(colds):.2f} s   (embedded Valkey, worker process, one LLM call); the second {median(warms):.2f} s")
+    print(
+        f"first run from cold     {median(colds):.2f} s   (embedded Valkey, worker process, one LLM call); the second {median(warms):.2f} s"
+    )
 
 
 if __name__ == "__main__":

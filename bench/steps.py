@@ -31,7 +31,12 @@ AT_ONCE = 50
 
 def bare(url: str, runs: int) -> tuple[float, float]:
     """Wall and CPU of the hand-written loop."""
-    done = subprocess.run([sys.executable, str(HERE / "loop.py"), url, str(runs), str(AT_ONCE)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "loop.py"), url, str(runs), str(AT_ONCE)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     told = json.loads(done.stdout)
     return told["wall_s"], told["cpu_s"]
 
@@ -62,7 +67,11 @@ def plain_celery(server: EmbeddedValkey, url: str, runs: int) -> tuple[float, fl
     """The same calls as three chained Celery tasks on the threads pool with a Redis backend; nothing survives a kill."""
     env = {**os.environ, "BENCH_BROKER": server.broker_url, "OPENAI_BASE_URL": url}
     done = subprocess.run(
-        [sys.executable, str(HERE / "plain.py"), str(runs), str(AT_ONCE)], capture_output=True, text=True, check=True, env=env
+        [sys.executable, str(HERE / "plain.py"), str(runs), str(AT_ONCE)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
     )
     told = json.loads(done.stdout.splitlines()[-1])
     return told["wall_s"], told["cpu_s"]
@@ -94,8 +103,12 @@ def main() -> None:
     base = median([r[1] for r in rows["bare loop"]])
     for name, found in rows.items():
         wall, cpu = median([r[0] for r in found]), median([r[1] for r in found])
-        store = f"   store+broker {median([r[2] for r in found]) / given.runs * 1e3:.2f} ms" if len(found[0]) > 2 else ""
-        print(f"{name:<13} {given.runs / wall:7.0f} runs/s   {cpu / given.runs * 1e3:6.2f} ms CPU a run   x {cpu / base:.2f}{store}")
+        store = (
+            f"   store+broker {median([r[2] for r in found]) / given.runs * 1e3:.2f} ms" if len(found[0]) > 2 else ""
+        )
+        print(
+            f"{name:<13} {given.runs / wall:7.0f} runs/s   {cpu / given.runs * 1e3:6.2f} ms CPU a run   x {cpu / base:.2f}{store}"
+        )
 
 
 if __name__ == "__main__":

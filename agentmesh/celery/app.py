@@ -11,7 +11,6 @@ from agentmesh.celery.settings import is_redis, settings
 from agentmesh.errors import ConfigError, ServiceDown
 
 
-
 def make_app(broker: str) -> Celery:
     """An app of our own; it becomes nobody's current or default app."""
     app = Celery("agentmesh", set_as_current=False)
@@ -59,7 +58,9 @@ def check_broker(app: Celery) -> None:
         with app.connection_for_write(connect_timeout=3) as connection:
             connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=3)
             client = getattr(connection.default_channel, "client", None)
-            policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction") if client else "noeviction"
+            policy = (
+                client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction") if client else "noeviction"
+            )
     except (OperationalError, OSError) as e:
         raise ServiceDown(
             f"no broker answers at {_shown(url)} ({e.__cause__ or e}). Start one, or leave `broker` empty to use the embedded one"

@@ -79,7 +79,10 @@ async def finish(app: Celery, engine: Engine, run_id: str) -> str:
     if not isinstance(claimed, Claimed):
         return claimed.why
     events = await engine.journal.events(run_id)
-    started, end = events[0], next(e for e in reversed(events) if type(e).__name__ in ("RunDone", "RunFailed", "RunCancelled"))
+    started, end = (
+        events[0],
+        next(e for e in reversed(events) if type(e).__name__ in ("RunDone", "RunFailed", "RunCancelled")),
+    )
     assert isinstance(started, RunStarted)
     try:
         if await asyncio.to_thread(report, app, dict(started.canvas or {}), end):
@@ -103,7 +106,9 @@ def report(app: Celery, saved: dict[str, Any], end: Any) -> bool:
             )
         task.backend.mark_as_done(request.id, end.value, request=request)
     else:
-        error = error_from_json(end.error) if isinstance(end, RunFailed) else MeshError(f"run {request.id} was cancelled")
+        error = (
+            error_from_json(end.error) if isinstance(end, RunFailed) else MeshError(f"run {request.id} was cancelled")
+        )
         task.backend.mark_as_failure(request.id, RuntimeError(str(error)), request=request)
     return not request.chord or _joined(task.backend, request.group)
 

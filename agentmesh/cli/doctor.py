@@ -41,13 +41,18 @@ def examine(crew: str, *, broker: str, file: Path | None) -> int:
     """Print every finding; 0 when nothing needs mending."""
     findings = list(_findings(crew, broker, file))
     for finding in findings:
-        print(f"{'ok  ' if finding.ok else 'help'}  {finding.what}" + (f"\n      -> {finding.mend}" if finding.mend else ""))
+        print(
+            f"{'ok  ' if finding.ok else 'help'}  {finding.what}"
+            + (f"\n      -> {finding.mend}" if finding.mend else "")
+        )
     return DONE if all(f.ok for f in findings) else SURROUNDINGS
 
 
 def _findings(crew: str, broker: str, file: Path | None) -> Iterator[Finding]:
     new_enough = sys.version_info >= (3, 11)
-    yield Finding(new_enough, f"Python {platform.python_version()}", "" if new_enough else "install Python 3.11 or newer")
+    yield Finding(
+        new_enough, f"Python {platform.python_version()}", "" if new_enough else "install Python 3.11 or newer"
+    )
     yield from _packages()
     yield from _names()
     try:
@@ -67,7 +72,9 @@ def _packages() -> Iterator[Finding]:
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
         mend = f"only if you need it: pip install 'agentmesh-celery[{extra}]'" if missing else ""
-        yield Finding(True, f"extra {extra}: {'not installed (' + ', '.join(missing) + ')' if missing else 'installed'}", mend)
+        yield Finding(
+            True, f"extra {extra}: {'not installed (' + ', '.join(missing) + ')' if missing else 'installed'}", mend
+        )
 
 
 def _names() -> Iterator[Finding]:
@@ -75,7 +82,11 @@ def _names() -> Iterator[Finding]:
     for name in ("agentmesh", "agentmesh_agents", "agentmesh_tools"):
         spec = importlib.util.find_spec(name)
         ours = spec is not None
-        yield Finding(ours, f"module {name}: {spec.origin if spec else 'not found'}", "" if ours else "pip install agentmesh-celery")
+        yield Finding(
+            ours,
+            f"module {name}: {spec.origin if spec else 'not found'}",
+            "" if ours else "pip install agentmesh-celery",
+        )
     for name, owner in CLASHES.items():
         if Path(f"{name}.py").exists():
             yield Finding(False, f"{name}.py in this folder hides {owner}", f"rename {name}.py")
@@ -105,7 +116,9 @@ async def _journal(journal: RedisJournal) -> list[Finding]:
     facts = dict(line.split(":", 1) for line in str(info).splitlines() if ":" in line and not line.startswith("#"))
     await journal.close()
     aof = facts.get("aof_enabled") == "1"
-    server = f"journal: {facts.get('server_name', 'redis')} {facts.get('valkey_version', facts.get('redis_version', '?'))}"
+    server = (
+        f"journal: {facts.get('server_name', 'redis')} {facts.get('valkey_version', facts.get('redis_version', '?'))}"
+    )
     cluster = facts.get("cluster_enabled") == "1"
     return [
         Finding(aof, f"{server}, append-only file {'on' if aof else 'off'}",
@@ -119,15 +132,23 @@ def _models(config: Config) -> Iterator[Finding]:
     here = [m.name for m in installed()]
     wanted = config.model.partition(":")[2] if config.model.startswith("local:") else ""
     missing = bool(wanted) and wanted not in here
-    yield Finding(not missing, f"local models: {', '.join(here) or 'none'}", f"agentmesh models pull {wanted}" if missing else "")
+    yield Finding(
+        not missing, f"local models: {', '.join(here) or 'none'}", f"agentmesh models pull {wanted}" if missing else ""
+    )
     has_key = bool(os.environ.get("OPENAI_API_KEY"))
-    yield Finding(True, f"OPENAI_API_KEY {'is set' if has_key else 'is not set'}", "" if has_key else "only `openai:` models need it")
+    yield Finding(
+        True,
+        f"OPENAI_API_KEY {'is set' if has_key else 'is not set'}",
+        "" if has_key else "only `openai:` models need it",
+    )
 
 
 def _crew(path: str, config: Config) -> Iterator[Finding]:
     try:
         crew = load_crew(path)
-        yield Finding(True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.broker_queues())}")
+        yield Finding(
+            True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.broker_queues())}"
+        )
         check_models(crew, config)
         yield Finding(True, "its models can be reached from here")
     except MeshError as e:

@@ -48,12 +48,20 @@ def _options(
         raise typer.Exit
 
 
-@app.command(epilog="Examples:  agentmesh run crew.py 'write about tea'  ·  agentmesh run crew.py:night TASK --detach --id tea-7")
+@app.command(
+    epilog="Examples:  agentmesh run crew.py 'write about tea'  ·  agentmesh run crew.py:night TASK --detach --id tea-7"
+)
 def run(
-    crew: Annotated[str, typer.Argument(metavar="CREW", help="A Python file that makes a Crew: crew.py or crew.py:name.")],
-    task: Annotated[str, typer.Argument(help="What the crew's first agent is to do; JSON where its flow takes more than text.")],
+    crew: Annotated[
+        str, typer.Argument(metavar="CREW", help="A Python file that makes a Crew: crew.py or crew.py:name.")
+    ],
+    task: Annotated[
+        str, typer.Argument(help="What the crew's first agent is to do; JSON where its flow takes more than text.")
+    ],
     broker: Broker = "",
-    model: Annotated[str, typer.Option(help="For agents that name none, such as openai:gpt-5-mini.", metavar="NAME")] = "",
+    model: Annotated[
+        str, typer.Option(help="For agents that name none, such as openai:gpt-5-mini.", metavar="NAME")
+    ] = "",
     id: Annotated[str, typer.Option(help="The run's id; the same id and task take up the run that is there.")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and leave it running.")] = False,
     json: Json = False,
@@ -61,10 +69,14 @@ def run(
     """Run a crew and show what it does. Ctrl-C leaves the run resumable."""
     from agentmesh.cli.run import run_crew
 
-    raise typer.Exit(run_crew(crew, task, broker=broker, model=model, run_id=id, detach=detach, as_json=json, file=State.config))
+    raise typer.Exit(
+        run_crew(crew, task, broker=broker, model=model, run_id=id, detach=detach, as_json=json, file=State.config)
+    )
 
 
-@app.command(epilog="Examples:  agentmesh worker crew.py --queue web --concurrency 200  ·  agentmesh worker a.py b.py --processes 2")
+@app.command(
+    epilog="Examples:  agentmesh worker crew.py --queue web --concurrency 200  ·  agentmesh worker a.py b.py --processes 2"
+)
 def worker(
     crews: Annotated[list[str], typer.Argument(metavar="CREW...", help="Crew files; one worker may serve several.")],
     queue: Annotated[list[str] | None, typer.Option(help="Queues to serve; all of the crews' when left out.")] = None,
@@ -77,7 +89,15 @@ def worker(
     from agentmesh.cli.worker import run_workers
 
     raise typer.Exit(
-        run_workers(crews, queues=queue or [], concurrency=concurrency, processes=processes, broker=broker, model=model, file=State.config)
+        run_workers(
+            crews,
+            queues=queue or [],
+            concurrency=concurrency,
+            processes=processes,
+            broker=broker,
+            model=model,
+            file=State.config,
+        )
     )
 
 
@@ -90,7 +110,9 @@ def doctor(crew: Annotated[str, typer.Argument(help="A crew file to check too.")
 
 
 @runs.command("ls")
-def runs_ls(limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20, broker: Broker = "", json: Json = False) -> None:
+def runs_ls(
+    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20, broker: Broker = "", json: Json = False
+) -> None:
     """The newest runs: id, state, agent, steps' cost."""
     from agentmesh.cli.runs import list_runs
 
@@ -114,7 +136,9 @@ def runs_tail(id: RunId, broker: Broker = "", json: Json = False) -> None:
 
 
 @runs.command("approve")
-def runs_approve(id: RunId, n: Annotated[int, typer.Argument(help="The step's number.")], by: By = "", broker: Broker = "") -> None:
+def runs_approve(
+    id: RunId, n: Annotated[int, typer.Argument(help="The step's number.")], by: By = "", broker: Broker = ""
+) -> None:
     """Say yes to a step that waits for it."""
     from agentmesh.cli.runs import tell_run
 
@@ -164,11 +188,15 @@ def runs_resume(
     """Go on with a run where it was; finished steps are not done again."""
     from agentmesh.cli.run import resume_run
 
-    raise typer.Exit(resume_run(id, crew=crew, limits=limit or [], broker=broker, model=model, as_json=json, file=State.config))
+    raise typer.Exit(
+        resume_run(id, crew=crew, limits=limit or [], broker=broker, model=model, as_json=json, file=State.config)
+    )
 
 
 @models.command("pull")
-def models_pull(name: Annotated[str, typer.Argument(help="smollm2, or a name of the hub such as Qwen/Qwen3-0.6B.")]) -> None:
+def models_pull(
+    name: Annotated[str, typer.Argument(help="smollm2, or a name of the hub such as Qwen/Qwen3-0.6B.")],
+) -> None:
     """Fetch a model into the cache; a second pull finds it there."""
     from agentmesh.cli.models import pull_model
 

@@ -14,7 +14,9 @@ def pull_model(name: str) -> int:
     try:
         from agentmesh.models.pull import pull
     except ImportError as e:
-        raise ExtraMissing(f"local models need {e.name}, which is not installed: pip install 'agentmesh-celery[local]'") from None
+        raise ExtraMissing(
+            f"local models need {e.name}, which is not installed: pip install 'agentmesh-celery[local]'"
+        ) from None
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, int] = {}

@@ -40,7 +40,9 @@ class Place:
         """
         if drive(self.journal.head(run_id)) is None:
             where = self.config.broker if self.valkey is None else str(self.config.home)
-            raise RunError(f"there is no run {run_id!r} in {where}; `agentmesh runs ls` lists those that are", run_id=run_id)
+            raise RunError(
+                f"there is no run {run_id!r} in {where}; `agentmesh runs ls` lists those that are", run_id=run_id
+            )
         return Run(run_id, self.client)
 
     def close(self) -> None:

@@ -63,7 +63,9 @@ def resume_run(
         run = found.run(run_id)
         path = crew or getattr(events[0], "origin", "")
         if not path:
-            raise DefinitionError(f"run {run_id} was not begun from a crew file; name one: agentmesh runs resume {run_id} crew.py")
+            raise DefinitionError(
+                f"run {run_id} was not begun from a crew file; name one: agentmesh runs resume {run_id} crew.py"
+            )
         loaded = load_crew(path)
         if limits:
             run.raise_limits(_limits(limits))
@@ -144,7 +146,10 @@ def _say_waiting(run: Run[Any]) -> int:
         what = f"{item.tool} {json.dumps(dict(item.args), ensure_ascii=False)}" if item.args else item.tool
         print(f"waiting ({item.why}): run {item.run_id}, step {item.n}: {what}", file=sys.stderr)
         if item.why == "approve":
-            print(f"  agentmesh runs approve {item.run_id} {item.n}   or   agentmesh runs deny {item.run_id} {item.n}", file=sys.stderr)
+            print(
+                f"  agentmesh runs approve {item.run_id} {item.n}   or   agentmesh runs deny {item.run_id} {item.n}",
+                file=sys.stderr,
+            )
     print(f"then: agentmesh runs resume {run.id.partition('/')[0]}", file=sys.stderr)
     return WAITING
 
@@ -201,7 +206,9 @@ def _task(crew: Crew, task: str) -> Any:
     try:
         return from_json(json.loads(task), wanted)
     except ValueError as e:
-        raise DefinitionError(f"agent `{crew.lead.name}` takes a {getattr(wanted, '__name__', wanted)}; the task {task!r} is none: {e}") from None
+        raise DefinitionError(
+            f"agent `{crew.lead.name}` takes a {getattr(wanted, '__name__', wanted)}; the task {task!r} is none: {e}"
+        ) from None
 
 
 def _limits(given: list[str]) -> dict[str, float]:

@@ -52,7 +52,11 @@ def show_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> i
                 print(line if as_json else sentence(member, event))
         for item in run.waiting_for:
             told = json.dumps({"waiting": item.why, "run": item.run_id, "n": item.n, "args": item.args})
-            print(told if as_json else f"waiting: {_reason(item)} (run {item.run_id}, step {item.n}, {item.tool} {dict(item.args)})")
+            print(
+                told
+                if as_json
+                else f"waiting: {_reason(item)} (run {item.run_id}, step {item.n}, {item.tool} {dict(item.args)})"
+            )
         return 0
     finally:
         place.close()

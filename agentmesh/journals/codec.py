@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from agentmesh.errors import JournalVersion
 from agentmesh.event import (
     ENDS,
     Approved,
@@ -11,7 +12,6 @@ from agentmesh.event import (
     Event,
     LimitRaised,
     RunCancelled,
-    RunDone,
     RunStarted,
     StepDone,
     StepFailed,
@@ -22,7 +22,6 @@ from agentmesh.event import (
     StepRevived,
     event_from_json,
 )
-from agentmesh.errors import JournalVersion
 from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec
 from agentmesh.schema import digest, dumps, loads
 
@@ -43,7 +42,9 @@ def event_of(line: str) -> Event:
     try:
         return event_from_json(loads(text), int(at))
     except KeyError as e:
-        raise JournalVersion(f"the journal holds an event {e.args[0]!r} that this agentmesh does not know: upgrade it") from None
+        raise JournalVersion(
+            f"the journal holds an event {e.args[0]!r} that this agentmesh does not know: upgrade it"
+        ) from None
 
 
 def run_started(spec: RunSpec) -> RunStarted:

@@ -2,7 +2,8 @@
 
 Keys: `run:R` hash · `ev:R` list of "AT_MS JSON" · `st:R` hash n (or `a`, `f`) -> record, `E<fence>` once ended ·
 `ga:R` hash first -> gather · `wires` unit -> message · `q:QUEUE` zset unit -> seq · `leased` unit -> deadline ·
-`due` unit -> time · `held` unit -> since · `wl:WORKER` set of units · `tree:ROOT` set of its runs · `forget` ended root -> when · `cancelled` set.
+`due` unit -> time · `held` unit -> since · `wl:WORKER` set of units · `tree:ROOT` set of its runs ·
+`forget` ended root -> when · `cancelled` set.
 """
 
 from typing import Any

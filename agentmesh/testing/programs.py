@@ -42,7 +42,14 @@ def following(run: str, stages: list[Stage], lines: list[str]) -> dict[str, Any]
             if stage[0] != "gather":
                 return {"plans": plans}
             _, k, need, deadline, _, window = stage
-            gather = {"first": n, "last": n + k - 1, "need": need, "everyone": 0, "deadline": deadline, "window": window}
+            gather = {
+                "first": n,
+                "last": n + k - 1,
+                "need": need,
+                "everyone": 0,
+                "deadline": deadline,
+                "window": window,
+            }
             return {"plans": plans, "gather": gather}
         n += width
     up = json.dumps({"e": "StepDone", "n": int(run.rpartition("/")[2] or 0) if "/" in run else 0, "value": "child"})
@@ -52,7 +59,12 @@ def following(run: str, stages: list[Stage], lines: list[str]) -> dict[str, Any]
 def _plan(run: str, stage: Stage, n: int) -> dict[str, Any]:
     inner = stage[4] if stage[0] == "gather" else stage[1] if stage[0] == "child" else None
     kind = {"sleep": "Sleep", "approve": "Approve"}.get(stage[0], "Delegate" if inner else "Call")
-    out = {"n": n, "kind": kind, "event": json.dumps({"e": "StepPlanned", "n": n, "kind": kind}), "wire": message(f"s|{run}|{n}")}
+    out = {
+        "n": n,
+        "kind": kind,
+        "event": json.dumps({"e": "StepPlanned", "n": n, "kind": kind}),
+        "wire": message(f"s|{run}|{n}"),
+    }
     if inner:
         spec = {"crew": "c", "version": "", "agent": "A", "wire": message(f"a|{run}/{n}"), "parent": run, "n": n}
         return {**out, "state": "child", "child": {"spec": spec, "started": '{"e":"RunStarted"}'}}

@@ -133,7 +133,15 @@ class World:
             return
         token = f"t{next(self._tokens)}"
         run = unit.split("|")[1]
-        args = {"unit": unit, "worker": worker, "token": token, "version": 0, "crew": "c", "crew_version": "", "ttl": TTL}
+        args = {
+            "unit": unit,
+            "worker": worker,
+            "token": token,
+            "version": 0,
+            "crew": "c",
+            "crew_version": "",
+            "ttl": TTL,
+        }
         head, lines = self.verb("claim", **args)
         if self.rng.random() < self.faults.reply_lost:  # the client library asks again
             if not self.faults.tokens:
@@ -147,7 +155,10 @@ class World:
             return
         fence = head["fence"]
         if unit[0] == "a":
-            self.at(self.rng.choice([5, 60, 700]), lambda: self._plan_of(worker, generation, unit, run, fence, head["version"], lines))
+            self.at(
+                self.rng.choice([5, 60, 700]),
+                lambda: self._plan_of(worker, generation, unit, run, fence, head["version"], lines),
+            )
             return
         self.executed[unit] += 1
         needs = self.rng.choice([50, 200, 900, 3_000])
@@ -177,7 +188,14 @@ class World:
         elif roll < 0.2 and self.tables.hget(f"st:{run}", str(n)) and self._in_gather(run, n):
             how, event = "failed", {"e": "StepFailed", "n": n}
         text = json.dumps(event)
-        args: dict[str, Any] = {"unit": unit, "fence": fence, "event": text, "how": how, "version": version, "usage": {"turns": 1}}
+        args: dict[str, Any] = {
+            "unit": unit,
+            "fence": fence,
+            "event": text,
+            "how": how,
+            "version": version,
+            "usage": {"turns": 1},
+        }
         if how == "retried":
             args["delay"] = self.rng.choice([0, 800])
         else:
@@ -292,10 +310,12 @@ class World:
                 raise Violation(f"run {run} is {status} after {self.now} ms")
         for unit, count in self.executed.items():
             if count > 1 + self.excuses[unit]:
-                raise Violation(f"{unit} was executed {count} times and only {self.excuses[unit]} crashes or retries explain it")
+                raise Violation(
+                    f"{unit} was executed {count} times and only {self.excuses[unit]} crashes or retries explain it"
+                )
 
 
-def simulate(seed: int, faults: Faults = Faults()) -> World:  # noqa: B008  frozen
+def simulate(seed: int, faults: Faults = Faults()) -> World:
     """Run one world to its end.
 
     Raises:

@@ -25,7 +25,9 @@ class PlainDispatch:
 
     def steps(self, run_id: str, members: Sequence[Member], gather: GatherPlan | None, queue: str) -> list[Wire]:
         """See ports.Dispatch."""
-        return [self._wire(f"a|{run_id}/{m.n}" if m.kind == "Delegate" else f"s|{run_id}|{m.n}|{m.kind}") for m in members]
+        return [
+            self._wire(f"a|{run_id}/{m.n}" if m.kind == "Delegate" else f"s|{run_id}|{m.n}|{m.kind}") for m in members
+        ]
 
     def advance(self, run_id: str, agent: str, queue: str) -> Wire:
         """See ports.Dispatch."""
@@ -49,7 +51,9 @@ class FakeMesh:
         workers: how many engines share the work, each with a cache of its own.
     """
 
-    def __init__(self, agent: Agent[Any] | Crew, *, model: Any = (), workers: int = 1, start_ms: int = 1_000_000) -> None:
+    def __init__(
+        self, agent: Agent[Any] | Crew, *, model: Any = (), workers: int = 1, start_ms: int = 1_000_000
+    ) -> None:
         self.crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
         self.now_ms = start_ms
@@ -57,7 +61,9 @@ class FakeMesh:
         self.hold_messages = False  # True: nothing is worked off until it is False again
         self.journal = MemoryJournal(clock=lambda: self.now_ms, send=self._sent)
         self._ids = itertools.count(1)
-        doer = Doer(model_of=lambda name: (self.model, str(name)), model=self.crew.model, deps=self.crew.deps, threads=4)
+        doer = Doer(
+            model_of=lambda name: (self.model, str(name)), model=self.crew.model, deps=self.crew.deps, threads=4
+        )
         self.engines = [
             Engine(crew=self.crew, journal=self.journal, dispatch=PlainDispatch(), doer=doer, worker=f"w{i}")
             for i in range(workers)
@@ -65,7 +71,15 @@ class FakeMesh:
         self._turn = itertools.cycle(self.engines)
         self.client = Client(crew=self.crew, journal=self.journal, drive=self._drive, moved=self.settle)
 
-    def start(self, agent_or_task: Agent[Any] | Any, task: Any = None, *, id: str = "", history: Sequence[Message] = (), stream: bool = True) -> Run[Any]:  # fmt: skip
+    def start(
+        self,
+        agent_or_task: Agent[Any] | Any,
+        task: Any = None,
+        *,
+        id: str = "",
+        history: Sequence[Message] = (),
+        stream: bool = True,
+    ) -> Run[Any]:
         """Begin a run and go on until it ends or waits for somebody."""
         agent, task = (agent_or_task, task) if isinstance(agent_or_task, Agent) else (self.crew.lead, agent_or_task)
         run_id = id or f"r{next(self._ids)}"

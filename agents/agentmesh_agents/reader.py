@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterator
 
-from agentmesh_tools import in_folder
 from pydantic import BaseModel
 
 from agentmesh import Agent, Context
 from agentmesh.message import user
+from agentmesh_tools import in_folder
 
 SENTENCE = re.compile(r"[^.!?\n]{20,}[.!?]")
 

@@ -1,10 +1,10 @@
 """Joins notes into one page; the sources are listed by code, so that none is forgotten and none invented."""
 
-from agentmesh_agents.reader import Note, first_line
 from pydantic import BaseModel
 
 from agentmesh import Agent, Context
 from agentmesh.message import user
+from agentmesh_agents.reader import Note, first_line
 
 
 class Page(BaseModel):

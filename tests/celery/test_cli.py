@@ -42,7 +42,9 @@ def answer(body: dict[str, Any]) -> Any:
     last = body["messages"][-1]
     if last["role"] == "tool":
         return says(last["content"])
-    return uses("refund", order=7) if body.get("tools") and "refund" in last["content"] else says(last["content"].upper())
+    return (
+        uses("refund", order=7) if body.get("tools") and "refund" in last["content"] else says(last["content"].upper())
+    )
 
 
 class Shell:
@@ -55,7 +57,9 @@ class Shell:
         return [sys.executable, "-m", "agentmesh.cli.main", *args]
 
     def __call__(self, *args: str, code: int = 0) -> str:
-        done = subprocess.run(self.argv(*args), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            self.argv(*args), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         self.err = done.stderr
         return done.stdout

@@ -127,7 +127,9 @@ def test_a_gather_is_a_chord_and_its_messages_say_so(valkey: Any) -> None:
         messages = [json.loads(m) for m in client.lrange("agentmesh.m.main", 0, -1)]  # type: ignore[union-attr]
         assert len(messages) == 3
         heads = sorted((m["headers"] for m in messages), key=lambda h: h["group_index"])
-        assert [(h["task"], h["group"], h["group_index"]) for h in heads] == [("agentmesh.advance", "g1:g1", i) for i in range(3)]
+        assert [(h["task"], h["group"], h["group_index"]) for h in heads] == [
+            ("agentmesh.advance", "g1:g1", i) for i in range(3)
+        ]
         assert [h["shadow"] for h in heads] == ["Echo.delegate"] * 3
         assert all(not h.get("chord") and h["ignore_result"] for h in heads)
         assert {h["root_id"] for h in heads} == {"g1"}

@@ -44,7 +44,9 @@ def expected(task: str) -> str:
 class Scene:
     """A mesh, supervised workers, the oracle."""
 
-    def __init__(self, valkey: Any, server: FakeOpenAI, log: Path, *, processes: int = 1, supervised: bool = True) -> None:
+    def __init__(
+        self, valkey: Any, server: FakeOpenAI, log: Path, *, processes: int = 1, supervised: bool = True
+    ) -> None:
         self.valkey, self.server, self.log = valkey, server, log
         self.config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=2.0, sweep_s=0.2, drain_s=3.0)
         self.crew = load_crew(CREW)

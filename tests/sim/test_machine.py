@@ -39,7 +39,9 @@ class Hands(World):
     def finish(self, i: int) -> None:
         unit, run, fence, version, lines = self.work.pop(i % len(self.work))
         if unit[0] == "a":
-            head, more = self.verb("plan", run=run, fence=fence, version=version, next=following(run, self._program(run), lines))
+            head, more = self.verb(
+                "plan", run=run, fence=fence, version=version, next=following(run, self._program(run), lines)
+            )
             if head.get("no") == "conflict":
                 self.work.append((unit, run, fence, head["version"], [*lines, *more]))
             return

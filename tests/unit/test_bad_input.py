@@ -119,7 +119,9 @@ def test_crews() -> None:
     class Editor(Agent):
         queue = "gpus"
 
-    with pytest.raises(UnknownName, match="agent `Editor` names queue 'gpus'; the crew has 'gpu', 'web'. Did you mean 'gpu'?"):
+    with pytest.raises(
+        UnknownName, match="agent `Editor` names queue 'gpus'; the crew has 'gpu', 'web'. Did you mean 'gpu'?"
+    ):
         Crew(Editor(), queues=[Queue("gpu"), Queue("web")])
 
     def another() -> type[Agent]:

@@ -83,7 +83,12 @@ def test_a_long_wait_is_left_to_the_journal() -> None:
     [
         (401, "", ModelRefused, "refused the key .* check OPENAI_API_KEY"),
         (404, "", ModelRefused, "has no model 'm'"),
-        (400, '{"error":{"message":"This model\'s maximum context length is 8 tokens"}}', ContextTooLong, "maximum context length is 8"),
+        (
+            400,
+            '{"error":{"message":"This model\'s maximum context length is 8 tokens"}}',
+            ContextTooLong,
+            "maximum context length is 8",
+        ),
         (400, '{"error":{"message":"odd"}}', ModelRefused, r"refused the request \(400\): odd"),
         (429, '{"error":{"message":"pay","code":"insufficient_quota"}}', ModelRefused, "quota is used up: pay"),
     ],

@@ -64,7 +64,12 @@ def test_a_tool_keeps_its_name_description_and_schema() -> None:
 
 
 def test_messages_both_ways() -> None:
-    ours = [system("s"), user("u"), Message("assistant", "t", (ToolCall("c", "f", '{"a": 1}'),)), Message("tool", "r", tool_call_id="c")]
+    ours = [
+        system("s"),
+        user("u"),
+        Message("assistant", "t", (ToolCall("c", "f", '{"a": 1}'),)),
+        Message("tool", "r", tool_call_id="c"),
+    ]
     assert [from_langchain(m) for m in to_langchain(ours)] == ours
 
 

@@ -130,7 +130,10 @@ def test_approval_inside_a_gathered_sub_agent() -> None:
     mesh = FakeMesh(Crew(Office(), Payer()))
     run = mesh.start("x")
     first, second = run.waiting_for
-    assert [(i.run_id, i.n, i.args["question"]) for i in (first, second)] == [("r1/1", 1, "pay 1?"), ("r1/2", 1, "pay 2?")]
+    assert [(i.run_id, i.n, i.args["question"]) for i in (first, second)] == [
+        ("r1/1", 1, "pay 1?"),
+        ("r1/2", 1, "pay 2?"),
+    ]
     run.approve(second, by="ana")
     assert run.status == "open"
     run.approve(first, by="bo")
@@ -301,6 +304,9 @@ def test_step_errors_are_values() -> None:
 
     class All(Agent[list[str]]):
         def flow(self, task: str, ctx: Context) -> list[str]:
-            return [type(v).__name__ if isinstance(v, StepError) else v for v in ctx.gather([boom.on(), boom.on()], errors=True)]
+            return [
+                type(v).__name__ if isinstance(v, StepError) else v
+                for v in ctx.gather([boom.on(), boom.on()], errors=True)
+            ]
 
     assert FakeMesh(All()).run("x") == ["ToolError", "ToolError"]

@@ -40,7 +40,9 @@ def in_folder(root: str | Path) -> tuple[Tool[[str], list[str]], Tool[[str, int,
         if pattern.startswith(("/", "~")) or ".." in Path(pattern).parts:
             raise TryAgain(f"pattern {pattern!r} must stay inside the folder: no `..`, no absolute path")
         top = folder.resolve()
-        found = sorted(p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(top) and _is_text(p))
+        found = sorted(
+            p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(top) and _is_text(p)
+        )
         return [p.relative_to(folder).as_posix() for p in found[:MOST_FILES]]
 
     @tool
