@@ -30,7 +30,7 @@ class Fault:
     """What the server does instead of answering, once.
 
     Args:
-        status: an HTTP error with `body`; 0 answers, but in a broken way.
+        status: answer with this HTTP status and `body`; 0 answers, but in a broken way.
         cut_after: bytes of the stream after which the connection is closed.
         drip_s: seconds between two pieces of a stream.
         hang: never answer.
@@ -40,6 +40,7 @@ class Fault:
     status: int = 0
     retry_after: str = ""
     body: str = ""
+    content_type: str = "application/json"
     cut_after: int | None = None
     drip_s: float = 0.0
     hang: bool = False
@@ -206,11 +207,18 @@ class _Connection(asyncio.Protocol):
 
     def _refuse(self, fault: Fault) -> None:
         extra = f"Retry-After: {fault.retry_after}\r\n" if fault.retry_after else ""
-        self._write((fault.body or error_text(f"made to fail with {fault.status}")).encode(), fault.status, extra)
+        self._write(
+            (fault.body or error_text(f"made to fail with {fault.status}")).encode(),
+            fault.status,
+            extra,
+            fault.content_type,
+        )
 
-    def _write(self, content: bytes, status: int = 200, extra: str = "") -> None:
+    def _write(
+        self, content: bytes, status: int = 200, extra: str = "", content_type: str = "application/json"
+    ) -> None:  # fmt: skip
         self._server.answered += 1
-        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n{extra}\r\n"
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\nContent-Length: {len(content)}\r\n{extra}\r\n"
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(head.encode() + content)
 
