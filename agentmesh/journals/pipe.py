@@ -34,6 +34,13 @@ def clean_url(url: str) -> str:
     return url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=")
 
 
+async def end(task: "asyncio.Task[None] | None") -> None:
+    """Cancel a task until it has ended: redis-py may swallow a cancellation while it connects again."""
+    while task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.05)
+
+
 class Pipe:
     """Sends commands over one connection of the event loop it was made on.
 
@@ -61,9 +68,7 @@ class Pipe:
 
     async def close(self) -> None:
         """Let go of the connection; pending commands fail."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
         _fail(self._pending, JournalError(f"the connection to {self.place} was closed before it answered"))
         self._pending = []
         await self._drop()

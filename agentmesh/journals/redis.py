@@ -16,7 +16,7 @@ from agentmesh.errors import JournalError
 from agentmesh.event import Event
 from agentmesh.journals.blobs import fingerprint_of, outsource, restored
 from agentmesh.journals.codec import Reply, VerbJournal, event_of
-from agentmesh.journals.pipe import LOST, Pipe, clean_url
+from agentmesh.journals.pipe import LOST, Pipe, clean_url, end
 from agentmesh.ports import Held, RunHead, Sent, Token
 from agentmesh.schema import dumps, loads
 
@@ -263,9 +263,7 @@ class _Ends:
                 future.set_result(None)
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
 
 def _pairs(reply: Any) -> dict[str, str]:
