@@ -50,10 +50,8 @@ def timed(argv: list[str], **how: object) -> float:
 def main() -> None:
     """Print the table."""
     print(machine())
-    looks = [
-        subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True).stdout.split(" ", 1)
-        for _ in range(9)
-    ]
+    argv = [sys.executable, "-c", LOOK]
+    looks = [subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split(" ", 1) for _ in range(9)]
     bare = median([timed([sys.executable, "-c", "pass"]) for _ in range(9)])
     print(
         f"import agentmesh        {median([float(x[0]) for x in looks]):.3f} s   heavy modules loaded: {looks[0][1].strip()}   (bare python {bare:.3f} s)"

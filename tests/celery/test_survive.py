@@ -63,11 +63,17 @@ class Scene:
         return self.mesh.start(self.crew.lead, task, id=task)
 
     def kill(self, number: int = signal.SIGKILL, which: int = 0) -> int:
-        """A worker process gets a signal; what it asked of the server may be asked again."""
+        """A worker process gets a signal; what it asked and had not yet written may be asked again."""
         pid = list(self.supervisor.pids.values())[which]
-        self.excused += self.server.in_flight
         os.kill(pid, number)
+        self.excused += len(self.server.requests) - self.written()
         return pid
+
+    def written(self) -> int:
+        """The LLM calls whose answers are in a journal."""
+        trees = [drive(self.mesh.journal.tree(head.id)) for head in self.mesh.runs()]
+        events = [e for tree in trees for member in tree for e in drive(self.mesh.journal.events(member))]
+        return sum(isinstance(e, StepDone) and bool(e.usage) for e in events)
 
     def check(self, *tasks: str) -> None:
         """Right answers, each step ended once, finished calls not paid again."""
