@@ -264,7 +264,7 @@ def smollm2() -> LocalModel:
                 raise
             pytest.skip(f"no SmolLM2: {e.message}")
         model = LocalModel("smollm2")
-        assert model.context_tokens == 2048 or model.context_tokens == 8192
+        assert model.context_tokens == 8192
         return model
 
 
