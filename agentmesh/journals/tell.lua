@@ -6,7 +6,13 @@ if status ~= 'open' then return refuse('ended', status) end
 local function raise_limits()
   local root = root_of(run)
   event(root, A.event)
-  for name, value in pairs(A.limits) do hset('run:' .. root, 'lim_' .. name, tostring(value)) end
+  for name, value in pairs(A.limits) do
+    if value == cjson.null then -- no ceiling
+      redis.call('HDEL', P .. 'run:' .. root, 'lim_' .. name)
+    else
+      hset('run:' .. root, 'lim_' .. name, tostring(value))
+    end
+  end
   for _, member in ipairs(members('tree:' .. root)) do
     local keys = redis.call('HKEYS', P .. 'st:' .. member)
     table.sort(keys)

@@ -4,13 +4,14 @@ import asyncio
 import json
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import redis
 
 from agentmesh.errors import JournalError, ServiceDown
-from agentmesh.event import RunDone, StepDone, StepPlanned, StepRetried
+from agentmesh.event import LimitRaised, RunDone, StepDone, StepPlanned, StepRetried
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec, Sent, Token, Wire, advance_unit, step_unit
 
@@ -165,6 +166,23 @@ def test_a_turn_told_twice_is_told_once(valkey: Any) -> None:
         second = await journal.claim(unit, token="u", version=0, **WORKER)
         assert isinstance(second, Claimed)
         assert second.attempt == 2
+
+    on(valkey, story)
+
+
+def test_a_limit_that_is_lifted_holds_nobody(valkey: Any) -> None:
+    async def story(journal: RedisJournal) -> None:
+        await journal.begin(replace(spec("r"), limits={"tokens": 10}), lone("r"))
+        unit = step_unit("r", 1)
+        first = await journal.claim(unit, token="t", version=0, ask=True, **WORKER)
+        assert isinstance(first, Claimed)
+        turn = StepRetried(n=1, attempt=1, error={"type": "X", "message": ""}, after_ms=0)
+        await journal.commit(unit, fence=first.fence, event=turn, charge={"tokens": 10})
+        refused = await journal.claim(unit, token="u", version=0, ask=True, **WORKER)
+        assert isinstance(refused, Refused)
+        assert [(held.key, held.why) for held in await journal.waiting("r")] == [("1", "limit:tokens")]
+        assert isinstance(await journal.tell("r", LimitRaised(limits={"tokens": None})), Accepted)
+        assert isinstance(await journal.claim(unit, token="v", version=0, ask=True, **WORKER), Claimed)
 
     on(valkey, story)
 
