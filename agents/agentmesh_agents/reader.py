@@ -43,9 +43,8 @@ class Reader(Agent[Note]):
         return Note(source=task, lines=lines or ["the file is empty"])
 
     def _note(self, text: str, ctx: Context) -> str:
-        asked = f"{text}\n\nIn one sentence: what does the text above say" + (
-            f" about this question: {self.question}" if self.question else "?"
-        )
+        wish = f" that bears on: {self.question}" if self.question else ""
+        asked = f"Write one sentence that says what this text tells{wish}\n\nText:\n{text}\n\nOne sentence:"
         said = first_line(ctx.do(self.ask([user(asked)])).text)
         if not said:  # a small model may answer nothing: ask once more, then let the text speak
             said = first_line(ctx.do(self.ask([user(f"{text}\n\nSummarise this in one sentence.")])).text)

@@ -214,6 +214,8 @@ def test_real_workers_go_on_after_a_kill_and_drain(valkey, eventually):
             redis.Redis.from_url(valkey.url, decode_responses=True) as client,
         ):
             eventually(lambda: len(supervisor.names) == 2)
+            # both wait at the broker, and the dead one does not any more: a plain task handed to it would be lost
+            eventually(lambda: sum("b" in c["flags"] for c in client.client_list()) == 2)
             for _ in range(80):
                 app.send_task("count", (1.0,), queue="q")
             eventually(lambda: client.get("begun") == "80")
