@@ -166,8 +166,8 @@ class Supervisor:
 
     def _on_stop(self, number: int, now: bool) -> None:
         self._stops += 1
+        self._give_up = time.monotonic() + self._drain_s
         if self._stops == 1 and not now:
-            self._give_up = time.monotonic() + self._drain_s
             for worker in self._workers:
                 if worker.process is not None:
                     worker.process.terminate()  # the process alone: Celery ends the processes of a pool itself
