@@ -54,7 +54,8 @@ def main() -> None:
     looks = [subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split(" ", 1) for _ in range(9)]
     bare = median([timed([sys.executable, "-c", "pass"]) for _ in range(9)])
     print(
-        f"import agentmesh        {median([float(x[0]) for x in looks]):.3f} s   heavy modules loaded: {looks[0][1].strip()}   (bare python {bare:.3f} s)"
+        f"import agentmesh        {median([float(x[0]) for x in looks]):.3f} s   heavy modules loaded: {looks[0][1].strip()}"
+        f"   (bare python {bare:.3f} s)"
     )
     helps = [timed([sys.executable, "-m", "agentmesh.cli.main", "--help"]) for _ in range(9)]
     print(f"agentmesh --help        {median(helps):.3f} s")
