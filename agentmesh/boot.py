@@ -5,12 +5,13 @@ folder, and a worker thread.
 """
 
 import atexit
+import importlib.metadata
 import importlib.util
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from agentmesh.celery.valkey import EmbeddedValkey
     from agentmesh.config import Config
     from agentmesh.mesh import InProcess, Mesh
+    from agentmesh.ports import Counts
+    from agentmesh.sight import Sight
 
 Out = TypeVar("Out")
 PROVIDERS = ("openai", "local")
@@ -97,6 +100,75 @@ def check_models(crew: Crew, config: "Config") -> None:
 def _asks(agent: Agent[Any], crew: Crew) -> bool:
     """Whether the agent may ask a model that is named by text; a flow of its own may ask none."""
     return type(agent).flow is Agent.flow and not hasattr(agent.model or crew.model, "ask")
+
+
+# ---- sight -------------------------------------------------------------------------------------
+COUNTS_IN = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name for the folder that processes count in
+
+
+def counting() -> "list[Sight]":
+    """The Sight that counts for Prometheus, where this process was started to count."""
+    if not os.environ.get(COUNTS_IN):
+        return []
+    from agentmesh.metrics import Counting
+
+    return [Counting()]
+
+
+def metrics_page(
+    folder: str, counts: "Callable[[], Counts | None]", workers: Callable[[], tuple[int, int]]
+) -> Callable[[], bytes]:
+    """What makes the page for Prometheus, from what workers count in a folder and what the journal holds.
+
+    Raises:
+        ExtraMissing: prometheus_client is not installed.
+    """
+    try:
+        from agentmesh.metrics import exposition
+    except ImportError as e:
+        raise ExtraMissing(
+            f"--metrics needs {e.name}, which is not installed: pip install 'agentmesh-celery[metrics]'"
+        ) from None
+    return exposition(folder, counts, workers)
+
+
+def export_traces() -> None:
+    """Set OpenTelemetry's SDK up as its own variables say, unless this process has done so or they say nothing.
+
+    Raises:
+        ExtraMissing: traces are asked for and the SDK is not installed.
+        ConfigError: there is no exporter of that name.
+    """
+    named = os.environ.get("OTEL_TRACES_EXPORTER", "otlp" if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") else "none")
+    if named == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return
+    try:
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as e:
+        raise ExtraMissing(
+            f"OTEL_TRACES_EXPORTER needs {e.name}, which is not installed: pip install 'agentmesh-celery[otel]'"
+        ) from None
+    if isinstance(trace.get_tracer_provider(), TracerProvider):
+        return
+    provider = TracerProvider()  # resource, sampler and limits it reads from OTEL_* by itself; it flushes at exit
+    for name in named.split(","):
+        exporters = importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=_exporter(name.strip()))
+        if not exporters:
+            raise ConfigError(
+                f"there is no OpenTelemetry exporter {name!r} here; for `otlp` install opentelemetry-exporter-otlp-proto-http"
+            )
+        provider.add_span_processor(BatchSpanProcessor(next(iter(exporters)).load()()))
+    trace.set_tracer_provider(provider)
+
+
+def _exporter(name: str) -> str:
+    """`otlp` by its protocol; the SDK's console exporter has its own entry."""
+    if name != "otlp":
+        return name
+    protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", ""))
+    return "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
 
 
 # ---- crew files --------------------------------------------------------------------------------

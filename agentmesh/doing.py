@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from agentmesh.errors import (
     ConfigError,
@@ -40,11 +40,21 @@ class Attempt:
     cancelled: Callable[[], bool] = field(default=lambda: False)
     progress: Callable[[str], None] = field(default=lambda text: None)
     on_token: Callable[[str], None] | None = None
+    agent: str = ""
+    trace: str = ""
 
     @property
     def key(self) -> str:
         """The step's key, the same in every attempt."""
         return f"{self.run_id}/{self.n}"
+
+
+class Doing(Protocol):
+    """What the engine needs of whoever does steps."""
+
+    async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
+        """The step's end, or its next turn; and what it cost."""
+        ...
 
 
 class Doer:

@@ -3,11 +3,12 @@
 import asyncio
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from agentmesh.crew import Crew
-from agentmesh.doing import Attempt, Charge, Doer
+from agentmesh.doing import Attempt, Charge, Doing
 from agentmesh.errors import LimitReached, ReplayError, UnknownName, error_to_json
 from agentmesh.event import Event, RunFailed, StepDone, StepFailed
 from agentmesh.journal import Journal
@@ -44,12 +45,16 @@ class Engine:
 
     Args:
         worker: this process's name in leases.
+        ended: is told of each run that this process ends.
     """
 
-    def __init__(self, *, crew: Crew, journal: Journal, dispatch: Dispatch, doer: Doer, worker: str) -> None:
+    def __init__(
+        self, *, crew: Crew, journal: Journal, dispatch: Dispatch, doer: Doing, worker: str,
+        ended: Callable[[History, Event], None] | None = None,
+    ) -> None:  # fmt: skip
         self.crew, self.journal, self.worker = crew, journal, worker
         self.planner = Planner(crew, dispatch)
-        self._doer = doer
+        self._doer, self._ended = doer, ended
         self._cache: OrderedDict[str, Cached] = OrderedDict()
         self.leases: dict[str, Lease] = {}
         self._tokens = itertools.count(1)  # with the worker's name: unlike any other claim's
@@ -115,7 +120,10 @@ class Engine:
         nxt, waiting = await self._settle(cached)
         if waiting is not None and not waiting.steps:
             nxt = Next()
-        return await self.journal.begin(spec, nxt)
+        answer = await self.journal.begin(spec, nxt)
+        if self._ended is not None and nxt.end is not None and isinstance(answer, Accepted) and not answer.again:
+            self._ended(cached.history, nxt.end)
+        return answer
 
     async def take(self, unit: str, run_id: str) -> Claimed | Refused:
         """Lease a unit that is neither step nor advance; the taker drops it from `leases` when it is through."""
@@ -174,7 +182,7 @@ class Engine:
         live = Live(self.journal, history.run_id, n, claimed.attempt)
         attempt = Attempt(
             history.run_id, n, claimed.attempt, claimed.in_doubt, lambda: lease.lost, live.progress,
-            live.text if started.stream and step.kind == "Ask" else None,
+            live.text if started.stream and step.kind == "Ask" else None, started.agent, started.trace,
         )  # fmt: skip
         if claimed.attempt > 1 and started.stream:
             live.retract()
@@ -225,6 +233,8 @@ class Engine:
         if isinstance(answer, Accepted) and not answer.conflict and answer.version == cached.history.version:
             if cached.history.end is None:
                 self._cache[run_id] = cached
+            elif self._ended is not None:
+                self._ended(cached.history, cached.history.end)
         else:
             self._cache.pop(run_id, None)
 
@@ -238,7 +248,9 @@ class Engine:
         end = Next(end=RunFailed(error=error_to_json(error)), up=upward(history, Failed(error)))
         version = history.version
         self._cache.pop(history.run_id, None)
-        await self.journal.commit(unit, fence=claimed.fence, event=failed, version=version, next=end)
+        answer = await self.journal.commit(unit, fence=claimed.fence, event=failed, version=version, next=end)
+        if self._ended is not None and end.end is not None and isinstance(answer, Accepted) and not answer.conflict:
+            self._ended(history, end.end)
         return "limit"
 
     # ---- leases, seen from another thread ------------------------------------------------------

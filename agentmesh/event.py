@@ -37,6 +37,7 @@ class RunStarted(Event):
     origin: str = ""
     stream: bool = False
     canvas: Mapping[str, Any] | None = None
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

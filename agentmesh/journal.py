@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from agentmesh.event import Event
-from agentmesh.ports import Accepted, Claimed, Held, Next, Refused, RunHead, RunSpec, Token
+from agentmesh.ports import Accepted, Claimed, Counts, Held, Next, Refused, RunHead, RunSpec, Token
 
 
 class Journal(Protocol):
@@ -78,6 +78,10 @@ class Journal(Protocol):
 
     async def moving(self, run_id: str) -> int:
         """How many entries of the tree are queued, leased or due without a reason to wait."""
+        ...
+
+    async def counts(self) -> Counts:
+        """What it holds now, at a cost that does not grow with it."""
         ...
 
     async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:

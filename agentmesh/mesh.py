@@ -30,7 +30,9 @@ from agentmesh.message import Message
 from agentmesh.ports import Model, Refused, RunHead, RunSpec
 from agentmesh.run import Client, Run
 from agentmesh.schema import canonical
+from agentmesh.sight import Sight, Watched
 from agentmesh.step import INSIDE
+from agentmesh.telemetry import Tracing, current
 
 Out = TypeVar("Out")
 ModelOf = Callable[[Any], tuple[Model, str]]
@@ -47,6 +49,7 @@ class Mesh:
         broker: a broker URL; not together with `app`.
         journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey.
         models: `provider:name` or an object, to a Model; the default knows `openai:` and `local:`.
+        sights: onlookers besides Tracing, for whoever runs workers.
 
     Raises:
         ConfigError: no broker is named, or the broker cannot hold the journal and no journal is named.
@@ -54,7 +57,7 @@ class Mesh:
 
     def __init__(
         self, crew: Crew, *, app: Celery | None = None, broker: str = "", journal: str = "",
-        config: Config | None = None, models: ModelOf | None = None, worker: str = "",
+        config: Config | None = None, models: ModelOf | None = None, worker: str = "", sights: Sequence[Sight] = (),
     ) -> None:  # fmt: skip
         self.crew, self.config = crew, config or load()
         broker = broker or self.config.broker
@@ -62,7 +65,7 @@ class Mesh:
         self.broker = str(self.app.conf.broker_url or broker)
         self.journal_url = journal_url(self.broker, journal or self.config.journal)
         self.worker_name = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
-        self._models = models
+        self._models, self._sights = models, (*sights, Tracing())
         self._engines = register(self.app)
         canvas.register(self.app, self._engines)[crew.name] = self._begin_for_canvas
         self._lock = threading.Lock()
@@ -158,12 +161,13 @@ class Mesh:
     def engine(self) -> Engine:
         """This process's engine for the crew."""
         if self.crew.name not in self._engines:
-            self._doer = Doer(
-                model_of=self._models or _no_models, model=self.crew.model or self.config.model, deps=self.crew.deps
-            )
+            model = self.crew.model or self.config.model
+            self._doer = Doer(model_of=self._models or _no_models, model=model, deps=self.crew.deps)
+            watched = Watched(self._doer, self._sights, model)
             self._engines[self.crew.name] = Engine(
-                crew=self.crew, journal=self.journal, dispatch=self.dispatch, doer=self._doer, worker=self.worker_name
-            )
+                crew=self.crew, journal=self.journal, dispatch=self.dispatch, doer=watched, worker=self.worker_name,
+                ended=watched.ended,
+            )  # fmt: skip
         return self._engines[self.crew.name]
 
     def tend(self, *, queues: Sequence[str] = ()) -> Tender:
@@ -202,6 +206,7 @@ class Mesh:
             run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
             [m.to_json() for m in history], limits=self.crew.limits.to_json(),
             wire=self.dispatch.advance(run_id, agent.name, home), origin=origin, stream=stream,
+            trace=current(),
         )  # fmt: skip
 
     def _outside(self, verb: str) -> None:

@@ -85,6 +85,7 @@ class Planner:
         spec = RunSpec(
             f"{history.run_id}/{planned.n}", self.crew.name, started.version, step.name, step.task,
             step.agent.fields_json(), (), history.run_id, planned.n, started.limits, wire, origin=started.origin, stream=started.stream,
+            trace=started.trace,
         )  # fmt: skip
         return Plan(planned, "child", child=spec)
 
@@ -110,5 +111,6 @@ def assumed(spec: RunSpec, events: Sequence[Event] = ()) -> History:
     started = RunStarted(
         crew=spec.crew, version=spec.version, agent=spec.agent, task=spec.task, fields=spec.fields,
         history=list(spec.history), limits=spec.limits, origin=spec.origin, stream=spec.stream,
+        trace=spec.trace,
     )  # fmt: skip
     return History(spec.id, [started, *events])

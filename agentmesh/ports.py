@@ -143,6 +143,7 @@ class RunSpec:
         finish: the message that tells a canvas, or None.
         origin: the crew file, so that `runs resume` needs no more.
         stream: whether tokens are to be streamed live.
+        trace: the W3C traceparent of whoever began the tree, or nothing.
     """
 
     id: str
@@ -160,6 +161,7 @@ class RunSpec:
     origin: str = ""
     stream: bool = False
     canvas: Mapping[str, Any] | None = None
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +286,26 @@ class Held:
     run_id: str
     key: str
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a journal holds now, of all crews.
+
+    Args:
+        queues: entries that wait for a worker, by broker queue.
+        expired: leases past their deadline. late: timers past their time. lost: queued entries whose message must be
+            lost (architecture.md, law 6). A sweep moves all three, so that more than a few for long means no sweep.
+    """
+
+    open_runs: int
+    leased: int
+    due: int
+    held: int
+    queues: Mapping[str, int]
+    expired: int = 0
+    late: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)

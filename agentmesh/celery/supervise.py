@@ -103,6 +103,11 @@ class Supervisor:
         """The process ids of the workers that run, by name."""
         return {w.name: w.process.pid for w in self._workers if w.process is not None}
 
+    @property
+    def health(self) -> tuple[int, int]:
+        """How many workers there should be, and how many of them consume."""
+        return len(self._workers), sum(w.ready for w in self._workers)
+
     def wait_ready(self, timeout_s: float) -> bool:
         """Whether every worker consumes; comes back early, with False, when the supervisor has ended."""
         until = time.monotonic() + timeout_s

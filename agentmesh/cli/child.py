@@ -1,29 +1,29 @@
 """A worker process as the supervisor starts it: `python -m agentmesh.cli.child SPEC --worker-name N --ready-fd FD`.
 
-SPEC is JSON: crews (files), queues (names), concurrency, config (settings).
+SPEC is JSON: crews (files), queues (names), concurrency, config (settings), log (its form).
 """
 
 import argparse
 import json
-import logging
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
-from agentmesh.boot import Models, load_crew
+from agentmesh.boot import Models, counting, export_traces, load_crew
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import announce_ready, leave_with_parent
 from agentmesh.cli.exits import exit_code, say_error
 from agentmesh.config import Config
 from agentmesh.errors import MeshError
+from agentmesh.logs import Form, Logged, set_up
 from agentmesh.mesh import InProcess, Mesh
 
 
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
     """Work until told to stop: SIGTERM drains, a second signal leaves at once."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up(spec.get("log", ""), worker=name)
     config = Config(**spec["config"])
     leave_with_parent(config.drain_s)
     over = threading.Event()
@@ -37,8 +37,11 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's: it drains us with SIGTERM
     models = Models()
     workers: list[InProcess] = []
-    for path in spec["crews"]:
-        mesh = Mesh(load_crew(path), config=config, models=models, worker=name)
+    crews = [load_crew(path) for path in spec["crews"]]
+    export_traces()  # after the crews: one that sets the SDK up itself has its way
+    sights = [Logged(), *counting()]
+    for crew in crews:
+        mesh = Mesh(crew, config=config, models=models, worker=name, sights=sights)
         workers.append(mesh.worker(queues=spec["queues"], concurrency=spec["concurrency"]).start())
     if ready_fd is not None:
         announce_ready(ready_fd)
@@ -49,9 +52,13 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     return 0
 
 
-def spec_of(config: Config, *, crews: list[str], queues: list[str], concurrency: int) -> list[str]:
+def spec_of(
+    config: Config, *, crews: list[str], queues: list[str], concurrency: int, log: Form | Literal[""] = ""
+) -> list[str]:
     """The command line that starts this worker."""
     spec = {"crews": crews, "queues": queues, "concurrency": concurrency, "config": config.model_dump(mode="json")}
+    if log:
+        spec["log"] = log
     return [sys.executable, "-m", "agentmesh.cli.child", json.dumps(spec)]
 
 

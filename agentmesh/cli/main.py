@@ -82,6 +82,12 @@ def worker(
     queue: Annotated[list[str] | None, typer.Option(help="Queues to serve; all of the crews' when left out.")] = None,
     concurrency: Annotated[int, typer.Option(help="Steps at once in a process; 0 is what the queues say.")] = 0,
     processes: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
+    metrics: Annotated[
+        str, typer.Option(help="Serve /metrics and /health here: PORT on loopback, or HOST:PORT.", metavar="PORT")
+    ] = "",
+    log: Annotated[
+        str, typer.Option(help="Log each step, as text or json; warnings alone when left out.", metavar="FORM")
+    ] = "",
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
 ) -> None:
@@ -94,6 +100,8 @@ def worker(
             queues=queue or [],
             concurrency=concurrency,
             processes=processes,
+            metrics=metrics,
+            log=log,
             broker=broker,
             model=model,
             file=State.config,

@@ -1,16 +1,25 @@
 """`agentmesh worker`: supervised worker processes for one or more crews; what a dead one held is given back at once."""
 
-import logging
+import asyncio
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal, cast
 
-from agentmesh.boot import load_crew, open_journal, place
+from agentmesh.boot import COUNTS_IN, load_crew, metrics_page, open_journal, place
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli.child import spec_of
+from agentmesh.cli.endpoint import Endpoint, Health, address
 from agentmesh.config import Config, load
+from agentmesh.errors import ConfigError, MeshError
+from agentmesh.journal import Journal
+from agentmesh.logs import Form, set_up
+from agentmesh.ports import Counts
 
 STOPPED = -15  # killed by our own SIGTERM before it could answer it
+ANSWER_S = 2.0  # how long a probe or a scrape waits for the journal
 
 
 def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
@@ -29,21 +38,64 @@ def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
 
 
 def run_workers(
-    crews: list[str], *, queues: list[str], concurrency: int, processes: int, broker: str, model: str, file: Path | None
-) -> int:
+    crews: list[str], *, queues: list[str], concurrency: int, processes: int, broker: str, model: str, file: Path | None,
+    metrics: str = "", log: str = "",
+) -> int:  # fmt: skip
     """Supervise until stopped."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    form = _form(log)
+    set_up(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
     loaded = [load_crew(path) for path in crews]  # what is wrong with a file is said once, here
     served = [q for crew in loaded for q in crew.broker_queues(queues)]
     config, valkey = place(config)
     where = "the embedded Valkey" if valkey is not None else config.broker
-    print(f"crews {', '.join(c.name for c in loaded)} · queues {', '.join(served)} · {processes} × {concurrency or 'as declared'} "
-          f"· broker {where} · lease {config.lease_s:g} s · drain {config.drain_s:g} s", flush=True)  # fmt: skip
-    argv = spec_of(config, crews=crews, queues=queues, concurrency=concurrency)
-    supervisor = Supervisor([argv] * processes, on_death=giver_back(config, served), drain_s=config.drain_s + 2)
-    try:
-        return supervisor.run()
-    finally:
+    argv = spec_of(config, crews=crews, queues=queues, concurrency=concurrency, log=form)
+    with ExitStack() as stack:
         if valkey is not None:
-            valkey.leave()
+            stack.callback(valkey.leave)
+        counts_in = stack.enter_context(_folder()) if metrics else ""
+        supervisor = Supervisor(
+            [argv] * processes, on_death=giver_back(config, served), drain_s=config.drain_s + 2,
+            env={COUNTS_IN: counts_in} if metrics else {},
+        )  # fmt: skip
+        at = _serve(stack, metrics, config, supervisor, counts_in) if metrics else ""
+        print(f"crews {', '.join(c.name for c in loaded)} · queues {', '.join(served)} · {processes} × {concurrency or 'as declared'} "
+              f"· broker {where} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{at}", flush=True)  # fmt: skip
+        return supervisor.run()
+
+
+def _form(log: str) -> Form | Literal[""]:
+    if log not in ("", "text", "json"):
+        raise ConfigError(f"--log {log!r} is no form; there are `text` and `json`")
+    return cast("Form", log)
+
+
+def _folder() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="agentmesh-metrics-", ignore_cleanup_errors=True)
+
+
+def _serve(stack: ExitStack, metrics: str, config: Config, supervisor: Supervisor, counts_in: str) -> str:
+    """The endpoint for as long as the stack lives; what to print about it."""
+    _, journal, valkey = open_journal(config)
+    if valkey is not None:
+        stack.callback(valkey.leave)
+    stack.callback(lambda: drive(journal.close()))
+
+    def counts() -> Counts | None:
+        return drive(_counts(journal))
+
+    def health() -> Health:
+        return Health(*supervisor.health, journal=counts() is not None)
+
+    host, port = address(metrics)
+    page = metrics_page(counts_in, counts, lambda: supervisor.health)
+    endpoint = Endpoint((host, port), page=page, health=health)
+    stack.callback(endpoint.close)
+    return f" · metrics http://{host}:{endpoint.port}/metrics"
+
+
+async def _counts(journal: Journal) -> Counts | None:
+    try:
+        return await asyncio.wait_for(journal.counts(), ANSWER_S)
+    except (TimeoutError, MeshError):
+        return None

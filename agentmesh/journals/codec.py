@@ -52,7 +52,7 @@ def run_started(spec: RunSpec) -> RunStarted:
     return RunStarted(
         crew=spec.crew, version=spec.version, agent=spec.agent, task=spec.task, fields=spec.fields,
         history=list(spec.history), parent=spec.parent, parent_n=spec.parent_n, limits=spec.limits,
-        origin=spec.origin, stream=spec.stream, canvas=spec.canvas,
+        origin=spec.origin, stream=spec.stream, canvas=spec.canvas, trace=spec.trace,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from agentmesh.journals.codec import Reply, VerbJournal, event_of
 from agentmesh.journals.entries import Store
 from agentmesh.journals.tables import Tables
 from agentmesh.journals.tend import ALL
-from agentmesh.ports import Held, RunHead, Sent, Token
+from agentmesh.ports import Counts, Held, RunHead, Sent, Token
 
 
 class MemoryJournal(VerbJournal):
@@ -83,6 +83,14 @@ class MemoryJournal(VerbJournal):
                 records = dict(self.tables.hashes[f"st:{member}"])
             found += [(member, key, r) for key, r in sorted(records.items()) if isinstance(r, dict)]
         return found
+
+    async def counts(self) -> Counts:
+        """See ports.Journal."""
+        with self._lock:
+            z, now = self.tables.zsets, self._clock()
+            queues = {queue: len(z[f"q:{queue}"]) for queue in self.tables.smembers("queues")}
+            expired, late = (sum(at <= now for at in z[key].values()) for key in ("leased", "due"))
+            return Counts(len(z["open"]), len(z["leased"]), len(z["due"]), len(z["held"]), queues, expired, late)
 
     async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
         """See ports.Journal."""

@@ -17,7 +17,7 @@ from agentmesh.event import Event
 from agentmesh.journals.blobs import fingerprint_of, outsource, restored
 from agentmesh.journals.codec import Reply, VerbJournal, event_of
 from agentmesh.journals.pipe import LOST, Pipe, clean_url, end
-from agentmesh.ports import Held, RunHead, Sent, Token
+from agentmesh.ports import Counts, Held, RunHead, Sent, Token
 from agentmesh.schema import dumps, loads
 
 LIVE_ENTRIES = 10_000
@@ -139,6 +139,22 @@ class RedisJournal(VerbJournal):
     async def moving(self, run_id: str) -> int:
         """See ports.Journal."""
         return sum(not r.get("why") and r["st"] in ("queued", "leased", "due") for _, _, r in await self._open(run_id))
+
+    async def counts(self) -> Counts:
+        """See ports.Journal."""
+        ask, key = self.pipe.ask, self._key
+        queues, snaps, (seconds, micros) = await asyncio.gather(
+            ask("SMEMBERS", key("queues")), ask("HGETALL", key("qsnap")), ask("TIME")
+        )
+        now, found = int(seconds) * 1000 + int(micros) // 1000, {q: s.split()[0] for q, s in _pairs(snaps).items()}
+        sizes = [ask("ZCARD", key(name)) for name in ("open", "leased", "due", "held")]
+        late = [ask("ZCOUNT", key(name), "-inf", now) for name in ("leased", "due")]
+        waiting = [ask("ZCARD", key("q", queue)) for queue in queues]
+        lost = [ask("ZCOUNT", key("q", q), "-inf", f"({found.get(q, 0)}") for q in queues]
+        runs, leased, due, held = await asyncio.gather(*sizes)
+        depth = dict(zip(queues, await asyncio.gather(*waiting), strict=True))
+        expired, overslept = await asyncio.gather(*late)
+        return Counts(runs, leased, due, held, depth, expired, overslept, sum(await asyncio.gather(*lost)))
 
     async def _open(self, run_id: str) -> list[tuple[str, str, dict[str, Any]]]:
         """The open records of a tree: run, key, record."""

@@ -1,0 +1,125 @@
+"""Prometheus metrics: what workers did, counted in files that outlive them, and what the journal holds at a scrape.
+
+Needs the extra `metrics`. A worker process counts only when PROMETHEUS_MULTIPROC_DIR names a folder before this is
+imported: prometheus_client then keeps its numbers in memory-mapped files there, and a process that is killed loses none.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from agentmesh.doing import Attempt
+from agentmesh.event import Event, StepDone, StepFailed, StepRetried
+from agentmesh.ports import Counts
+from agentmesh.replay import History
+from agentmesh.sight import Told
+from agentmesh.step import Step
+
+SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
+OUTCOMES = {"StepDone": "done", "StepFailed": "failed", "StepRetried": "retried", "StepInDoubt": "in_doubt"}
+
+
+class Counting:
+    """A Sight that counts. Names of agents and tools are labels, run ids never."""
+
+    def __init__(self) -> None:
+        step = ("kind", "name")
+        own = CollectorRegistry()  # not the default one: a crew's own metrics are its own
+        self._steps = Counter("agentmesh_steps", "Attempts at steps, by outcome", (*step, "outcome"), registry=own)
+        self._repeats = Counter("agentmesh_repeats", "Attempts that were not the first", step, registry=own)
+        self._seconds = Histogram(
+            "agentmesh_step_seconds", "Seconds of an attempt", step, buckets=SECONDS, registry=own
+        )
+        self._tokens = Counter("agentmesh_tokens", "Tokens of model calls", ("agent", "model", "type"), registry=own)
+        self._cost = Counter("agentmesh_cost_usd", "Dollars of model calls", ("agent", "model"), registry=own)
+        self._runs = Counter("agentmesh_runs_ended", "Runs that workers ended", ("agent", "status"), registry=own)
+
+    def step(self, step: Step[Any], at: Attempt, model: str) -> Any:
+        """See sight.Sight."""
+        return self._attempt(step, at, model)
+
+    @contextmanager
+    def _attempt(self, step: Step[Any], at: Attempt, model: str) -> Iterator[Told]:
+        outcome, began = "cut", time.monotonic()
+
+        def told(event: Event) -> None:
+            nonlocal outcome
+            outcome = OUTCOMES.get(type(event).__name__, "cut")
+            if isinstance(event, StepDone | StepFailed | StepRetried) and event.usage:
+                usage = event.usage
+                self._tokens.labels(step.name, model, "input").inc(usage.get("in", 0))
+                self._tokens.labels(step.name, model, "output").inc(usage.get("out", 0))
+                self._cost.labels(step.name, model).inc(usage.get("usd", 0))
+
+        try:
+            yield told
+        finally:
+            self._steps.labels(step.kind, step.name, outcome).inc()
+            self._seconds.labels(step.kind, step.name).observe(time.monotonic() - began)
+            if at.number > 1:
+                self._repeats.labels(step.kind, step.name).inc()
+
+    def ended(self, history: History, end: Event) -> None:
+        """See sight.Sight."""
+        if history.started is not None:
+            status = type(end).__name__.removeprefix("Run").lower()
+            self._runs.labels(history.started.agent, status).inc()
+
+
+class _Journal(Collector):
+    """The journal's numbers, read at each scrape; none of them when it does not answer."""
+
+    def __init__(self, counts: Callable[[], Counts | None], workers: Callable[[], tuple[int, int]]) -> None:
+        self._counts, self._workers = counts, workers
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        wanted, ready = self._workers()
+        yield _gauge("agentmesh_workers", "Worker processes of this supervisor", wanted=wanted, ready=ready)
+        now = self._counts()
+        up = GaugeMetricFamily("agentmesh_journal_up", "Whether the journal's server answers")
+        up.add_metric((), int(now is not None))
+        yield up
+        if now is None:
+            return
+        depth = GaugeMetricFamily("agentmesh_queue_depth", "Entries that wait for a worker", labels=("queue",))
+        for queue, waiting in sorted(now.queues.items()):
+            depth.add_metric((queue,), waiting)
+        yield depth
+        entries = GaugeMetricFamily("agentmesh_entries", "Entries that wait for something else", labels=("state",))
+        for state, number in (("leased", now.leased), ("due", now.due), ("held", now.held)):
+            entries.add_metric((state,), number)
+        yield entries
+        yield _gauge(
+            "agentmesh_overdue", "Entries that a sweep should have moved", leased=now.expired, due=now.late,
+            queued=now.lost,
+        )  # fmt: skip
+        runs = GaugeMetricFamily("agentmesh_open_runs", "Runs that have not ended, sub-agents' too")
+        runs.add_metric((), now.open_runs)
+        yield runs
+
+
+def _gauge(name: str, text: str, **values: int) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=("state",))
+    for state, value in values.items():
+        family.add_metric((state,), value)
+    return family
+
+
+def exposition(
+    folder: str, counts: Callable[[], Counts | None], workers: Callable[[], tuple[int, int]]
+) -> Callable[[], bytes]:
+    """A function that gives the whole page, in Prometheus' text format.
+
+    Args:
+        folder: where the workers count.
+        workers: how many are wanted and how many are ready.
+    """
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
+    registry.register(_Journal(counts, workers))
+    return lambda: generate_latest(registry)
