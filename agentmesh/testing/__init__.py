@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentmesh.models.scripted import Reply, ScriptedModel, says, uses
     from agentmesh.testing.server import FakeOpenAI, Fault
+    from agentmesh.testing.servers import RabbitServer, ValkeyServer
     from agentmesh.testing.world import FakeMesh
 
-__all__ = ["FakeMesh", "FakeOpenAI", "Fault", "Reply", "ScriptedModel", "says", "uses"]
+__all__ = ["FakeMesh", "FakeOpenAI", "Fault", "RabbitServer", "Reply", "ScriptedModel", "ValkeyServer", "says", "uses"]
 _SCRIPTED = "agentmesh.models.scripted"
 _LAZY = {
     **dict.fromkeys(["Reply", "ScriptedModel", "says", "uses"], _SCRIPTED),
     **dict.fromkeys(["FakeOpenAI", "Fault"], "agentmesh.testing.server"),
+    **dict.fromkeys(["RabbitServer", "ValkeyServer"], "agentmesh.testing.servers"),
     "FakeMesh": "agentmesh.testing.world",
 }
 
