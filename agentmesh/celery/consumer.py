@@ -83,8 +83,11 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         """Celery's, with our queues; without delayed delivery, which declares 28 exchanges for an eta we never use."""
 
         default_steps: ClassVar[list[Any]] = [
-            *(s for s in Consumer.Blueprint.default_steps if not s.endswith((":Tasks", ":DelayedDelivery"))), OwnQueues,
-        ]  # fmt: skip
+            s for s in Consumer.Blueprint.default_steps if not s.endswith(":DelayedDelivery")
+        ]
+
+        def _finalize_steps(self, steps: Any) -> list[Any]:
+            return [OwnQueues if step is Tasks else step for step in super()._finalize_steps(steps)]
 
     client_name: str
     connection: Any
