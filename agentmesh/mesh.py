@@ -16,7 +16,7 @@ from agentmesh.celery.app import check_broker, journal_url, make_app, queue_leng
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.embedded import EmbeddedWorker
 from agentmesh.celery.loop import drive
-from agentmesh.celery.publish import Publisher
+from agentmesh.celery.publish import publisher_of
 from agentmesh.celery.sweep import Tender
 from agentmesh.celery.tasks import register
 from agentmesh.config import Config, load
@@ -226,7 +226,7 @@ def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
     url = url or journal_url(broker, config.journal)
     push = same_server(broker, url)
     return RedisJournal(
-        url, prefix=config.prefix, push=push, send=None if push else Publisher(app),
+        url, prefix=config.prefix, push=push, send=None if push else publisher_of(app),
         ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The Celery app: given, or made here; its broker's queues counted, its foreign parts told from ours."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -7,6 +8,8 @@ from urllib.parse import urlsplit
 from celery import Celery
 from kombu.exceptions import ChannelError, OperationalError
 
+from agentmesh.celery.links import BROKEN
+from agentmesh.celery.rabbit import declare, on_rabbit, tuned
 from agentmesh.celery.settings import is_redis, settings
 from agentmesh.errors import ConfigError, ServiceDown
 
@@ -79,9 +82,14 @@ def queue_lengths(app: Celery) -> Callable[[Sequence[str]], dict[str, int]]:
     def lengths(queues: Sequence[str]) -> dict[str, int]:
         try:
             if not kept:
-                kept.append(app.connection_for_read())
+                kept.append(tuned(app.connection_for_read()) if on_rabbit(app) else app.connection_for_read())
+            if on_rabbit(app):
+                return declare(kept[0], queues)
             return {q: _length(kept[0].default_channel, q) for q in queues}
-        except (OperationalError, OSError, AttributeError):
+        except BROKEN:
+            for lost in kept:
+                with contextlib.suppress(Exception):
+                    lost.collect(socket_timeout=1.0)
             kept.clear()  # the broker is away; nothing is known of its queues
             return {}
 

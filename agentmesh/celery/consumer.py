@@ -2,14 +2,19 @@
 
 import contextlib
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 from celery.bootsteps import RUN
 from celery.exceptions import WorkerShutdown
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer
+from celery.worker.consumer.tasks import Tasks
 from celery.worker.state import maybe_shutdown
+from kombu.common import QoS
 from kombu.utils.url import maybe_sanitize_url
+
+from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
+from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
 
 logger = get_logger("agentmesh.consumer")
 
@@ -42,11 +47,47 @@ def thread_loop(
                 raise
 
 
+class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
+    """Celery's step that begins to consume; on RabbitMQ from quorum queues that we declare, whatever the app's conf says."""
+
+    name = Tasks.name  # in its place
+
+    def start(self, c: Any) -> None:
+        """Begin to consume."""
+        names = getattr(c.controller, "own_queues", None)
+        if names is None or not on_rabbit(c.app):
+            super().start(c)
+            return
+        c.update_strategies()
+        declare(c.connection, names)
+        c.qos_global = False  # quorum queues know no other
+        c.connection.default_channel.basic_qos(0, c.initial_prefetch_count, False)
+        c.task_consumer = c.app.amqp.Consumer(
+            c.connection, queues=[own_queue(q) for q in names], accept=["json"], auto_declare=False,
+            on_decode_error=c.on_decode_error,
+        )  # fmt: skip
+        c.qos = QoS(
+            lambda prefetch_count: c.task_consumer.qos(prefetch_count=prefetch_count, apply_global=False),
+            c.initial_prefetch_count,
+        )
+        c.qos.prev = c.qos.value  # it is set
+
+
 class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     """Pass it to a worker as `consumer_cls=`; it leaves the app's own settings alone.
 
     On Redis its connection has no ack emulation: leases in the journal do that work, and an ack is local counting.
     """
+
+    class Blueprint(Consumer.Blueprint):  # type: ignore[misc]
+        """Celery's, with our queues; without delayed delivery, which declares 28 exchanges for an eta we never use."""
+
+        default_steps: ClassVar[list[Any]] = [
+            s for s in Consumer.Blueprint.default_steps if not s.endswith(":DelayedDelivery")
+        ]
+
+        def _finalize_steps(self, steps: Any) -> list[Any]:
+            return [OwnQueues if step is Tasks else step for step in super()._finalize_steps(steps)]
 
     client_name: str
     connection: Any
@@ -54,11 +95,17 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.client_name = f"agentmesh-{uuid.uuid4().hex}"
         super().__init__(*args, **kwargs)
+        self.unacked: Unacked | None = None
         if self.hub is None:
             self.loop = thread_loop
+            if on_rabbit(self.app):
+                self.loop, self.unacked = rabbit_loop, Unacked(self)
+                self.pool.meanwhile = self.unacked.keep_alive
 
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         """A connected connection, whose Redis clients bear `client_name`."""
+        if self.unacked is not None:
+            return self.ensure_connected(tuned(self.app.connection_for_read(heartbeat=int(heartbeat_s(self.app)))))
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         is_redis = connection.get_transport_cls().driver_type == "redis"
         if is_redis:
@@ -103,8 +150,17 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         with contextlib.suppress(Exception):
             connection.close()
 
+    def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
+        """On RabbitMQ acks go out on the thread that reads: two threads on one socket would cut each other's timeouts."""
+        if self.unacked is None:
+            return super().call_soon_ack(p, *args, **kwargs)
+        return self.unacked.settle(p, args, kwargs)
+
     def unblock(self) -> None:
-        """End a BRPOP that waits, from another thread, so that closing the channel need not wait for its second."""
+        """End what waits for the broker, from another thread: a BRPOP would hold up the closing for its second."""
+        if self.unacked is not None:
+            self.unacked.bell.ring()
+            return
         with contextlib.suppress(Exception):  # the broker may be away: then closing takes its second
             connection = self.connection
             if connection is None or connection.transport.driver_type != "redis":

@@ -16,6 +16,7 @@ from kombu.utils.url import maybe_sanitize_url
 
 from agentmesh.celery.consumer import MeshConsumer, broker_answers
 from agentmesh.celery.pool import CANCEL_S, TaskPool
+from agentmesh.celery.rabbit import on_rabbit
 from agentmesh.errors import ConfigError, ServiceDown
 
 logger = get_logger("agentmesh.embedded")
@@ -35,6 +36,12 @@ class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
             consumer_cls=MeshConsumer, prefetch_multiplier=1, use_eventloop=False,
             without_gossip=True, without_mingle=True, without_heartbeat=True,
         )  # fmt: skip
+
+    def setup_queues(self, include: Sequence[str], exclude: Any = None) -> None:
+        """Keep them here: two workers of one app would overwrite each other's in the app's registry."""
+        self.own_queues = list(include)
+        if not on_rabbit(self.app):
+            super().setup_queues(include, exclude)
 
     def on_consumer_ready(self, consumer: Any) -> None:
         self.ready.set()

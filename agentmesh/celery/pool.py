@@ -20,6 +20,7 @@ from agentmesh.celery.loop import loop_of_this_process
 
 logger = get_logger("agentmesh.pool")
 
+MEANWHILE_S = 0.5  # a consumer keeps its connection alive this often while the pool drains
 CANCEL_S = 2.0  # how long a cancelled coroutine may take to clean up
 
 
@@ -100,7 +101,13 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         self._woken = False
         self._pid = os.getpid()
         self._on_threads: set[concurrent.futures.Future[None]] = set()
+        self.meanwhile: Callable[[], None] = lambda: None  # what a consumer does while the pool drains
         self.room = threading.Event()  # set at each end, for a consumer that waits with its prefetch full
+
+    @property
+    def full(self) -> bool:
+        """Whether as many are in flight as may be."""
+        return len(self._running) + len(self._on_threads) >= (self.limit or 1)
 
     def on_start(self) -> None:
         """Take the process's loop; after a fork the pid is another one."""
@@ -168,7 +175,10 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
     def on_stop(self) -> None:
         """Wait for what runs, up to `grace_s`; then cancel it, un-acked."""
         deadline = monotonic() + self.grace_s
-        asyncio.run_coroutine_threadsafe(self._drain(self.grace_s), self.loop).result()
+        drained = asyncio.run_coroutine_threadsafe(self._drain(self.grace_s), self.loop)
+        while not concurrent.futures.wait([drained], timeout=MEANWHILE_S).done:
+            self.meanwhile()
+        drained.result()
         if "_executor" in self.__dict__:
             concurrent.futures.wait(tuple(self._on_threads), timeout=max(0.0, deadline - monotonic()))
             self._executor.shutdown(wait=False, cancel_futures=True)

@@ -1,66 +1,125 @@
 """Publishes what the journal's scripts could not push themselves: for brokers that are not the journal's server."""
 
-import json
 import logging
-import queue
+import os
 import threading
-from typing import Any
+from collections import deque
+from time import monotonic, sleep
+from weakref import WeakKeyDictionary
 
 from celery import Celery
-from kombu.exceptions import OperationalError
 
+from agentmesh.celery.links import BROKEN, Confirmed, Link, Plain
+from agentmesh.celery.rabbit import Bell, on_rabbit
 from agentmesh.ports import Sent
 
 log = logging.getLogger("agentmesh")
 
+MOST_WAITING = 10_000  # about 12 MB; what comes beyond is left to the outbox
+AGAIN_S = 0.1  # a broker that failed is tried again after this, doubled up to AGAIN_MOST_S
+AGAIN_MOST_S = 2.0
+CLOSE_S = 3.0
+
+_PUBLISHERS: WeakKeyDictionary[Celery, "Publisher"] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def publisher_of(app: Celery) -> "Publisher":
+    """The app's publisher in this process, with the one connection that all its journals send over."""
+    with _LOCK:
+        if app not in _PUBLISHERS:
+            _PUBLISHERS[app] = Publisher(app)
+        return _PUBLISHERS[app]
+
 
 class Publisher:
-    """Sends rendered messages from a thread of its own, in order; a lost one is the outbox's to send again."""
+    """Sends rendered messages from a thread, in order. What is lost on the way is the outbox's to send again.
+
+    It never holds up who calls it. While the broker is away up to 10,000 messages wait and go out when it is back; what
+    comes beyond them is dropped, and sent again by a sweep: a second after it was due, then after 2, 4, … 64 s.
+    """
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._waiting: queue.SimpleQueue[Sent | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._sender: Sender | None = None
 
     def __call__(self, sent: Sent) -> None:
         """Send soon."""
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="agentmesh-publisher", daemon=True)
-                self._thread.start()
-        self._waiting.put(sent)
+        sender = self._sender
+        if sender is None or sender.pid != os.getpid():  # a fork has neither our threads nor our sockets
+            with self._lock:
+                sender = self._sender
+                if sender is None or sender.pid != os.getpid():
+                    sender = self._sender = Sender(self._app)
+                    sender.start()
+        sender.put(sent)
 
     def close(self) -> None:
-        """Send what is left and end."""
+        """Send what waits, for up to 3 s, and give back the connection; the next message makes another."""
         with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is not None:
-            self._waiting.put(None)
-            thread.join(timeout=5)
-
-    def _run(self) -> None:
-        with self._app.producer_pool.acquire(block=True) as producer:
-            while (sent := self._waiting.get()) is not None:
-                try:
-                    publish(producer, sent)
-                except (OperationalError, OSError) as e:
-                    log.warning("a message for %s was not published (%s); the sweeper sends it again", sent.queue, e)
+            sender, self._sender = self._sender, None
+        if sender is not None and sender.pid == os.getpid():
+            sender.end()
 
 
-def publish(producer: Any, sent: Sent) -> None:
-    """One rendered message, through kombu."""
-    message = json.loads(sent.body)
-    properties = message["properties"]
-    producer.publish(
-        message["body"],
-        exchange="",
-        routing_key=sent.queue,
-        headers=message["headers"],
-        content_type=message["content-type"],
-        content_encoding=message["content-encoding"],
-        correlation_id=properties["correlation_id"],
-        delivery_mode=2,
-        retry=True,
-        retry_policy={"max_retries": 3, "interval_start": 0.1},
-    )
+class Sender(threading.Thread):
+    """The thread of a publisher, from its first message to its close."""
+
+    def __init__(self, app: Celery) -> None:
+        super().__init__(name="agentmesh-publisher", daemon=True)
+        self.pid = os.getpid()
+        self._app = app
+        self._waiting: deque[Sent] = deque()
+        self._bell = Bell()
+        self._over = threading.Event()
+        self._give_up = 0.0  # once it is over: until then what waits may go out
+        self._dropped = 0
+
+    def put(self, sent: Sent) -> None:
+        """Send soon, or drop it when too much waits already."""
+        if len(self._waiting) >= MOST_WAITING:
+            self._dropped += 1
+            return
+        self._waiting.append(sent)
+        self._bell.ring()
+
+    def end(self) -> None:
+        """Send what waits, for up to 3 s."""
+        self._give_up = monotonic() + CLOSE_S
+        self._over.set()
+        self._bell.ring()
+        self.join(timeout=CLOSE_S + 1)
+
+    def run(self) -> None:
+        """Serve one link after another."""
+        again_s, away = AGAIN_S, False
+        while not self._over.is_set() or monotonic() < self._give_up:
+            link: Link = Confirmed(self._app, self._bell) if on_rabbit(self._app) else Plain(self._app, self._bell)
+            try:
+                link.open()
+                if away:
+                    log.warning("the broker takes messages again; %d did not wait for it and are the sweeps' to send", self._dropped)
+                again_s, away, self._dropped = AGAIN_S, False, 0
+                self._serve(link)
+                return
+            except BROKEN as error:
+                self._waiting.extendleft(reversed(link.unconfirmed()))
+                if not away:
+                    log.warning("the broker takes no messages (%r); trying again", error)
+                away = True
+                if self._over.wait(again_s):
+                    sleep(AGAIN_S)
+                again_s = min(2 * again_s, AGAIN_MOST_S)
+            finally:
+                link.close()
+
+    def _serve(self, link: Link) -> None:
+        while True:
+            while self._waiting and link.room:
+                link.send(self._waiting[0])
+                self._waiting.popleft()  # only now: one whose sending raised is tried again
+            over = self._over.is_set()
+            if over and (monotonic() > self._give_up or not (self._waiting or link.unconfirmed())):
+                return
+            link.listen(0.1 if over else link.PATIENCE_S)

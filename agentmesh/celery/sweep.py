@@ -69,7 +69,10 @@ class Tender(threading.Thread):
 
     def _empty(self, now: float) -> list[str]:
         """The queues that had nothing in them at every look for a second."""
-        for queue, length in self._lengths(self._queues).items():
+        lengths = self._lengths(self._queues)
+        if not lengths:
+            self._empty_since.clear()  # the broker is away: nothing is known, and nothing it could be sent
+        for queue, length in lengths.items():
             if length:
                 self._empty_since.pop(queue, None)
             else:

@@ -224,6 +224,8 @@ class RedisJournal(VerbJournal):
             await pipe.close()
         if (ends := self._ends.pop(loop, None)) is not None:
             await ends.close()
+        if (flush := getattr(self._send, "close", None)) is not None:
+            await asyncio.to_thread(flush)  # what it was given and has not sent yet
 
 
 class _Ends:
