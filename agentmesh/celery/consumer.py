@@ -66,7 +66,8 @@ class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
             c.connection, queues=[own_queue(q) for q in names], accept=["json"], auto_declare=False,
             on_decode_error=c.on_decode_error,
         )  # fmt: skip
-        c.qos = QoS(
+        counted: Any = QoS  # kombu has no types for it
+        c.qos = counted(
             lambda prefetch_count: c.task_consumer.qos(prefetch_count=prefetch_count, apply_global=False),
             c.initial_prefetch_count,
         )

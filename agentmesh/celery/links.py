@@ -26,7 +26,7 @@ BROKEN = (OperationalError, OSError, MeshError, amqp.AMQPError, AttributeError)
 class Link(Protocol):
     """A connection to a broker, for one thread."""
 
-    PATIENCE_S: ClassVar[float]
+    PATIENCE_S: ClassVar[float]  # how long to listen for when there is nothing to send
 
     def open(self) -> None:
         """Connect."""
@@ -61,7 +61,7 @@ class Confirmed:
     message, which then goes out again.
     """
 
-    PATIENCE_S = 1.0
+    PATIENCE_S: ClassVar[float] = 1.0
 
     def __init__(self, app: Celery, bell: Bell) -> None:
         self._app, self._bell = app, bell
@@ -147,7 +147,9 @@ class Confirmed:
     def _on_nack(self, tag: int, multiple: bool) -> None:
         self._heard = monotonic()
         refused = [self._kept.pop(one) for one in self._tags(tag, multiple)]
-        log.warning("RabbitMQ refused %d messages for %s; sweeps send them again", len(refused), {s.queue for s in refused})
+        log.warning(
+            "RabbitMQ refused %d messages for %s; sweeps send them again", len(refused), {s.queue for s in refused}
+        )
 
     def _on_return(self, why: Exception, exchange: str, queue: str, message: Any) -> None:
         self._returned.append(int(message.properties["message_id"]))
@@ -173,8 +175,7 @@ class Confirmed:
 class Plain:
     """Any other broker, through kombu's producer."""
 
-    PATIENCE_S = 60.0
-    room = True
+    PATIENCE_S: ClassVar[float] = 60.0
 
     def __init__(self, app: Celery, bell: Bell) -> None:
         self._app, self._bell = app, bell
@@ -186,6 +187,11 @@ class Plain:
         connection = self._open.enter_context(self._app.connection_for_write())
         self._producer = self._app.amqp.Producer(connection)
         self._waiter = self._open.enter_context(self._bell.beside())
+
+    @property
+    def room(self) -> bool:
+        """See Link."""
+        return True
 
     def send(self, sent: Sent) -> None:
         """See Link."""

@@ -99,7 +99,10 @@ class Sender(threading.Thread):
             try:
                 link.open()
                 if away:
-                    log.warning("the broker takes messages again; %d did not wait for it and are the sweeps' to send", self._dropped)
+                    log.warning(
+                        "the broker takes messages again; %d did not wait for it and are the sweeps' to send",
+                        self._dropped,
+                    )
                 again_s, away, self._dropped = AGAIN_S, False, 0
                 self._serve(link)
                 return

@@ -9,13 +9,15 @@ from typing import Any
 
 import amqp
 from celery import Celery
-from kombu import Exchange
-from kombu import Queue as BrokerQueue
+from kombu.entity import Exchange
+from kombu.entity import Queue as BrokerQueue
 
 from agentmesh.celery.settings import is_amqp
 from agentmesh.errors import ConfigError
 
-DELIVERY_LIMIT = 20  # what RabbitMQ 4 takes by itself; 3.x takes none, and a message that kills its worker would stay for ever
+DELIVERY_LIMIT = (
+    20  # what RabbitMQ 4 takes by itself; 3.x takes none, and a message that kills its worker would stay for ever
+)
 ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
 HEARTBEAT_S = 10.0  # a silent half-open connection is noticed after two of them
 SOCKET_S = 10.0  # no single read or write may take longer
@@ -46,9 +48,11 @@ def heartbeat_s(app: Celery) -> float:
     return min(wanted, HEARTBEAT_S)
 
 
-def own_queue(name: str) -> BrokerQueue:
+def own_queue(name: str) -> Any:
     """A queue as kombu consumes from it; `declare` makes it."""
-    return BrokerQueue(name, Exchange(""), routing_key=name, queue_arguments=ARGUMENTS, no_declare=True)
+    made: Any = BrokerQueue  # kombu has no types for them
+    exchange: Any = Exchange
+    return made(name, exchange(""), routing_key=name, queue_arguments=ARGUMENTS, no_declare=True)
 
 
 def declare(connection: Any, queues: Iterable[str]) -> dict[str, int]:
