@@ -59,6 +59,9 @@ class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
                 self.stop()
         except Exception as error:
             self.cause = self.cause or error
+        unacked = getattr(getattr(self, "consumer", None), "unacked", None)
+        if unacked is not None:
+            unacked.bell.close()
 
 
 class EmbeddedWorker:

@@ -93,6 +93,12 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         """Serve one link after another."""
+        try:
+            self._send_all()
+        finally:
+            self._bell.close()
+
+    def _send_all(self) -> None:
         again_s, away = AGAIN_S, False
         while not self._over.is_set() or monotonic() < self._give_up:
             link: Link = Confirmed(self._app, self._bell) if on_rabbit(self._app) else Plain(self._app, self._bell)

@@ -1,4 +1,7 @@
-"""What must survive: real worker processes, a real Valkey, real kills. The fake server and a tool's file are the oracle."""
+"""What must survive, on either broker: real worker processes, real servers, real kills.
+
+The fake model server and a tool's file are the oracle.
+"""
 
 import json
 import os
@@ -16,6 +19,7 @@ import redis
 
 from agentmesh.boot import load_crew
 from agentmesh.celery.loop import drive
+from agentmesh.celery.publish import publisher_of
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli.child import spec_of
 from agentmesh.cli.worker import giver_back
@@ -45,10 +49,10 @@ class Scene:
     """A mesh, supervised workers, the oracle."""
 
     def __init__(
-        self, valkey: Any, server: FakeOpenAI, log: Path, *, processes: int = 1, supervised: bool = True
+        self, store: Any, broker: Any, server: FakeOpenAI, log: Path, *, processes: int = 1, supervised: bool = True
     ) -> None:
-        self.valkey, self.server, self.log = valkey, server, log
-        self.config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=2.0, sweep_s=0.2, drain_s=3.0)
+        self.server, self.log = server, log
+        self.config = Config(broker=broker.broker_url, journal=store.url, lease_s=2.0, sweep_s=0.2, drain_s=3.0)
         self.crew = load_crew(CREW)
         self.mesh = Mesh(self.crew, config=self.config)
         argv = spec_of(self.config, crews=[CREW], queues=[], concurrency=0)
@@ -89,10 +93,16 @@ class Scene:
         assert len(set(asked)) == 9 * len(tasks)
 
 
+@pytest.fixture(params=["valkey", "rabbitmq"])
+def broker(request: pytest.FixtureRequest, valkey: Any) -> Any:
+    """The server that carries the messages; the journal is Valkey's in both."""
+    return request.getfixturevalue(request.param)
+
+
 @contextmanager
-def scene(valkey: Any, tmp_path: Path, **how: Any) -> Iterator[Scene]:
+def scene(store: Any, broker: Any, tmp_path: Path, **how: Any) -> Iterator[Scene]:
     with FakeOpenAI(answer, latency_s=LATENCY_S) as server:
-        it = Scene(valkey, server, tmp_path / "log", **how)
+        it = Scene(store, broker, server, tmp_path / "log", **how)
         it.log.touch()
         it.supervisor.start()
         try:
@@ -125,8 +135,8 @@ MOMENTS: dict[str, Callable[[Scene], Any]] = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_worker_killed(valkey: Any, tmp_path: Path, moment: str) -> None:
-    with scene(valkey, tmp_path) as it:
+def test_a_worker_killed(valkey: Any, broker: Any, tmp_path: Path, moment: str) -> None:
+    with scene(valkey, broker, tmp_path) as it:
         it.start("tea")
         until(lambda: MOMENTS[moment](it))
         it.kill()
@@ -135,9 +145,9 @@ def test_a_worker_killed(valkey: Any, tmp_path: Path, moment: str) -> None:
         assert time.monotonic() - killed < 15
 
 
-def test_workers_killed_again_and_again_without_anybody_giving_back(valkey: Any, tmp_path: Path) -> None:
+def test_workers_killed_again_and_again_without_anybody_giving_back(valkey: Any, broker: Any, tmp_path: Path) -> None:
     """Only leases and the sweeper bring it back, as when a whole host dies."""
-    with scene(valkey, tmp_path, processes=2, supervised=False) as it:
+    with scene(valkey, broker, tmp_path, processes=2, supervised=False) as it:
         for task in ("a", "b", "c"):
             it.start(task)
         for i in range(4):
@@ -148,8 +158,22 @@ def test_workers_killed_again_and_again_without_anybody_giving_back(valkey: Any,
         it.check("a", "b", "c")
 
 
-def test_the_store_killed_under_load(valkey: Any, tmp_path: Path) -> None:
-    with scene(valkey, tmp_path) as it:
+def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, tmp_path: Path) -> None:
+    """What was queued is on its disk, what was in hand it delivers again, what it did not confirm is sent again."""
+    with scene(valkey, rabbitmq, tmp_path) as it:
+        it.start("a")
+        until(lambda: it.server.in_flight >= 2)
+        rabbitmq.kill()
+        it.start("b")  # the journal has it; it goes out when the broker is back
+        it.start("c")
+        time.sleep(0.3)
+        rabbitmq.restart()
+        it.check("a", "b", "c")
+        assert it.excused == 0  # a step that runs does not need the broker
+
+
+def test_the_store_killed_under_load(valkey: Any, broker: Any, tmp_path: Path) -> None:
+    with scene(valkey, broker, tmp_path) as it:
         for task in ("a", "b", "c"):
             it.start(task)
         for _ in range(2):
@@ -161,8 +185,8 @@ def test_the_store_killed_under_load(valkey: Any, tmp_path: Path) -> None:
         assert it.excused == 0  # a call that was answered while the store was away is still written
 
 
-def test_a_worker_that_slept_through_its_lease_is_refused(valkey: Any, tmp_path: Path) -> None:
-    with scene(valkey, tmp_path, processes=2) as it:
+def test_a_worker_that_slept_through_its_lease_is_refused(valkey: Any, broker: Any, tmp_path: Path) -> None:
+    with scene(valkey, broker, tmp_path, processes=2) as it:
         it.start("tea")
         until(lambda: it.server.in_flight >= 4)
         pid = it.kill(signal.SIGSTOP)
@@ -172,7 +196,9 @@ def test_a_worker_that_slept_through_its_lease_is_refused(valkey: Any, tmp_path:
         it.check("tea")
 
 
-def test_every_message_delivered_twice(valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_message_delivered_twice(
+    valkey: Any, broker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "log"
     with FakeOpenAI(answer) as server:
         for name, value in {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "SURVIVORS_LOG": str(log)}.items():
@@ -180,16 +206,16 @@ def test_every_message_delivered_twice(valkey: Any, tmp_path: Path, monkeypatch:
         from agentmesh.boot import Models
 
         crew = load_crew(CREW)
-        mesh = Mesh(crew, broker=valkey.broker_url, journal=valkey.url, models=Models())
+        mesh = Mesh(crew, broker=broker.broker_url, journal=valkey.url, models=Models())
         client = redis.Redis.from_url(valkey.url)
+        send = publisher_of(mesh.app) if broker is not valkey else lambda sent: client.lpush(sent.queue, sent.body)
 
         def twice(sent: Any) -> None:
-            client.lpush(sent.queue, sent.body)
-            client.lpush(sent.queue, sent.body)
+            send(sent)
+            send(sent)
 
-        for journal in (mesh.journal,):
-            monkeypatch.setattr(journal, "_push", False)
-            monkeypatch.setattr(journal, "_send", twice)
+        monkeypatch.setattr(mesh.journal, "_push", False)
+        monkeypatch.setattr(mesh.journal, "_send", twice)
         with mesh.worker():
             runs = [mesh.start(crew.lead, f"t{i}") for i in range(3)]
             assert [r.result(timeout_s=20) for r in runs] == [expected(f"t{i}") for i in range(3)]
