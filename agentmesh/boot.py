@@ -222,12 +222,16 @@ def _crew_in(names: dict[str, Any], file: str, name: str) -> Crew:
 
 # ---- meshes ------------------------------------------------------------------------------------
 def place(config: "Config") -> "tuple[Config, EmbeddedValkey | None]":
-    """Settings that name a broker: as they are, or those of the embedded Valkey, which is joined."""
-    if config.broker:
+    """Settings that say where messages and journal are: what is not named is in the embedded Valkey, which is joined."""
+    from agentmesh.celery.settings import is_amqp
+
+    if config.broker and (config.journal or not is_amqp(config.broker)):
         return config, None
     from agentmesh.celery.valkey import EmbeddedValkey
 
     valkey = EmbeddedValkey.join(config.home)
+    if config.broker:
+        return config.model_copy(update={"journal": valkey.url}), valkey
     return config.model_copy(update={"broker": valkey.broker_url, "journal": config.journal or valkey.url}), valkey
 
 
@@ -241,7 +245,7 @@ def open_journal(config: "Config") -> "tuple[Config, Journal, EmbeddedValkey | N
 
 
 def make_mesh(crew: Crew, config: "Config", *, worker: str = "") -> "tuple[Mesh, EmbeddedValkey | None]":
-    """A mesh for a crew: on the configured broker, or on the embedded Valkey."""
+    """A mesh for a crew: on the configured servers, or on the embedded Valkey."""
     from agentmesh.mesh import Mesh
 
     config, valkey = place(config)

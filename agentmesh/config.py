@@ -16,7 +16,7 @@ class Config(BaseSettings):
 
     Args:
         broker: Celery's broker URL; empty starts an embedded Valkey.
-        journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey.
+        journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey, else an embedded Valkey.
         home: where the embedded Valkey keeps its files.
         model: for agents and crews that name none.
         lease_s: after so long without renewal a step is given to another worker; at least 1.

@@ -12,7 +12,7 @@ from celery import Celery, Signature
 
 from agentmesh.agent import Agent
 from agentmesh.celery import canvas
-from agentmesh.celery.app import check_broker, journal_url, make_app, queue_lengths, same_server
+from agentmesh.celery.app import QueueLengths, check_broker, journal_url, make_app, same_server
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.embedded import EmbeddedWorker
 from agentmesh.celery.loop import drive
@@ -174,7 +174,7 @@ class Mesh:
         """Start renewing leases and sweeping in a thread of this process."""
         tender = Tender(
             engines=[self.engine], journal=make_journal(self.config, self.app, self.journal_url), worker=self.worker_name,
-            queues=queues or self.crew.broker_queues(), lengths=queue_lengths(self.app),
+            queues=queues or self.crew.broker_queues(), lengths=QueueLengths(self.app),
             ttl_s=self.config.lease_s, sweep_s=self.config.sweep_s,
         )  # fmt: skip
         tender.start()

@@ -1,7 +1,7 @@
 """The Celery app: given, or made here; its broker's queues counted, its foreign parts told from ours."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -75,25 +75,31 @@ def check_broker(app: Celery) -> None:
         )
 
 
-def queue_lengths(app: Celery) -> Callable[[Sequence[str]], dict[str, int]]:
-    """A function that counts the messages waiting in broker queues, over a connection it keeps."""
-    kept: list[Any] = []
+class QueueLengths:
+    """Counts the messages waiting in broker queues, over a connection it keeps until `close`; for one thread."""
 
-    def lengths(queues: Sequence[str]) -> dict[str, int]:
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._connection: Any = None
+
+    def __call__(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many wait in each; nothing when the broker is away."""
         try:
-            if not kept:
-                kept.append(tuned(app.connection_for_read()) if on_rabbit(app) else app.connection_for_read())
-            if on_rabbit(app):
-                return declare(kept[0], queues)
-            return {q: _length(kept[0].default_channel, q) for q in queues}
+            if self._connection is None:
+                self._connection = self._app.connection_for_read()
+            if on_rabbit(self._app):
+                return declare(tuned(self._connection), queues)
+            return {q: _length(self._connection.default_channel, q) for q in queues}
         except BROKEN:
-            for lost in kept:
-                with contextlib.suppress(Exception):
-                    lost.collect(socket_timeout=1.0)
-            kept.clear()  # the broker is away; nothing is known of its queues
+            self.close()  # nothing is known of its queues
             return {}
 
-    return lengths
+    def close(self) -> None:
+        """Give back the connection; the next count makes another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):  # it may be what failed
+                connection.collect(socket_timeout=1.0)
 
 
 def _length(channel: Any, queue: str) -> int:

@@ -43,6 +43,10 @@ class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
         if not on_rabbit(self.app):
             super().setup_queues(include, exclude)
 
+    def setup_includes(self, includes: Sequence[str]) -> None:
+        """Nothing: Celery would write the modules of all tasks into the app's conf, for processes that we never start."""
+        self.include = includes
+
     def on_consumer_ready(self, consumer: Any) -> None:
         self.ready.set()
 

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from agentmesh.engine import Engine
 from agentmesh.errors import MeshError
@@ -12,6 +13,18 @@ from agentmesh.journal import Journal
 
 EMPTY_S = 1.0
 log = logging.getLogger("agentmesh")
+
+
+class Lengths(Protocol):
+    """How many messages wait in each broker queue."""
+
+    def __call__(self, queues: Sequence[str]) -> dict[str, int]:
+        """Nothing when the broker is away."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it counts with."""
+        ...
 
 
 class Tender(threading.Thread):
@@ -24,7 +37,7 @@ class Tender(threading.Thread):
 
     def __init__(
         self, *, engines: Sequence[Engine], journal: Journal, worker: str, queues: Sequence[str],
-        lengths: Callable[[Sequence[str]], dict[str, int]], ttl_s: float, sweep_s: float,
+        lengths: Lengths, ttl_s: float, sweep_s: float,
     ) -> None:  # fmt: skip
         super().__init__(name="agentmesh-tender", daemon=True)
         self._engines, self._journal, self._worker = engines, journal, worker
@@ -58,6 +71,7 @@ class Tender(threading.Thread):
                 log.warning("the journal does not answer (%s); trying again", e)
                 await asyncio.sleep(0.2)
             await asyncio.to_thread(self._over.wait, min(self._sweep_s, self._ttl_s * 0.3))
+        self._lengths.close()
         await self._journal.close()
 
     async def _renew(self) -> None:

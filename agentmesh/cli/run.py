@@ -36,16 +36,16 @@ def run_crew(
 ) -> int:
     """Begin a run and see it to its end."""
     crew = load_crew(path)
-    config = load(file=file, broker=broker or None, model=model or None)
-    check_models(crew, config)
+    asked = load(file=file, broker=broker or None, model=model or None)
+    check_models(crew, asked)
     given = _task(crew, task)
-    config, valkey = place(config)
+    config, valkey = place(asked)
     try:
         mesh = Mesh(crew, config=config, models=Models())
         mesh.check()
         run = mesh.start(crew.lead, given, id=run_id, stream=not detach, origin=_origin(path))
         if detach:
-            _leave_a_worker(path, config, run.id, embedded=valkey is not None)
+            _leave_a_worker(path, asked, run.id)
             print(run.id)
             return DONE
         return _see_through(run, mesh, path, config, as_json=as_json)
@@ -154,10 +154,10 @@ def _say_waiting(run: Run[Any]) -> int:
     return WAITING
 
 
-def _leave_a_worker(path: str, config: Config, run_id: str, *, embedded: bool) -> None:
-    """A process of its own that keeps a supervised worker up while the run is open."""
-    told = config.model_dump(mode="json") | ({"broker": "", "journal": ""} if embedded else {})
-    argv = [sys.executable, "-m", "agentmesh.cli.detached", json.dumps({"crew": path, "run": run_id, "config": told})]
+def _leave_a_worker(path: str, config: Config, run_id: str) -> None:
+    """A process of its own that keeps a supervised worker up while the run is open; it joins the embedded Valkey itself."""
+    told = {"crew": path, "run": run_id, "config": config.model_dump(mode="json")}
+    argv = [sys.executable, "-m", "agentmesh.cli.detached", json.dumps(told)]
     config.home.mkdir(parents=True, exist_ok=True)
     with (config.home / "detached.log").open("ab") as log:
         subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

@@ -7,9 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, cast
 
+from kombu.utils.url import maybe_sanitize_url
+
 from agentmesh.boot import COUNTS_IN, load_crew, metrics_page, open_journal, place
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
+from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import spec_of
 from agentmesh.cli.endpoint import Endpoint, Health, address
 from agentmesh.config import Config, load
@@ -48,7 +51,7 @@ def run_workers(
     loaded = [load_crew(path) for path in crews]  # what is wrong with a file is said once, here
     served = [q for crew in loaded for q in crew.broker_queues(queues)]
     config, valkey = place(config)
-    where = "the embedded Valkey" if valkey is not None else config.broker
+    where = _where(config, valkey)
     argv = spec_of(config, crews=crews, queues=queues, concurrency=concurrency, log=form)
     with ExitStack() as stack:
         if valkey is not None:
@@ -60,8 +63,18 @@ def run_workers(
         )  # fmt: skip
         at = _serve(stack, metrics, config, supervisor, counts_in) if metrics else ""
         print(f"crews {', '.join(c.name for c in loaded)} · queues {', '.join(served)} · {processes} × {concurrency or 'as declared'} "
-              f"· broker {where} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{at}", flush=True)  # fmt: skip
+              f"· {where} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{at}", flush=True)  # fmt: skip
         return supervisor.run()
+
+
+def _where(config: Config, valkey: EmbeddedValkey | None) -> str:
+    """Where messages and journal are, without passwords."""
+    if valkey is not None and config.broker == valkey.broker_url:
+        return "broker and journal the embedded Valkey"
+    broker = f"broker {maybe_sanitize_url(config.broker)}"
+    if valkey is not None:
+        return f"{broker} · journal the embedded Valkey in {config.home}, for workers of this machine"
+    return f"{broker} · journal {maybe_sanitize_url(config.journal)}" if config.journal else broker
 
 
 def _form(log: str) -> Form | Literal[""]:

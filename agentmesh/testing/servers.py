@@ -1,6 +1,7 @@
 """Real servers for tests and benchmarks, on this machine alone: a Valkey and a RabbitMQ that can be killed and come back."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -139,6 +140,10 @@ class RabbitServer:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
+    def settle(self) -> None:
+        """Let it write the names of its queues, which it keeps back for 3 s: a younger quorum queue does not survive `kill`."""
+        self.evaluate("[dets:sync(T) || T <- dets:all()], ok.")
+
     def close(self) -> None:
         """Kill it for good."""
         self.kill()
@@ -152,6 +157,16 @@ class RabbitServer:
         if not self.alive:
             self.restart()
         self.evaluate('[rabbit_amqqueue:delete(Q, false, false, <<"flush">>) || Q <- rabbit_amqqueue:list()], ok.')
+
+    def queues(self) -> list[str]:
+        """The names of the queues that are there, sorted."""
+        names = "[binary_to_list(element(4, element(2, Q))) || Q <- rabbit_amqqueue:list()]"
+        return sorted(json.loads(self.evaluate(f"{names}.").replace("\n", "")))
+
+    def set_env(self, **values: int) -> None:
+        """Set limits of the server as rabbitmq.conf would, for connections and channels to come."""
+        for name, value in values.items():
+            self.evaluate(f"application:set_env(rabbit, {name}, {value}).")
 
     def evaluate(self, erlang: str) -> str:
         """What an Erlang expression is in the server: limits, policies, closed connections, without its own tools' second."""

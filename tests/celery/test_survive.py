@@ -163,6 +163,7 @@ def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, tmp_path: Path
     with scene(valkey, rabbitmq, tmp_path) as it:
         it.start("a")
         until(lambda: it.server.in_flight >= 2)
+        rabbitmq.settle()
         rabbitmq.kill()
         it.start("b")  # the journal has it; it goes out when the broker is back
         it.start("c")
