@@ -1,18 +1,20 @@
 """CPU of a run of 2 LLM calls and 1 tool: agentmesh on Celery beside a bare loop, and beside the same loop as plain Celery tasks.
 
-    python bench/steps.py [--runs 400] [--rounds 3]
+    python bench/steps.py [--runs 400] [--rounds 3] [--broker rabbitmq]
 
-No latency, 50 runs at a time; each agentmesh step is its own Celery message, journaled. Client and worker CPU are counted
-together, store and broker (one Valkey) apart. The ways alternate; medians are printed. Ratios are within this run alone.
+With `--broker rabbitmq` a RabbitMQ carries the messages of agentmesh, beside agentmesh on one Valkey for all. No latency, 50 runs at a time; each agentmesh step is its own Celery message, journaled. Client and worker CPU are counted
+together, store and broker apart. The ways alternate; medians are printed. Ratios are within this run alone.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import cpu_s, fake_server, machine, median, valkey, valkey_cpu_s
@@ -24,6 +26,7 @@ from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import spec_of
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.testing.servers import RabbitServer, a_server
 
 HERE = Path(__file__).parent
 AT_ONCE = 50
@@ -41,8 +44,13 @@ def bare(url: str, runs: int) -> tuple[float, float]:
     return told["wall_s"], told["cpu_s"]
 
 
-def mesh_runs(mesh: Mesh, pids: list[int], url: str, runs: int) -> tuple[float, float, float]:
-    """Wall, CPU of client and workers, CPU of Valkey."""
+def mesh_runs(
+    mesh: Mesh, pids: list[int], url: str, runs: int, broker: RabbitServer | None
+) -> tuple[float, float, float]:
+    """Wall, CPU of client and workers, CPU of Valkey and RabbitMQ."""
+
+    def servers_cpu_s() -> float:
+        return valkey_cpu_s(url) + (cpu_s(broker.pid) if broker else 0.0)
 
     async def all_of(count: int) -> None:
         room = asyncio.Semaphore(AT_ONCE)
@@ -54,12 +62,12 @@ def mesh_runs(mesh: Mesh, pids: list[int], url: str, runs: int) -> tuple[float, 
         await asyncio.gather(*[one(i) for i in range(count)])
 
     drive(all_of(20))
-    store, cpu, began = valkey_cpu_s(url), time.process_time() + sum(map(cpu_s, pids)), time.perf_counter()
+    store, cpu, began = servers_cpu_s(), time.process_time() + sum(map(cpu_s, pids)), time.perf_counter()
     drive(all_of(runs))
     return (
         time.perf_counter() - began,
         time.process_time() + sum(map(cpu_s, pids)) - cpu,
-        valkey_cpu_s(url) - store,
+        servers_cpu_s() - store,
     )
 
 
@@ -77,28 +85,45 @@ def plain_celery(server: EmbeddedValkey, url: str, runs: int) -> tuple[float, fl
     return told["wall_s"], told["cpu_s"]
 
 
+@contextlib.contextmanager
+def working(
+    server: EmbeddedValkey, broker: RabbitServer | None
+) -> Iterator[tuple[Mesh, Supervisor, RabbitServer | None]]:
+    """A mesh with its worker; without a RabbitMQ the journal's server carries the messages too."""
+    prefix = "rabbit:" if broker else "agentmesh:"
+    config = Config(broker=broker.url if broker else server.broker_url, journal=server.url, prefix=prefix)
+    crew = str(HERE / "crew.py")
+    mesh = Mesh(load_crew(crew), config=config, models=Models())
+    supervisor = Supervisor([spec_of(config, crews=[crew], queues=[], concurrency=0)])
+    supervisor.start()
+    supervisor.wait_ready(20)
+    yield mesh, supervisor, broker
+    supervisor.stop()
+    supervisor.join(10)
+    mesh.close()
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--broker", choices=["valkey", "rabbitmq"], default="valkey")
     given = parser.parse_args()
     rows: dict[str, list[tuple[float, ...]]] = {"bare loop": [], "agentmesh": [], "plain Celery": []}
-    with valkey() as server, fake_server() as url:
+    with contextlib.ExitStack() as stack:
+        server, url = stack.enter_context(valkey()), stack.enter_context(fake_server())
         os.environ |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "k"}
-        config = Config(broker=server.broker_url, journal=server.url)
-        crew = str(HERE / "crew.py")
-        mesh = Mesh(load_crew(crew), config=config, models=Models())
-        supervisor = Supervisor([spec_of(config, crews=[crew], queues=[], concurrency=0)])
-        supervisor.start()
-        supervisor.wait_ready(20)
+        ways = {"agentmesh": stack.enter_context(working(server, None))}
+        if given.broker == "rabbitmq":
+            rabbit = stack.enter_context(a_server(RabbitServer))
+            ways["on RabbitMQ"], rows["on RabbitMQ"] = stack.enter_context(working(server, rabbit)), []
         for _ in range(given.rounds):
             rows["bare loop"].append(bare(url, given.runs))
-            rows["agentmesh"].append(mesh_runs(mesh, list(supervisor.pids.values()), server.url, given.runs))
+            for name, (mesh, supervisor, broker) in ways.items():
+                pids = list(supervisor.pids.values())
+                rows[name].append(mesh_runs(mesh, pids, server.url, given.runs, broker))
             rows["plain Celery"].append(plain_celery(server, url, given.runs))
-        supervisor.stop()
-        supervisor.join(10)
-        mesh.close()
     print(f"{given.runs} runs of 2 LLM calls + 1 tool, {AT_ONCE} at a time, {given.rounds} rounds; {machine()}")
     base = median([r[1] for r in rows["bare loop"]])
     for name, found in rows.items():
