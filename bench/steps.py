@@ -2,8 +2,9 @@
 
     python bench/steps.py [--runs 400] [--rounds 3] [--broker rabbitmq]
 
-With `--broker rabbitmq` a RabbitMQ carries the messages of agentmesh, beside agentmesh on one Valkey for all. No latency, 50 runs at a time; each agentmesh step is its own Celery message, journaled. Client and worker CPU are counted
-together, store and broker apart. The ways alternate; medians are printed. Ratios are within this run alone.
+With `--broker rabbitmq` there is one more row: a RabbitMQ carries the messages. No latency, 50 runs at a time; each
+agentmesh step is its own Celery message, journaled. Client and worker CPU are counted together, store and broker apart.
+The ways alternate; medians are printed. Ratios are within this run alone.
 """
 
 import argparse
