@@ -11,6 +11,8 @@ from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown
 from kombu.utils.url import maybe_sanitize_url
 
+from agentmesh.celery.transport import take_many
+
 logger = get_logger("agentmesh.consumer")
 
 POLL_S = 0.1  # how long the thread's loop looks at the broker before it looks at its own state
@@ -61,6 +63,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         """A connected connection, whose Redis clients bear `client_name`."""
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         is_redis = connection.get_transport_cls().driver_type == "redis"
+        take_many(connection)
         if is_redis:
             connection.transport_options = {
                 **(connection.transport_options or {}), "ack_emulation": False, "client_name": self.client_name,
