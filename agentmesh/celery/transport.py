@@ -10,14 +10,15 @@ from queue import Empty
 from time import monotonic
 from typing import Any
 
-from kombu.transport import redis as kombu_redis
-from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import loads
+from kombu.transport import redis
+from kombu.utils import json
 
+kombu: Any = redis  # kombu's functions have no types
+loads: Any = json.loads
 MOST = 100  # at once: more would make one worker's first message wait for the parsing of its last
 
 
-class ManyChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
+class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
     """A channel whose blocking pop brings up to `MOST` messages, never more than the prefetch count leaves room for."""
 
     def _brpop_start(self, timeout: float | None = None) -> None:
@@ -46,23 +47,27 @@ class ManyChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no ty
                 raise
             if not found:
                 raise Empty
-            queue = bytes_to_str(found[0]).rsplit(self.sep, 1)[0]
+            queue = _text(found[0]).rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
             for item in found[1]:
-                self.connection._deliver(loads(bytes_to_str(item)), queue)
+                self.connection._deliver(loads(_text(item)), queue)
             return True
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
 
 
-class ManyTransport(kombu_redis.Transport):  # type: ignore[misc]  # kombu has no types
+class ManyTransport(kombu.Transport):  # type: ignore[misc]  # no types
     """The transport with that channel."""
 
     Channel = ManyChannel
 
 
+def _text(raw: bytes | str) -> str:
+    return raw.decode() if isinstance(raw, bytes) else raw
+
+
 def take_many(connection: Any) -> None:
     """Have a connection that is not yet connected take many messages at once; one that is no plain Redis stays as it is."""
-    if connection.get_transport_cls() is kombu_redis.Transport:
+    if connection.get_transport_cls() is kombu.Transport:
         connection.transport_cls = ManyTransport
