@@ -12,13 +12,14 @@ import threading
 from types import FrameType
 from typing import Any
 
-from agentmesh.boot import Models, load_crew
+from agentmesh.boot import load_crew
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import announce_ready, leave_with_parent
 from agentmesh.cli.exits import exit_code, say_error
 from agentmesh.config import Config
 from agentmesh.errors import MeshError
 from agentmesh.mesh import InProcess, Mesh
+from agentmesh.models.named import Models
 
 
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
