@@ -16,7 +16,7 @@ from agentmesh.celery import canvas
 from agentmesh.celery.app import check_broker, journal_url, make_app, queue_lengths, same_server
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.embedded import EmbeddedWorker
-from agentmesh.celery.loop import drive
+from agentmesh.celery.loop import drive, threads
 from agentmesh.celery.publish import Publisher
 from agentmesh.celery.site import Site
 from agentmesh.celery.steps import attach
@@ -170,7 +170,9 @@ class Mesh:
 
     def _make_site(self, pid: int) -> Site:
         journal = make_journal(self.config, self.app, self.journal_url)
-        doer = Doer(model_of=self._models, model=self.crew.model or self.config.model, deps=self.crew.deps)
+        doer = Doer(
+            model_of=self._models, model=self.crew.model or self.config.model, deps=self.crew.deps, executor=threads(64)
+        )  # fmt: skip
         name = self.name_of(pid)
         engine = Engine(crew=self.crew, journal=journal, dispatch=self.dispatch, doer=doer, worker=name)
         return Site(name, journal, Client(crew=self.crew, journal=journal, drive=drive), engine)

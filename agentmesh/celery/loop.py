@@ -4,6 +4,8 @@ Where gevent or eventlet made threads greenlets, the loop still has an OS thread
 """
 
 import asyncio
+import concurrent.futures
+import importlib
 import os
 import sys
 import threading
@@ -15,7 +17,7 @@ T = TypeVar("T")
 LOOK_S, LOOK_MOST_S = 0.001, 0.02  # how often a greenlet looks whether the loop is through with its coroutine
 
 # One loop per process id: a forked child finds no entry of its own and makes a new loop and thread.
-_LOOPS: dict[int, asyncio.AbstractEventLoop] = {}
+_LOOPS: "dict[int, _Turning]" = {}
 
 
 class NativeThread:
@@ -56,18 +58,25 @@ def loop_of_this_process() -> asyncio.AbstractEventLoop:
     pid = os.getpid()
     held = _LOOPS.get(pid)
     if held is None:
+        turning = _Turning()
+        held = _LOOPS.setdefault(pid, turning)  # atomic: of two threads that get here one wins, without a lock
+        if held is turning:
+            NativeThread(turning.run, "agentmesh-loop").start()
+    while held.loop is None:
+        time.sleep(LOOK_S)
+    return held.loop
+
+
+class _Turning:
+    """A loop, made by the thread that runs it: gevent ties a loop's selector to the thread where it is made."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self) -> None:
         loop = asyncio.new_event_loop()
-        held = _LOOPS.setdefault(pid, loop)  # atomic: of two threads that get here one wins, without a lock
-        if held is loop:
-            NativeThread(lambda: _turn(loop), "agentmesh-loop").start()
-        else:
-            loop.close()
-    return held
-
-
-def _turn(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    loop.run_forever()
+        asyncio.set_event_loop(loop)
+        loop.call_soon(setattr, self, "loop", loop)
+        loop.run_forever()
 
 
 def drive(coro: Coroutine[Any, Any, T]) -> T:
@@ -105,10 +114,42 @@ def _native_start() -> Callable[..., Any] | None:
     """
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
-        start: Callable[..., Any] = gevent.get_original("_thread", "start_new_thread")
-        return start
+        return _in_gevents_pool
     eventlet = sys.modules.get("eventlet.patcher")
     if eventlet is not None and eventlet.is_monkey_patched("thread"):
         found: Callable[..., Any] = eventlet.original("_thread").start_new_thread
         return found
     return None
+
+
+def _in_gevents_pool(target: Callable[[], None], _args: Any) -> None:
+    # a pool of one that is gevent's: in a thread that gevent does not know, its patched parts crash the process
+    importlib.import_module("gevent.threadpool").ThreadPool(1).spawn(target)
+
+
+class _GeventThreads(concurrent.futures.Executor):
+    """OS threads for blocking calls where gevent has patched the standard executor's queue and locks."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pool: Any = None
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "concurrent.futures.Future[Any]":
+        if self._pool is None:  # on the loop's thread: it is that thread's hub which is told of ends
+            self._pool = importlib.import_module("gevent.threadpool").ThreadPool(self._most)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def call() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._pool.spawn(call)
+        return future
+
+
+def threads(most: int) -> concurrent.futures.Executor | None:
+    """An executor for blocking calls from the loop where the standard one does not work (gevent), else None."""
+    gevent = sys.modules.get("gevent.monkey")
+    return _GeventThreads(most) if gevent is not None and gevent.is_module_patched("threading") else None
