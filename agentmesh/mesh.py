@@ -5,11 +5,11 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from celery import Celery, Signature
+from celery import Celery, Signature, group
 
 from agentmesh.agent import Agent
 from agentmesh.celery import canvas
@@ -124,6 +124,10 @@ class Mesh:
             *args, agent=agent.name, crew=self.crew.name, fields=agent.fields_json()
         )
         return wanted
+
+    def map(self, agent: Agent[Any], tasks: Iterable[Any]) -> group:
+        """A group with one run a task, results in the order of the tasks: what Celery's `map` and `chunks` are used for."""
+        return group([self.s(agent, task) for task in tasks])
 
     def begin_for_canvas(
         self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]

@@ -45,8 +45,25 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
             **{name: options.get(name) for name in KEPT if name in options and name not in ("callbacks", "errbacks")},
         }  # fmt: skip
         run_id = task_id or uuid()
+        if hasattr(self.backend, "oid"):  # rpc://: the result is a message to this thread's own queue
+            request["reply_to"] = request.get("reply_to") or self.app.thread_oid
+            with self.app.producer_or_acquire(producer) as sender:
+                self.backend.on_task_call(sender, run_id)
         self._begin(run_id, args or (), dict(kwargs or {}), request)
         return self.AsyncResult(run_id)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's tracer alone may call it.
+
+        Raises:
+            DefinitionError: `map`, `starmap` or `chunks` did, or code that wanted the agent's answer.
+        """
+        if self.request.called_directly:
+            raise DefinitionError(
+                "an agent called as a function would hold this worker: write `mesh.map(agent, tasks)` where Celery's "
+                "`map`, `starmap` or `chunks` would be, and `mesh.run(agent, task)` outside of workers"
+            )
+        return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """A message of this task that somebody else published: begin the run, and let `finish` answer for it."""
