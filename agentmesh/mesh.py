@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, TypeVar
 
 from celery import Celery, Signature, group
@@ -14,6 +15,7 @@ from celery import Celery, Signature, group
 from agentmesh.agent import Agent
 from agentmesh.celery import canvas
 from agentmesh.celery.app import check_broker, journal_url, make_app, queue_lengths, same_server
+from agentmesh.celery.beat import schedule
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.embedded import EmbeddedWorker
 from agentmesh.celery.loop import drive, threads
@@ -76,6 +78,8 @@ class Mesh:
         canvas.register(self.app, homes)
         attach(self.app)
         homes[crew.name] = self
+        if crew.schedules:
+            schedule(self.app, homes, crew.name, list(crew.schedules.values()))
 
     # ---- for users -----------------------------------------------------------------------------
     def start(
@@ -142,6 +146,11 @@ class Mesh:
         )  # fmt: skip
         if isinstance(drive(self.engine.begin(spec)), Refused):
             raise RunError(f"run {run_id!r} exists with another agent or task", run_id=run_id)
+
+    def begin_scheduled(self, name: str, now: datetime) -> str:
+        """See tasks.Home."""
+        one = self.crew.schedules[name]
+        return self.start(one.agent, one.task, id=one.run_id(one.times.last(now))).id
 
     def get(self, run_id: str) -> Run[Any]:
         """A handle to a run; whether it exists shows when it is used."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Protocol
 
 from billiard.exceptions import Terminated, WorkerLostError
@@ -49,6 +50,10 @@ class Home(Protocol):
         self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
     ) -> None:
         """Begin a run that a canvas waits for."""
+        ...
+
+    def begin_scheduled(self, name: str, now: datetime) -> str:
+        """Begin the run of a schedule that is due; its id."""
         ...
 
     def bury(self, pid: int) -> None:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from agentmesh.boot import load_crew
+from agentmesh.celery.beat import start_beat
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import announce_ready, leave_with_parent
 from agentmesh.cli.exits import exit_code, say_error
@@ -41,6 +42,8 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     for path in spec["crews"]:
         mesh = Mesh(load_crew(path), config=config, models=models, worker=name)
         workers.append(mesh.worker(queues=spec["queues"], concurrency=spec["concurrency"]).start())
+        if spec.get("beat") and mesh.crew.schedules:
+            start_beat(mesh.app)
     if ready_fd is not None:
         announce_ready(ready_fd)
     over.wait()
@@ -50,9 +53,15 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     return 0
 
 
-def spec_of(config: Config, *, crews: list[str], queues: list[str], concurrency: int) -> list[str]:
+def spec_of(config: Config, *, crews: list[str], queues: list[str], concurrency: int, beat: bool = False) -> list[str]:
     """The command line that starts this worker."""
-    spec = {"crews": crews, "queues": queues, "concurrency": concurrency, "config": config.model_dump(mode="json")}
+    spec = {
+        "crews": crews,
+        "queues": queues,
+        "concurrency": concurrency,
+        "beat": beat,
+        "config": config.model_dump(mode="json"),
+    }
     return [sys.executable, "-m", "agentmesh.cli.child", json.dumps(spec)]
 
 

@@ -82,6 +82,9 @@ def worker(
     queue: Annotated[list[str] | None, typer.Option(help="Queues to serve; all of the crews' when left out.")] = None,
     concurrency: Annotated[int, typer.Option(help="Steps at once in a process; 0 is what the queues say.")] = 0,
     processes: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
+    beat: Annotated[
+        bool, typer.Option("--beat", help="Begin what the crews' schedules say; any number may do so.")
+    ] = False,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
 ) -> None:
@@ -97,6 +100,7 @@ def worker(
             broker=broker,
             model=model,
             file=State.config,
+            beat=beat,
         )
     )
 

@@ -29,7 +29,15 @@ def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
 
 
 def run_workers(
-    crews: list[str], *, queues: list[str], concurrency: int, processes: int, broker: str, model: str, file: Path | None
+    crews: list[str],
+    *,
+    queues: list[str],
+    concurrency: int,
+    processes: int,
+    broker: str,
+    model: str,
+    file: Path | None,
+    beat: bool = False,
 ) -> int:
     """Supervise until stopped."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -40,7 +48,7 @@ def run_workers(
     where = "the embedded Valkey" if valkey is not None else config.broker
     print(f"crews {', '.join(c.name for c in loaded)} · queues {', '.join(served)} · {processes} × {concurrency or 'as declared'} "
           f"· broker {where} · lease {config.lease_s:g} s · drain {config.drain_s:g} s", flush=True)  # fmt: skip
-    argv = spec_of(config, crews=crews, queues=queues, concurrency=concurrency)
+    argv = spec_of(config, crews=crews, queues=queues, concurrency=concurrency, beat=beat)
     supervisor = Supervisor([argv] * processes, on_death=giver_back(config, served), drain_s=config.drain_s + 2)
     try:
         return supervisor.run()

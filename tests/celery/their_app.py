@@ -6,7 +6,7 @@ import time
 
 from celery import Celery
 
-from agentmesh import Agent, Context, Crew, Queue, tool
+from agentmesh import Agent, Context, Crew, Queue, Schedule, tool
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says
@@ -89,6 +89,8 @@ class Dying(Agent):
         return ctx.do(die_once.on(task))
 
 
-crew = Crew(Team(), Echo(), Failing(), Long(), Dying(), name="inside", queues=[Queue("main")],
-            model=ScriptedModel(lambda p: says(f"<{p.messages[-1].text}>")))  # fmt: skip
+crew = Crew(
+    Team(), Echo(), Failing(), Long(), Dying(), name="inside", queues=[Queue("main")],
+    schedules=[Schedule(1.0, Echo(), "tick", name="tick")], model=ScriptedModel(lambda p: says(f"<{p.messages[-1].text}>")),
+)  # fmt: skip
 mesh = Mesh(crew, app=app, journal=os.environ["THEIR_JOURNAL"], config=Config(lease_s=1.0, sweep_s=0.2))
