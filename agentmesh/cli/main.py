@@ -88,6 +88,9 @@ def worker(
     log: Annotated[
         str, typer.Option(help="Log each step, as text or json; warnings alone when left out.", metavar="FORM")
     ] = "",
+    beat: Annotated[
+        bool, typer.Option("--beat", help="Begin what the crews' schedules say; any number may do so.")
+    ] = False,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
 ) -> None:
@@ -105,6 +108,7 @@ def worker(
             broker=broker,
             model=model,
             file=State.config,
+            beat=beat,
         )
     )
 
