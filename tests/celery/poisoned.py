@@ -1,5 +1,6 @@
 """The crew of the poison test: 500 tools side by side, one of which kills its process."""
 
+import asyncio
 import os
 import signal
 import time
@@ -24,18 +25,14 @@ async def work(i: int) -> int:
     if i == 7:
         until = time.monotonic() + 5
         while len(set(lines())) < 500 and time.monotonic() < until:  # all are in flight
-            import asyncio
-
             await asyncio.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     if len(set(lines())) < 500 or lines().count("7") < 2:  # nobody ends before the first death
-        import asyncio
-
         await asyncio.sleep(5)
     return i
 
 
-class Lead(Agent):
+class Lead(Agent[int]):
     def flow(self, task: str, ctx: Context) -> int:
         return len(ctx.gather([work.on(i) for i in range(500)], errors=True))
 
