@@ -138,15 +138,7 @@ class World:
         name = self._name(worker)
         token = f"t{next(self._tokens)}"
         run = unit.split("|")[1]
-        args = {
-            "unit": unit,
-            "worker": name,
-            "token": token,
-            "version": 0,
-            "crew": "c",
-            "crew_version": "",
-            "ttl": TTL,
-        }
+        args = {"unit": unit, "worker": name, "token": token, "version": 0, "crew": "c", "crew_version": "", "ttl": TTL}
         head, lines = self.verb("claim", **args)
         if self.rng.random() < self.faults.reply_lost:  # the client library asks again
             if not self.faults.tokens:
@@ -158,7 +150,7 @@ class World:
             self.at(100, lambda: self._deliver(unit))
         if "no" in head:
             return
-        if self._dies(worker, unit):
+        if self._dies(worker, unit) or self._kills(worker, unit):
             return
         fence = head["fence"]
         if unit[0] == "a":
@@ -168,8 +160,6 @@ class World:
             )
             return
         self.executed[unit] += 1
-        if self._kills(worker, unit):
-            return
         needs = self.rng.choice([50, 200, 900, 3_000])
         if self.rng.random() < self.faults.zombie:
             self.excuses[unit] += 1
@@ -197,14 +187,8 @@ class World:
         elif roll < 0.2 and self.tables.hget(f"st:{run}", str(n)) and self._in_gather(run, n):
             how, event = "failed", {"e": "StepFailed", "n": n}
         text = json.dumps(event)
-        args: dict[str, Any] = {
-            "unit": unit,
-            "fence": fence,
-            "event": text,
-            "how": how,
-            "version": version,
-            "usage": {"turns": 1},
-        }
+        args: dict[str, Any] = {"unit": unit, "fence": fence, "event": text, "how": how, "version": version}
+        args["usage"] = {"turns": 1}
         if how == "retried":
             args["delay"] = self.rng.choice([0, 800])
         else:
@@ -216,10 +200,9 @@ class World:
     def _in_gather(self, run: str, n: int) -> bool:
         at = 1
         for stage in self._program(run):
-            width = stage[1] if stage[0] == "gather" else 1
-            if at <= n < at + width:
+            at += stage[1] if stage[0] == "gather" else 1
+            if n < at:
                 return bool(stage[0] == "gather")
-            at += width
         return False
 
     def _plan_of(
@@ -237,10 +220,10 @@ class World:
 
     def _dies(self, worker: str, unit: str) -> bool:
         """The process goes, with everything it had in hand."""
-        if self.rng.random() >= self.faults.crash:
-            return False
-        self._end(worker, unit)
-        return True
+        dies = self.rng.random() < self.faults.crash
+        if dies:
+            self._end(worker, unit)
+        return dies
 
     def _kills(self, worker: str, unit: str) -> bool:
         """Whether this unit is the poison: then its process goes."""
@@ -248,6 +231,7 @@ class World:
             self._poison = unit
         if unit != self._poison:
             return False
+        self.executed[unit] += 1
         self._end(worker, unit)
         self.poison_deaths += 1
         if self.poison_deaths > POISON_MOST:
@@ -264,7 +248,7 @@ class World:
             self.at(20, lambda: self._release(name))
 
     def _name(self, worker: str) -> str:
-        """A process that was started again bears another name."""
+        """A process started again bears another name."""
         return f"{worker}.{self._workers[worker]}"
 
     def _release(self, worker: str) -> None:
@@ -287,8 +271,7 @@ class World:
         elif unit != self._poison:
             self._tell(run, "StepRevived", n)
         else:
-            event = json.dumps({"e": "StepDone", "n": n})
-            self.verb("tell", run=run, kind="StepResolved", n=n, action="done", event=event)
+            self.verb("tell", run=run, kind="StepResolved", n=n, action="done", event=f'{{"e":"StepDone","n":{n}}}')
 
     # ---- the oracle ----------------------------------------------------------------------------
     def _look(self) -> None:
@@ -350,7 +333,7 @@ class World:
         for unit, count in self.executed.items():
             if count > 1 + self.excuses[unit]:
                 raise Violation(
-                    f"{unit} was executed {count} times and only {self.excuses[unit]} crashes or retries explain it"
+                    f"{unit} was executed {count} times, and {self.excuses[unit]} crashes or retries explain it"
                 )
 
 
