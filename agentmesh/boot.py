@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentmesh.agent import Agent
 from agentmesh.crew import Crew
-from agentmesh.errors import DefinitionError, MeshError, did_you_mean
+from agentmesh.errors import ConfigError, DefinitionError, ExtraMissing, MeshError, did_you_mean
 from agentmesh.journal import Journal
 from agentmesh.message import Message
 from agentmesh.models.named import Models

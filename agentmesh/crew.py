@@ -149,14 +149,15 @@ class Crew:
         return f"agentmesh.{self.name}.{queue}"
 
     def broker_queues(self, only: Iterable[str] = ()) -> list[str]:
-        """The broker's names of these queues, or of all.
+        """The broker's names of these queues, or of all, each with the queue of its suspects.
 
         Raises:
             UnknownName: the crew has no such queue.
         """
         for queue in only:
             self._check_queue(f"crew {self.name!r}: --queue", queue)
-        return [self.broker_queue(q) for q in (list(only) or self.queues)]
+        named = [self.broker_queue(q) for q in (list(only) or self.queues)]
+        return [*named, *[f"{q}.suspects" for q in named]]
 
 
 def _caller_file(frame: FrameType | None) -> str:
