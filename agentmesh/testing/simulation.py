@@ -265,8 +265,7 @@ class World:
         """A person: approves what asks, revives what is quarantined, and gives up the poison."""
         _, run, *rest = unit.split("|")
         n = int(rest[0]) if rest else 0
-        rec = self.tables.hget(f"st:{run}", str(n) if n else "a")
-        if rec["why"] != "quarantined":
+        if self.tables.hget(f"st:{run}", str(n) if n else "a")["why"] != "quarantined":
             self._tell(run, "Approved", n)
         elif unit != self._poison:
             self._tell(run, "StepRevived", n)
