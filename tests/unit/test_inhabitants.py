@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agentmesh_agents import Note, Reader, Writer
+from agentmesh_tools import Piece, in_folder
 
 from agentmesh import Crew, RunFailed, TryAgain
 from agentmesh.boot import load_crew
 from agentmesh.testing import FakeMesh, ScriptedModel, says
-from agentmesh_agents import Note, Reader, Writer
-from agentmesh_tools import Piece, in_folder
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "briefing.py"
 
