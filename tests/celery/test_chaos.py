@@ -1,7 +1,6 @@
 """Chaos on real processes with the public kit: seeded kills, links cut at every command, silence, disturbed messages."""
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -160,7 +159,6 @@ def test_cut_after_every_command_then_killed(valkey: Any, tmp_path: Path) -> Non
     """k = 1, 4, 7, …: the link is cut after the k-th command and the worker killed, until a run passes clean."""
     with scene(valkey, tmp_path, latency_s=0.0) as it:
         giver, k, cuts, tasks = Mesh(it.crew, config=it.config), 1, 0, []
-        os.environ.update(it.env)
         while True:
             task, cut = f"k{k}", []
             with Proxy(valkey.url) as proxy:
