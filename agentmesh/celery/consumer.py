@@ -15,6 +15,7 @@ from agentmesh.celery.transport import take_many
 
 logger = get_logger("agentmesh.consumer")
 
+SILENT_S = 5  # a pop that is not even answered with nothing for so long has lost its link; kombu's own patience is 25 s
 POLL_S = 0.1  # how long the thread's loop looks at the broker before it looks at its own state
 
 
@@ -67,6 +68,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         if is_redis:
             connection.transport_options = {
                 **(connection.transport_options or {}), "ack_emulation": False, "client_name": self.client_name,
+                "health_check_interval": SILENT_S,
             }  # fmt: skip
         self.ensure_connected(connection)
         if is_redis:
