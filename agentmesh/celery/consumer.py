@@ -16,7 +16,8 @@ from agentmesh.celery.transport import take_many
 logger = get_logger("agentmesh.consumer")
 
 SILENT_S = 5  # a pop that is not even answered with nothing for so long has lost its link; kombu's own patience is 25 s
-POLL_S = 0.1  # how long the thread's loop looks at the broker before it looks at its own state
+POLL_S = 0.1  # how long a worker with its hands full waits before it looks again
+IDLE_S = 1.0  # how long it looks at a broker that has nothing for it; `unblock` ends that early
 
 
 def thread_loop(
@@ -37,7 +38,7 @@ def thread_loop(
             if not prefetch.can_consume():
                 obj.pool.room.wait(POLL_S)
         try:
-            connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else POLL_S)
+            connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else IDLE_S)
         except TimeoutError:
             pass
         except OSError:
