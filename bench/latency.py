@@ -69,7 +69,9 @@ def main() -> None:
         (pid,) = supervisor.pids.values()
         drive(chains(mesh, 20))
         took = sorted(drive(chains(mesh, given.chains)))
-        print(f"chain of {STEPS} steps           p50 {median(took) * 1e3:.1f} ms   p95 {took[int(len(took) * 0.95)] * 1e3:.1f} ms")
+        print(
+            f"chain of {STEPS} steps           p50 {median(took) * 1e3:.1f} ms   p95 {took[int(len(took) * 0.95)] * 1e3:.1f} ms"
+        )
         print(f"one step                    p50 {median(took) / STEPS * 1e3:.2f} ms")
         cpu, store, at = cpu_s(pid), valkey_cpu_s(server.url), time.perf_counter()
         time.sleep(IDLE_S)
