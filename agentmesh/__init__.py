@@ -43,6 +43,7 @@ from agentmesh.errors import (
 from agentmesh.limits import Limits
 from agentmesh.queue import Queue
 from agentmesh.run import Run
+from agentmesh.schedule import Schedule
 from agentmesh.step import Approve, Context, Sleep, ToolContext
 from agentmesh.tool import Tool, tool
 
@@ -81,6 +82,7 @@ __all__ = [
     "RunCancelled",
     "RunError",
     "RunFailed",
+    "Schedule",
     "ServiceDown",
     "Sleep",
     "StepError",

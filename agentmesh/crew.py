@@ -14,6 +14,7 @@ from agentmesh.agent import Agent
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
 from agentmesh.limits import Limits
 from agentmesh.queue import Queue
+from agentmesh.schedule import Schedule
 from agentmesh.tool import Tool
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -27,6 +28,7 @@ class Crew:
         name: of the broker queues `agentmesh.NAME.QUEUE`; the file's stem when left out.
         model: for agents that name none.
         queues: the first is where steps go that name none; `Queue("main")` when left out.
+        schedules: what runs by itself, where `--beat` or `celery beat` runs.
         version: declared by hand; a worker takes runs of its own version alone.
         deps: given to tools as `ToolContext.deps`.
         open: agents met in a flow are taken in; for a crew whose one process does everything.
@@ -38,7 +40,7 @@ class Crew:
 
     def __init__(
         self, lead: Agent[Any], *agents: Agent[Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
-        limits: Limits | None = None, version: str = "", deps: Any = None, open: bool = False,
+        limits: Limits | None = None, schedules: Sequence[Schedule] = (), version: str = "", deps: Any = None, open: bool = False,
     ) -> None:  # fmt: skip
         self.lead, self.model, self.version, self.deps, self.open = lead, model, version, deps, open
         self.limits = limits or Limits()
@@ -51,8 +53,11 @@ class Crew:
             raise NameTaken(f"crew {self.name!r} has two queues of one name: {', '.join(q.name for q in queues)}")
         self.agents: dict[str, Agent[Any]] = {}
         self.tools: dict[str, Tool[..., Any]] = {}
-        for agent in (lead, *agents):
+        for agent in (lead, *agents, *(s.agent for s in schedules)):
             self._add(agent)
+        self.schedules = {s.name: s for s in schedules}
+        if len(self.schedules) < len(schedules):
+            raise NameTaken(f"crew {self.name!r} has two schedules of one name; set `name` in one of them")
 
     @property
     def queue(self) -> str:
@@ -144,14 +149,15 @@ class Crew:
         return f"agentmesh.{self.name}.{queue}"
 
     def broker_queues(self, only: Iterable[str] = ()) -> list[str]:
-        """The broker's names of these queues, or of all.
+        """The broker's names of these queues, or of all, each with the queue of its suspects.
 
         Raises:
             UnknownName: the crew has no such queue.
         """
         for queue in only:
             self._check_queue(f"crew {self.name!r}: --queue", queue)
-        return [self.broker_queue(q) for q in (list(only) or self.queues)]
+        named = [self.broker_queue(q) for q in (list(only) or self.queues)]
+        return [*named, *[f"{q}.suspects" for q in named]]
 
 
 def _caller_file(frame: FrameType | None) -> str:

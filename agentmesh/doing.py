@@ -5,7 +5,7 @@ import contextvars
 import inspect
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,13 +63,15 @@ class Doer:
     Args:
         model_of: `provider:name` or an object, to a Model and the name it knows.
         threads: how many `def` tools run at once in this process.
+        executor: runs them instead, where `threading` is not what it was.
     """
 
     def __init__(
-        self, *, model_of: Callable[[Any], tuple[Model, str]], model: Any, deps: Any = None, threads: int = 64
-    ) -> None:
+        self, *, model_of: Callable[[Any], tuple[Model, str]], model: Any, deps: Any = None, threads: int = 64,
+        executor: Executor | None = None,
+    ) -> None:  # fmt: skip
         self._model_of, self._model, self._deps = model_of, model, deps
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="agentmesh-tool")
+        self._threads = executor or ThreadPoolExecutor(threads, thread_name_prefix="agentmesh-tool")
 
     async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
         """The step's end, or its next turn; and what it cost."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from agentmesh.replay import Failed, History, Outcome, Waiting, replay
 from agentmesh.step import Step
 
 CACHED_RUNS = 512
+ROOM_WAIT_S, ROOM_LOOK_S = 5.0, 0.01  # a suspect waits for its worker's hand; after that the outbox sends it again
 LONG_REPLAY = 400  # events; longer ones leave the event loop
 
 
@@ -138,10 +140,17 @@ class Engine:
     ) -> Claimed | Refused:
         cached = self._cache.get(run_id)
         version = cached.history.version if cached else 0
-        claimed = await self.journal.claim(
-            unit, worker=self.worker, token=f"{self.worker}#{next(self._tokens)}", version=version, crew=self.crew.name,
-            crew_version=self.crew.version, ask=ask, rate=rate,
-        )  # fmt: skip
+        until_s = time.monotonic() + ROOM_WAIT_S
+        while True:
+            claimed = await self.journal.claim(
+                unit, worker=self.worker, token=f"{self.worker}#{next(self._tokens)}", version=version,
+                crew=self.crew.name, crew_version=self.crew.version, ask=ask, rate=rate,
+            )  # fmt: skip
+            if not (isinstance(claimed, Refused) and claimed.why == "room") or time.monotonic() > until_s:
+                break
+            await asyncio.sleep(ROOM_LOOK_S)
+            while len(self.leases) >= int(claimed.detail) and time.monotonic() < until_s:
+                await asyncio.sleep(ROOM_LOOK_S)
         if isinstance(claimed, Refused):
             return claimed
         cached = self._cache.get(run_id)

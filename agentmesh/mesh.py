@@ -1,22 +1,27 @@
 """Where a crew runs: a Celery app, a journal, models. Made without I/O; used from any thread or event loop."""
 
+import math
 import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, TypeVar
 
-from celery import Celery, Signature
+from celery import Celery, Signature, group
 
 from agentmesh.agent import Agent
 from agentmesh.celery import canvas
 from agentmesh.celery.app import QueueLengths, check_broker, journal_url, make_app, same_server
+from agentmesh.celery.beat import schedule
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.embedded import EmbeddedWorker
-from agentmesh.celery.loop import drive
+from agentmesh.celery.loop import drive, threads
 from agentmesh.celery.publish import publisher_of
+from agentmesh.celery.site import Site
+from agentmesh.celery.steps import attach
 from agentmesh.celery.sweep import Tender
 from agentmesh.celery.tasks import register
 from agentmesh.config import Config, load
@@ -27,6 +32,7 @@ from agentmesh.errors import DefinitionError, MeshError, RunError
 from agentmesh.journal import Journal
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.message import Message
+from agentmesh.models.named import Models
 from agentmesh.ports import Model, Refused, RunHead, RunSpec
 from agentmesh.run import Client, Run
 from agentmesh.schema import canonical
@@ -64,17 +70,19 @@ class Mesh:
         self.app = app if app is not None else make_app(broker)
         self.broker = str(self.app.conf.broker_url or broker)
         self.journal_url = journal_url(self.broker, journal or self.config.journal)
-        self.worker_name = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
-        self._models, self._sights = models, (*sights, Tracing())
-        self._engines = register(self.app)
-        canvas.register(self.app, self._engines)[crew.name] = self._begin_for_canvas
+        self._worker = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+        self._pid = os.getpid()
+        self._models, self._sights = models or Models(), (*sights, Tracing())
         self._lock = threading.Lock()
         self._checked = False
-        self.journal: Journal = make_journal(self.config, self.app, self.journal_url)
         self.dispatch = CeleryDispatch(self.app, crew.name)
-        self._tender: Tender | None = None
-        self._doer: Doer | None = None
-        self._client = Client(crew=crew, journal=self.journal, drive=drive)
+        self._sites: dict[int, Site] = {}
+        homes = register(self.app)
+        canvas.register(self.app, homes)
+        attach(self.app)
+        homes[crew.name] = self
+        if crew.schedules:
+            schedule(self.app, homes, crew.name, list(crew.schedules.values()))
 
     # ---- for users -----------------------------------------------------------------------------
     def start(
@@ -124,9 +132,14 @@ class Mesh:
         )
         return wanted
 
-    def _begin_for_canvas(
+    def map(self, agent: Agent[Any], tasks: Iterable[Any]) -> group:
+        """A group with one run a task, results in the order of the tasks: what Celery's `map` and `chunks` are used for."""
+        return group([self.s(agent, task) for task in tasks])
+
+    def begin_for_canvas(
         self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
     ) -> None:
+        """See tasks.Home."""
         who = self.crew.agent(agent, fields)
         if who.task_type is str and not isinstance(task, str):
             task = canonical(task)
@@ -137,9 +150,14 @@ class Mesh:
         if isinstance(drive(self.engine.begin(spec)), Refused):
             raise RunError(f"run {run_id!r} exists with another agent or task", run_id=run_id)
 
+    def begin_scheduled(self, name: str, now: datetime) -> str:
+        """See tasks.Home."""
+        one = self.crew.schedules[name]
+        return self.start(one.agent, one.task, id=one.run_id(one.times.last(now))).id
+
     def get(self, run_id: str) -> Run[Any]:
         """A handle to a run; whether it exists shows when it is used."""
-        return Run(run_id, self._client)
+        return Run(run_id, self.site.client)
 
     def runs(self, *, limit: int = 50) -> list[RunHead]:
         """The newest root runs."""
@@ -158,27 +176,81 @@ class Mesh:
 
     # ---- for workers ---------------------------------------------------------------------------
     @property
+    def site(self) -> Site:
+        """What the mesh has in this process."""
+        pid = os.getpid()
+        site = self._sites.get(pid)
+        if site is None:  # no lock, which a fork might find taken: of two threads that get here one wins
+            site = self._sites.setdefault(pid, self._make_site(pid))
+        return site
+
+    def _make_site(self, pid: int) -> Site:
+        journal = make_journal(self.config, self.app, self.journal_url)
+        model, name = self.crew.model or self.config.model, self.name_of(pid)
+        doer = Doer(model_of=self._models, model=model, deps=self.crew.deps, executor=threads(64))
+        watched = Watched(doer, self._sights, model)
+        engine = Engine(
+            crew=self.crew, journal=journal, dispatch=self.dispatch, doer=watched, worker=name, ended=watched.ended
+        )
+        return Site(name, journal, Client(crew=self.crew, journal=journal, drive=drive), engine)
+
+    @property
+    def journal(self) -> Journal:
+        """This process's journal."""
+        return self.site.journal
+
+    @property
     def engine(self) -> Engine:
         """This process's engine for the crew."""
-        if self.crew.name not in self._engines:
-            model = self.crew.model or self.config.model
-            self._doer = Doer(model_of=self._models or _no_models, model=model, deps=self.crew.deps)
-            watched = Watched(self._doer, self._sights, model)
-            self._engines[self.crew.name] = Engine(
-                crew=self.crew, journal=self.journal, dispatch=self.dispatch, doer=watched, worker=self.worker_name,
-                ended=watched.ended,
-            )  # fmt: skip
-        return self._engines[self.crew.name]
+        return self.site.engine
+
+    @property
+    def worker_name(self) -> str:
+        """This process's name in leases."""
+        return self.site.worker
+
+    def name_of(self, pid: int) -> str:
+        """See tasks.Home."""
+        return self._worker if pid == self._pid else f"{self._worker}/{pid}"
+
+    def serves(self) -> list[str]:
+        """See tasks.Home."""
+        return self.crew.broker_queues()
+
+    def working(self) -> Engine:
+        """See tasks.Home."""
+        if self.site.tender is None:  # a child of a prefork pool: its parent sweeps
+            self._tend((), math.inf)
+        return self.site.engine
 
     def tend(self, *, queues: Sequence[str] = ()) -> Tender:
         """Start renewing leases and sweeping in a thread of this process."""
-        tender = Tender(
-            engines=[self.engine], journal=make_journal(self.config, self.app, self.journal_url), worker=self.worker_name,
-            queues=queues or self.crew.broker_queues(), lengths=QueueLengths(self.app),
-            ttl_s=self.config.lease_s, sweep_s=self.config.sweep_s,
+        return self._tend(queues or self.crew.broker_queues(), self.config.sweep_s)
+
+    def _tend(self, queues: Sequence[str], sweep_s: float) -> Tender:
+        site = self.site
+        site.tender = Tender(
+            engines=[site.engine], journal=make_journal(self.config, self.app, self.journal_url), worker=site.worker,
+            queues=queues, lengths=QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
         )  # fmt: skip
-        tender.start()
-        return tender
+        site.tender.start()
+        return site.tender
+
+    def untend(self) -> None:
+        """Stop what `tend` started."""
+        tender, self.site.tender = self.site.tender, None
+        if tender is not None:
+            tender.stop()
+
+    async def leave(self, pids: Sequence[int]) -> None:
+        """See tasks.Home."""
+        for pid in pids:
+            await self.journal.release(self.name_of(pid), crashed=False, queues=self.crew.broker_queues())
+
+    def bury(self, pid: int) -> None:
+        """See tasks.Home."""
+        if self.site.tender is not None and pid != os.getpid():
+            self.site.tender.bury(self.name_of(pid))
 
     def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0) -> "InProcess":
         """A worker in a thread of this process: `with mesh.worker(): …`."""
@@ -224,7 +296,8 @@ def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
     """The journal of these settings; where the broker is another server, a publisher sends what the scripts cannot push."""
     broker = str(app.conf.broker_url or config.broker)
     url = url or journal_url(broker, config.journal)
-    push = same_server(broker, url)
+    # A prefix of the user's broker keys is kombu's to add, not the scripts'.
+    push = same_server(broker, url) and not (app.conf.broker_transport_options or {}).get("global_keyprefix")
     return RedisJournal(
         url, prefix=config.prefix, push=push, send=None if push else publisher_of(app),
         ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
@@ -237,31 +310,22 @@ class InProcess:
     def __init__(self, mesh: Mesh, queues: Sequence[str], concurrency: int) -> None:
         self._mesh, self._queues = mesh, queues
         self._worker = EmbeddedWorker(mesh.app, queues=queues, concurrency=concurrency)
-        self._tender: Tender | None = None
 
     def start(self) -> "InProcess":
         """Returns when it consumes."""
         self._mesh.check()
-        _ = self._mesh.engine
-        self._tender = self._mesh.tend(queues=self._queues)
+        self._mesh.tend(queues=self._queues)
         self._worker.start()
         return self
 
     def stop(self, *, grace_s: float = 5.0) -> None:
         """Stop consuming and let steps end for up to `grace_s`; what is cut off is given back."""
         self._worker.stop(grace_s=grace_s)
-        if self._tender is not None:
-            self._tender.stop()
-        drive(self._mesh.journal.release(self._mesh.worker_name, crashed=False, queues=self._queues))
+        self._mesh.untend()
+        drive(self._mesh.leave([os.getpid()]))
 
     def __enter__(self) -> "InProcess":
         return self.start()
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
-
-
-def _no_models(model: Any) -> tuple[Model, str]:
-    if hasattr(model, "ask"):
-        return model, type(model).__name__
-    raise DefinitionError(f"this mesh was made without models and an agent asks {model!r}; use agentmesh.boot.models()")

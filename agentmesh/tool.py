@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from pydantic import ValidationError
@@ -44,7 +44,7 @@ class Tool(Generic[P, R]):
         except (TypeError, NameError) as e:
             raise ToolSignatureError(f"tool `{self.name}`: {e}") from None
         self.returns: Any = _awaited(self.parameters.returns)
-        self.is_async = inspect.iscoroutinefunction(func)
+        self._places = [p.name for p in inspect.signature(func).parameters.values() if p.kind is p.POSITIONAL_ONLY]
         self.spec = ToolSpec(self.name, summary(inspect.getdoc(func) or ""), self.parameters.schema)
 
     def _check(self) -> None:
@@ -89,7 +89,8 @@ class Tool(Generic[P, R]):
     def bound(self, arguments: Mapping[str, Any], context: ToolContext) -> Callable[[], Any]:
         """The function, ready to be called with typed arguments."""
         given = self.parameters.parse(arguments) | dict.fromkeys(self.context, context)
-        return lambda: _apply(self.func, given)
+        places = [given.pop(name) for name in self._places]
+        return partial(self.func, *places, **given)
 
     def __repr__(self) -> str:
         return f"<tool {self.name}>"
@@ -103,17 +104,6 @@ def _asked(tool: Tool[Any, Any], arguments: str) -> Call[Any]:
         raise ValueError(f"the arguments are {type(given).__name__}, not an object")
     tool.parameters.parse(given)
     return Call(tool.name, tool, given)
-
-
-def _apply(func: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-    """Call by name, except where the signature wants a place."""
-    places, names = [], {}
-    for name, p in inspect.signature(func).parameters.items():
-        if p.kind is p.POSITIONAL_ONLY:
-            places.append(given[name])
-        else:
-            names[name] = given[name]
-    return func(*places, **names)
 
 
 def _contexts(func: Callable[..., Any], name: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 
-from agentmesh import Agent, Context, Crew, Queue, tool
+from agentmesh import Agent, Approve, Context, Crew, Queue, tool
 from agentmesh.message import user
 
 
@@ -10,6 +10,12 @@ from agentmesh.message import user
 async def look_up(word: str) -> str:
     """Looks a word up."""
     return f"meaning of {word}"
+
+
+@tool
+async def nothing(number: int) -> int:
+    """Does nothing."""
+    return number
 
 
 class Asker(Agent):
@@ -27,6 +33,21 @@ class Echo(Agent):
         return ctx.do(self.ask([user(first.text)])).text
 
 
+class Chain(Agent[int]):
+    """So many steps that do nothing, one after the other."""
+
+    def flow(self, task: int, ctx: Context) -> int:
+        return sum(ctx.do(nothing.on(i)) for i in range(task))
+
+
+class Waits(Agent):
+    """Stays open until a person says yes."""
+
+    def flow(self, task: str, ctx: Context) -> str:
+        ctx.do(Approve(task))
+        return task
+
+
 class Fan(Agent[int]):
     """As many sub-agents as asked, gathered."""
 
@@ -35,6 +56,6 @@ class Fan(Agent[int]):
 
 
 crew = Crew(
-    Asker(), Fan(), Echo(), name="bench", model="openai:fake",
+    Asker(), Fan(), Echo(), Chain(), Waits(), name="bench", model="openai:fake",
     queues=[Queue("main", concurrency=int(os.environ.get("BENCH_CONCURRENCY", "2000")))],
 )  # fmt: skip

@@ -6,7 +6,6 @@ could take to its grave. When the run ends, a leased and repeatable `finish` rep
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, Task, signature
@@ -16,7 +15,7 @@ from celery.result import AsyncResult
 from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
 
-from agentmesh.celery.tasks import Engines, EngineTask
+from agentmesh.celery.tasks import EngineTask, Home, nobody
 from agentmesh.engine import Engine
 from agentmesh.errors import DefinitionError, MeshError, error_from_json
 from agentmesh.event import RunDone, RunFailed, RunStarted
@@ -33,7 +32,7 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
     acks_late = True
     typing = False
     serializer = "json"
-    begins: dict[str, Callable[..., None]]
+    homes: dict[str, Home]
 
     def apply_async(
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, producer: Any = None, link: Any = None,
@@ -46,8 +45,25 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
             **{name: options.get(name) for name in KEPT if name in options and name not in ("callbacks", "errbacks")},
         }  # fmt: skip
         run_id = task_id or uuid()
+        if hasattr(self.backend, "oid"):  # rpc://: the result is a message to this thread's own queue
+            request["reply_to"] = request.get("reply_to") or self.app.thread_oid
+            with self.app.producer_or_acquire(producer) as sender:
+                self.backend.on_task_call(sender, run_id)
         self._begin(run_id, args or (), dict(kwargs or {}), request)
         return self.AsyncResult(run_id)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's tracer alone may call it.
+
+        Raises:
+            DefinitionError: `map`, `starmap` or `chunks` did, or code that wanted the agent's answer.
+        """
+        if self.request.called_directly:
+            raise DefinitionError(
+                "an agent called as a function would hold this worker: write `mesh.map(agent, tasks)` where Celery's "
+                "`map`, `starmap` or `chunks` would be, and `mesh.run(agent, task)` outside of workers"
+            )
+        return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """A message of this task that somebody else published: begin the run, and let `finish` answer for it."""
@@ -56,11 +72,11 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         raise Ignore
 
     def _begin(self, run_id: str, args: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> None:
-        begin = self.begins.get(kwargs.get("crew", ""))
-        if begin is None:
+        home = self.homes.get(kwargs.get("crew", ""))
+        if home is None:
             raise DefinitionError(f"no mesh of crew {kwargs.get('crew')!r} was made on this app in this process")
         saved = {name: value for name, value in request.items() if value is not None} | {"id": run_id}
-        begin(kwargs["agent"], args[0] if args else "", run_id, _plain(saved), kwargs["fields"])
+        home.begin_for_canvas(kwargs["agent"], args[0] if args else "", run_id, _plain(saved), kwargs["fields"])
 
 
 class FinishTask(EngineTask):
@@ -69,8 +85,8 @@ class FinishTask(EngineTask):
     name = "agentmesh.finish"
 
     async def coro(self, crew: str, run_id: str) -> str:
-        engine = self.engines.get(crew)
-        return await finish(self.app, engine, run_id) if engine else "no such crew here"
+        home = self.homes.get(crew)
+        return await finish(self.app, home.working(), run_id) if home else nobody(crew)
 
 
 async def finish(app: Celery, engine: Engine, run_id: str) -> str:
@@ -132,13 +148,11 @@ def _listed(link: Any) -> list[Any] | None:
     return [dict(x) for x in link] if isinstance(link, list | tuple) else [dict(link)]
 
 
-def register(app: Celery, engines: Engines) -> dict[str, Callable[..., None]]:
-    """Put the agent's and the finish task on this app; answers the `begin` of each crew, for all meshes of the app."""
+def register(app: Celery, homes: dict[str, Home]) -> None:
+    """Put the agent's and the finish task on this app."""
     if AgentTask.name in app.tasks:
-        found: dict[str, Callable[..., None]] = app.tasks[AgentTask.name].begins
-        return found
-    agent, end = AgentTask(), FinishTask()
-    agent.begins, end.engines = {}, engines
-    app.register_task(agent)
-    app.register_task(end)
-    return agent.begins
+        return
+    for cls in (AgentTask, FinishTask):
+        task = cls()
+        task.homes = homes
+        app.register_task(task)

@@ -15,10 +15,13 @@ from kombu.utils.url import maybe_sanitize_url
 
 from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
 from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
+from agentmesh.celery.transport import take_many
 
 logger = get_logger("agentmesh.consumer")
 
-POLL_S = 0.1  # how long the thread's loop looks at the broker before it looks at its own state
+SILENT_S = 5  # a pop that is not even answered with nothing for so long has lost its link; kombu's own patience is 25 s
+POLL_S = 0.1  # how long a worker with its hands full waits before it looks again
+IDLE_S = 1.0  # how long it looks at a broker that has nothing for it; `unblock` ends that early
 
 
 def thread_loop(
@@ -39,7 +42,7 @@ def thread_loop(
             if not prefetch.can_consume():
                 obj.pool.room.wait(POLL_S)
         try:
-            connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else POLL_S)
+            connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else IDLE_S)
         except TimeoutError:
             pass
         except OSError:
@@ -109,9 +112,11 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
             return self.ensure_connected(tuned(self.app.connection_for_read(heartbeat=int(heartbeat_s(self.app)))))
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         is_redis = connection.get_transport_cls().driver_type == "redis"
+        take_many(connection)
         if is_redis:
             connection.transport_options = {
                 **(connection.transport_options or {}), "ack_emulation": False, "client_name": self.client_name,
+                "health_check_interval": SILENT_S,
             }  # fmt: skip
         self.ensure_connected(connection)
         if is_redis:

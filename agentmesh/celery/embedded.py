@@ -27,6 +27,8 @@ AGAIN_MOST_S = 5.0
 
 
 class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
+    is_tended = True  # by the mesh that made it
+
     # celery.apps.worker.Worker would take stdout, the root logger and the signals; WorkController takes none of them.
     def __init__(self, app: Any, *, name: str, queues: Sequence[str], concurrency: int) -> None:
         self.ready = threading.Event()

@@ -1,12 +1,14 @@
 """The tender: one OS thread a worker process that renews its leases and sweeps, whatever its event loop is doing."""
 
 import asyncio
+import contextlib
 import logging
-import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from agentmesh.celery.loop import NativeThread
 from agentmesh.engine import Engine
 from agentmesh.errors import MeshError
 from agentmesh.journal import Journal
@@ -27,40 +29,51 @@ class Lengths(Protocol):
         ...
 
 
-class Tender(threading.Thread):
+class Tender:
     """Renews every lease of this process in one command, and takes its turn at sweeping.
 
     Args:
         journal: the thread's own, with a connection of its own: a busy event loop must not cost a lease.
         lengths: how many messages wait in each broker queue; a queue that was empty for a second is told to the sweep.
+        sweep_s: infinite in a pool's child, whose parent sweeps.
     """
 
     def __init__(
         self, *, engines: Sequence[Engine], journal: Journal, worker: str, queues: Sequence[str],
         lengths: Lengths, ttl_s: float, sweep_s: float,
     ) -> None:  # fmt: skip
-        super().__init__(name="agentmesh-tender", daemon=True)
         self._engines, self._journal, self._worker = engines, journal, worker
         self._queues, self._lengths = list(queues), lengths
         self._ttl_s, self._sweep_s = ttl_s, sweep_s
         self._empty_since: dict[str, float] = {}
-        self._over = threading.Event()
+        self._dead: deque[str] = deque()
+        self._over = False
+        self._wake: Callable[[], None] = lambda: None
+        self._thread = NativeThread(lambda: asyncio.run(self._tend()), "agentmesh-tender")
 
-    def run(self) -> None:
-        """Until `stop`."""
-        asyncio.run(self._tend())
+    def start(self) -> None:
+        """Begin; until `stop`."""
+        self._thread.start()
 
     def stop(self) -> None:
         """End the thread; leases that are left run out, or are released by the supervisor."""
-        self._over.set()
-        if self.is_alive():
-            self.join(timeout=2)
+        self._over = True
+        self._wake()
+        self._thread.join(2)
+
+    def bury(self, worker: str) -> None:
+        """Soon give back what a dead process held, as another worker's name; comes back at once."""
+        self._dead.append(worker)
+        self._wake()
 
     async def _tend(self) -> None:
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: _from_outside(loop, woken)
         renewed = swept = 0.0
-        while not self._over.is_set():
+        while not self._over:
             now = time.monotonic()
             try:
+                await self._bury()
                 if now - renewed >= self._ttl_s * 0.3:
                     await self._renew()
                     renewed = now
@@ -70,9 +83,18 @@ class Tender(threading.Thread):
             except (OSError, MeshError) as e:
                 log.warning("the journal does not answer (%s); trying again", e)
                 await asyncio.sleep(0.2)
-            await asyncio.to_thread(self._over.wait, min(self._sweep_s, self._ttl_s * 0.3))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(woken.wait(), min(self._sweep_s, self._ttl_s * 0.3))
+            woken.clear()
+        with contextlib.suppress(OSError, MeshError):
+            await self._bury()
         self._lengths.close()
         await self._journal.close()
+
+    async def _bury(self) -> None:
+        while self._dead:
+            await self._journal.release(self._dead[0], crashed=True)
+            self._dead.popleft()
 
     async def _renew(self) -> None:
         for engine in self._engines:
@@ -92,3 +114,8 @@ class Tender(threading.Thread):
             else:
                 self._empty_since.setdefault(queue, now)
         return [q for q, since in self._empty_since.items() if now - since >= EMPTY_S]
+
+
+def _from_outside(loop: asyncio.AbstractEventLoop, woken: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the thread has ended, and its loop with it
+        loop.call_soon_threadsafe(woken.set)

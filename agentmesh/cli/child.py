@@ -11,7 +11,8 @@ import threading
 from types import FrameType
 from typing import Any, Literal
 
-from agentmesh.boot import Models, counting, export_traces, load_crew
+from agentmesh.boot import counting, export_traces, load_crew
+from agentmesh.celery.beat import start_beat
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import announce_ready, leave_with_parent
 from agentmesh.cli.exits import exit_code, say_error
@@ -19,6 +20,7 @@ from agentmesh.config import Config
 from agentmesh.errors import MeshError
 from agentmesh.logs import Form, Logged, set_up
 from agentmesh.mesh import InProcess, Mesh
+from agentmesh.models.named import Models
 
 
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
@@ -43,6 +45,8 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     for crew in crews:
         mesh = Mesh(crew, config=config, models=models, worker=name, sights=sights)
         workers.append(mesh.worker(queues=spec["queues"], concurrency=spec["concurrency"]).start())
+        if spec.get("beat") and mesh.crew.schedules:
+            start_beat(mesh.app)
     if ready_fd is not None:
         announce_ready(ready_fd)
     over.wait()
@@ -53,10 +57,17 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
 
 
 def spec_of(
-    config: Config, *, crews: list[str], queues: list[str], concurrency: int, log: Form | Literal[""] = ""
-) -> list[str]:
+    config: Config, *, crews: list[str], queues: list[str], concurrency: int, beat: bool = False,
+    log: Form | Literal[""] = "",
+) -> list[str]:  # fmt: skip
     """The command line that starts this worker."""
-    spec = {"crews": crews, "queues": queues, "concurrency": concurrency, "config": config.model_dump(mode="json")}
+    spec = {
+        "crews": crews,
+        "queues": queues,
+        "concurrency": concurrency,
+        "beat": beat,
+        "config": config.model_dump(mode="json"),
+    }
     if log:
         spec["log"] = log
     return [sys.executable, "-m", "agentmesh.cli.child", json.dumps(spec)]

@@ -88,6 +88,9 @@ def worker(
     log: Annotated[
         str, typer.Option(help="Log each step, as text or json; warnings alone when left out.", metavar="FORM")
     ] = "",
+    beat: Annotated[
+        bool, typer.Option("--beat", help="Begin what the crews' schedules say; any number may do so.")
+    ] = False,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
 ) -> None:
@@ -105,6 +108,7 @@ def worker(
             broker=broker,
             model=model,
             file=State.config,
+            beat=beat,
         )
     )
 
@@ -178,7 +182,7 @@ def runs_resolve(
     action: Annotated[str, typer.Argument(help="done, failed or retry: what became of a step in doubt.")],
     value: Annotated[str, typer.Option(help="With done: the step's value, as JSON.")] = "null", by: By = "", broker: Broker = "",
 ) -> None:  # fmt: skip
-    """Say what became of an at-most-once step that a crash cut off."""
+    """Say what becomes of a step in doubt, or quarantined."""
     from agentmesh.cli.runs import tell_run
 
     raise typer.Exit(tell_run(id, "resolve", n=n, action=action, value=value, by=by, broker=broker, file=State.config))

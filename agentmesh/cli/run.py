@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agentmesh.boot import Models, check_models, load_crew, place
+from agentmesh.boot import check_models, load_crew, place
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
@@ -24,6 +24,7 @@ from agentmesh.config import Config, load
 from agentmesh.crew import Crew
 from agentmesh.errors import DefinitionError, MeshError, RunError, ServiceDown
 from agentmesh.mesh import Mesh
+from agentmesh.models.named import Models
 from agentmesh.run import Run
 from agentmesh.schema import from_json
 

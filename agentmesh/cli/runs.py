@@ -107,6 +107,9 @@ def tell_run(
 
 def _reason(item: Approval) -> str:
     kind, _, rest = item.why.partition(":")
+    if kind == "quarantined":
+        where = f"{item.run_id} {item.n}"
+        return f"a decision: it ended its worker again and again: agentmesh runs resolve {where} retry|failed|done"
     said = {"approve": "a person's yes", "in_doubt": "a decision: it was cut off and may have happened"}
     if kind == "version":
         crew, _, version = rest.partition(" ")

@@ -42,7 +42,7 @@ def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
 
 def run_workers(
     crews: list[str], *, queues: list[str], concurrency: int, processes: int, broker: str, model: str, file: Path | None,
-    metrics: str = "", log: str = "",
+    metrics: str = "", log: str = "", beat: bool = False,
 ) -> int:  # fmt: skip
     """Supervise until stopped."""
     form = _form(log)
@@ -52,7 +52,7 @@ def run_workers(
     served = [q for crew in loaded for q in crew.broker_queues(queues)]
     config, valkey = place(config)
     where = _where(config, valkey)
-    argv = spec_of(config, crews=crews, queues=queues, concurrency=concurrency, log=form)
+    argv = spec_of(config, crews=crews, queues=queues, concurrency=concurrency, log=form, beat=beat)
     with ExitStack() as stack:
         if valkey is not None:
             stack.callback(valkey.leave)

@@ -20,6 +20,14 @@ if r.st == 'leased' then
 end
 if r.st ~= 'queued' then return refuse(r.st == 'held' and 'held' or 'later') end
 
+-- a suspect shares its worker with few, and with suspects alone
+local cell = tonumber(hget('cell', A.worker))
+if r.room or cell then
+  local hand = redis.call('SCARD', P .. 'wl:' .. A.worker)
+  local most = r.room and cell and math.min(r.room, cell) or 1
+  if hand > 0 and hand >= most then return refuse('room', int(most)) end
+  if hand > 0 and not (r.room and cell) then return refuse('room', '1') end
+end
 -- why this entry may not be worked on by this worker now
 if head[2] ~= A.crew or head[3] ~= A.crew_version then
   leave(unit, r)
@@ -56,13 +64,14 @@ if r.once and r.lost == 1 and not r.rec then
   return refuse('held', 'in_doubt')
 end
 if A.rate_ms then
-  local at = hnum('rate', r.q)
+  local queue = string.gsub(r.q, '%.suspects$', '')
+  local at = hnum('rate', queue)
   if at > NOW + A.rate_ms * A.burst then
     leave(unit, r)
     wait_until(unit, run, key, r, at - A.rate_ms * A.burst)
     return refuse('later', 'rate')
   end
-  hset('rate', r.q, int(math.max(at, NOW) + A.rate_ms))
+  hset('rate', queue, int(math.max(at, NOW) + A.rate_ms))
 end
 
 local seq = tonumber(redis.call('ZSCORE', P .. 'q:' .. r.q, unit) or 0)
@@ -72,4 +81,5 @@ r.st, r.f, r.tok, r.w, r.a = 'leased', redis.call('HINCRBY', P .. 'meta', 'fence
 put(run, key, r)
 zadd('leased', NOW + A.ttl, unit)
 redis.call('SADD', P .. 'wl:' .. A.worker, unit)
+if r.room then hset('cell', A.worker, int(math.min(r.room, cell or r.room))) end
 return granted()

@@ -13,6 +13,7 @@ if A.how == 'retried' or A.how == 'doubt' then r.tf = fence end
 if A.how == 'retried' then
   leave(unit, r)
   r.lost = 0
+  absolve(r)
   if (A.delay or 0) > 0 then wait_until(unit, run, key, r, NOW + A.delay) else enqueue(unit, run, key, r) end
 elseif A.how == 'doubt' then
   leave(unit, r)

@@ -56,8 +56,9 @@ local function charge(run, usage)
 end
 
 -- entries ---------------------------------------------------------------------------------------
-local function send(wire, seq)
-  local queue, head, rest = string.match(wire, '^(%Z*)%z(%Z*)%z(%Z*)$')
+local function send(wire, seq, queue)
+  local home, head, rest = string.match(wire, '^(%Z*)%z(%Z*)%z(%Z*)$')
+  queue = queue or home
   local text = head .. int(seq) .. rest
   if PUSH then
     redis.call('LPUSH', queue, text)
@@ -70,11 +71,12 @@ local function enqueue(unit, run, key, r)
   local seq = redis.call('HINCRBY', P .. 'meta', 'seq', 1)
   local wire = hget('wires', unit)
   local queue = string.match(wire, '^%Z*')
+  if r.room then queue = queue .. '.suspects' end
   r.st, r.q, r.rs, r.rt, r.why = 'queued', queue, 0, NOW + RESEND_MS, nil
   put(run, key, r)
   zadd('q:' .. queue, seq, unit)
   redis.call('SADD', P .. 'queues', queue)
-  send(wire, seq)
+  send(wire, seq, queue)
 end
 local function held(unit, by)
   local root = 'run:' .. root_of(string.match(unit, '^%a|([^|]*)'))
@@ -91,6 +93,7 @@ local function leave(unit, r)
   elseif r.st == 'leased' then
     zrem('leased', unit)
     redis.call('SREM', P .. 'wl:' .. r.w, unit)
+    if r.room and redis.call('SCARD', P .. 'wl:' .. r.w) == 0 then redis.call('HDEL', P .. 'cell', r.w) end
   elseif r.st == 'due' then
     zrem('due', unit)
   elseif r.st == 'held' then
@@ -109,16 +112,42 @@ local function wait_until(unit, run, key, r, at)
   put(run, key, r)
   zadd('due', at, unit)
 end
-local function give_back(unit, run, key, r, crashed)
+local function give_back(unit, run, key, r)
   leave(unit, r)
   r.lost = 1
-  r.c = (r.c or 0) + (crashed and 1 or 0)
   enqueue(unit, run, key, r)
 end
+-- suspects.py
+local function died(unit, run, key, r, hand, seen)
+  if string.sub(unit, 1, 1) ~= 'f' then
+    r.d = (r.d or 0) + 1
+    if hand == 1 and seen then
+      r.c = (r.c or 0) + 1
+    elseif hand == 1 then
+      r.x = (r.x or '') .. r.w .. '\n'
+    end
+    if r.d >= 2 then r.room = math.max(1, math.floor(hand / 2)) end
+    local crashes = r.c or 0
+    for worker in string.gmatch(r.x or '', '[^\n]+') do
+      if hget('silent', worker) then crashes = crashes + 1 end
+    end
+    if crashes >= 3 and is_open(run) then
+      leave(unit, r)
+      r.lost = 1
+      event(run, '{"e":"StepQuarantined","n":' .. (key == 'a' and '0' or key) .. ',"crashes":' .. int(crashes) .. '}')
+      return hold(unit, run, key, r, 'quarantined')
+    end
+  end
+  give_back(unit, run, key, r)
+end
+local function heard(worker)
+  if redis.call('HDEL', P .. 'silent', worker) == 1 then zrem('silent_at', worker) end
+end
+local function absolve(r) r.d, r.c, r.x, r.room = nil, nil, nil, nil end
 local function advance(run)
   local r = rec(run, 'a')
   local unit = 'a|' .. run
-  if r and (r.st == 'queued' or r.st == 'leased') then return end
+  if r and (r.st == 'queued' or r.st == 'leased' or r.why == 'quarantined') then return end
   if r then leave(unit, r) end
   hset('wires', unit, hget('run:' .. run, 'wire'))
   enqueue(unit, run, 'a', { st = 'new', f = 0, a = 0 })

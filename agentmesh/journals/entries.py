@@ -3,6 +3,7 @@
 Keys: `run:R` hash · `ev:R` list of "AT_MS JSON" · `st:R` hash n (or `a`, `f`) -> record, `E<fence>` once ended ·
 `ga:R` hash first -> gather · `wires` unit -> message · `q:QUEUE` zset unit -> seq · `leased` unit -> deadline ·
 `due` unit -> time · `held` unit -> since · `wl:WORKER` set of units · `tree:ROOT` set of its runs ·
+`cell` worker -> room of the suspects it holds · `silent` worker -> units in hand when its leases ran out ·
 `forget` ended root -> when · `cancelled` set.
 """
 
@@ -13,6 +14,7 @@ from agentmesh.journals.tables import Tables
 Rec = dict[str, Any]
 RESEND_MS = 1000
 VERSION_WAIT_MS = 5000
+SUSPECTS = ".suspects"  # after a queue's name: where its suspects wait
 
 
 class Store:
@@ -59,6 +61,8 @@ class Store:
         """Into the outbox and onto the wire: the entry is there before the message is."""
         seq = int(self.t.hincr("meta", "seq"))
         queue, head, tail = self.t.hget("wires", unit).split("\0")
+        if rec.get("room"):
+            queue += SUSPECTS
         rec.update(st="queued", q=queue, rs=0, rt=self.now + RESEND_MS)
         rec.pop("why", None)
         self.put(run, key, rec)
@@ -74,6 +78,8 @@ class Store:
         elif st == "leased":
             self.t.zrem("leased", unit)
             self.t.srem(f"wl:{rec['w']}", unit)
+            if rec.get("room") and not self.t.smembers(f"wl:{rec['w']}"):
+                self.t.hdel("cell", rec["w"])
         elif st == "due":
             self.t.zrem("due", unit)
         elif st == "held":
@@ -106,14 +112,13 @@ class Store:
         """A lease that nobody works under any more becomes a queued entry; its fence stays good until the next claim."""
         self.leave(unit, rec)
         rec["lost"] = 1
-        rec["c"] = rec.get("c", 0) + (1 if crashed else 0)
         self.enqueue(unit, run, key, rec)
 
     def advance(self, run: str) -> None:
         """See to it that somebody replays the run after this moment."""
         rec = self.rec(run, "a")
         unit = f"a|{run}"
-        if isinstance(rec, dict) and rec["st"] in ("queued", "leased"):
+        if isinstance(rec, dict) and (rec["st"] in ("queued", "leased") or rec.get("why") == "quarantined"):
             return  # a leased one finds the journal longer than it knew, and replays again
         if isinstance(rec, dict):
             self.leave(unit, rec)

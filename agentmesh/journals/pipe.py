@@ -25,6 +25,7 @@ from agentmesh.errors import JournalError, ServiceDown
 LOST = (ConnectionError, RedisTimeout, BusyLoadingError, OSError, EOFError)
 FIRST_S = 3.0
 AGAIN_S, AGAIN_MOST_S = 0.01, 0.5
+REPLY_S = 5.0  # a link that says nothing for so long is dead, though nobody told us; less than a lease lasts
 Asked = tuple[bytes, asyncio.Future[Any], float]  # the command as sent, its reply to come, until when to try
 
 
@@ -105,6 +106,7 @@ class Pipe:
         if self._connection is None:
             options: Any = parse_url(self.url)
             kind: Any = options.pop("connection_class", Connection)
+            options.setdefault("socket_timeout", REPLY_S)
             connection = kind(**options, decode_responses=True, socket_connect_timeout=5)
             await connection.connect()
             self._connection = connection

@@ -7,7 +7,8 @@ and a differential test holds them equal. Source: docs/architecture.md, "The pro
 from collections.abc import Callable
 from typing import Any
 
-from agentmesh.journals.entries import VERSION_WAIT_MS, Rec, Store
+from agentmesh.journals.entries import SUSPECTS, VERSION_WAIT_MS, Rec, Store
+from agentmesh.journals.suspects import absolve, died, enter, heard, no_room
 
 Args = dict[str, Any]
 Reply = tuple[dict[str, Any], list[str]]
@@ -68,6 +69,9 @@ def claim(s: Store, a: Args) -> Reply:
         return granted(s, a, run, rec) if rec["tok"] == a["token"] else refuse("busy")
     if rec["st"] != "queued":
         return refuse("held" if rec["st"] == "held" else "later")
+    most = no_room(s, a["worker"], rec)
+    if most:
+        return refuse("room", str(most))
     put_off = obstacle(s, a, unit, run, key, rec)
     if put_off:
         return put_off
@@ -79,6 +83,7 @@ def claim(s: Store, a: Args) -> Reply:
     s.put(run, key, rec)
     s.t.zadd("leased", unit, s.now + a["ttl"])
     s.t.sadd(f"wl:{a['worker']}", unit)
+    enter(s, a["worker"], rec)
     return granted(s, a, run, rec)
 
 
@@ -112,12 +117,13 @@ def obstacle(s: Store, a: Args, unit: str, run: str, key: str, rec: Rec) -> Repl
         s.hold(unit, run, key, rec, "in_doubt")
         return refuse("held", "in_doubt")
     if a.get("rate_ms"):
-        at = s.t.hget("rate", rec["q"]) or 0
+        queue = rec["q"].removesuffix(SUSPECTS)
+        at = s.t.hget("rate", queue) or 0
         if at > s.now + a["rate_ms"] * a["burst"]:
             s.leave(unit, rec)
             s.wait_until(unit, run, key, rec, at - a["rate_ms"] * a["burst"])
             return refuse("later", "rate")
-        s.t.hset("rate", rec["q"], max(at, s.now) + a["rate_ms"])
+        s.t.hset("rate", queue, max(at, s.now) + a["rate_ms"])
     return None
 
 
@@ -137,6 +143,7 @@ def spent(s: Store, run: str) -> str:
 def renew(s: Store, a: Args) -> Reply:
     """Deadlines pushed; answers the leases that are somebody else's now, or whose run was cancelled."""
     lost = []
+    heard(s, a["worker"])
     for unit, fence in a["leases"]:
         letter, run, key = split(unit)
         rec = s.rec(run, key)
@@ -156,7 +163,10 @@ def release(s: Store, a: Args) -> Reply:
         _, run, key = split(unit)
         rec = s.rec(run, key)
         if isinstance(rec, dict) and rec["st"] == "leased" and rec["w"] == a["worker"]:
-            s.give_back(unit, run, key, rec, bool(a.get("crashed")))
+            if a.get("crashed"):
+                died(s, unit, run, key, rec, len(units), seen=True)
+            else:
+                s.give_back(unit, run, key, rec, crashed=False)
     for queue in a.get("queues", ()):
         s.t.hset("qsnap", queue, f"{s.t.hget('qmax', queue) or 0} {s.now}")
     return {"ok": 1, "count": len(units)}, NOTHING
@@ -185,6 +195,7 @@ def commit(s: Store, a: Args) -> Reply:
     if a["how"] == "retried":
         s.leave(unit, rec)
         rec["lost"] = 0
+        absolve(rec)
         if a.get("delay"):
             s.wait_until(unit, run, key, rec, s.now + a["delay"])
         else:

@@ -14,7 +14,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from agentmesh.errors import JournalError
 from agentmesh.event import Event
-from agentmesh.journals.blobs import fingerprint_of, outsource, restored
+from agentmesh.journals.blobs import LARGE_BYTES, fingerprint_of, outsource, restored
 from agentmesh.journals.codec import Reply, VerbJournal, event_of
 from agentmesh.journals.pipe import LOST, Pipe, clean_url, end
 from agentmesh.ports import Counts, Held, RunHead, Sent, Token
@@ -64,10 +64,13 @@ class RedisJournal(VerbJournal):
 
     async def _call(self, verb: str, args: dict[str, Any]) -> Reply:
         run_id = args.get("run") or str(args.get("unit", "||")).split("|")[1]
-        for fingerprint, text in list(outsource(args)):
-            await self._keep(run_id, fingerprint, text)
+        said = dumps(args)
+        if len(said) * 4 > LARGE_BYTES:  # most verbs are small and need no looking through
+            for fingerprint, text in list(outsource(args)):
+                await self._keep(run_id, fingerprint, text)
+            said = dumps(args)
         now = str(self._clock()) if self._clock else ""
-        given = (self.prefix, dumps(args), now, "1" if self._push else "0")
+        given = (self.prefix, said, now, "1" if self._push else "0")
         text, sha = script(verb)
         try:
             reply = await self.pipe.ask("EVALSHA", sha, 1, *given)

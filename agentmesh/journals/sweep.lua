@@ -20,7 +20,13 @@ local function expire()
     elseif letter ~= 'f' and not is_open(run) then
       drop(unit, run, key, r, 'E0')
     else
-      give_back(unit, run, key, r, true)
+      local hand = tonumber(hget('silent', r.w))
+      if not hand then
+        hand = redis.call('SCARD', P .. 'wl:' .. r.w)
+        hset('silent', r.w, int(hand))
+        zadd('silent_at', NOW, r.w)
+      end
+      died(unit, run, key, r, hand, false)
     end
   end
   return #units
@@ -53,7 +59,9 @@ local function again(unit, run, key, r)
   r.rs = r.rs + 1
   r.rt = NOW + 1000 * 2 ^ math.min(r.rs, 6)
   put(run, key, r)
-  send(hget('wires', unit), redis.call('HINCRBY', P .. 'meta', 'seq', 1))
+  -- now and then to the home queue: nobody may serve the suspects
+  local queue = (r.rs < 3 or r.rs % 2 == 0) and r.q or nil
+  send(hget('wires', unit), redis.call('HINCRBY', P .. 'meta', 'seq', 1), queue)
 end
 
 local function resend(queue)
@@ -126,5 +134,6 @@ if hnum('meta', 'grace') <= NOW then count = expire() end
 count = count + wake()
 for _, queue in ipairs(members('queues')) do count = count + resend(queue) end
 for _, run in ipairs(members('cancelled')) do count = count + cancel_below(run) end
+for _, worker in ipairs(zupto('silent_at', NOW - 86400000, limit)) do heard(worker) end
 if A.retain then count = count + forget(NOW - A.retain) end
 return answer({ ok = 1, count = count })

@@ -34,7 +34,9 @@ local function tell_step()
   local r, mark = rec(run, key)
   if not r or r.st ~= 'held' then return refuse('not_waiting', mark and 'ended' or '') end
   local wanted = ({ Approved = 'approve', Denied = 'approve', StepResolved = 'in_doubt' })[kind]
-  if wanted and r.why ~= wanted then return refuse('not_waiting', r.why) end
+  local resolvable = kind == 'StepResolved' and r.why == 'quarantined'
+  local barred = kind == 'StepRevived' and (r.why == 'approve' or r.why == 'in_doubt')
+  if barred or (wanted and r.why ~= wanted and not resolvable) then return refuse('not_waiting', r.why) end
   event(run, A.event)
   local ends = kind == 'Denied' or (kind == 'Approved' and r.kind == 'Approve') or A.action == 'done' or A.action == 'failed'
   if ends then
@@ -42,7 +44,8 @@ local function tell_step()
     if r.g == 0 then advance(run) end
   else
     leave(unit, r)
-    r.lost, r.c = 0, 0
+    r.lost = (kind == 'StepRevived' and r.once == 1) and 1 or 0
+    absolve(r)
     enqueue(unit, run, key, r)
   end
   return answer({ ok = 1, version = version(run) })
@@ -57,6 +60,8 @@ elseif A.n == 0 then
   local r = rec(run, 'a')
   if not r or r.st ~= 'held' then return refuse('not_waiting') end
   event(run, A.event)
+  r.why = ''
+  put(run, 'a', r)
   advance(run)
 else
   return tell_step()

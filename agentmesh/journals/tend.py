@@ -5,8 +5,11 @@ The other half of the protocol; the same rules as protocol.py.
 
 from agentmesh.journals.entries import Rec, Store
 from agentmesh.journals.protocol import NOTHING, VERBS, Args, Reply, refuse, split
+from agentmesh.journals.suspects import absolve, died, forget_silent, silent
 
 SWEEPER_MS = 3000
+SILENT_MS = 86_400_000
+RESOLVABLE = {"Approved": ("approve",), "Denied": ("approve",), "StepResolved": ("in_doubt", "quarantined")}
 
 
 def tell(s: Store, a: Args) -> Reply:
@@ -26,6 +29,8 @@ def tell(s: Store, a: Args) -> Reply:
         if not isinstance(rec, dict) or rec["st"] != "held":
             return refuse("not_waiting")
         s.event(run, a["event"])
+        rec["why"] = ""
+        s.put(run, "a", rec)
         s.advance(run)
     else:
         return tell_step(s, run, kind, a)
@@ -39,8 +44,9 @@ def tell_step(s: Store, run: str, kind: str, a: Args) -> Reply:
     rec = s.rec(run, key)
     if not isinstance(rec, dict) or rec["st"] != "held":
         return refuse("not_waiting", "ended" if isinstance(rec, str) else "")
-    wanted = {"Approved": "approve", "Denied": "approve", "StepResolved": "in_doubt"}.get(kind, "")
-    if wanted and rec["why"] != wanted:
+    wanted = RESOLVABLE.get(kind, ())
+    barred = kind == "StepRevived" and rec["why"] in ("approve", "in_doubt")  # those are a decision, not a revival
+    if barred or (wanted and rec["why"] not in wanted):
         return refuse("not_waiting", rec["why"])
     s.event(run, a["event"])
     ends = (
@@ -52,7 +58,8 @@ def tell_step(s: Store, run: str, kind: str, a: Args) -> Reply:
             s.advance(run)
     else:
         s.leave(unit, rec)
-        rec.update(lost=0, c=0)
+        rec["lost"] = 1 if kind == "StepRevived" and rec.get("once") else 0
+        absolve(rec)
         s.enqueue(unit, run, key, rec)
     return {"ok": 1, "version": s.t.length(f"ev:{run}")}, NOTHING
 
@@ -101,6 +108,7 @@ def sweep(s: Store, a: Args) -> Reply:
         count += resend(s, queue, limit, queue in a.get("empty", ()))
     for run in s.t.smembers("cancelled"):
         count += cancel_below(s, run, limit)
+    forget_silent(s, s.now - SILENT_MS, limit)
     if a.get("retain"):
         count += forget(s, s.now - a["retain"], limit)
     return {"ok": 1, "count": count}, NOTHING
@@ -117,7 +125,7 @@ def expire(s: Store, limit: int) -> int:
         elif letter != "f" and not s.is_open(run):
             s.drop(unit, run, key, rec, "E0")
         else:
-            s.give_back(unit, run, key, rec, crashed=True)
+            died(s, unit, run, key, rec, silent(s, rec["w"]), seen=False)
     return len(units)
 
 
@@ -170,6 +178,8 @@ def again(s: Store, unit: str, run: str, key: str, rec: Rec) -> None:
     rec["rt"] = s.now + (1000 << min(rec["rs"], 6))
     s.put(run, key, rec)
     queue, head, tail = s.t.hget("wires", unit).split("\0")
+    if rec["rs"] < 3 or rec["rs"] % 2 == 0:  # else to the home queue: nobody may serve the suspects
+        queue = rec["q"]
     s.sent.append((queue, head, int(s.t.hincr("meta", "seq")), tail))
 
 

@@ -19,6 +19,7 @@ from agentmesh.journals.tables import Tables
 from agentmesh.testing.programs import Stage, following, message, program
 
 TTL, SWEEP, PATIENCE = 2_000, 400, 600_000
+POISON_MOST = 12  # halved to one, then three alone; the first two deaths change nothing
 
 
 class Violation(AssertionError):
@@ -57,6 +58,9 @@ class World:
         self._programs: dict[str, list[Stage]] = {}
         self._workers = {f"w{i}": 0 for i in range(3)}  # name -> generation: a death makes older work void
         self._cancel: str = ""
+        self._poison = ""  # this unit kills every process that executes it
+        self._poisoned = self.rng.random() < 0.15
+        self.poison_deaths = 0
 
     # ---- time ----------------------------------------------------------------------------------
     def at(self, delay: int, what: Callable[[], None]) -> None:
@@ -131,17 +135,10 @@ class World:
         generation = self._workers[worker]
         if self._dies(worker, unit):
             return
+        name = self._name(worker)
         token = f"t{next(self._tokens)}"
         run = unit.split("|")[1]
-        args = {
-            "unit": unit,
-            "worker": worker,
-            "token": token,
-            "version": 0,
-            "crew": "c",
-            "crew_version": "",
-            "ttl": TTL,
-        }
+        args = {"unit": unit, "worker": name, "token": token, "version": 0, "crew": "c", "crew_version": "", "ttl": TTL}
         head, lines = self.verb("claim", **args)
         if self.rng.random() < self.faults.reply_lost:  # the client library asks again
             if not self.faults.tokens:
@@ -149,9 +146,11 @@ class World:
             head, lines = self.verb("claim", **args)
             if head.get("no") == "busy" and not self.faults.tokens:
                 return  # it holds the lease and does not know it
+        if head.get("no") == "room":  # it waits in the worker
+            self.at(100, lambda: self._deliver(unit))
         if "no" in head:
             return
-        if self._dies(worker, unit):
+        if self._dies(worker, unit) or self._kills(worker, unit):
             return
         fence = head["fence"]
         if unit[0] == "a":
@@ -172,7 +171,7 @@ class World:
 
     def _renew(self, worker: str, generation: int, unit: str, fence: int) -> None:
         if self._workers[worker] == generation:
-            self.verb("renew", worker=worker, leases=[[unit, fence]], ttl=TTL)
+            self.verb("renew", worker=self._name(worker), leases=[[unit, fence]], ttl=TTL)
 
     def _commit(
         self, worker: str, generation: int, unit: str, run: str, fence: int, version: int, lines: list[str]
@@ -188,14 +187,8 @@ class World:
         elif roll < 0.2 and self.tables.hget(f"st:{run}", str(n)) and self._in_gather(run, n):
             how, event = "failed", {"e": "StepFailed", "n": n}
         text = json.dumps(event)
-        args: dict[str, Any] = {
-            "unit": unit,
-            "fence": fence,
-            "event": text,
-            "how": how,
-            "version": version,
-            "usage": {"turns": 1},
-        }
+        args: dict[str, Any] = {"unit": unit, "fence": fence, "event": text, "how": how, "version": version}
+        args["usage"] = {"turns": 1}
         if how == "retried":
             args["delay"] = self.rng.choice([0, 800])
         else:
@@ -207,10 +200,9 @@ class World:
     def _in_gather(self, run: str, n: int) -> bool:
         at = 1
         for stage in self._program(run):
-            width = stage[1] if stage[0] == "gather" else 1
-            if at <= n < at + width:
+            at += stage[1] if stage[0] == "gather" else 1
+            if n < at:
                 return bool(stage[0] == "gather")
-            at += width
         return False
 
     def _plan_of(
@@ -228,28 +220,57 @@ class World:
 
     def _dies(self, worker: str, unit: str) -> bool:
         """The process goes, with everything it had in hand."""
-        if self.rng.random() >= self.faults.crash:
+        dies = self.rng.random() < self.faults.crash
+        if dies:
+            self._end(worker, unit)
+        return dies
+
+    def _kills(self, worker: str, unit: str) -> bool:
+        """Whether this unit is the poison: then its process goes."""
+        if self._poisoned and not self._poison and unit[0] == "s":
+            self._poison = unit
+        if unit != self._poison:
             return False
+        self.executed[unit] += 1
+        self._end(worker, unit)
+        self.poison_deaths += 1
+        if self.poison_deaths > POISON_MOST:
+            raise Violation(f"{unit} killed {self.poison_deaths} processes and was not held")
+        return True
+
+    def _end(self, worker: str, unit: str) -> None:
+        name = self._name(worker)
         self._workers[worker] += 1
-        for held in self.tables.smembers(f"wl:{worker}"):
+        for held in self.tables.smembers(f"wl:{name}"):
             self.excuses[held] += 1
         self.excuses[unit] += 1
         if self.rng.random() < 0.5:  # a supervisor sees it; else the lease runs out
-            self.at(20, lambda: self._release(worker))
-        return True
+            self.at(20, lambda: self._release(name))
+
+    def _name(self, worker: str) -> str:
+        """A process started again bears another name."""
+        return f"{worker}.{self._workers[worker]}"
 
     def _release(self, worker: str) -> None:
-        for held in self.tables.smembers(f"wl:{worker}"):
-            self.excuses[held] += 1  # a process of the same name may have begun anew
-        self.verb("release", worker=worker, crashed=1, queues=["q"])
+        self.verb("release", worker=worker, crashed=1, queues=["q", "q.suspects"])
 
     def _sweep(self) -> None:
         self.at(SWEEP, self._sweep)
-        empty = ["q"] if self.rng.random() < 0.3 else []
+        empty = ["q", "q.suspects"] if self.rng.random() < 0.3 else []
         self.verb("sweep", worker=self.rng.choice(["s0", "s1"]), ttl=TTL, limit=50, empty=empty)
         for unit in list(self.tables.zsets["held"]):
-            _, run, n = unit.split("|")
-            self._tell(run, "Approved", int(n))
+            self._answer(unit)
+
+    def _answer(self, unit: str) -> None:
+        """A person: approves what asks, revives what is quarantined, and gives up the poison."""
+        _, run, *rest = unit.split("|")
+        n = int(rest[0]) if rest else 0
+        if self.tables.hget(f"st:{run}", str(n) if n else "a")["why"] != "quarantined":
+            self._tell(run, "Approved", n)
+        elif unit != self._poison:
+            self._tell(run, "StepRevived", n)
+        else:
+            self.verb("tell", run=run, kind="StepResolved", n=n, action="done", event=f'{{"e":"StepDone","n":{n}}}')
 
     # ---- the oracle ----------------------------------------------------------------------------
     def _look(self) -> None:
@@ -311,7 +332,7 @@ class World:
         for unit, count in self.executed.items():
             if count > 1 + self.excuses[unit]:
                 raise Violation(
-                    f"{unit} was executed {count} times and only {self.excuses[unit]} crashes or retries explain it"
+                    f"{unit} was executed {count} times, and {self.excuses[unit]} crashes or retries explain it"
                 )
 
 

@@ -233,7 +233,7 @@ class Scramble:
         return {
             "worker": self.rng.choice("vw"),
             "crashed": self.rng.randint(0, 1),
-            "queues": self.rng.choice([[], ["p", "q"]]),
+            "queues": self.rng.choice([[], ["p", "q", "q.suspects"]]),
         }
 
     def hold(self) -> dict[str, Any]:
@@ -270,7 +270,11 @@ class Scramble:
 
     def sweep(self) -> dict[str, Any]:
         rng = self.rng
-        out: dict[str, Any] = {"worker": rng.choice("vw"), "empty": rng.choice([[], ["q"], ["p", "q"]]), "ttl": 3_000}
+        out: dict[str, Any] = {
+            "worker": rng.choice("vw"),
+            "empty": rng.choice([[], ["q"], ["p", "q", "p.suspects", "q.suspects"]]),
+            "ttl": 3_000,
+        }
         out |= {"limit": rng.choice([2, 50]), "retain": rng.choice([4_000, 10**9])}
         return out | ({"boot": rng.choice("bbbc")} if rng.random() < 0.3 else {})
 

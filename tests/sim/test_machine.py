@@ -33,6 +33,8 @@ class Hands(World):
         args = {"unit": unit, "worker": "w0", "token": f"t{next(self._tokens)}", "version": 0, "crew": "c",
                 "crew_version": "", "ttl": TTL}  # fmt: skip
         head, lines = self.verb("claim", **args)
+        if head.get("no") == "room":
+            self.messages.append(unit)
         if "no" not in head:
             self.work.append((unit, unit.split("|")[1], head["fence"], head["version"], lines))
 
@@ -79,18 +81,17 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def die(self) -> None:
-        self.world.verb("release", worker="w0", crashed=1, queues=["q"])
+        self.world.verb("release", worker="w0", crashed=1, queues=["q", "q.suspects"])
 
     @rule(ms=st.integers(1, 5_000), empty=st.booleans())
     def sweep(self, ms: int, empty: bool) -> None:
         self.world.now += ms
-        self.world.verb("sweep", worker="s", ttl=TTL, limit=50, empty=["q"] if empty else [])
+        self.world.verb("sweep", worker="s", ttl=TTL, limit=50, empty=["q", "q.suspects"] if empty else [])
 
     @rule()
     def approve(self) -> None:
         for unit in list(self.world.tables.zsets["held"]):
-            _, run, n = unit.split("|")
-            self.world._tell(run, "Approved", int(n))
+            self.world._answer(unit)
 
     @rule(cancel=st.booleans())
     def speak(self, cancel: bool) -> None:
@@ -115,7 +116,7 @@ class Machine(RuleBasedStateMachine):
                 world.finish(0)
             self.approve()
             world.now += 1_500
-            world.verb("sweep", worker="s", ttl=TTL, limit=50, empty=["q"])
+            world.verb("sweep", worker="s", ttl=TTL, limit=50, empty=["q", "q.suspects"])
         raise AssertionError("some run never ended")
 
 

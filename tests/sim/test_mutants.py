@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh.journals import entries, protocol, tend
+from agentmesh.journals import entries, protocol, suspects, tend
 from agentmesh.journals.entries import Store
 from agentmesh.testing.simulation import Faults, Violation, simulate
 
@@ -123,8 +123,15 @@ def lease_never_renewed(patch: pytest.MonkeyPatch) -> Faults:
     return Faults(loss=0, repeat=0, crash=0, zombie=0, reply_lost=0, renewing=False)
 
 
+def no_quarantine(patch: pytest.MonkeyPatch) -> Faults:
+    """A step that kills its process is given to the next one, for ever."""
+    patch.setattr(suspects, "POISON_DEATHS", 10**6)
+    return Faults()
+
+
 MUTANTS: list[Plant] = [
-    no_fence, no_outbox, no_sweeper, counter_instead_of_set, dispatch_only_the_unplanned, no_version_check,
+
+    no_quarantine, no_fence, no_outbox, no_sweeper, counter_instead_of_set, dispatch_only_the_unplanned, no_version_check,
     claim_without_token, child_that_leaves_its_parent, commit_that_dies_before_its_advance, lease_never_renewed,
 ]  # fmt: skip
 

@@ -1,0 +1,78 @@
+"""Schedules through Celery Beat: the due time is computed where beat runs, and the run's id is schedule and time."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from celery import Celery, Task
+from celery.beat import Service
+from celery.schedules import BaseSchedule, schedstate
+
+from agentmesh.celery.loop import NativeThread
+from agentmesh.celery.tasks import Home
+from agentmesh.schedule import Schedule, Times
+
+
+class Due(BaseSchedule):  # type: ignore[misc]  # celery is untyped
+    """Times as beat asks for them."""
+
+    def __init__(self, times: Times, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.times = times
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        """Whether a time has come since then, and the seconds until the next."""
+        now = datetime.now(UTC)
+        return schedstate(self.times.last(now) > last_run_at, max(0.0, (self.times.next(now) - now).total_seconds()))
+
+    def remaining_estimate(self, last_run_at: datetime) -> Any:
+        """Until the next time."""
+        now = datetime.now(UTC)
+        return self.times.next(now) - now
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Due) and other.times == self.times
+
+    def __hash__(self) -> int:
+        return hash(self.times)
+
+    def __repr__(self) -> str:
+        return f"<{self.times.when} {self.times.timezone}>"
+
+    def __reduce__(self) -> Any:
+        return Due, (self.times,)
+
+
+class ScheduleTask(Task):  # type: ignore[misc]  # celery is untyped
+    """What beat sends: nothing goes to the broker, the run is begun right there."""
+
+    name = "agentmesh.schedule"
+    ignore_result = True
+    homes: dict[str, Home]
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Begin the run that is due."""
+        return self.run(*args)
+
+    def run(self, crew: str, name: str) -> str:
+        return self.homes[crew].begin_scheduled(name, datetime.now(UTC))
+
+
+def schedule(app: Celery, homes: dict[str, Home], crew: str, schedules: Sequence[Schedule]) -> None:
+    """Put a crew's schedules into the app's `beat_schedule`: the one setting of an app that is written."""
+    if ScheduleTask.name not in app.tasks:
+        task = ScheduleTask()
+        task.homes = homes
+        app.register_task(task)
+    for one in schedules:
+        app.add_periodic_task(
+            Due(one.times), app.tasks[ScheduleTask.name].si(crew, one.name), name=f"agentmesh.{crew}.{one.name}"
+        )
+
+
+def start_beat(app: Celery) -> NativeThread:
+    """Beat in a thread, without a file: what was missed while nobody ran it is not begun later."""
+    service = Service(app, scheduler_cls="celery.beat:Scheduler")
+    thread = NativeThread(service.start, "agentmesh-beat")
+    thread.start()
+    return thread

@@ -1,0 +1,62 @@
+"""`provider:name` to a Model, each made once a process; what a model needs is loaded when it is first named."""
+
+import os
+import threading
+from typing import Any
+
+from agentmesh.errors import ConfigError, ExtraMissing, did_you_mean
+from agentmesh.ports import Model
+
+PROVIDERS = ("openai", "local")
+
+
+class Models:
+    """`provider:name` to a Model, each made once a process; a forked child makes its own."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Model] = {}
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def __call__(self, wanted: Any) -> tuple[Model, str]:
+        """The model and the name it knows.
+
+        Raises:
+            ConfigError: no such provider, or something the model needs is missing.
+        """
+        if hasattr(wanted, "ask"):
+            return wanted, type(wanted).__name__
+        provider, _, name = str(wanted).partition(":")
+        if self._pid != os.getpid():
+            self._made, self._lock, self._pid = {}, threading.Lock(), os.getpid()
+        with self._lock:
+            key = "openai" if provider == "openai" else wanted
+            if key not in self._made:
+                self._made[key] = _make_model(provider, name, wanted)
+            return self._made[key], name
+
+    async def close(self) -> None:
+        """Give back what the models hold on the running loop."""
+        for model in list(self._made.values()):
+            await model.close()
+
+
+def _make_model(provider: str, name: str, wanted: str) -> Model:
+    if provider == "openai":
+        from agentmesh.models.http import HttpModel
+
+        model: Model = HttpModel()
+        return model
+    if provider == "local":
+        try:
+            from agentmesh.models.local import LocalModel
+        except ImportError as e:
+            raise ExtraMissing(
+                f"model {wanted!r} needs {e.name}, which is not installed: pip install 'agentmesh-celery[local]'"
+            ) from None
+        local: Model = LocalModel(name)
+        return local
+    raise ConfigError(
+        f"there is no model provider {provider!r} in {wanted!r}; there are {', '.join(PROVIDERS)}."
+        f"{did_you_mean(provider, PROVIDERS)} Any OpenAI-compatible server is `openai:NAME` with OPENAI_BASE_URL"
+    )
