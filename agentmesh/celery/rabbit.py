@@ -55,6 +55,12 @@ def own_queue(name: str) -> Any:
     return made(name, exchange(""), routing_key=name, queue_arguments=ARGUMENTS, no_declare=True)
 
 
+def make_ours(queue: Any) -> None:
+    """Have a queue that kombu would declare as the app's conf says declared as `declare` does."""
+    exchange: Any = Exchange
+    queue.exchange, queue.routing_key, queue.queue_arguments = exchange(""), queue.name, dict(ARGUMENTS)
+
+
 def declare(connection: Any, queues: Iterable[str]) -> dict[str, int]:
     """Make our queues where they are not; how many messages wait in each.
 

@@ -9,6 +9,7 @@ from celery.signals import worker_shutdown
 from celery.utils.log import get_logger
 
 from agentmesh.celery.loop import drive
+from agentmesh.celery.rabbit import make_ours, on_rabbit
 from agentmesh.celery.tasks import Home, StepTask
 from agentmesh.errors import MeshError
 
@@ -38,7 +39,9 @@ class TendStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is unty
         """Once the pool's processes are there."""
         consumed = set(worker.app.amqp.queues.consume_from)
         for home in worker.app.tasks[StepTask.name].homes.values():
-            if consumed.intersection(home.serves()):
+            if ours := consumed.intersection(home.serves()):
+                for queue in ours if on_rabbit(worker.app) else ():
+                    make_ours(worker.app.amqp.queues[queue])
                 home.tend()
                 self.homes.append(home)
                 logger.info("tending crew %r as %s", home.crew.name, home.name_of(os.getpid()))

@@ -6,13 +6,18 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentmesh.boot import check_models, load_crew, place
 from agentmesh.celery.app import check_broker, journal_url, make_app
+from agentmesh.celery.links import BROKEN
 from agentmesh.celery.loop import drive
+from agentmesh.celery.rabbit import DELIVERY_LIMIT, Facts, on_rabbit
+from agentmesh.celery.rabbit import examine as rabbit_facts
+from agentmesh.celery.settings import is_amqp
 from agentmesh.cli.exits import DONE, SURROUNDINGS
 from agentmesh.config import Config, load
 from agentmesh.errors import MeshError
@@ -101,8 +106,12 @@ def _servers(config: Config) -> Iterator[Finding]:
     try:
         app = make_app(config.broker)
         check_broker(app)
-        where = f"embedded Valkey in {config.home}" if valkey else "broker"
-        yield Finding(True, f"{where}: answers, and evicts nothing")
+        if on_rabbit(app):
+            yield Finding(True, f"broker: RabbitMQ {rabbit_facts(app, ()).version} answers")
+        if valkey is not None:
+            yield Finding(True, f"embedded Valkey in {config.home}: answers, and evicts nothing")
+        elif not on_rabbit(app):
+            yield Finding(True, "broker: answers, and evicts nothing")
         yield from drive(_journal(RedisJournal(journal_url(config.broker, config.journal))))
     except MeshError as e:
         yield Finding(False, "broker", e.message)
@@ -128,6 +137,16 @@ async def _journal(journal: RedisJournal) -> list[Finding]:
     ]  # fmt: skip
 
 
+def _queues(facts: Facts) -> Iterator[Finding]:
+    for queue, waiting in facts.messages.items():
+        told = facts.other.get(queue)
+        mend = f"it is used as it is; for a quorum queue with delivery limit {DELIVERY_LIMIT} stop the workers and delete it"
+        yield Finding(
+            told is None, f"queue {queue}: {waiting} messages wait; {told or 'quorum, as agentmesh makes it'}",
+            mend if told else "",
+        )  # fmt: skip
+
+
 def _models(config: Config) -> Iterator[Finding]:
     here = [m.name for m in installed()]
     wanted = config.model.partition(":")[2] if config.model.startswith("local:") else ""
@@ -151,5 +170,8 @@ def _crew(path: str, config: Config) -> Iterator[Finding]:
         )
         check_models(crew, config)
         yield Finding(True, "its models can be reached from here")
+        if is_amqp(config.broker):
+            with suppress(*BROKEN):  # that it does not answer is said above
+                yield from _queues(rabbit_facts(make_app(config.broker), crew.broker_queues()))
     except MeshError as e:
         yield Finding(False, f"crew {path}", e.message)
