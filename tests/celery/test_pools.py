@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from agentmesh import Crew
+from agentmesh.celery.rabbit import examine
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 
@@ -39,10 +40,16 @@ class Theirs:
 
 @contextmanager
 def theirs(
-    valkey: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, pool: str, *options: str, visibility_s: str = "3600"
+    valkey: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pool: str,
+    *options: str,
+    visibility_s: str = "3600",
+    broker: Any = None,
 ) -> Iterator[Theirs]:
     env = {
-        "THEIR_BROKER": valkey.broker_url, "THEIR_BACKEND": valkey.broker_url, "THEIR_JOURNAL": valkey.url,
+        "THEIR_BROKER": (broker or valkey).broker_url, "THEIR_BACKEND": valkey.broker_url, "THEIR_JOURNAL": valkey.url,
         "THEIR_LOG": str(folder / "log"), "THEIR_VISIBILITY_S": visibility_s, "CELERY_CUSTOM_WORKER_POOL": "agentmesh.celery.pool:TaskPool",
     }  # fmt: skip
     (folder / "log").touch()
@@ -69,6 +76,17 @@ def theirs(
         process.wait()
         their_app.mesh.close()
         their_app.app.close()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "custom"])
+def test_on_rabbitmq(valkey: Any, rabbitmq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
+    """Our queue is a quorum queue, whoever comes first; theirs stays what it was."""
+    with theirs(valkey, tmp_path, monkeypatch, pool, broker=rabbitmq) as it:
+        m = it.module
+        assert m.mesh.run(m.Team(), "a", timeout_s=20) == "<a0,a1,a2,a3>"
+        assert m.shout.delay("tea").get(timeout=10) == "TEA"
+        assert examine(m.app, ["agentmesh.inside.main"]).other == {}
+        assert list(examine(m.app, ["celery"]).other) == ["celery"]
 
 
 @pytest.mark.parametrize("pool", POOLS)
