@@ -101,7 +101,7 @@ def test_workers_and_the_store_killed_on_a_seeded_schedule(valkey: Any, tmp_path
     tasks = [f"t{i}" for i in range(12)]
     with scene(valkey, tmp_path) as it, Host(CREW, it.config, processes=2, env=it.env) as host:
         faults = [KillWorker(host, every_s=1.0), KillServer(valkey, every_s=1.0, down_s=0.3)]
-        with Chaos(faults, seed=11) as chaos:
+        with Chaos(faults, seed=11, most=8) as chaos:
             begin(it, tasks, 0.4)
             for task in tasks:
                 it.mesh.get(task).result(timeout_s=45)
