@@ -10,6 +10,8 @@ from kombu.exceptions import ChannelError, OperationalError
 from agentmesh.celery.settings import is_redis, settings
 from agentmesh.errors import ConfigError, ServiceDown
 
+LOOK_S = 2.0  # how long a look at a queue may take
+
 
 def make_app(broker: str) -> Celery:
     """An app of our own; it becomes nobody's current or default app."""
@@ -80,9 +82,15 @@ def queue_lengths(app: Celery) -> Callable[[Sequence[str]], dict[str, int]]:
         try:
             if not kept:
                 kept.append(app.connection_for_read())
+                if kept[0].get_transport_cls().driver_type == "redis":  # which would wait for ever for a reply that got lost
+                    options = {"socket_timeout": LOOK_S, "socket_connect_timeout": LOOK_S}
+                    kept[0].transport_options = {**(kept[0].transport_options or {}), **options}
             return {q: _length(kept[0].default_channel, q) for q in queues}
-        except (OperationalError, OSError, AttributeError):
+        except Exception as e:
+            errors = kept[0].connection_errors if kept else ()  # redis-py's are no OSErrors
             kept.clear()  # the broker is away; nothing is known of its queues
+            if not isinstance(e, (OperationalError, OSError, AttributeError, *errors)):
+                raise
             return {}
 
     return lengths

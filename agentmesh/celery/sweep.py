@@ -31,6 +31,7 @@ class Tender(threading.Thread):
         self._queues, self._lengths = list(queues), lengths
         self._ttl_s, self._sweep_s = ttl_s, sweep_s
         self._empty_since: dict[str, float] = {}
+        self._looking: asyncio.Task[dict[str, int]] | None = None
         self._over = threading.Event()
 
     def run(self) -> None:
@@ -68,8 +69,12 @@ class Tender(threading.Thread):
                     engine.lose(unit)
 
     def _empty(self, now: float) -> list[str]:
-        """The queues that had nothing in them at every look for a second."""
-        for queue, length in self._lengths(self._queues).items():
+        """The queues that had nothing in them at every look for a second; a broker that does not answer costs no lease."""
+        if self._looking is not None and not self._looking.done():
+            self._empty_since.clear()  # since when is not known any more
+            return []
+        looked, self._looking = self._looking, asyncio.ensure_future(asyncio.to_thread(self._lengths, self._queues))
+        for queue, length in (looked.result() if looked else {}).items():
             if length:
                 self._empty_since.pop(queue, None)
             else:

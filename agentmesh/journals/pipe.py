@@ -25,6 +25,7 @@ from agentmesh.errors import JournalError, ServiceDown
 LOST = (ConnectionError, RedisTimeout, BusyLoadingError, OSError, EOFError)
 FIRST_S = 3.0
 AGAIN_S, AGAIN_MOST_S = 0.01, 0.5
+SILENT_S = 5.0  # a server that answers nothing for so long is lost, though its connection seems to stand
 Asked = tuple[bytes, asyncio.Future[Any], float]  # the command as sent, its reply to come, until when to try
 
 
@@ -103,7 +104,7 @@ class Pipe:
 
     async def _connect(self) -> None:
         if self._connection is None:
-            options: Any = parse_url(self.url)
+            options: Any = {"socket_timeout": SILENT_S, **parse_url(self.url)}
             kind: Any = options.pop("connection_class", Connection)
             connection = kind(**options, decode_responses=True, socket_connect_timeout=5)
             await connection.connect()
