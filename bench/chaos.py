@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=150)
     parser.add_argument("--kills", type=int, default=0, help="go on until so many workers were killed")
     parser.add_argument("--store-kills", type=int, default=0, help="and the store so often")
+    parser.add_argument("--seconds", type=float, default=0.0, help="and for so long at least")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", default="workers,store", help=f"of {','.join(KINDS)}")
     parser.add_argument(

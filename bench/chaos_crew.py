@@ -65,7 +65,7 @@ class Payer(Agent):
 
     def flow(self, task: str, ctx: Context) -> str:
         for i in range(8):
-            ctx.do(pay(f"{task}-{i}"))
+            ctx.do(pay.on(f"{task}-{i}"))
         return f"all of {task}"
 
 

@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ class Oracle:
         kinds = [json.loads(r).get("kind", "") if r and r.startswith("{") else "" for r in records]
         return list(zip(units, kinds, strict=True))
 
-    def count(self, mesh: Mesh, results: dict[str, Any], tally: Tally) -> Tally:
-        """Fill in what was found; `results` has what each run gave, or the error."""
+    def count(self, mesh: Mesh, results: dict[str, Any], tally: Tally, outages: Sequence[float]) -> Tally:
+        """Fill in what was found; `results` has what each run gave, or the error, `outages` when the store was killed."""
         tally.runs = len(results)
         for task, result in results.items():
             if isinstance(result, TimeoutError):
@@ -111,7 +112,9 @@ class Oracle:
                         ended.setdefault(f"s|{member}|{e.n}", e.at_ms)
         for s in self.struck:
             if s.unit in ended and ended[s.unit] >= s.at_ms:
-                tally.resume_s.setdefault(s.fault, []).append((ended[s.unit] - s.at_ms) / 1000)
+                away = any(s.at_ms / 1000 - 1 < out < ended[s.unit] / 1000 for out in outages)
+                fault = f"{s.fault}, the store away too" if away else s.fault
+                tally.resume_s.setdefault(fault, []).append((ended[s.unit] - s.at_ms) / 1000)
         asked = Counter(json.dumps(r.body["messages"]) for r in self._server.requests)
         tally.llm_repeated = repeats(asked)
         tally.llm_excused = sum(s.kind == "Ask" for s in self.struck)

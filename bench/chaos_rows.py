@@ -38,7 +38,7 @@ from agentmesh.testing.servers import a_server
 CREW = str(Path(__file__).parent / "chaos_crew.py")
 LATENCY_S = 0.1
 STOP_S = 12.0  # longer than the default lease of 10 s
-PATIENCE_S = 60.0  # a run that has not ended so long after it began has hung
+PATIENCE_S = 60.0  # a run that has not ended so long after the last fault has hung
 
 
 def play(
@@ -51,20 +51,29 @@ def play(
     """What each run gave; so many at a time, and on until nobody wants more; the last ones end in good weather."""
     results: dict[str, Any] = {}
     lock, began = threading.Lock(), time.monotonic()
+    calm_at: list[float] = []
 
     def one() -> None:
         while True:
             with lock:
                 if len(results) >= runs and not more():
                     calm()
+                    calm_at.append(time.monotonic())
                     return
                 task = f"r{len(results)}"
                 results[task] = None
             try:
-                results[task] = start(task)(PATIENCE_S)
+                wait = start(task)
+                while True:
+                    try:
+                        results[task] = wait(PATIENCE_S)
+                        break
+                    except TimeoutError:
+                        if calm_at and time.monotonic() > calm_at[0] + PATIENCE_S:
+                            raise
             except Exception as e:
                 results[task] = e
-            if len(results) % 100 == 0:
+            if int(task[1:]) % 100 == 99:
                 print(f"  {len(results)} runs, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
     threads = [threading.Thread(target=one) for _ in range(at_once)]
@@ -106,7 +115,9 @@ def mesh_row(given: argparse.Namespace) -> tuple[Tally, Chaos]:
         server = stack.enter_context(FakeOpenAI(answer, latency_s=LATENCY_S))
         log = _log(stack)
         env = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "CHAOS_LOG": str(log)}
-        hosts = [Host(CREW, Config(broker=seen_broker, journal=seen_store), processes=2, env=env) for _ in range(2)]
+        said = stack.enter_context(log.with_name("hosts").open("w+"))
+        config = Config(broker=seen_broker, journal=seen_store)
+        hosts = [Host(CREW, config, processes=2, env=env, output=said) for _ in range(2)]
         mesh = Mesh(load_crew(CREW), config=Config(broker=broker.broker_url, journal=store.url))
         stack.callback(mesh.close)
         for host in hosts:
@@ -128,7 +139,10 @@ def mesh_row(given: argparse.Namespace) -> tuple[Tally, Chaos]:
         with chaos:
             results = play(start, given.runs, given.at_once, lambda: _more(chaos, given, began), chaos.stop)
         tally.wall_s = time.monotonic() - began
-        return oracle.count(mesh, results, tally), chaos
+        outages = [s.at_s for s in chaos.log if s.fault == KillServer.__name__]
+        said.seek(0)
+        tally.notes += [f"a host said: {line.strip()}"[:300] for line in said if " ERROR " in line]
+        return oracle.count(mesh, results, tally, outages), chaos
 
 
 def plain_row(given: argparse.Namespace) -> tuple[Tally, Chaos]:
@@ -195,7 +209,8 @@ def _log(stack: contextlib.ExitStack) -> Path:
 
 def _more(chaos: Chaos, given: argparse.Namespace, began: float) -> bool:
     """Whether the schedule has not struck as often as was asked for; five minutes at most."""
+    now_s = time.monotonic() - began
     short = ("workers" in given.faults and chaos.struck(KillWorker) < given.kills) or (
         "store" in given.faults and chaos.struck(KillServer) < given.store_kills
     )
-    return short and time.monotonic() - began < 300
+    return (short and now_s < 300) or now_s < given.seconds

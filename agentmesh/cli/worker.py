@@ -1,6 +1,7 @@
 """`agentmesh worker`: supervised worker processes for one or more crews; what a dead one held is given back at once."""
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +10,30 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli.child import spec_of
 from agentmesh.config import Config, load
+from agentmesh.errors import ServiceDown
 
+AGAIN_S = 0.2
 STOPPED = -15  # killed by our own SIGTERM before it could answer it
 
 
 def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
-    """Gives back what a dead worker held: its leases at once, and what it had taken from the broker at the next sweep."""
+    """Gives back what a dead worker held: its leases at once, and what it had taken from the broker at the next sweep.
+
+    A store that is away as well is asked again for as long as the leases may run.
+    """
 
     def give_back(worker: str, code: int) -> None:
+        until = time.monotonic() + config.lease_s
+        while True:
+            try:
+                _give_back(worker, code)
+                return
+            except (ServiceDown, OSError):
+                if time.monotonic() > until:
+                    raise
+                time.sleep(AGAIN_S)
+
+    def _give_back(worker: str, code: int) -> None:
         _, journal, valkey = open_journal(config)
         try:
             drive(journal.release(worker, crashed=code not in (0, STOPPED), queues=queues))
