@@ -82,7 +82,9 @@ def queue_lengths(app: Celery) -> Callable[[Sequence[str]], dict[str, int]]:
         try:
             if not kept:
                 kept.append(app.connection_for_read())
-                if kept[0].get_transport_cls().driver_type == "redis":  # which would wait for ever for a reply that got lost
+                if (
+                    kept[0].get_transport_cls().driver_type == "redis"
+                ):  # which would wait for ever for a reply that got lost
                     options = {"socket_timeout": LOOK_S, "socket_connect_timeout": LOOK_S}
                     kept[0].transport_options = {**(kept[0].transport_options or {}), **options}
             return {q: _length(kept[0].default_channel, q) for q in queues}
