@@ -80,7 +80,7 @@ def test_an_app_of_ones_own_keeps_its_settings(rabbitmq: RabbitServer, valkey: V
     with mesh.worker():
         assert mesh.run(Echo(), "tea", timeout_s=20) == "tea"
     assert dict(app.conf) == before
-    assert rabbitmq.queues() == ["agentmesh.shop.main"]
+    assert [q for q in rabbitmq.queues() if q.startswith(("agentmesh", "shop"))] == mesh.crew.broker_queues()
     mesh.close()
 
 
@@ -89,7 +89,7 @@ def test_a_message_dropped_at_its_delivery_limit_is_sent_again(
 ) -> None:
     monkeypatch.setitem(rabbit.ARGUMENTS, "x-delivery-limit", 2)
     mesh = mesh_on(rabbitmq, valkey, Everything())
-    (queue,) = mesh.crew.broker_queues()
+    queue = mesh.crew.broker_queue("main")
     run = mesh.start(Echo(), "tea")
     eventually(lambda: rabbit.examine(mesh.app, [queue]).messages == {queue: 1})
     deliveries = 0
@@ -167,4 +167,4 @@ def test_from_the_command_line(rabbitmq: RabbitServer, tmp_path: Path) -> None:
         assert shell("run", "crew.py", "cake", "--id", "r2", "--detach").stdout == "r2\n"
         shell("runs", "tail", "r2")
         assert "RunDone" in shell("runs", "show", "r2").stdout
-        assert rabbitmq.queues() == ["agentmesh.crew.main"]
+        assert {"agentmesh.crew.main"} <= set(rabbitmq.queues())
