@@ -160,7 +160,7 @@ def test_from_the_command_line(rabbitmq: RabbitServer, tmp_path: Path) -> None:
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
 
     with FakeOpenAI(lambda body: says(body["messages"][-1]["content"].upper())) as server:
-        env = {**os.environ, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k"}
+        env = {**os.environ, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "AGENTMESH_MODEL": "openai:fake"}
         done = shell("run", "crew.py", "tea", "--id", "r1")
         assert (done.returncode, done.stdout) == (0, "TEA\n"), done.stderr
         assert "r1" in shell("runs", "ls").stdout
@@ -168,3 +168,14 @@ def test_from_the_command_line(rabbitmq: RabbitServer, tmp_path: Path) -> None:
         shell("runs", "tail", "r2")
         assert "RunDone" in shell("runs", "show", "r2").stdout
         assert {"agentmesh.crew.main"} <= set(rabbitmq.queues())
+        told = shell("doctor", "crew.py")
+        assert told.returncode == 0, told.stdout
+        assert "broker: RabbitMQ " in told.stdout
+        assert "queue agentmesh.crew.main: 0 messages wait; quorum" in told.stdout
+        argv = [sys.executable, "-m", "agentmesh.cli.main", "worker", "crew.py", "--broker", rabbitmq.url]
+        with subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdout is not None
+            line = worker.stdout.readline()
+            worker.terminate()
+        assert f"broker amqp://guest:**@127.0.0.1:{rabbitmq.port}" in line
+        assert "journal the embedded Valkey in .agentmesh" in line
