@@ -15,7 +15,7 @@ from celery import Celery
 from agentmesh import Agent, Approve, Context, Crew, ServiceDown, Sleep, tool
 from agentmesh.celery import rabbit, rabbitloop
 from agentmesh.celery.app import QueueLengths
-from agentmesh.celery.publish import Publisher
+from agentmesh.celery.publish import MOST_WAITING, Publisher
 from agentmesh.mesh import Mesh
 from agentmesh.ports import Sent
 from agentmesh.testing import FakeOpenAI, ScriptedModel, says
@@ -123,11 +123,35 @@ def test_a_step_may_last_longer_than_the_brokers_patience(
     mesh.close()
 
 
+def message_to(queue: str) -> Sent:
+    body = {"body": "[]", "content-type": "application/json", "content-encoding": "utf-8", "headers": {}}
+    return Sent(queue, json.dumps({**body, "properties": {"correlation_id": "c"}}))
+
+
+def test_what_waits_for_the_broker_is_bounded(
+    rabbitmq: RabbitServer, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Celery("sender", broker=rabbitmq.url, set_as_current=False)
+    sent = message_to("agentmesh.away.main")
+    lengths, publisher = QueueLengths(app), Publisher(app)
+    assert lengths([sent.queue]) == {sent.queue: 0}
+    publisher(sent)
+    eventually(lambda: lengths([sent.queue]) == {sent.queue: 1})
+    rabbitmq.settle()
+    rabbitmq.kill()
+    for _ in range(MOST_WAITING + 50):
+        publisher(sent)
+    rabbitmq.restart()
+    eventually(lambda: lengths([sent.queue]) == {sent.queue: 1 + MOST_WAITING})
+    assert "50 did not wait" in caplog.text
+    publisher.close()
+    lengths.close()
+
+
 def test_a_queue_deleted_under_a_publisher(rabbitmq: RabbitServer, eventually: Eventually) -> None:
     """RabbitMQ returns the message; the queue is made again, and the message goes out again."""
     app = Celery("sender", broker=rabbitmq.url, set_as_current=False)
-    body = {"body": "[]", "content-type": "application/json", "content-encoding": "utf-8", "headers": {}}
-    sent = Sent("agentmesh.gone.main", json.dumps({**body, "properties": {"correlation_id": "c"}}))
+    sent = message_to("agentmesh.gone.main")
     lengths, publisher = QueueLengths(app), Publisher(app)
     assert lengths([sent.queue]) == {sent.queue: 0}
     publisher(sent)
