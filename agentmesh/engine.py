@@ -26,10 +26,11 @@ LONG_REPLAY = 400  # events; longer ones leave the event loop
 
 @dataclass(slots=True)
 class Cached:
-    """The tail of a recent run: its history, and the last thing its flow waited for."""
+    """The tail of a recent run: its history, the last thing its flow waited for, and the journal's epoch it was read in."""
 
     history: History
     waiting: Waiting | None = None
+    epoch: int = 0
 
 
 @dataclass(slots=True)
@@ -108,7 +109,9 @@ class Engine:
                 if isinstance(answer, Accepted) or answer.why != "conflict":
                     self._keep(run_id, cached, answer)
                     return "planned" if isinstance(answer, Accepted) else answer.why
-                cached = self._cache[run_id] = Cached(History(run_id, await self.journal.events(run_id)))
+                epoch = self.journal.epoch
+                events = await self.journal.events(run_id)
+                cached = self._cache[run_id] = Cached(History(run_id, events), epoch=epoch)
         except (ReplayError, UnknownName) as e:
             await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e.message}")
             self._cache.pop(run_id, None)
@@ -138,7 +141,7 @@ class Engine:
     async def _claim(
         self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None
     ) -> Claimed | Refused:
-        cached = self._cache.get(run_id)
+        cached = self._known(run_id)
         version = cached.history.version if cached else 0
         until_s = time.monotonic() + ROOM_WAIT_S
         while True:
@@ -153,18 +156,26 @@ class Engine:
                 await asyncio.sleep(ROOM_LOOK_S)
         if isinstance(claimed, Refused):
             return claimed
-        cached = self._cache.get(run_id)
+        cached = self._known(run_id)
         if cached is None or cached.history.version < claimed.version - len(claimed.events):
-            events = claimed.events
+            events, epoch = claimed.events, self.journal.epoch
             if len(events) < claimed.version:  # the tail left the cache while the claim was under way
                 events = (await self.journal.events(run_id))[: claimed.version]
-            cached = self._cache[run_id] = Cached(History(run_id, events))
+            cached = self._cache[run_id] = Cached(History(run_id, events), epoch=epoch)
         else:
             cached.history.catch_up(claimed.events, claimed.version)
         self._cache.move_to_end(run_id)
         while len(self._cache) > CACHED_RUNS:
             self._cache.popitem(last=False)
         return claimed
+
+    def _known(self, run_id: str) -> Cached | None:
+        """The tail in the cache; one that was read before the store was away is none: it may have come back without it."""
+        cached = self._cache.get(run_id)
+        if cached is not None and cached.epoch != self.journal.epoch:
+            self._cache.pop(run_id)
+            return None
+        return cached
 
     async def _replay(self, history: History) -> Outcome:
         started = history.started

@@ -10,6 +10,11 @@ from agentmesh.ports import Accepted, Claimed, Counts, Held, Next, Refused, RunH
 class Journal(Protocol):
     """The events of runs, with entries, leases and timers. The verbs are atomic and repeatable (docs/architecture.md)."""
 
+    @property
+    def epoch(self) -> int:
+        """Another number once the store may have come back without what it had: nothing read before counts any more."""
+        ...
+
     async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused:
         """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused."""
         ...

@@ -13,6 +13,8 @@ from agentmesh.celery.rabbit import declare, on_rabbit, tuned
 from agentmesh.celery.settings import is_redis, settings
 from agentmesh.errors import ConfigError, ServiceDown
 
+LOOK_S = 2.0  # how long a look at a queue may take
+
 
 def make_app(broker: str) -> Celery:
     """An app of our own; it becomes nobody's current or default app."""
@@ -86,12 +88,15 @@ class QueueLengths:
         """How many wait in each; nothing when the broker is away."""
         try:
             if self._connection is None:
-                self._connection = self._app.connection_for_read()
+                self._connection = _impatient(self._app.connection_for_read())
             if on_rabbit(self._app):
                 return declare(tuned(self._connection), queues)
             return {q: _length(self._connection.default_channel, q) for q in queues}
-        except BROKEN:
+        except Exception as e:
+            broken = self._connection.connection_errors if self._connection is not None else ()
             self.close()  # nothing is known of its queues
+            if not isinstance(e, (*BROKEN, *broken)):  # redis-py's errors are no OSErrors
+                raise
             return {}
 
     def close(self) -> None:
@@ -100,6 +105,14 @@ class QueueLengths:
         if connection is not None:
             with contextlib.suppress(Exception):  # it may be what failed
                 connection.collect(socket_timeout=1.0)
+
+
+def _impatient(connection: Any) -> Any:
+    """A connection that gives a Redis server up which does not answer: whoever waits for it has leases to renew."""
+    if connection.get_transport_cls().driver_type == "redis":
+        options = {"socket_timeout": LOOK_S, "socket_connect_timeout": LOOK_S}
+        connection.transport_options = {**(connection.transport_options or {}), **options}
+    return connection
 
 
 def _length(channel: Any, queue: str) -> int:

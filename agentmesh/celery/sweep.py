@@ -83,6 +83,9 @@ class Tender:
             except (OSError, MeshError) as e:
                 log.warning("the journal does not answer (%s); trying again", e)
                 await asyncio.sleep(0.2)
+            except Exception:  # whatever it is: a worker without this thread loses its leases
+                log.exception("tending failed; trying again")
+                await asyncio.sleep(0.2)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(woken.wait(), min(self._sweep_s, self._ttl_s * 0.3))
             woken.clear()

@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,19 +17,34 @@ from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import spec_of
 from agentmesh.cli.endpoint import Endpoint, Health, address
 from agentmesh.config import Config, load
-from agentmesh.errors import ConfigError, MeshError
+from agentmesh.errors import ConfigError, MeshError, ServiceDown
 from agentmesh.journal import Journal
 from agentmesh.logs import Form, set_up
 from agentmesh.ports import Counts
 
+AGAIN_S = 0.2
 STOPPED = -15  # killed by our own SIGTERM before it could answer it
 ANSWER_S = 2.0  # how long a probe or a scrape waits for the journal
 
 
 def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
-    """Gives back what a dead worker held: its leases at once, and what it had taken from the broker at the next sweep."""
+    """Gives back what a dead worker held: its leases at once, and what it had taken from the broker at the next sweep.
+
+    A store that is away as well is asked again for as long as the leases may run.
+    """
 
     def give_back(worker: str, code: int) -> None:
+        until = time.monotonic() + config.lease_s
+        while True:
+            try:
+                _give_back(worker, code)
+                return
+            except (ServiceDown, OSError):
+                if time.monotonic() > until:
+                    raise
+                time.sleep(AGAIN_S)
+
+    def _give_back(worker: str, code: int) -> None:
         _, journal, valkey = open_journal(config)
         try:
             drive(journal.release(worker, crashed=code not in (0, STOPPED), queues=queues))

@@ -126,6 +126,11 @@ class VerbJournal(ABC):
     def __init__(self, *, ttl_ms: int = TTL_MS, retain_ms: int = RETAIN_MS) -> None:
         self.ttl_ms, self.retain_ms = ttl_ms, retain_ms
 
+    @property
+    def epoch(self) -> int:
+        """See journal.Journal."""
+        return 0
+
     @abstractmethod
     async def _call(self, verb: str, args: dict[str, Any]) -> Reply:
         """Do the verb; its header and its texts."""

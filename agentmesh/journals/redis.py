@@ -62,6 +62,11 @@ class RedisJournal(VerbJournal):
             self._pipes[loop] = Pipe(self.url, patience_s=self._patience_s)
         return self._pipes[loop]
 
+    @property
+    def epoch(self) -> int:
+        """How often the running loop's connection was made: a server that restarted is a new one."""
+        return self.pipe.connected
+
     async def _call(self, verb: str, args: dict[str, Any]) -> Reply:
         run_id = args.get("run") or str(args.get("unit", "||")).split("|")[1]
         said = dumps(args)

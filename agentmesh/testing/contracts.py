@@ -1,200 +1,199 @@
-"""Promises that any Journal keeps, as plain async functions: run each against a journal of yours. Knows no pytest.
+"""What any Journal adapter must do, as plain coroutines of a journal; run them with whatever test runner you have.
 
-    @pytest.mark.parametrize("promise", JOURNAL_PROMISES)
-    def test_it(promise):
-        asyncio.run(promise(make))
+    @pytest.mark.parametrize("contract", JOURNAL, ids=lambda c: c.__name__)
+    def test_my_journal(contract):
+        asyncio.run(contract(MyJournal(ttl_ms=LEASE_MS)))
 
-`make(clock, send)` gives a fresh Journal whose time in ms is `clock()` and which hands each message to `send`.
+Each wants a journal of its own, empty, with leases of LEASE_MS. A broken promise is an AssertionError.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from agentmesh.event import Approved, RunCancelled, RunDone, RunStarted, StepDone, StepPlanned, StepRetried
+from agentmesh.event import Event, RunCancelled, RunDone, StepDone, StepPlanned, StepRetried
 from agentmesh.journal import Journal
-from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec, Sent, Wire, advance_unit, step_unit
+from agentmesh.ports import (
+    Accepted,
+    Claimed,
+    GatherPlan,
+    Next,
+    Plan,
+    Refused,
+    RunSpec,
+    Token,
+    Wire,
+    advance_unit,
+    step_unit,
+)
 
-Make = Callable[[Callable[[], int], Callable[[Sent], None]], Journal]
-TTL_MS = 10_000  # the journal's `ttl_ms`: its default
-WHO: dict[str, Any] = {"worker": "w", "version": 0, "crew": "c", "crew_version": ""}
-
-
-class _World:
-    """A journal, its clock and what it sent."""
-
-    def __init__(self, make: Make) -> None:
-        self.now_ms, self.sent = 1_000_000, 0
-        self.journal = make(lambda: self.now_ms, self._send)
-
-    def _send(self, sent: Sent) -> None:
-        self.sent += 1
-
-    async def begun(self, task: str = "t", state: Any = "queued") -> Accepted | Refused:
-        """Run `r` with one step."""
-        plan = Plan(StepPlanned(n=1, kind="Call", name="f", digest="d"), state, Wire("q", "s|r|1#", ""),
-                    held="approve" if state == "held" else "")  # fmt: skip
-        spec = RunSpec("r", "c", "", "A", task, wire=Wire("q", f"{advance_unit('r')}#", ""))
-        return await self.journal.begin(spec, Next([plan]))
-
-    async def claimed(self, token: str = "t1", **who: Any) -> Claimed:
-        """The step's lease."""
-        got = await self.journal.claim(step_unit("r", 1), token=token, **{**WHO, **who})
-        assert isinstance(got, Claimed), got
-        return got
-
-    async def done(self, fence: int, version: int) -> Accepted | Refused:
-        """The step's end, and the run's."""
-        event, end = StepDone(n=1, value=1), Next(end=RunDone(value=1))
-        return await self.journal.commit(step_unit("r", 1), fence=fence, event=event, version=version, next=end)
-
-    async def kinds(self) -> list[str]:
-        """The names of the run's facts."""
-        return [type(e).__name__ for e in await self.journal.events("r")]
+LEASE_MS = 300
+LARGE = 100_000  # characters: more than any message may have
+Contract = Callable[[Journal], Awaitable[None]]
 
 
-async def begin_is_repeatable(make: Make) -> None:
-    """The same spec again is the run that is there; another one is refused; nothing is written or sent twice."""
-    w = _World(make)
-    assert isinstance(await w.begun(), Accepted)
-    again = await w.begun()
-    assert isinstance(again, Accepted)
-    assert again.again
-    assert isinstance(await w.begun("another task"), Refused)
-    assert w.sent == 1
-    first, planned = await w.journal.events("r")
-    assert isinstance(first, RunStarted)
-    assert isinstance(planned, StepPlanned)
-    await w.journal.close()
+def _spec(run_id: str, task: Any = "task") -> RunSpec:
+    return RunSpec(run_id, "crew", "", "Agent", task, wire=_wire(advance_unit(run_id)))
 
 
-async def a_claim_excludes_others_and_answers_its_own_token_alike(make: Make) -> None:
-    """One lease a unit; the same token gets the same fence; events after the version asked for come with it."""
-    w = _World(make)
-    await w.begun()
-    one, again = await w.claimed(), await w.claimed()
-    assert one.fence == again.fence
-    assert [type(e).__name__ for e in one.events] == ["RunStarted", "StepPlanned"]
-    other = await w.journal.claim(step_unit("r", 1), token="t2", **WHO)
-    assert isinstance(other, Refused)
-    assert other.why == "busy"
-    await w.journal.close()
+def _wire(unit: str) -> Wire:
+    return Wire("queue", f"{unit}#", "")
 
 
-async def a_commit_is_once_and_repeatable(make: Make) -> None:
-    """The first commit under the newest fence ends the step; said again it changes nothing; late ones are refused."""
-    w = _World(make)
-    await w.begun()
-    c = await w.claimed()
-    assert isinstance(await w.done(c.fence, c.version), Accepted)
-    again = await w.done(c.fence, c.version)
-    assert isinstance(again, Accepted)
-    assert again.again
-    assert isinstance(await w.done(c.fence + 1, c.version), Refused)
-    assert await w.kinds() == ["RunStarted", "StepPlanned", "StepDone", "RunDone"]
-    head = await w.journal.head("r")
+def _steps(run_id: str, *ns: int, gather: GatherPlan | None = None) -> Next:
+    event = {n: StepPlanned(n=n, kind="Call", name="f", digest="d", gather=gather.first if gather else 0) for n in ns}
+    return Next([Plan(event[n], "queued", _wire(step_unit(run_id, n))) for n in ns], gather)
+
+
+async def _claim(journal: Journal, unit: str, *, worker: str = "w", token: str = "t") -> Claimed | Refused:
+    return await journal.claim(unit, worker=worker, token=token, version=0, crew="crew", crew_version="")
+
+
+async def _claimed(journal: Journal, unit: str, **how: str) -> Claimed:
+    claimed = await _claim(journal, unit, **how)
+    assert isinstance(claimed, Claimed), claimed
+    return claimed
+
+
+async def _kinds(journal: Journal, run_id: str) -> list[str]:
+    return [type(e).__name__ for e in await journal.events(run_id)]
+
+
+async def a_run_from_begin_to_end(journal: Journal) -> None:
+    """Begin, claim, commit with the end; the head and the list of runs tell of it."""
+    assert isinstance(await journal.begin(_spec("r"), _steps("r", 1)), Accepted)
+    claimed = await _claimed(journal, step_unit("r", 1))
+    done, end = StepDone(n=1, value="v"), Next(end=RunDone(value="v"))
+    await journal.commit(step_unit("r", 1), fence=claimed.fence, event=done, version=claimed.version, next=end)
+    assert await _kinds(journal, "r") == ["RunStarted", "StepPlanned", "StepDone", "RunDone"]
+    head = await journal.head("r")
     assert head is not None
     assert head.status == "done"
-    assert isinstance(await w.journal.claim(step_unit("r", 1), token="t3", **WHO), Refused)
-    await w.journal.close()
+    assert [h.id for h in await journal.runs()] == ["r"]
+    assert await journal.tree("r") == ["r"]
+    assert await journal.head("nobody") is None
 
 
-async def a_lease_that_runs_out_is_given_to_another_and_fences_the_first(make: Make) -> None:
-    """Renewed it lives; not renewed the sweep sends it again, and a zombie's commit is refused after the next claim."""
-    w = _World(make)
-    await w.begun()
-    c = await w.claimed()
-    w.now_ms += TTL_MS - 1
-    assert list(await w.journal.renew("w", [(step_unit("r", 1), c.fence)])) == []
-    w.now_ms += TTL_MS - 1
-    await w.journal.sweep("s")
-    assert w.sent == 1
-    w.now_ms += 2
-    await w.journal.sweep("s")
-    assert w.sent == 2
-    second = await w.claimed("t2", worker="v")
-    assert second.fence > c.fence
-    assert second.attempt == 2
-    assert list(await w.journal.renew("w", [(step_unit("r", 1), c.fence)])) == [step_unit("r", 1)]
-    assert isinstance(await w.done(c.fence, c.version), Refused)
-    assert isinstance(await w.done(second.fence, second.version), Accepted)
-    await w.journal.close()
+async def begin_is_repeatable(journal: Journal) -> None:
+    """The same spec again changes nothing; another under the same id is refused."""
+    await journal.begin(_spec("r"), _steps("r", 1))
+    before = await _kinds(journal, "r")
+    again = await journal.begin(_spec("r"), _steps("r", 1))
+    assert isinstance(again, Accepted)
+    assert again.again
+    other = await journal.begin(_spec("r", "another"), _steps("r", 1))
+    assert isinstance(other, Refused)
+    assert other.why == "exists"
+    assert await _kinds(journal, "r") == before
 
 
-async def release_gives_back_at_once(make: Make) -> None:
-    """What a dead worker held goes out again without waiting for its lease; a second release finds nothing."""
-    w = _World(make)
-    await w.begun()
-    await w.claimed()
-    assert await w.journal.release("w", crashed=True, queues=["q"]) == 1
-    assert await w.journal.release("w", crashed=True, queues=["q"]) == 0
-    assert w.sent == 2
-    assert (await w.claimed("t2", worker="v")).attempt == 2
-    await w.journal.close()
+async def one_claim_at_a_time(journal: Journal) -> None:
+    """The same token gets the same fence, another worker none."""
+    await journal.begin(_spec("r"), _steps("r", 1))
+    first = await _claimed(journal, step_unit("r", 1), token="a")
+    assert (await _claimed(journal, step_unit("r", 1), token="a")).fence == first.fence
+    assert isinstance(await _claim(journal, step_unit("r", 1), worker="x", token="b"), Refused)
+    assert isinstance(await _claim(journal, step_unit("r", 2)), Refused)
 
 
-async def a_turn_is_told_once_and_comes_when_it_is_due(make: Make) -> None:
-    """StepRetried waits for its time, and then goes out."""
-    w = _World(make)
-    await w.begun()
-    c = await w.claimed()
-    turn = StepRetried(n=1, error={"type": "ModelError", "message": "m"}, after_ms=5_000)
+async def commit_is_repeatable_and_fenced(journal: Journal) -> None:
+    """Said twice it counts once; under an old fence it is refused."""
+    await journal.begin(_spec("r"), _steps("r", 1))
+    unit, done = step_unit("r", 1), StepDone(n=1, value=1)
+    old = await _claimed(journal, unit, worker="dead", token="a")
+    assert await journal.release("dead", crashed=True) == 1
+    new = await _claimed(journal, unit, token="b")
+    assert new.fence > old.fence
+    assert isinstance(await journal.commit(unit, fence=old.fence, event=done, version=old.version), Refused)
     for _ in range(2):
-        assert isinstance(await w.journal.commit(step_unit("r", 1), fence=c.fence, event=turn), Accepted)
-    assert (await w.kinds()).count("StepRetried") == 1
-    assert isinstance(await w.journal.claim(step_unit("r", 1), token="t2", **WHO), Refused)
-    w.now_ms += 5_000
-    await w.journal.sweep("s")
-    assert (await w.claimed("t3")).attempt == 2
-    await w.journal.close()
+        assert isinstance(await journal.commit(unit, fence=new.fence, event=done, version=new.version), Accepted)
+    assert (await _kinds(journal, "r")).count("StepDone") == 1
 
 
-async def a_held_step_waits_for_its_person(make: Make) -> None:
-    """It is shown as waiting, nobody may claim it, and a yes sends it; a second yes is refused."""
-    w = _World(make)
-    await w.begun(state="held")
-    assert [(h.run_id, h.key, h.why) for h in await w.journal.waiting("r")] == [("r", "1", "approve")]
-    assert w.sent == 0
-    assert isinstance(await w.journal.tell("r", Approved(n=1)), Accepted)
-    assert isinstance(await w.journal.tell("r", Approved(n=1)), Refused)
-    assert w.sent == 1
-    await w.claimed()
-    await w.journal.close()
+async def a_retry_is_claimed_again(journal: Journal) -> None:
+    """A turn that failed is told once and goes out again under a new fence."""
+    await journal.begin(_spec("r"), _steps("r", 1))
+    unit = step_unit("r", 1)
+    first = await _claimed(journal, unit, token="a")
+    event = StepRetried(n=1, error={"type": "ToolError", "message": "no"}, after_ms=0)
+    for _ in range(2):
+        assert isinstance(await journal.commit(unit, fence=first.fence, event=event, version=first.version), Accepted)
+    assert (await _kinds(journal, "r")).count("StepRetried") == 1
+    assert (await _claimed(journal, unit, token="b")).attempt == 2
 
 
-async def a_cancelled_run_takes_nothing_more(make: Make) -> None:
-    """Leases are lost at the next renewal, commits are refused, the end is written once."""
-    w = _World(make)
-    await w.begun()
-    c = await w.claimed()
-    assert isinstance(await w.journal.tell("r", RunCancelled(by="ana")), Accepted)
-    assert list(await w.journal.renew("w", [(step_unit("r", 1), c.fence)])) == [step_unit("r", 1)]
-    assert isinstance(await w.done(c.fence, c.version), Refused)
-    assert (await w.kinds())[-1] == "RunCancelled"
-    assert isinstance(await w.journal.tell("r", RunCancelled(by="ben")), Refused)
-    await w.journal.close()
+async def a_lease_runs_out_unless_renewed(journal: Journal) -> None:
+    """A sweep gives an expired one to somebody else; the old holder hears of it at its next renewal."""
+    await journal.begin(_spec("r"), _steps("r", 1))
+    unit = step_unit("r", 1)
+    await journal.sweep("w")
+    held = await _claimed(journal, unit, worker="slow", token="a")
+    for _ in range(3):
+        await asyncio.sleep(LEASE_MS / 2000)
+        assert list(await journal.renew("slow", [(unit, held.fence)])) == []
+        await journal.sweep("w")
+    assert isinstance(await _claim(journal, unit, worker="x", token="b"), Refused)
+    await asyncio.sleep(LEASE_MS * 2 / 1000)
+    await journal.sweep("w")
+    assert (await _claimed(journal, unit, worker="x", token="b")).fence > held.fence
+    assert list(await journal.renew("slow", [(unit, held.fence)])) == [unit]
 
 
-async def a_lost_message_is_sent_again(make: Make) -> None:
-    """An entry whose queue has been empty for a second is overdue, and is sent again after ever longer waits."""
-    w = _World(make)
-    await w.begun()
-    w.now_ms += 1_001
-    await w.journal.sweep("s", empty=["q"])
-    assert w.sent == 2
-    await w.journal.sweep("s", empty=["q"])
-    assert w.sent == 2
-    await w.claimed()
-    await w.journal.close()
+async def a_gather_joins_once(journal: Journal) -> None:
+    """Its members end in any order; the advance comes when the last one has, and plans what follows once."""
+    gather = GatherPlan(first=1, last=3, need=3)
+    await journal.begin(_spec("r"), _steps("r", 1, 2, 3, gather=gather))
+    for n in (3, 1, 2):
+        assert isinstance(await _claim(journal, advance_unit("r"), token=f"early{n}"), Refused)
+        claimed = await _claimed(journal, step_unit("r", n), token=f"t{n}")
+        await journal.commit(step_unit("r", n), fence=claimed.fence, event=StepDone(n=n, value=n))
+    advance = await _claimed(journal, advance_unit("r"), token="a")
+    for _ in range(2):
+        answer = await journal.plan("r", fence=advance.fence, version=advance.version, next=Next(end=RunDone(value=6)))
+        assert isinstance(answer, Accepted), answer
+    kinds = await _kinds(journal, "r")
+    assert [kinds.count(k) for k in ("StepDone", "GatherClosed", "RunDone")] == [3, 1, 1]
 
 
-JOURNAL_PROMISES: tuple[Callable[[Make], Awaitable[None]], ...] = (
-    begin_is_repeatable,
-    a_claim_excludes_others_and_answers_its_own_token_alike,
-    a_commit_is_once_and_repeatable,
-    a_lease_that_runs_out_is_given_to_another_and_fences_the_first,
-    release_gives_back_at_once,
-    a_turn_is_told_once_and_comes_when_it_is_due,
-    a_held_step_waits_for_its_person,
-    a_cancelled_run_takes_nothing_more,
-    a_lost_message_is_sent_again,
-)
+async def a_cancelled_run_takes_no_more(journal: Journal) -> None:
+    """After a person's word and a sweep the run has ended, and a commit of what was in hand is refused."""
+    await journal.begin(_spec("r"), _steps("r", 1))
+    held = await _claimed(journal, step_unit("r", 1))
+    assert isinstance(await journal.tell("r", RunCancelled(by="me")), Accepted)
+    await journal.sweep("w")
+    late: Event = StepDone(n=1, value=1)
+    assert isinstance(await journal.commit(step_unit("r", 1), fence=held.fence, event=late), Refused)
+    head = await journal.head("r")
+    assert head is not None
+    assert head.status == "cancelled"
+
+
+async def large_values_come_back_whole(journal: Journal) -> None:
+    """However they are kept."""
+    task, value = "t" * LARGE, "v" * LARGE
+    await journal.begin(_spec("r", task), _steps("r", 1))
+    claimed = await _claimed(journal, step_unit("r", 1))
+    await journal.commit(step_unit("r", 1), fence=claimed.fence, event=StepDone(n=1, value=value))
+    done = [e for e in await journal.events("r") if isinstance(e, StepDone)]
+    assert done[0].value == value
+    assert getattr((await journal.events("r"))[0], "task", None) == task
+
+
+async def watch_and_stream_end_with_the_run(journal: Journal) -> None:
+    """Who watches is called when the run ends; the live stream is read from its beginning."""
+    await journal.begin(_spec("r"), _steps("r", 1))
+    claimed = await _claimed(journal, step_unit("r", 1))
+    await journal.stream("r", [Token("r", 1, 1, "text", word) for word in ("one ", "two")])
+    watching = asyncio.ensure_future(journal.watch("r", version=None, timeout_s=10))
+    await asyncio.sleep(0)
+    done, end = StepDone(n=1, value=1), Next(end=RunDone(value=1))
+    await journal.commit(step_unit("r", 1), fence=claimed.fence, event=done, version=claimed.version, next=end)
+    await asyncio.wait_for(watching, 8)
+    assert [token.text async for token in journal.tokens("r")] == ["one ", "two"]
+
+
+JOURNAL: tuple[Contract, ...] = (
+    a_run_from_begin_to_end, begin_is_repeatable, one_claim_at_a_time, commit_is_repeatable_and_fenced,
+    a_retry_is_claimed_again, a_lease_runs_out_unless_renewed, a_gather_joins_once, a_cancelled_run_takes_no_more,
+    large_values_come_back_whole, watch_and_stream_end_with_the_run,
+)  # fmt: skip

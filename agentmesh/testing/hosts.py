@@ -61,15 +61,15 @@ class Host:
         return self
 
     def wait(self, timeout_s: float = READY_S) -> None:
-        """Come back when every worker process is there.
+        """Come back when every worker consumes.
 
         Raises:
             TimeoutError: it was not in time.
         """
         until = time.monotonic() + timeout_s
-        while len(self.pids) < self._processes:
+        while (ready := sum(_told(self.pid, pid) for pid in self.pids.values())) < self._processes:
             if time.monotonic() > until or not self.pid:
-                raise TimeoutError(f"the host has {len(self.pids)} of {self._processes} workers after {timeout_s} s")
+                raise TimeoutError(f"the host has {ready} of {self._processes} workers after {timeout_s} s")
             time.sleep(0.01)
 
     def kill(self) -> None:
@@ -111,6 +111,19 @@ def children(pid: int) -> dict[str, int]:
                     argv = Path(f"/proc/{child}/cmdline").read_text().split("\0")
                     found[argv[argv.index("--worker-name") + 1]] = int(child)
     return found
+
+
+def _told(supervisor: int, pid: int) -> bool:
+    """Whether a worker has told its supervisor that it is ready: then the pipe between them is closed."""
+    with suppress(OSError, ValueError):
+        argv = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        number = argv[argv.index("--ready-fd") + 1]
+        ours = {os.readlink(fd) for fd in Path(f"/proc/{supervisor}/fd").iterdir()}
+        try:
+            return os.readlink(f"/proc/{pid}/fd/{number}") not in ours
+        except FileNotFoundError:
+            return Path(f"/proc/{pid}/fd").exists()
+    return False
 
 
 class WorkerProcess:

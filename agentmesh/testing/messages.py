@@ -9,16 +9,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from kombu.connection import Connection
-from kombu.entity import Queue
-from kombu.messaging import Consumer, Producer
+import kombu as _kombu
+
+kombu: Any = _kombu  # untyped, and its names are loaded lazily
 
 WAIT_S = 0.05
-# kombu's functions have no types
-_CONNECTION: Any = Connection
-_CONSUMER: Any = Consumer
-_PRODUCER: Any = Producer
-_QUEUE: Any = Queue
 
 
 class DisturbMessages:
@@ -63,10 +58,10 @@ class DisturbMessages:
     def _disturb(self) -> None:
         redis = not self._broker.startswith(("amqp", "pyamqp"))
         options = {"ack_emulation": False} if redis else {}
-        with _CONNECTION(self._broker, transport_options=options) as connection:
-            queues = [_QUEUE(name, no_declare=True) for name in self._queues]
-            producer = _PRODUCER(connection.channel())
-            with _CONSUMER(connection.channel(), queues, no_ack=True, on_message=self._take, accept=["json"]):
+        with kombu.Connection(self._broker, transport_options=options) as connection:
+            queues = [kombu.Queue(name, no_declare=True) for name in self._queues]
+            producer = kombu.Producer(connection.channel())
+            with kombu.Consumer(connection.channel(), queues, no_ack=True, on_message=self._take, accept=["json"]):
                 while not self._over.is_set():
                     with suppress(TimeoutError):
                         connection.drain_events(timeout=WAIT_S)

@@ -201,7 +201,8 @@ class Proxy:
             asyncio.ensure_future(self._pump_down(link, from_server)),
         ]
         try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
+            with suppress(asyncio.CancelledError):  # the proxy ends; asyncio's streams would report it as a failure
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for pump in pumps:
                 pump.cancel()

@@ -1,28 +1,50 @@
-"""Our own journals against the contract that any journal is held to."""
+"""Our own journals keep the contract that the public kit holds against anybody's; and it finds one that does not."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from agentmesh.journals.memory import MemoryJournal
 from agentmesh.journals.redis import RedisJournal
-from agentmesh.testing.contracts import JOURNAL_PROMISES
-from agentmesh.testing.servers import ValkeyServer, a_server
+from agentmesh.ports import Accepted
+from agentmesh.testing import ValkeyServer, contracts
+from agentmesh.testing.servers import a_server
 
 
 @pytest.fixture(scope="module")
-def server() -> Any:
-    with a_server(ValkeyServer) as running:
-        yield running
+def valkey() -> Iterator[ValkeyServer]:
+    with a_server(ValkeyServer) as server:
+        yield server
 
 
-@pytest.mark.parametrize("promise", JOURNAL_PROMISES)
-def test_the_memory_journal(promise: Any) -> None:
-    asyncio.run(promise(lambda clock, send: MemoryJournal(clock=clock, send=send)))
+def tell(contract: contracts.Contract, journal: Any) -> None:
+    async def told() -> None:
+        try:
+            await contract(journal)
+        finally:
+            await journal.close()
+
+    asyncio.run(told())
 
 
-@pytest.mark.parametrize("promise", JOURNAL_PROMISES)
-def test_the_redis_journal(promise: Any, server: Any) -> None:
-    server.flush()
-    asyncio.run(promise(lambda clock, send: RedisJournal(server.url, push=False, clock=clock, send=send)))
+@pytest.mark.parametrize("contract", contracts.JOURNAL, ids=lambda c: c.__name__)
+def test_in_memory(contract: contracts.Contract) -> None:
+    tell(contract, MemoryJournal(ttl_ms=contracts.LEASE_MS))
+
+
+@pytest.mark.parametrize("contract", contracts.JOURNAL, ids=lambda c: c.__name__)
+def test_in_valkey(contract: contracts.Contract, valkey: ValkeyServer) -> None:
+    valkey.flush()
+    tell(contract, RedisJournal(valkey.url, ttl_ms=contracts.LEASE_MS))
+
+
+def test_a_journal_that_takes_any_fence_is_found() -> None:
+    class Unfenced(MemoryJournal):
+        async def commit(self, unit: str, **how: Any) -> Any:
+            await super().commit(unit, **how)
+            return Accepted(0)
+
+    with pytest.raises(AssertionError):
+        tell(contracts.commit_is_repeatable_and_fenced, Unfenced(ttl_ms=contracts.LEASE_MS))
