@@ -19,7 +19,7 @@ DELIVERY_LIMIT = (
     20  # what RabbitMQ 4 takes by itself; 3.x takes none, and a message that kills its worker would stay for ever
 )
 ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
-HEARTBEAT_S = 10.0  # a silent half-open connection is noticed after two of them
+HEARTBEAT_S = 5.0  # a silent half-open connection is noticed after two of them
 SOCKET_S = 10.0  # no single read or write may take longer
 
 

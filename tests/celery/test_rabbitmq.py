@@ -15,7 +15,7 @@ from celery import Celery
 from agentmesh import Agent, Approve, Context, Crew, ServiceDown, Sleep, tool
 from agentmesh.celery import rabbit, rabbitloop
 from agentmesh.celery.app import QueueLengths
-from agentmesh.celery.publish import Publisher
+from agentmesh.celery.publish import MOST_WAITING, Publisher
 from agentmesh.mesh import Mesh
 from agentmesh.ports import Sent
 from agentmesh.testing import FakeOpenAI, ScriptedModel, says
@@ -80,7 +80,7 @@ def test_an_app_of_ones_own_keeps_its_settings(rabbitmq: RabbitServer, valkey: V
     with mesh.worker():
         assert mesh.run(Echo(), "tea", timeout_s=20) == "tea"
     assert dict(app.conf) == before
-    assert rabbitmq.queues() == ["agentmesh.shop.main"]
+    assert [q for q in rabbitmq.queues() if q.startswith(("agentmesh", "shop"))] == mesh.crew.broker_queues()
     mesh.close()
 
 
@@ -89,7 +89,7 @@ def test_a_message_dropped_at_its_delivery_limit_is_sent_again(
 ) -> None:
     monkeypatch.setitem(rabbit.ARGUMENTS, "x-delivery-limit", 2)
     mesh = mesh_on(rabbitmq, valkey, Everything())
-    (queue,) = mesh.crew.broker_queues()
+    queue = mesh.crew.broker_queue("main")
     run = mesh.start(Echo(), "tea")
     eventually(lambda: rabbit.examine(mesh.app, [queue]).messages == {queue: 1})
     deliveries = 0
@@ -123,11 +123,35 @@ def test_a_step_may_last_longer_than_the_brokers_patience(
     mesh.close()
 
 
+def message_to(queue: str) -> Sent:
+    body = {"body": "[]", "content-type": "application/json", "content-encoding": "utf-8", "headers": {}}
+    return Sent(queue, json.dumps({**body, "properties": {"correlation_id": "c"}}))
+
+
+def test_what_waits_for_the_broker_is_bounded(
+    rabbitmq: RabbitServer, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Celery("sender", broker=rabbitmq.url, set_as_current=False)
+    sent = message_to("agentmesh.away.main")
+    lengths, publisher = QueueLengths(app), Publisher(app)
+    assert lengths([sent.queue]) == {sent.queue: 0}
+    publisher(sent)
+    eventually(lambda: lengths([sent.queue]) == {sent.queue: 1})
+    rabbitmq.settle()
+    rabbitmq.kill()
+    for _ in range(MOST_WAITING + 50):
+        publisher(sent)
+    rabbitmq.restart()
+    eventually(lambda: lengths([sent.queue]) == {sent.queue: 1 + MOST_WAITING})
+    assert "50 did not wait" in caplog.text
+    publisher.close()
+    lengths.close()
+
+
 def test_a_queue_deleted_under_a_publisher(rabbitmq: RabbitServer, eventually: Eventually) -> None:
     """RabbitMQ returns the message; the queue is made again, and the message goes out again."""
     app = Celery("sender", broker=rabbitmq.url, set_as_current=False)
-    body = {"body": "[]", "content-type": "application/json", "content-encoding": "utf-8", "headers": {}}
-    sent = Sent("agentmesh.gone.main", json.dumps({**body, "properties": {"correlation_id": "c"}}))
+    sent = message_to("agentmesh.gone.main")
     lengths, publisher = QueueLengths(app), Publisher(app)
     assert lengths([sent.queue]) == {sent.queue: 0}
     publisher(sent)
@@ -160,11 +184,22 @@ def test_from_the_command_line(rabbitmq: RabbitServer, tmp_path: Path) -> None:
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
 
     with FakeOpenAI(lambda body: says(body["messages"][-1]["content"].upper())) as server:
-        env = {**os.environ, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k"}
+        env = {**os.environ, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "AGENTMESH_MODEL": "openai:fake"}
         done = shell("run", "crew.py", "tea", "--id", "r1")
         assert (done.returncode, done.stdout) == (0, "TEA\n"), done.stderr
         assert "r1" in shell("runs", "ls").stdout
         assert shell("run", "crew.py", "cake", "--id", "r2", "--detach").stdout == "r2\n"
         shell("runs", "tail", "r2")
         assert "RunDone" in shell("runs", "show", "r2").stdout
-        assert rabbitmq.queues() == ["agentmesh.crew.main"]
+        assert {"agentmesh.crew.main"} <= set(rabbitmq.queues())
+        told = shell("doctor", "crew.py")
+        assert told.returncode == 0, told.stdout
+        assert "broker: RabbitMQ " in told.stdout
+        assert "queue agentmesh.crew.main: 0 messages wait; quorum" in told.stdout
+        argv = [sys.executable, "-m", "agentmesh.cli.main", "worker", "crew.py", "--broker", rabbitmq.url]
+        with subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdout is not None
+            line = worker.stdout.readline()
+            worker.terminate()
+        assert f"broker amqp://guest:**@127.0.0.1:{rabbitmq.port}" in line
+        assert "journal the embedded Valkey in .agentmesh" in line
