@@ -10,7 +10,7 @@ if not NOW then
   local t = redis.call('TIME')
   NOW = t[1] * 1000 + math.floor(t[2] / 1000)
 end
-local RESEND_MS, VERSION_WAIT_MS, SWEEPER_MS = 1000, 5000, 3000
+local RESEND_MS, VERSION_TRIES, VERSION_WAIT_MS, SWEEPER_MS = 1000, 3, 5000, 3000
 local sent = {}
 
 local function int(x) return string.format('%.0f', x) end
