@@ -10,7 +10,16 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from agentmesh.event import Approved, RunCancelled, RunDone, RunStarted, StepDone, StepPlanned, StepRetried
+from agentmesh.event import (
+    Approved,
+    RunCancelled,
+    RunDone,
+    RunStarted,
+    StepDone,
+    StepPlanned,
+    StepResolved,
+    StepRetried,
+)
 from agentmesh.journal import Journal
 from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec, Sent, Wire, advance_unit, step_unit
 
@@ -161,6 +170,24 @@ async def a_held_step_waits_for_its_person(make: Make) -> None:
     await w.journal.close()
 
 
+async def a_quarantined_run_takes_a_retry_alone(make: Make) -> None:
+    """An advance that three workers died of is held; no value or failure can be said of it, only another try."""
+    w = _World(make)
+    await w.journal.begin(RunSpec("r", "c", "", "A", "t", wire=Wire("q", f"{advance_unit('r')}#", "")), Next())
+    for i in range(3):
+        assert isinstance(await w.journal.claim(advance_unit("r"), token=f"t{i}", **WHO), Claimed)
+        await w.journal.release("w", crashed=True)
+    assert [(h.key, h.why) for h in await w.journal.waiting("r")] == [("a", "quarantined")]
+    for word in (StepResolved(n=0, action="failed"), StepResolved(n=0, action="done"), Approved(n=0)):
+        answer = await w.journal.tell("r", word)
+        assert isinstance(answer, Refused)
+        assert answer.why == "run"
+    assert await w.kinds() == ["RunStarted", "StepQuarantined"]
+    assert isinstance(await w.journal.tell("r", StepResolved(n=0, action="retry")), Accepted)
+    assert isinstance(await w.journal.claim(advance_unit("r"), token="t9", **WHO), Claimed)
+    await w.journal.close()
+
+
 async def a_cancelled_run_takes_nothing_more(make: Make) -> None:
     """Leases are lost at the next renewal, commits are refused, the end is written once."""
     w = _World(make)
@@ -195,6 +222,7 @@ JOURNAL_PROMISES: tuple[Callable[[Make], Awaitable[None]], ...] = (
     release_gives_back_at_once,
     a_turn_is_told_once_and_comes_when_it_is_due,
     a_held_step_waits_for_its_person,
+    a_quarantined_run_takes_a_retry_alone,
     a_cancelled_run_takes_nothing_more,
     a_lost_message_is_sent_again,
 )
