@@ -126,7 +126,7 @@ local function died(unit, run, key, r, hand, seen)
     elseif hand == 1 then
       r.x = (r.x or '') .. r.w .. '\n'
     end
-    if r.d >= 2 then r.room = math.max(1, math.floor(hand / 2)) end
+    if r.d >= 2 then r.room = math.max(1, math.floor(hand / 4)) end
     local crashes = r.c or 0
     for worker in string.gmatch(r.x or '', '[^\n]+') do
       if hget('silent', worker) then crashes = crashes + 1 end
