@@ -225,7 +225,7 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Not yours, and why: busy, later, held, in_doubt, ended, unknown, cancelled, stale, conflict, exists."""
+    """Not yours, and why: busy, later, held, in_doubt, ended, unknown, cancelled, stale, conflict, exists, run."""
 
     why: str
     detail: str = ""

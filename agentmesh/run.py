@@ -80,6 +80,8 @@ class Client:
             said = {
                 "unknown": f"there is no run {run_id!r}; `agentmesh runs ls` lists them",
                 "ended": f"run {run_id} has ended ({answer.detail})",
+                "run": f"run {run_id} is held as a whole ({answer.detail}), and only `retry` can be said of it: "
+                f"`agentmesh runs resolve {run_id} 0 retry`, or `agentmesh runs cancel {run_id}`",
                 "not_waiting": f"step {n} of run {run_id} does not wait for this{f' ({answer.detail})' if answer.detail else ''}",
             }
             raise RunError(said.get(answer.why, answer.why), run_id=run_id)

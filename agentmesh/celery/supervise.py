@@ -21,11 +21,11 @@ from typing import IO, Any
 
 logger = logging.getLogger("agentmesh.supervise")
 
-AGAIN_S = 0.05  # a dead worker is started again after this, doubled up to AGAIN_MOST_S
+AGAIN_S = 0.05  # a dead worker is started again after this, doubled up to AGAIN_MOST_S while none gets ready
 AGAIN_MOST_S = 5.0
-STEADY_S = 30.0  # a worker that lived this long starts the back-off anew
 TOLD_S = 5.0  # how long the last on_death may take
 LEFT_BY_FORCE = 1
+LOOK_S = 0.5  # a signal that comes just before the wait for news does not end that wait
 # A worker that ends so before any of its kind was ever ready would end so for ever: wrong use, surroundings missing.
 HOPELESS = (2, 4)
 
@@ -60,7 +60,6 @@ class _Worker:
         self.argv = tuple(argv)
         self.process: subprocess.Popen[bytes] | None = None
         self.name = ""
-        self.started = 0.0
         self.again_s = AGAIN_S
         self.due = 0.0  # when to start it, in monotonic seconds
         self.ready = False  # the process that runs now
@@ -164,7 +163,7 @@ class Supervisor:
     def _hear(self) -> None:
         times = [w.due for w in self._workers if w.process is None and not self._stops]
         times += [self._give_up] if self._stops else []
-        wait_s = max(0.0, min(times) - time.monotonic()) if times else None
+        wait_s = min(LOOK_S, max(0.0, min(times) - time.monotonic())) if times else LOOK_S
         with contextlib.suppress(queue.Empty):
             what, *rest = self._news.get(timeout=wait_s)
             what(*rest)
@@ -188,7 +187,9 @@ class Supervisor:
 
     def _died(self, worker: _Worker, code: int) -> None:
         now = time.monotonic()
-        if now - worker.started > STEADY_S:
+        if (
+            worker.ready
+        ):  # it came up: whatever ended it is no crash loop, and a step that kills is the journal's to hold
             worker.again_s = AGAIN_S
         worker.process, worker.ready, worker.due = None, False, now + worker.again_s
         if self._stops:
@@ -198,7 +199,7 @@ class Supervisor:
             self._on_stop(0, False)
             return
         logger.warning("worker %s ended with %d; again in %.2f s", worker.name, code, worker.again_s)
-        worker.again_s = min(2 * worker.again_s, AGAIN_MOST_S)
+        worker.again_s = min(2 * worker.again_s, AGAIN_MOST_S)  # for the case that the next one does not get ready
 
     def _end_late(self) -> None:
         if self._stops and self.names and time.monotonic() >= self._give_up:
@@ -222,7 +223,6 @@ class Supervisor:
 
     def _spawn(self, worker: _Worker) -> None:
         worker.name = f"{socket.gethostname()}:{os.getpid()}/{uuid.uuid4().hex[:8]}"
-        worker.started = time.monotonic()
         told, ready = os.pipe()
         try:
             worker.process = subprocess.Popen(

@@ -31,8 +31,13 @@ end
 -- why this entry may not be worked on by this worker now
 if head[2] ~= A.crew or head[3] ~= A.crew_version then
   leave(unit, r)
-  r.why = 'version:' .. head[2] .. ' ' .. head[3]
-  wait_until(unit, run, key, r, NOW + VERSION_WAIT_MS)
+  r.v = (r.v or 0) + 1
+  if r.v <= VERSION_TRIES then
+    enqueue(unit, run, key, r)
+  else
+    r.why = 'version:' .. head[2] .. ' ' .. head[3]
+    wait_until(unit, run, key, r, NOW + math.min(VERSION_WAIT_MS, 125 * 2 ^ math.min(r.v - VERSION_TRIES, 6)))
+  end
   return refuse('version', head[2] .. ' ' .. head[3])
 end
 local function spent(root)
@@ -77,6 +82,7 @@ end
 local seq = tonumber(redis.call('ZSCORE', P .. 'q:' .. r.q, unit) or 0)
 if seq > hnum('qmax', r.q) then hset('qmax', r.q, int(seq)) end
 leave(unit, r)
+r.v = nil
 r.st, r.f, r.tok, r.w, r.a = 'leased', redis.call('HINCRBY', P .. 'meta', 'fence', 1), A.token, A.worker, r.a + 1
 put(run, key, r)
 zadd('leased', NOW + A.ttl, unit)

@@ -10,7 +10,7 @@ if not NOW then
   local t = redis.call('TIME')
   NOW = t[1] * 1000 + math.floor(t[2] / 1000)
 end
-local RESEND_MS, VERSION_WAIT_MS, SWEEPER_MS = 1000, 5000, 3000
+local RESEND_MS, VERSION_TRIES, VERSION_WAIT_MS, SWEEPER_MS = 1000, 3, 5000, 3000
 local sent = {}
 
 local function int(x) return string.format('%.0f', x) end
@@ -126,7 +126,7 @@ local function died(unit, run, key, r, hand, seen)
     elseif hand == 1 then
       r.x = (r.x or '') .. r.w .. '\n'
     end
-    if r.d >= 2 then r.room = math.max(1, math.floor(hand / 2)) end
+    if r.d >= 2 then r.room = math.max(1, math.floor(hand / 4)) end
     local crashes = r.c or 0
     for worker in string.gmatch(r.x or '', '[^\n]+') do
       if hget('silent', worker) then crashes = crashes + 1 end

@@ -13,7 +13,7 @@ from agentmesh.journals.tables import Tables
 
 Rec = dict[str, Any]
 RESEND_MS = 1000
-VERSION_WAIT_MS = 5000
+VERSION_TRIES, VERSION_WAIT_MS = 3, 5000  # passed on at once so often; then after 250 ms, doubled up to this
 SUSPECTS = ".suspects"  # after a queue's name: where its suspects wait
 
 

@@ -7,7 +7,7 @@ and a differential test holds them equal. Source: docs/architecture.md, "The pro
 from collections.abc import Callable
 from typing import Any
 
-from agentmesh.journals.entries import SUSPECTS, VERSION_WAIT_MS, Rec, Store
+from agentmesh.journals.entries import SUSPECTS, VERSION_TRIES, VERSION_WAIT_MS, Rec, Store
 from agentmesh.journals.suspects import absolve, died, enter, heard, no_room
 
 Args = dict[str, Any]
@@ -79,6 +79,7 @@ def claim(s: Store, a: Args) -> Reply:
     if seq > (s.t.hget("qmax", rec["q"]) or 0):
         s.t.hset("qmax", rec["q"], seq)
     s.leave(unit, rec)
+    rec.pop("v", None)
     rec.update(st="leased", f=int(s.t.hincr("meta", "fence")), tok=a["token"], w=a["worker"], a=rec["a"] + 1)
     s.put(run, key, rec)
     s.t.zadd("leased", unit, s.now + a["ttl"])
@@ -99,9 +100,7 @@ def obstacle(s: Store, a: Args, unit: str, run: str, key: str, rec: Rec) -> Repl
     """Why this entry may not be worked on by this worker now."""
     head = s.t.hashes[f"run:{run}"]
     if head["crew"] != a["crew"] or head["version"] != a["crew_version"]:
-        s.leave(unit, rec)
-        rec["why"] = f"version:{head['crew']} {head['version']}"
-        s.wait_until(unit, run, key, rec, s.now + VERSION_WAIT_MS)
+        pass_on(s, unit, run, key, rec, f"version:{head['crew']} {head['version']}")
         return refuse("version", f"{head['crew']} {head['version']}")
     if a.get("ask"):
         limit = spent(s, run)
@@ -125,6 +124,18 @@ def obstacle(s: Store, a: Args, unit: str, run: str, key: str, rec: Rec) -> Repl
             return refuse("later", "rate")
         s.t.hset("rate", queue, max(at, s.now) + a["rate_ms"])
     return None
+
+
+def pass_on(s: Store, unit: str, run: str, key: str, rec: Rec, why: str) -> None:
+    """A worker of another version got it: at once to the next one, a few times; then less and less often."""
+    s.leave(unit, rec)
+    rec["v"] = rec.get("v", 0) + 1
+    if rec["v"] <= VERSION_TRIES:
+        s.enqueue(unit, run, key, rec)
+        return
+    rec["why"] = why
+    wait_ms = min(VERSION_WAIT_MS, 125 << min(rec["v"] - VERSION_TRIES, 6))
+    s.wait_until(unit, run, key, rec, s.now + wait_ms)
 
 
 def spent(s: Store, run: str) -> str:

@@ -1,7 +1,7 @@
 """Poison: which step killed its process. A second death makes a suspect, three deaths alone hold it as quarantined.
 
 A suspect carries `room`: how many units may be in hand beside each other in its worker, itself included. Each death
-halves it, so that one poison among 500 is alone after nine. `d` counts deaths, `c` those alone, `x` the workers whose
+quarters it, so that one poison among 500 is alone after five. `d` counts deaths, `c` those alone, `x` the workers whose
 lease on it ran out while it was alone: each counts until that worker is heard of again, for it may only have slept.
 """
 
@@ -19,7 +19,7 @@ def died(s: Store, unit: str, run: str, key: str, rec: Rec, hand: int, *, seen: 
         elif hand == 1:
             rec["x"] = f"{rec.get('x', '')}{rec['w']}\n"
         if rec["d"] >= SUSPECT_DEATHS:
-            rec["room"] = max(1, hand // 2)
+            rec["room"] = max(1, hand // 4)
         crashes = rec.get("c", 0) + sum(s.t.hget("silent", w) is not None for w in rec.get("x", "").split("\n") if w)
         if crashes >= POISON_DEATHS and s.is_open(run):
             s.leave(unit, rec)

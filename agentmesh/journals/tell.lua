@@ -59,6 +59,7 @@ elseif kind == 'LimitRaised' then
 elseif A.n == 0 then
   local r = rec(run, 'a')
   if not r or r.st ~= 'held' then return refuse('not_waiting') end
+  if kind ~= 'StepRevived' and A.action ~= 'retry' then return refuse('run', r.why) end
   event(run, A.event)
   r.why = ''
   put(run, 'a', r)

@@ -28,6 +28,8 @@ def tell(s: Store, a: Args) -> Reply:
         rec = s.rec(run, "a")
         if not isinstance(rec, dict) or rec["st"] != "held":
             return refuse("not_waiting")
+        if kind != "StepRevived" and a.get("action") != "retry":  # a run is no step that could be done or failed
+            return refuse("run", rec["why"])
         s.event(run, a["event"])
         rec["why"] = ""
         s.put(run, "a", rec)

@@ -19,7 +19,7 @@ from agentmesh.journals.tables import Tables
 from agentmesh.testing.programs import Stage, following, message, program
 
 TTL, SWEEP, PATIENCE = 2_000, 400, 600_000
-POISON_MOST = 12  # halved to one, then three alone; the first two deaths change nothing
+POISON_MOST = 12  # quartered to one, then three alone; the first two deaths change nothing
 
 
 class Violation(AssertionError):

@@ -12,7 +12,7 @@ import pytest
 import redis
 from celery import Celery
 
-from agentmesh.celery.supervise import Supervisor
+from agentmesh.celery.supervise import AGAIN_S, Supervisor
 
 FRONT = """
 import argparse, os, signal, sys, threading, time
@@ -152,6 +152,26 @@ def test_what_a_killed_worker_forked_goes_with_it(supervised, tmp_path, eventual
     eventually(lambda: not lives(child))
 
 
+def pauses(caplog):
+    return [float(r.getMessage().split()[-2]) for r in caplog.records if "; again in" in r.getMessage()]
+
+
+def test_only_workers_that_die_before_they_are_ready_back_off(supervised, tmp_path, eventually, caplog):
+    supervisor = supervised(GENTLE, folder=tmp_path)
+    for death in range(4):
+        eventually(lambda: supervisor.health == (1, 1))
+        (pid,) = supervisor.pids.values()
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda seen=death: len(pauses(caplog)) > seen)
+    assert pauses(caplog) == [AGAIN_S] * 4
+    supervisor.stop(now=True)
+    assert supervisor.join(20)
+    caplog.clear()
+    supervised(RETURNS.format(1), folder=tmp_path)
+    eventually(lambda: len(pauses(caplog)) >= 4)
+    assert pauses(caplog)[:4] == [AGAIN_S, 2 * AGAIN_S, 4 * AGAIN_S, 8 * AGAIN_S]
+
+
 @pytest.mark.parametrize("code", [2, 4])
 def test_a_worker_that_cannot_ever_start_ends_the_supervisor_with_its_code(code):
     assert Supervisor([[sys.executable, "-c", RETURNS.format(code)]]).run() == code
@@ -178,7 +198,8 @@ def test_the_second_signal_kills_at_once(outer, eventually, number, code):
     def again():  # two that come before Python looks are one
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(0.05) or True
-        process.send_signal(number)
+        if any(map(lives, pids)):  # else it has heard, and leaves: by now a signal would end it as any program
+            process.send_signal(number)
 
     eventually(again)
     assert process.returncode == code

@@ -149,5 +149,6 @@ def test_the_simulation_catches(plant: Plant, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_constants_are_the_scripts_too() -> None:
     lua = __import__("agentmesh.journals.redis", fromlist=["script"]).script("sweep")[0]
-    said = f"RESEND_MS, VERSION_WAIT_MS, SWEEPER_MS = {entries.RESEND_MS}, {entries.VERSION_WAIT_MS}, {tend.SWEEPER_MS}"
+    values = f"{entries.RESEND_MS}, {entries.VERSION_TRIES}, {entries.VERSION_WAIT_MS}, {tend.SWEEPER_MS}"
+    said = f"RESEND_MS, VERSION_TRIES, VERSION_WAIT_MS, SWEEPER_MS = {values}"
     assert said in lua

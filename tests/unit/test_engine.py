@@ -16,6 +16,7 @@ from agentmesh import (
     MeshError,
     OutputInvalid,
     QuorumMissed,
+    RunError,
     RunFailed,
     Sleep,
     StepError,
@@ -74,6 +75,8 @@ def test_a_flow_that_asks_for_another_step_is_held_with_the_step_named() -> None
     asyncio.run(mesh.settle())
     (item,) = handle.waiting_for
     assert "step 1 was `Delegate 'Echo'` when first run and is now `Delegate 'Echo'`" in item.why
+    with pytest.raises(RunError, match="is held as a whole .* only `retry` can be said of it"):
+        handle.resolve(item, "failed")
     asked[0] = "one"  # the code is mended
     handle.revive(item)
     assert handle.result() == "one"
