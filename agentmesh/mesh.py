@@ -308,13 +308,13 @@ class InProcess:
     """A worker and its tender in this process, for a while; also usable as a context manager."""
 
     def __init__(self, mesh: Mesh, queues: Sequence[str], concurrency: int) -> None:
-        self._mesh, self._queues = mesh, queues
+        self._mesh = mesh
         self._worker = EmbeddedWorker(mesh.app, queues=queues, concurrency=concurrency)
 
     def start(self) -> "InProcess":
         """Returns when it consumes."""
         self._mesh.check()
-        self._mesh.tend(queues=self._queues)
+        self._mesh.tend()  # all queues: it may be the one sweeper, also for workers that serve others
         self._worker.start()
         return self
 
