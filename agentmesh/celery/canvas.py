@@ -15,6 +15,7 @@ from celery.result import AsyncResult
 from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
 
+from agentmesh.celery.eager import is_eager, value_of
 from agentmesh.celery.tasks import EngineTask, Home, nobody
 from agentmesh.engine import Engine
 from agentmesh.errors import DefinitionError, MeshError, error_from_json
@@ -39,6 +40,17 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         link_error: Any = None, shadow: Any = None, **options: Any,
     ) -> AsyncResult:  # fmt: skip
         """Begin the run; answers the result that the canvas waits for."""
+        if is_eager(self.app):
+            return super().apply_async(
+                args,
+                kwargs,
+                task_id=task_id,
+                producer=producer,
+                link=link,
+                link_error=link_error,
+                shadow=shadow,
+                **options,
+            )
         options = {**self._get_exec_options(), **options}
         request = {
             "group": options.get("group_id"), "callbacks": _listed(link), "errbacks": _listed(link_error),
@@ -68,15 +80,17 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """A message of this task that somebody else published: begin the run, and let `finish` answer for it."""
         request = {name: getattr(self.request, name, None) for name in KEPT}
-        self._begin(self.request.id, args, kwargs, request)
+        events = self._begin(self.request.id, args, kwargs, request)
+        if is_eager(self.app):
+            return value_of(events, self.request.id)
         raise Ignore
 
-    def _begin(self, run_id: str, args: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> None:
+    def _begin(self, run_id: str, args: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> Any:
         home = self.homes.get(kwargs.get("crew", ""))
         if home is None:
             raise DefinitionError(f"no mesh of crew {kwargs.get('crew')!r} was made on this app in this process")
         saved = {name: value for name, value in request.items() if value is not None} | {"id": run_id}
-        home.begin_for_canvas(kwargs["agent"], args[0] if args else "", run_id, _plain(saved), kwargs["fields"])
+        return home.begin_for_canvas(kwargs["agent"], args[0] if args else "", run_id, _plain(saved), kwargs["fields"])
 
 
 class FinishTask(EngineTask):
