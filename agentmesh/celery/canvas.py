@@ -6,6 +6,7 @@ could take to its grave. When the run ends, a leased and repeatable `finish` rep
 
 import asyncio
 import json
+import time
 from typing import Any
 
 from celery import Celery, Task, signature
@@ -16,6 +17,7 @@ from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
 
 from agentmesh.celery.eager import is_eager, value_of
+from agentmesh.celery.lapse import fail_if_lapsed
 from agentmesh.celery.tasks import EngineTask, Home, nobody
 from agentmesh.engine import Engine
 from agentmesh.errors import DefinitionError, MeshError, error_from_json
@@ -115,14 +117,15 @@ async def finish(app: Celery, engine: Engine, run_id: str) -> str:
     )
     assert isinstance(started, RunStarted)
     try:
-        if await asyncio.to_thread(report, app, dict(started.canvas or {}), end):
+        waited_s = time.time() - started.at_ms / 1000
+        if await asyncio.to_thread(report, app, dict(started.canvas or {}), end, waited_s):
             await engine.journal.told(run_id)
     finally:
         engine.leases.pop(finish_unit(run_id), None)
     return "told"
 
 
-def report(app: Celery, saved: dict[str, Any], end: Any) -> bool:
+def report(app: Celery, saved: dict[str, Any], end: Any, waited_s: float = 0.0) -> bool:
     """What Celery's tracer would have done at the end of a task; whether all of it is certain to have happened."""
     request = Context(saved, called_directly=False, delivery_info={}, task=AgentTask.name)
     task = app.tasks[AgentTask.name]
@@ -140,7 +143,9 @@ def report(app: Celery, saved: dict[str, Any], end: Any) -> bool:
             error_from_json(end.error) if isinstance(end, RunFailed) else MeshError(f"run {request.id} was cancelled")
         )
         task.backend.mark_as_failure(request.id, RuntimeError(str(error)), request=request)
-    return not request.chord or _joined(task.backend, request.group)
+    if not request.chord or fail_if_lapsed(app, task.backend, request, waited_s):
+        return True
+    return _joined(task.backend, request.group)
 
 
 def _joined(backend: Any, group: str) -> bool:
