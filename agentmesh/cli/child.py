@@ -47,6 +47,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     sights = [Logged(), *counting()]
     for crew in crews:
         mesh = Mesh(crew, config=config, models=models, worker=name, sights=sights)
+        mesh.app.conf.worker_send_task_events = bool(spec.get("events"))
         served = crew.queues_in("asyncio", spec["queues"])
         if served:
             workers.append(mesh.worker(queues=served, concurrency=spec["concurrency"]).start())
@@ -63,7 +64,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
 
 def spec_of(
     config: Config, *, crews: list[str], queues: list[str], concurrency: int, beat: bool = False,
-    log: Form | Literal[""] = "",
+    log: Form | Literal[""] = "", events: bool = False,
 ) -> list[str]:  # fmt: skip
     """The command line that starts a worker for the asyncio queues among these, or among all."""
     spec = {
@@ -71,6 +72,7 @@ def spec_of(
         "queues": queues,
         "concurrency": concurrency,
         "beat": beat,
+        "events": events,
         "config": config.model_dump(mode="json"),
     }
     if log:
@@ -80,7 +82,7 @@ def spec_of(
 
 def specs_of(
     config: Config, crews: Mapping[str, Crew], *, queues: Sequence[str] = (), concurrency: int = 0, processes: int = 1,
-    beat: bool = False, log: Form | Literal[""] = "",
+    beat: bool = False, log: Form | Literal[""] = "", events: bool = False,
 ) -> list[list[str]]:  # fmt: skip
     """The command lines of the workers for these crews, by the paths of their files: one for each pool their queues name.
 
@@ -92,7 +94,7 @@ def specs_of(
     argvs: list[list[str]] = []
     for pool in found:
         argv = spec_of(
-            config, crews=list(crews), queues=list(queues), beat=beat and not argvs, log=log,
+            config, crews=list(crews), queues=list(queues), beat=beat and not argvs, log=log, events=events,
             concurrency=concurrency if pool == found[0] else 0,
         )  # fmt: skip
         if pool == "prefork":

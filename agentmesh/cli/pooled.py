@@ -30,6 +30,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     crews = [load_crew(path) for path in spec["crews"]]
     export_traces()
     sights, models, app = [Logged(), *counting()], Models(), make_app(config.broker)
+    app.conf.worker_send_task_events = bool(spec.get("events"))
     served: list[str] = []
     processes = 0
     for crew in crews:

@@ -39,7 +39,7 @@ def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
 
 def run_workers(
     crews: list[str], *, queues: list[str], concurrency: int, processes: int, broker: str, model: str, file: Path | None,
-    metrics: str = "", log: str = "", beat: bool = False,
+    metrics: str = "", log: str = "", beat: bool = False, events: bool = False,
 ) -> int:  # fmt: skip
     """Supervise until stopped."""
     form = _form(log)
@@ -49,7 +49,9 @@ def run_workers(
     served = [q for crew in loaded.values() for q in crew.broker_queues(queues)]
     config, valkey = place(config)
     where = "the embedded Valkey" if valkey is not None else config.broker
-    argvs = specs_of(config, loaded, queues=queues, concurrency=concurrency, processes=processes, log=form, beat=beat)
+    argvs = specs_of(
+        config, loaded, queues=queues, concurrency=concurrency, processes=processes, log=form, beat=beat, events=events
+    )
     with ExitStack() as stack:
         if valkey is not None:
             stack.callback(valkey.leave)

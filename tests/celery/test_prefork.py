@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def working(valkey: Any, folder: Path, *, lease_s: float = 30.0, drain_s: float 
     mesh = Mesh(crew, config=config)
     with (folder / "worker.log").open("wb") as out:
         supervisor = Supervisor(
-            specs_of(config, {CREW: crew}), drain_s=drain_s + 1, output=out, env={"COMPUTING_LOG": str(log)},
+            specs_of(config, {CREW: crew}, events=True), drain_s=drain_s + 1, output=out, env={"COMPUTING_LOG": str(log)},
             on_death=giver_back(config, crew.broker_queues()),
         )  # fmt: skip
         supervisor.start()
@@ -67,10 +68,34 @@ def working(valkey: Any, folder: Path, *, lease_s: float = 30.0, drain_s: float 
             mesh.close()
 
 
+@contextmanager
+def listening(app: Any) -> Iterator[dict[str, str]]:
+    """The names of tasks that workers tell of, once they have succeeded; by id."""
+    names: dict[str, str] = {}
+    heard: dict[str, str] = {}
+    with app.connection_for_read() as connection:
+        receiver = app.events.Receiver(
+            connection,
+            handlers={
+                "task-received": lambda event: names.update({event["uuid"]: event["name"]}),
+                "task-succeeded": lambda event: heard.update({event["uuid"]: names.get(event["uuid"], "")}),
+            },
+        )
+        thread = threading.Thread(target=lambda: receiver.capture(limit=None, timeout=None, wakeup=False), daemon=True)
+        thread.start()
+        try:
+            yield heard
+        finally:
+            receiver.should_stop = True
+            thread.join(10)
+
+
 def test_two_kinds_of_worker_and_two_kinds_of_death(valkey: Any, tmp_path: Path, eventually: Any) -> None:
     """The lease is 30 s: whatever goes on sooner was given back, not run out."""
     with working(valkey, tmp_path) as it:
-        assert it.mesh.run(it.crew.lead, "x", timeout_s=20) == [0, 1, 2, 3]
+        with listening(it.mesh.app) as heard:
+            assert it.mesh.run(it.crew.lead, "x", timeout_s=20) == [0, 1, 2, 3]
+            eventually(lambda: set(heard.values()) >= {"here.call", "add.call"})
         assert len({pid for _, pid in it.notes}) == 4  # processes side by side
         assert it.pooled not in {pid for _, pid in it.notes}
 
