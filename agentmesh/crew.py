@@ -144,6 +144,11 @@ class Crew:
                     return queue.name
         return self.queue
 
+    def queues_in(self, pool: str, only: Iterable[str] = ()) -> list[str]:
+        """Of these queues, or of all, the ones that a worker of this pool serves."""
+        wanted = list(only) or self.queues
+        return [name for name, queue in self.queues.items() if queue.pool == pool and name in wanted]
+
     def broker_queue(self, queue: str) -> str:
         """The broker's name of a queue."""
         return f"agentmesh.{self.name}.{queue}"

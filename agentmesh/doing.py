@@ -25,6 +25,8 @@ from agentmesh.schema import canonical, to_json
 from agentmesh.step import INSIDE, Ask, Call, Step, ToolContext
 from agentmesh.tool import NotDone, Unknown
 
+# `def` tools on threads of this process, also those that nobody waits for any more: no thread can be stopped.
+RUNNING: set[object] = set()
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 60.0
 Charge = dict[str, float]
 
@@ -133,7 +135,7 @@ class Doer:
             if inspect.iscoroutinefunction(getattr(call, "func", None)):
                 return await call()
             context = contextvars.copy_context()
-            value = await asyncio.get_running_loop().run_in_executor(self._threads, context.run, call)
+            value = await asyncio.get_running_loop().run_in_executor(self._threads, context.run, _counted, call)
             return await value if inspect.isawaitable(value) else value
         finally:
             INSIDE.reset(token)
@@ -180,6 +182,15 @@ class Doer:
         if after_s is None:
             after_s = random.uniform(0, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**at.number))
         return StepRetried(n=at.n, error=error_to_json(error), attempt=at.number, after_ms=round(after_s * 1000))
+
+
+def _counted(call: Callable[[], Any]) -> Any:
+    mark = object()
+    RUNNING.add(mark)
+    try:
+        return call()
+    finally:
+        RUNNING.discard(mark)
 
 
 def capped(text: str, most_bytes: int) -> str:

@@ -30,8 +30,8 @@ class Journal(Protocol):
         """Push the deadlines of (unit, fence); answers the units that are not the worker's any more."""
         ...
 
-    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = ()) -> int:
-        """Give back everything a worker held."""
+    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = (), below: bool = False) -> int:
+        """Give back everything a worker held; `below`: and the processes of its pool, which are named `WORKER/PID`."""
         ...
 
     async def commit(

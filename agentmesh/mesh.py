@@ -17,6 +17,7 @@ from agentmesh.celery import canvas
 from agentmesh.celery.app import QueueLengths, check_broker, journal_url, make_app, same_server
 from agentmesh.celery.beat import schedule
 from agentmesh.celery.dispatch import CeleryDispatch
+from agentmesh.celery.eager import eager_site, is_eager
 from agentmesh.celery.embedded import EmbeddedWorker
 from agentmesh.celery.loop import drive, threads
 from agentmesh.celery.publish import publisher_of
@@ -29,11 +30,12 @@ from agentmesh.crew import Crew
 from agentmesh.doing import Doer
 from agentmesh.engine import Engine
 from agentmesh.errors import DefinitionError, MeshError, RunError
+from agentmesh.event import Event
 from agentmesh.journal import Journal
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.message import Message
 from agentmesh.models.named import Models
-from agentmesh.ports import Model, Refused, RunHead, RunSpec
+from agentmesh.ports import Accepted, Model, Refused, RunHead, RunSpec
 from agentmesh.run import Client, Run
 from agentmesh.schema import canonical
 from agentmesh.sight import Sight, Watched
@@ -69,14 +71,15 @@ class Mesh:
         broker = broker or self.config.broker
         self.app = app if app is not None else make_app(broker)
         self.broker = str(self.app.conf.broker_url or broker)
-        self.journal_url = journal_url(self.broker, journal or self.config.journal)
+        url = journal or self.config.journal
+        self.journal_url = url if is_eager(self.app) else journal_url(self.broker, url)
         self._worker = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
         self._pid = os.getpid()
         self._models, self._sights = models or Models(), (*sights, Tracing())
         self._lock = threading.Lock()
         self._checked = False
         self.dispatch = CeleryDispatch(self.app, crew.name)
-        self._sites: dict[int, Site] = {}
+        self._sites: dict[tuple[int, bool], Site] = {}
         homes = register(self.app)
         canvas.register(self.app, homes)
         attach(self.app)
@@ -113,7 +116,7 @@ class Mesh:
     ) -> Run[Out]:  # fmt: skip
         """`start`, for code on an event loop."""
         spec = self._spec(agent, task, id or uuid.uuid4().hex[:12], history, stream, origin or self.crew.file)
-        answer = await self.engine.begin(spec)
+        answer = await self.site.begin(spec)
         if isinstance(answer, Refused):
             raise RunError(
                 f"run {spec.id!r} exists with another agent or task; choose another id, or look at it: agentmesh runs show {spec.id}",
@@ -138,17 +141,18 @@ class Mesh:
 
     def begin_for_canvas(
         self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
-    ) -> None:
+    ) -> Sequence[Event]:
         """See tasks.Home."""
         who = self.crew.agent(agent, fields)
         if who.task_type is str and not isinstance(task, str):
             task = canonical(task)
-        spec = replace(
-            self._spec(who, task, run_id, (), False, self.crew.file), canvas=saved,
-            finish=self.dispatch.finish(run_id, agent, self.crew.broker_queue(self.crew.queue)),
-        )  # fmt: skip
-        if isinstance(drive(self.engine.begin(spec)), Refused):
+        spec = self._spec(who, task, run_id, (), False, self.crew.file)
+        if not is_eager(self.app):
+            home = self.crew.broker_queue(self.crew.queue)
+            spec = replace(spec, canvas=saved, finish=self.dispatch.finish(run_id, agent, home))
+        if isinstance(drive(_begun(self.site, spec)), Refused):
             raise RunError(f"run {run_id!r} exists with another agent or task", run_id=run_id)
+        return drive(self.journal.events(run_id)) if is_eager(self.app) else ()
 
     def begin_scheduled(self, name: str, now: datetime) -> str:
         """See tasks.Home."""
@@ -170,7 +174,7 @@ class Mesh:
             ServiceDown, ConfigError: they are not; the message has the mend.
         """
         with self._lock:
-            if not self._checked:
+            if not self._checked and not is_eager(self.app):
                 check_broker(self.app)
                 self._checked = True
 
@@ -178,21 +182,24 @@ class Mesh:
     @property
     def site(self) -> Site:
         """What the mesh has in this process."""
-        pid = os.getpid()
-        site = self._sites.get(pid)
+        key = os.getpid(), is_eager(self.app)
+        site = self._sites.get(key)
         if site is None:  # no lock, which a fork might find taken: of two threads that get here one wins
-            site = self._sites.setdefault(pid, self._make_site(pid))
+            site = self._sites.setdefault(key, self._make_site(*key))
         return site
 
-    def _make_site(self, pid: int) -> Site:
-        journal = make_journal(self.config, self.app, self.journal_url)
+    def _make_site(self, pid: int, eager: bool) -> Site:
         model, name = self.crew.model or self.config.model, self.name_of(pid)
         doer = Doer(model_of=self._models, model=model, deps=self.crew.deps, executor=threads(64))
         watched = Watched(doer, self._sights, model)
+        if eager:
+            return eager_site(self.crew, watched, name, watched.ended)
+        journal = make_journal(self.config, self.app, self.journal_url)
         engine = Engine(
             crew=self.crew, journal=journal, dispatch=self.dispatch, doer=watched, worker=name, ended=watched.ended
         )
-        return Site(name, journal, Client(crew=self.crew, journal=journal, drive=drive), engine)
+        client = Client(crew=self.crew, journal=journal, drive=drive)
+        return Site(name, journal, client, engine, self.dispatch, engine.begin)
 
     @property
     def journal(self) -> Journal:
@@ -277,7 +284,7 @@ class Mesh:
         return RunSpec(
             run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
             [m.to_json() for m in history], limits=self.crew.limits.to_json(),
-            wire=self.dispatch.advance(run_id, agent.name, home), origin=origin, stream=stream,
+            wire=self.site.dispatch.advance(run_id, agent.name, home), origin=origin, stream=stream,
             trace=current(),
         )  # fmt: skip
 
@@ -290,6 +297,10 @@ class Mesh:
                 else "make it an agent's flow, or a team member"
             )
             raise MeshError(f"`{verb}()` inside {inside} would hold a worker while it waits: {mend}")
+
+
+async def _begun(site: Site, spec: RunSpec) -> Accepted | Refused:
+    return await site.begin(spec)
 
 
 def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
@@ -308,13 +319,13 @@ class InProcess:
     """A worker and its tender in this process, for a while; also usable as a context manager."""
 
     def __init__(self, mesh: Mesh, queues: Sequence[str], concurrency: int) -> None:
-        self._mesh, self._queues = mesh, queues
+        self._mesh = mesh
         self._worker = EmbeddedWorker(mesh.app, queues=queues, concurrency=concurrency)
 
     def start(self) -> "InProcess":
         """Returns when it consumes."""
         self._mesh.check()
-        self._mesh.tend(queues=self._queues)
+        self._mesh.tend()  # all queues: it may be the one sweeper, also for workers that serve others
         self._worker.start()
         return self
 

@@ -35,7 +35,16 @@ class Planner:
         new = {n: step for n, step in waiting.steps.items() if n not in history.planned}
         if not new:
             return Next()
-        members = [Member(n, s.kind, s.name, self.crew.broker_queue(self._queue(s))) for n, s in new.items()]
+        members = [
+            Member(
+                n,
+                s.kind,
+                s.name,
+                self.crew.broker_queue(self._queue(s)),
+                s.tool.timeout_s if isinstance(s, Call) else None,
+            )
+            for n, s in new.items()
+        ]
         home = self.crew.broker_queue(self.crew.queue)
         wires = dict(zip(new, self.dispatch.steps(history.run_id, members, waiting.gather, home), strict=True))
         first = waiting.gather.first if waiting.gather else 0

@@ -113,6 +113,7 @@ class Member:
     kind: str
     name: str
     queue: str
+    timeout_s: float | None = None  # of a tool
 
 
 class Dispatch(Protocol):

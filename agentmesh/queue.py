@@ -1,11 +1,14 @@
-"""A named Celery queue: how many steps at once, how fast, on what device."""
+"""A named Celery queue: how many steps at once, how fast, in what pool, on what device."""
 
+import os
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from agentmesh.errors import DefinitionError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+POOLS = ("asyncio", "prefork")
 UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
 
@@ -14,21 +17,27 @@ class Queue:
     """Where steps wait for workers.
 
     Args:
-        concurrency: steps at once in one worker process; at least 1.
+        concurrency: steps at once in one worker: coroutines, or processes of a prefork pool; 0 is 100, or a process a core.
         rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
         model: the local model this queue's workers load; steps on `local:MODEL` go here.
+        pool: "asyncio" for what waits; "prefork" for `def` tools that compute: a process each, killed when it will not stop.
     """
 
     name: str
-    concurrency: int = 100
+    concurrency: int = 0
     rate: str = ""
     model: str = ""
+    pool: Literal["asyncio", "prefork"] = "asyncio"
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise DefinitionError(f"queue name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
-        if self.concurrency < 1:
-            raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must be at least 1")
+        if self.pool not in POOLS:
+            raise DefinitionError(f"queue {self.name!r}: pool={self.pool!r} must be 'asyncio' or 'prefork'")
+        if self.concurrency < 0:
+            raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must not be negative")
+        if self.concurrency == 0:
+            object.__setattr__(self, "concurrency", 100 if self.pool == "asyncio" else os.cpu_count() or 1)
         self.pace()
 
     def pace(self) -> tuple[int, int] | None:

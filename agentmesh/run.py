@@ -64,6 +64,11 @@ class Client:
     ) -> None:  # fmt: skip
         self.crew, self.journal, self._drive, self._moved = crew, journal, drive, moved
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing moves between two words: to wait is in vain."""
+        return self._moved is not None
+
     def drive(self, coro: Coroutine[Any, Any, T]) -> T:
         """The coroutine's value, for plain code."""
         return cast(T, self._drive(coro))
@@ -113,6 +118,8 @@ class Run(Generic[Out]):
 
     async def wait(self, *, timeout_s: float | None = None) -> Out:
         """`result`, for code on an event loop."""
+        if timeout_s is None and self._client.settled:
+            timeout_s = 0
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             head = await self.head()

@@ -6,6 +6,7 @@ could take to its grave. When the run ends, a leased and repeatable `finish` rep
 
 import asyncio
 import json
+import time
 from typing import Any
 
 from celery import Celery, Task, signature
@@ -15,6 +16,8 @@ from celery.result import AsyncResult
 from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
 
+from agentmesh.celery.eager import is_eager, value_of
+from agentmesh.celery.lapse import fail_if_lapsed
 from agentmesh.celery.tasks import EngineTask, Home, nobody
 from agentmesh.engine import Engine
 from agentmesh.errors import DefinitionError, MeshError, error_from_json
@@ -39,6 +42,17 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         link_error: Any = None, shadow: Any = None, **options: Any,
     ) -> AsyncResult:  # fmt: skip
         """Begin the run; answers the result that the canvas waits for."""
+        if is_eager(self.app):
+            return super().apply_async(
+                args,
+                kwargs,
+                task_id=task_id,
+                producer=producer,
+                link=link,
+                link_error=link_error,
+                shadow=shadow,
+                **options,
+            )
         options = {**self._get_exec_options(), **options}
         request = {
             "group": options.get("group_id"), "callbacks": _listed(link), "errbacks": _listed(link_error),
@@ -68,15 +82,17 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """A message of this task that somebody else published: begin the run, and let `finish` answer for it."""
         request = {name: getattr(self.request, name, None) for name in KEPT}
-        self._begin(self.request.id, args, kwargs, request)
+        events = self._begin(self.request.id, args, kwargs, request)
+        if is_eager(self.app):
+            return value_of(events, self.request.id)
         raise Ignore
 
-    def _begin(self, run_id: str, args: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> None:
+    def _begin(self, run_id: str, args: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> Any:
         home = self.homes.get(kwargs.get("crew", ""))
         if home is None:
             raise DefinitionError(f"no mesh of crew {kwargs.get('crew')!r} was made on this app in this process")
         saved = {name: value for name, value in request.items() if value is not None} | {"id": run_id}
-        home.begin_for_canvas(kwargs["agent"], args[0] if args else "", run_id, _plain(saved), kwargs["fields"])
+        return home.begin_for_canvas(kwargs["agent"], args[0] if args else "", run_id, _plain(saved), kwargs["fields"])
 
 
 class FinishTask(EngineTask):
@@ -101,14 +117,15 @@ async def finish(app: Celery, engine: Engine, run_id: str) -> str:
     )
     assert isinstance(started, RunStarted)
     try:
-        if await asyncio.to_thread(report, app, dict(started.canvas or {}), end):
+        waited_s = time.time() - started.at_ms / 1000
+        if await asyncio.to_thread(report, app, dict(started.canvas or {}), end, waited_s):
             await engine.journal.told(run_id)
     finally:
         engine.leases.pop(finish_unit(run_id), None)
     return "told"
 
 
-def report(app: Celery, saved: dict[str, Any], end: Any) -> bool:
+def report(app: Celery, saved: dict[str, Any], end: Any, waited_s: float = 0.0) -> bool:
     """What Celery's tracer would have done at the end of a task; whether all of it is certain to have happened."""
     request = Context(saved, called_directly=False, delivery_info={}, task=AgentTask.name)
     task = app.tasks[AgentTask.name]
@@ -126,7 +143,9 @@ def report(app: Celery, saved: dict[str, Any], end: Any) -> bool:
             error_from_json(end.error) if isinstance(end, RunFailed) else MeshError(f"run {request.id} was cancelled")
         )
         task.backend.mark_as_failure(request.id, RuntimeError(str(error)), request=request)
-    return not request.chord or _joined(task.backend, request.group)
+    if not request.chord or fail_if_lapsed(app, task.backend, request, waited_s):
+        return True
+    return _joined(task.backend, request.group)
 
 
 def _joined(backend: Any, group: str) -> bool:

@@ -9,6 +9,8 @@ from celery import Celery
 from agentmesh.celery.gather import TAG, Buffer, Gather
 from agentmesh.ports import GatherPlan, Member, Wire
 
+# A pool that can kill does so this long after a tool's own timeout: by then the step should have ended as StepTimeout.
+KILL_S = 10.0
 # Placeholders that Celery carries through unharmed; each is replaced when a message is made.
 UNIT, RUN, ROOT, PARENT, GROUP, N, INDEX = "@UNIT@", "@RUN@", "@ROOT@", "@PARENT@", "@GROUP@", "@N@", 918273645
 SPLIT = re.compile(f"({UNIT}|{RUN}|{ROOT}|{PARENT}|{GROUP}|{N}|{INDEX}|{TAG})")
@@ -38,14 +40,14 @@ class CeleryDispatch:
 
     def __init__(self, app: Celery, crew: str) -> None:
         self._app, self._crew = app, crew
-        self._templates: dict[tuple[str, ...], Template] = {}
+        self._templates: dict[tuple[str | float | None, ...], Template] = {}
 
     def steps(self, run_id: str, members: Sequence[Member], gather: GatherPlan | None, queue: str) -> list[Wire]:
         """See ports.Dispatch."""
         group = f"{run_id}:g{gather.first}" if gather else ""
         wires = []
         for i, m in enumerate(members):
-            template = self._template(m.kind, m.name, m.queue, "group" if gather else "", queue)
+            template = self._template(m.kind, m.name, m.queue, "group" if gather else "", queue, m.timeout_s)
             child = f"{run_id}/{m.n}"
             of_child = m.kind == "Delegate"
             names = self._names(child if of_child else run_id, "a" if of_child else str(m.n))
@@ -69,10 +71,14 @@ class CeleryDispatch:
             PARENT: f"{parent}:{of}" if parent else run_id,
         }  # fmt: skip
 
-    def _template(self, kind: str, name: str, queue: str, gathered: str, home: str) -> Template:
-        key = (kind, name, queue, gathered)
+    def _template(
+        self, kind: str, name: str, queue: str, gathered: str, home: str, timeout_s: float | None = None
+    ) -> Template:
+        key = (kind, name, queue, gathered, timeout_s)
         if key not in self._templates:
             signature = self._signature(kind, name, queue)
+            if timeout_s is not None:
+                signature.set(time_limit=timeout_s + KILL_S)
             if gathered:
                 body = self._signature("Advance", name, home)
                 text = Gather([signature], body).rendered(GROUP, INDEX)[0]

@@ -1,10 +1,12 @@
 """What a mesh has in one process: its journal, its engine, its tender. A forked child has its own of each."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from agentmesh.celery.sweep import Tender
 from agentmesh.engine import Engine
 from agentmesh.journal import Journal
+from agentmesh.ports import Accepted, Dispatch, Refused, RunSpec
 from agentmesh.run import Client
 
 
@@ -14,6 +16,7 @@ class Site:
 
     Args:
         worker: the process's name in leases.
+        begin: begins a run; of an eager app, and sees it through.
         tender: None until this process works on steps.
     """
 
@@ -21,4 +24,6 @@ class Site:
     journal: Journal
     client: Client
     engine: Engine
+    dispatch: Dispatch
+    begin: Callable[[RunSpec], Awaitable[Accepted | Refused]]
     tender: Tender | None = None

@@ -13,6 +13,7 @@ from agentmesh.celery.loop import drive, greened
 from agentmesh.celery.sweep import Tender
 from agentmesh.crew import Crew
 from agentmesh.engine import Engine
+from agentmesh.event import Event
 
 log = logging.getLogger("agentmesh")
 
@@ -48,8 +49,8 @@ class Home(Protocol):
 
     def begin_for_canvas(
         self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
-    ) -> None:
-        """Begin a run that a canvas waits for."""
+    ) -> Sequence[Event]:
+        """Begin a run that a canvas waits for; of an eager app, its events to the end."""
         ...
 
     def begin_scheduled(self, name: str, now: datetime) -> str:

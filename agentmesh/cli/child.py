@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal
 
@@ -17,10 +18,12 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import announce_ready, leave_with_parent
 from agentmesh.cli.exits import exit_code, say_error
 from agentmesh.config import Config
+from agentmesh.crew import Crew
 from agentmesh.errors import MeshError
 from agentmesh.logs import Form, Logged, set_up
 from agentmesh.mesh import InProcess, Mesh
 from agentmesh.models.named import Models
+from agentmesh.queue import POOLS
 
 
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
@@ -44,7 +47,10 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     sights = [Logged(), *counting()]
     for crew in crews:
         mesh = Mesh(crew, config=config, models=models, worker=name, sights=sights)
-        workers.append(mesh.worker(queues=spec["queues"], concurrency=spec["concurrency"]).start())
+        mesh.app.conf.worker_send_task_events = bool(spec.get("events"))
+        served = crew.queues_in("asyncio", spec["queues"])
+        if served:
+            workers.append(mesh.worker(queues=served, concurrency=spec["concurrency"]).start())
         if spec.get("beat") and mesh.crew.schedules:
             start_beat(mesh.app)
     if ready_fd is not None:
@@ -58,14 +64,15 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
 
 def spec_of(
     config: Config, *, crews: list[str], queues: list[str], concurrency: int, beat: bool = False,
-    log: Form | Literal[""] = "",
+    log: Form | Literal[""] = "", events: bool = False,
 ) -> list[str]:  # fmt: skip
-    """The command line that starts this worker."""
+    """The command line that starts a worker for the asyncio queues among these, or among all."""
     spec = {
         "crews": crews,
         "queues": queues,
         "concurrency": concurrency,
         "beat": beat,
+        "events": events,
         "config": config.model_dump(mode="json"),
     }
     if log:
@@ -73,14 +80,42 @@ def spec_of(
     return [sys.executable, "-m", "agentmesh.cli.child", json.dumps(spec)]
 
 
-if __name__ == "__main__":
+def specs_of(
+    config: Config, crews: Mapping[str, Crew], *, queues: Sequence[str] = (), concurrency: int = 0, processes: int = 1,
+    beat: bool = False, log: Form | Literal[""] = "", events: bool = False,
+) -> list[list[str]]:  # fmt: skip
+    """The command lines of the workers for these crews, by the paths of their files: one for each pool their queues name.
+
+    Args:
+        concurrency: of the asyncio workers; of the prefork worker where there is no other.
+        processes: how many asyncio workers.
+    """
+    found = [p for p in POOLS if any(crew.queues_in(p, queues) for crew in crews.values())]
+    argvs: list[list[str]] = []
+    for pool in found:
+        argv = spec_of(
+            config, crews=list(crews), queues=list(queues), beat=beat and not argvs, log=log, events=events,
+            concurrency=concurrency if pool == found[0] else 0,
+        )  # fmt: skip
+        if pool == "prefork":
+            argv[2] = "agentmesh.cli.pooled"
+        argvs += [argv] * (processes if pool == "asyncio" else 1)
+    return argvs
+
+
+def as_program(work: Callable[..., int]) -> int:
+    """Run a worker's `main` with the arguments of the command line; its exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("spec", type=json.loads)
     parser.add_argument("--worker-name", default="")
     parser.add_argument("--ready-fd", type=int)
     given = parser.parse_args()
     try:
-        sys.exit(main(given.spec, name=given.worker_name, ready_fd=given.ready_fd))
+        return work(given.spec, name=given.worker_name, ready_fd=given.ready_fd)
     except MeshError as error:
         say_error(error)
-        sys.exit(exit_code(error))
+        return exit_code(error)
+
+
+if __name__ == "__main__":
+    sys.exit(as_program(main))

@@ -91,6 +91,7 @@ def worker(
     beat: Annotated[
         bool, typer.Option("--beat", help="Begin what the crews' schedules say; any number may do so.")
     ] = False,
+    events: Annotated[bool, typer.Option("--events", help="Send task events, for Flower.")] = False,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
 ) -> None:
@@ -109,6 +110,7 @@ def worker(
             model=model,
             file=State.config,
             beat=beat,
+            events=events,
         )
     )
 

@@ -14,7 +14,7 @@ from agentmesh.boot import check_models, load_crew, place
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
-from agentmesh.cli.child import spec_of
+from agentmesh.cli.child import specs_of
 from agentmesh.cli.exits import DONE, FAILED, INTERRUPTED, WAITING, exit_code, say_error
 from agentmesh.cli.place import Place
 from agentmesh.cli.show import View, answer, make_view
@@ -83,7 +83,7 @@ def _see_through(run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_jso
     """A worker of our own under supervision, and the view, until the run ends or waits for a person."""
     quiet = sys.stderr.isatty() and not as_json
     supervisor = Supervisor(
-        [spec_of(config, crews=[path], queues=[], concurrency=0)], drain_s=2,
+        specs_of(config, {path: mesh.crew}), drain_s=2,
         on_death=giver_back(config, mesh.crew.broker_queues()), output=subprocess.DEVNULL if quiet else None,
     )  # fmt: skip
     supervisor.start()
@@ -171,7 +171,7 @@ def keep_worker(spec: dict[str, Any]) -> int:
         crew = load_crew(spec["crew"])
         mesh = Mesh(crew, config=config, models=Models())
         supervisor = Supervisor(
-            [spec_of(config, crews=[spec["crew"]], queues=[], concurrency=0)], drain_s=config.drain_s,
+            specs_of(config, {spec["crew"]: crew}), drain_s=config.drain_s,
             on_death=giver_back(config, crew.broker_queues()),
         )  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())

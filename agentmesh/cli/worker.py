@@ -14,7 +14,7 @@ from agentmesh.boot import COUNTS_IN, load_crew, metrics_page, open_journal, pla
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
-from agentmesh.cli.child import spec_of
+from agentmesh.cli.child import specs_of
 from agentmesh.cli.endpoint import Endpoint, Health, address
 from agentmesh.config import Config, load
 from agentmesh.errors import ConfigError, MeshError, ServiceDown
@@ -47,7 +47,7 @@ def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
     def _give_back(worker: str, code: int) -> None:
         _, journal, valkey = open_journal(config)
         try:
-            drive(journal.release(worker, crashed=code not in (0, STOPPED), queues=queues))
+            drive(journal.release(worker, crashed=code not in (0, STOPPED), queues=queues, below=True))
         finally:
             drive(journal.close())
             if valkey is not None:
@@ -58,27 +58,30 @@ def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
 
 def run_workers(
     crews: list[str], *, queues: list[str], concurrency: int, processes: int, broker: str, model: str, file: Path | None,
-    metrics: str = "", log: str = "", beat: bool = False,
+    metrics: str = "", log: str = "", beat: bool = False, events: bool = False,
 ) -> int:  # fmt: skip
     """Supervise until stopped."""
     form = _form(log)
     set_up(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
-    loaded = [load_crew(path) for path in crews]  # what is wrong with a file is said once, here
-    served = [q for crew in loaded for q in crew.broker_queues(queues)]
+    loaded = {path: load_crew(path) for path in crews}  # what is wrong with a file is said once, here
+    served = [q for crew in loaded.values() for q in crew.broker_queues(queues)]
     config, valkey = place(config)
     where = _where(config, valkey)
-    argv = spec_of(config, crews=crews, queues=queues, concurrency=concurrency, log=form, beat=beat)
+    argvs = specs_of(
+        config, loaded, queues=queues, concurrency=concurrency, processes=processes, log=form, beat=beat, events=events
+    )
     with ExitStack() as stack:
         if valkey is not None:
             stack.callback(valkey.leave)
         counts_in = stack.enter_context(_folder()) if metrics else ""
         supervisor = Supervisor(
-            [argv] * processes, on_death=giver_back(config, served), drain_s=config.drain_s + 2,
+            argvs, on_death=giver_back(config, served), drain_s=config.drain_s + 2,
             env={COUNTS_IN: counts_in} if metrics else {},
         )  # fmt: skip
         at = _serve(stack, metrics, config, supervisor, counts_in) if metrics else ""
-        print(f"crews {', '.join(c.name for c in loaded)} · queues {', '.join(served)} · {processes} × {concurrency or 'as declared'} "
+        hands = f"{processes} × {concurrency or 'as declared'}"
+        print(f"crews {', '.join(c.name for c in loaded.values())} · queues {', '.join(served)} · {hands} "
               f"· {where} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{at}", flush=True)  # fmt: skip
         return supervisor.run()
 

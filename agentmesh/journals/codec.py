@@ -163,9 +163,9 @@ class VerbJournal(ABC):
         args = {"worker": worker, "leases": [list(lease) for lease in leases], "ttl": self.ttl_ms}
         return (await self._call("renew", args))[1]
 
-    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = ()) -> int:
+    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = (), below: bool = False) -> int:
         """See ports.Journal."""
-        args = {"worker": worker, "crashed": int(crashed), "queues": list(queues)}
+        args = {"worker": worker, "crashed": int(crashed), "queues": list(queues), "below": int(below)}
         return int((await self._call("release", args))[0]["count"])
 
     async def commit(self, unit: str, *, fence: int, event: Event, version: int = 0, next: Next | None = None,

@@ -170,10 +170,12 @@ def renew(s: Store, a: Args) -> Reply:
 def release(s: Store, a: Args) -> Reply:
     """Everything the worker held becomes a queued entry at once; and what it may have taken from the broker is sent again."""
     units = s.t.smembers(f"wl:{a['worker']}")
+    if a.get("below"):
+        units += [unit for unit in s.t.zupto("leased", 1 << 52, 1 << 31) if is_below(s, unit, a["worker"])]
     for unit in units:
         _, run, key = split(unit)
         rec = s.rec(run, key)
-        if isinstance(rec, dict) and rec["st"] == "leased" and rec["w"] == a["worker"]:
+        if isinstance(rec, dict) and rec["st"] == "leased" and f"{rec['w']}/".startswith(f"{a['worker']}/"):
             if a.get("crashed"):
                 died(s, unit, run, key, rec, len(units), seen=True)
             else:
@@ -181,6 +183,13 @@ def release(s: Store, a: Args) -> Reply:
     for queue in a.get("queues", ()):
         s.t.hset("qsnap", queue, f"{s.t.hget('qmax', queue) or 0} {s.now}")
     return {"ok": 1, "count": len(units)}, NOTHING
+
+
+def is_below(s: Store, unit: str, worker: str) -> bool:
+    """Whether a process of this worker's pool holds the unit: such a one is named `WORKER/PID`."""
+    _, run, key = split(unit)
+    rec = s.rec(run, key)
+    return isinstance(rec, dict) and rec.get("w", "").startswith(f"{worker}/")
 
 
 def same_fence(rec: Rec, fence: int) -> bool:

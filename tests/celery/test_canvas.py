@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, chord, group
+from celery.exceptions import ChordError
 
-from agentmesh import Agent, ConfigError, Context, Crew
+from agentmesh import Agent, ConfigError, Context, Crew, tool
 from agentmesh.celery.embedded import EmbeddedWorker
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says
@@ -29,15 +30,33 @@ class Failing(Agent):
         raise ValueError(f"not {task}")
 
 
+@tool(approve=True)
+def refund(order: int) -> str:
+    """Refunds.
+
+    Args:
+        order: its number.
+    """
+    return f"refunded {order}"
+
+
+class Desk(Agent):
+    """Waits for a yes."""
+
+    def flow(self, task: str, ctx: Context) -> str:
+        return ctx.do(refund.on(7))
+
+
 class Scene:
-    def __init__(self, valkey: Any) -> None:
+    def __init__(self, valkey: Any, **conf: Any) -> None:
         self.app = Celery("theirs", broker=valkey.broker_url, backend=valkey.broker_url, set_as_current=False)
+        self.app.conf.update(conf)
         self.app.conf.task_default_queue = "theirs"
         self.conf = _settings(self.app)
         self.join = self.app.task(_join, name="theirs.join", shared=False)
         self.shout = self.app.task(_shout, name="theirs.shout", shared=False)
         model = ScriptedModel(lambda p: says(f"<{p.messages[-1].text}>"))
-        self.mesh = Mesh(Crew(Echo(), Failing(), name="inside", model=model), app=self.app, journal=valkey.url)
+        self.mesh = Mesh(Crew(Echo(), Failing(), Desk(), name="inside", model=model), app=self.app, journal=valkey.url)
 
 
 def _settings(app: Celery) -> dict[str, Any]:
@@ -55,8 +74,8 @@ def _shout(word: str) -> str:
 
 
 @pytest.fixture
-def scene(valkey: Any) -> Iterator[Scene]:
-    it = Scene(valkey)
+def scene(valkey: Any, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    it = Scene(valkey, **getattr(request, "param", {}))
     theirs = EmbeddedWorker(it.app, queues=["theirs"])
     with it.mesh.worker():
         theirs.start()
@@ -110,3 +129,27 @@ def test_two_meshes_on_one_app_do_not_take_each_others_runs(scene: Scene, valkey
 def test_a_broker_that_cannot_hold_the_journal() -> None:
     with pytest.raises(ConfigError, match="cannot hold the journal"):
         Mesh(Crew(Echo(), name="x"), broker="amqp://localhost")
+
+
+@pytest.mark.parametrize("scene", [{"result_chord_expires": 1}], indirect=True)
+def test_a_chord_that_was_forgotten_meanwhile_fails(scene: Any, valkey: Any, eventually: Any) -> None:
+    """Before, its body never came."""
+    said: list[str] = []
+
+    def note(request: Any, error: Any, traceback: Any) -> None:
+        said.append(str(error))
+
+    body = scene.join.s().on_error(scene.app.task(note, name="theirs.note", shared=False).s())
+    backend, s = scene.app.backend, scene.mesh.s
+    joined = chord([s(Desk(), "x"), s(Echo(), "a")])(body)
+    waiting, other = joined.parent.results
+    assert other.get(timeout=15) == "<a>"
+    size = backend.get_key_for_group(joined.parent.id, ".s")
+    eventually(lambda: not backend.client.exists(size))
+    run = scene.mesh.get(waiting.id)
+    run.approve(run.waiting_for[0], by="ana")
+    with pytest.raises(ChordError, match="Celery forgets a chord 1 s after"):
+        joined.get(timeout=15)
+    eventually(lambda: backend.client.hget(f"agentmesh:st:{waiting.id}", "f") == b"E0")
+    assert len(said) == 1
+    assert "result_chord_expires" in said[0]

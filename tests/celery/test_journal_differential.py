@@ -120,7 +120,7 @@ class Scramble:
         rng = self.rng
         args: dict[str, Any] = {
             "unit": rng.choice(units),
-            "worker": rng.choice("vw"),
+            "worker": rng.choice(["v", "w", "v/1", "w/2"]),
             "token": rng.choice("tu"),
             "ttl": 3_000,
         }
@@ -233,6 +233,7 @@ class Scramble:
         return {
             "worker": self.rng.choice("vw"),
             "crashed": self.rng.randint(0, 1),
+            "below": self.rng.randint(0, 1),
             "queues": self.rng.choice([[], ["p", "q", "q.suspects"]]),
         }
 

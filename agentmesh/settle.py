@@ -1,0 +1,100 @@
+"""Runs carried forward in this process without servers: the real engine over the memory journal, until nothing moves.
+
+Time is the journal's own and skips ahead to the next timer; nothing waits.
+"""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from agentmesh.crew import Crew
+from agentmesh.doing import Doing
+from agentmesh.engine import Engine
+from agentmesh.event import Event
+from agentmesh.journals.memory import MemoryJournal
+from agentmesh.ports import Accepted, GatherPlan, Member, Refused, RunSpec, Sent, Wire
+from agentmesh.replay import History
+
+
+class PlainDispatch:
+    """Messages that say only what they are for; one queue."""
+
+    def steps(self, run_id: str, members: Sequence[Member], gather: GatherPlan | None, queue: str) -> list[Wire]:
+        """See ports.Dispatch."""
+        return [
+            self._wire(f"a|{run_id}/{m.n}" if m.kind == "Delegate" else f"s|{run_id}|{m.n}|{m.kind}") for m in members
+        ]
+
+    def advance(self, run_id: str, agent: str, queue: str) -> Wire:
+        """See ports.Dispatch."""
+        return self._wire(f"a|{run_id}")
+
+    def finish(self, run_id: str, agent: str, queue: str) -> Wire:
+        """See ports.Dispatch."""
+        return self._wire(f"f|{run_id}")
+
+    def _wire(self, unit: str) -> Wire:
+        return Wire("plain", f"{unit}#", "")
+
+
+class Settling:
+    """A journal, the messages it sends, and the engines that work them off.
+
+    Args:
+        workers: how many engines share the work, each with a cache of its own.
+        ended: is told of each run that ends.
+    """
+
+    def __init__(
+        self, crew: Crew, doer: Doing, *, start_ms: int, workers: int = 1,
+        ended: Callable[[History, Event], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.crew, self.now_ms = crew, start_ms
+        self.dispatch = PlainDispatch()
+        self.messages: deque[str] = deque()
+        self.hold_messages = False  # True: nothing is worked off until it is False again
+        self.journal = MemoryJournal(clock=lambda: self.now_ms, send=self._sent)
+        self.engines = [
+            Engine(
+                crew=crew, journal=self.journal, dispatch=self.dispatch, doer=doer, worker=f"w{i}", ended=ended
+            )
+            for i in range(workers)
+        ]  # fmt: skip
+        self._turn = itertools.cycle(self.engines)
+
+    async def begin(self, spec: RunSpec) -> Accepted | Refused:
+        """Begin a run and go on until it ends or waits for somebody."""
+        answer = await self.engines[0].begin(spec)
+        if not isinstance(answer, Refused):
+            await self.settle()
+        return answer
+
+    async def settle(self) -> None:
+        """Work off every message; then let time skip to the next timer, until nothing is left to happen."""
+        while not self.hold_messages:
+            while self.messages:
+                await self.pump_once()
+            due = self.journal.tables.zsets["due"]
+            cancelled = self.journal.tables.sets["cancelled"]
+            if not due and not cancelled:
+                return
+            if due and not cancelled:
+                self.now_ms = max(self.now_ms, min(due.values()))
+            if not await self.journal.sweep("sweeper"):
+                self.now_ms += 1_000  # another sweeper's turn, or a lease that must run out first
+
+    async def pump_once(self) -> None:
+        """Work off the messages that are there now, side by side."""
+        await asyncio.gather(*[self._work(self.messages.popleft()) for _ in range(len(self.messages))])
+
+    async def _work(self, unit: str) -> None:
+        letter, run_id, *rest = unit.split("|")
+        engine = next(self._turn)
+        if letter == "s":
+            await engine.step(run_id, int(rest[0]), rest[1], self.crew.queue)
+        elif letter == "a":
+            await engine.advance(run_id)
+
+    def _sent(self, sent: Sent) -> None:
+        self.messages.append(sent.body.partition("#")[0])
