@@ -4,14 +4,17 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from agentmesh.event import Event
-from agentmesh.ports import Accepted, Claimed, Counts, Held, Next, Refused, RunHead, RunSpec, Token
+from agentmesh.ports import Accepted, Carried, Claimed, Counts, Held, Next, Refused, RunHead, RunSpec, Token
 
 
 class Journal(Protocol):
     """The events of runs, with entries, leases and timers. The verbs are atomic and repeatable (docs/architecture.md)."""
 
-    async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused:
-        """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused."""
+    async def begin(self, spec: RunSpec, next: Next, carried: Sequence[Carried] = ()) -> Accepted | Refused:
+        """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused.
+
+        A retry begins with what is `carried` of the run before it: first its own, then its sub-agents'.
+        """
         ...
 
     async def claim(

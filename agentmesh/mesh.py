@@ -192,7 +192,7 @@ class Mesh:
         engine = Engine(
             crew=self.crew, journal=journal, dispatch=self.dispatch, doer=watched, worker=name, ended=watched.ended
         )
-        return Site(name, journal, Client(crew=self.crew, journal=journal, drive=drive), engine)
+        return Site(name, journal, Client(crew=self.crew, journal=journal, drive=drive, dispatch=self.dispatch), engine)
 
     @property
     def journal(self) -> Journal:

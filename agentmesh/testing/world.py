@@ -69,7 +69,9 @@ class FakeMesh:
             for i in range(workers)
         ]
         self._turn = itertools.cycle(self.engines)
-        self.client = Client(crew=self.crew, journal=self.journal, drive=self._drive, moved=self.settle)
+        self.client = Client(
+            crew=self.crew, journal=self.journal, drive=self._drive, moved=self.settle, dispatch=PlainDispatch()
+        )
 
     def start(
         self,

@@ -167,6 +167,10 @@ class Scramble:
         """Nothing, an end, a lone step or a gather."""
         rng, kind = self.rng, self.rng.choice(["", "lone", "lone", "gather", "gather", "gather"])
         kind = "end" if rng.random() < 0.04 else kind
+        marks = self.tables.hashes[f"st:{run}"].items()
+        carried = [int(k) for k, mark in marks if k.isdigit() and (mark == "E0" or str(mark)[:2] == "D:")]
+        if carried and "~" in run and rng.random() < 0.5:  # a retry opens a gather again, around what it was given
+            return self.wide(run, max(1, min(carried) - rng.randint(0, 1)), rng.randint(1, 12))
         first = 1 + max((int(k) for k in self.tables.hashes[f"st:{run}"] if k.isdigit()), default=0)
         if kind == "end":
             n = int(run.rpartition("/")[2]) if "/" in run else 0
@@ -176,10 +180,15 @@ class Scramble:
             return {"plans": [self.planned(run, first, ended=False)]}
         if not kind:
             return {}
-        k = rng.randint(1, 12)
+        return self.wide(run, first, rng.randint(1, 12))
+
+    def wide(self, run: str, first: int, k: int) -> dict[str, Any]:
+        """A gather of k; of what the journal has already, a replay would plan nothing."""
+        rng, known = self.rng, self.tables.hashes[f"st:{run}"]
         gather = {"first": first, "last": first + k - 1, "need": rng.randint(1, k), "everyone": rng.randint(0, 1)}
         gather |= {"deadline": rng.choice([0, 0, 1_500]), "window": rng.choice([0, 0, 1, 3])}
-        return {"plans": [self.planned(run, first + i) for i in range(k)], "gather": gather}
+        new = [n for n in range(first, first + k) if str(known.get(str(n)))[:1] != "E" or rng.random() < 0.2]
+        return {"plans": [self.planned(run, n) for n in new], "gather": gather}
 
     def planned(self, run: str, n: int, *, ended: bool = True) -> dict[str, Any]:
         rng = self.rng
@@ -196,7 +205,9 @@ class Scramble:
         else:
             out["wire"] = wire(f"s|{run}|{n}", rng.choice("pq"))
         if state == "queued" and rng.random() < 0.4:
-            out |= rng.choice([{"once": 1}, {"once": 1, "rec": 1}])
+            out |= rng.choice([{"once": 1}, {"once": 1, "rec": 1}, {"once": 1, "digest": "d"}])
+        if state == "held" and rng.random() < 0.4:
+            out |= {"once": 1, "digest": "d"}
         return out | {
             "held": {"held": "approve"},
             "due": {"due": 1_200},
@@ -207,7 +218,7 @@ class Scramble:
         return {"crew": "c", "version": "", "agent": "A", "wire": wire(f"a|{run}", "q")}
 
     def begin(self) -> dict[str, Any]:
-        rng, run = self.rng, self.rng.choice(["r0", "r1", "r2"])
+        rng, run = self.rng, self.rng.choice(["r0", "r1", "r2", "r0~2", "r1~2"])
         spec = (
             self.spec(run)
             | rng.choice([{}, {"finish": wire(f"f|{run}", "p")}])
@@ -220,7 +231,23 @@ class Scramble:
             "started": '{"e":"RunStarted"}',
             "digest": rng.choice("ddd2"),
             "next": self.next(run),
-        }
+        } | ({"next": {}, "carried": self.carried(run)} if "~" in run else {})
+
+    def carried(self, run: str) -> list[dict[str, Any]]:
+        """Of a run before this one and its sub-agents, some of which the new one will find to be begun otherwise."""
+        rng, old = self.rng, run.partition("~")[0]
+        below = sorted(k[3:] for k in self.tables.lists if k.startswith(f"ev:{old}/") and self.tables.lists[k])
+        out = []
+        for was in [old, *below]:
+            ns = sorted(int(k) for k in self.tables.hashes[f"st:{was}"] if k.isdigit())
+            kept = [n for n in ns if rng.random() < 0.5]
+            text = rng.choice(['{"e":"RunStarted"}', '{"e":"RunStarted"}', '{"e":"RunStarted","é":1}'])
+            events = [{"at": self.now - 70, "event": text}] + [
+                {"at": self.now - 60, "event": f'{{"n":{n}}}'} for n in kept
+            ]
+            cut = [[n, rng.choice("dde")] for n in ns if n not in kept]
+            out.append({"from": was, "run": run + was[len(old) :], "events": events, "kept": kept, "cut": cut})
+        return out
 
     def renew(self) -> dict[str, Any]:
         return {
