@@ -12,7 +12,19 @@ from typing import Any
 
 from agentmesh.event import Approved, RunCancelled, RunDone, RunStarted, StepDone, StepPlanned, StepRetried
 from agentmesh.journal import Journal
-from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec, Sent, Wire, advance_unit, step_unit
+from agentmesh.ports import (
+    Accepted,
+    Carried,
+    Claimed,
+    Next,
+    Plan,
+    Refused,
+    RunSpec,
+    Sent,
+    Wire,
+    advance_unit,
+    step_unit,
+)
 
 Make = Callable[[Callable[[], int], Callable[[Sent], None]], Journal]
 TTL_MS = 10_000  # the journal's `ttl_ms`: its default
@@ -187,6 +199,24 @@ async def a_lost_message_is_sent_again(make: Make) -> None:
     await w.journal.close()
 
 
+async def a_retry_begins_with_what_is_carried(make: Make) -> None:
+    """Facts keep their times, what has ended is not planned again, and the same retry again is the run that is there."""
+    w = _World(make)
+    await w.begun()
+    c = await w.claimed()
+    await w.done(c.fence, c.version)
+    facts = (await w.journal.events("r"))[:-1]
+    w.now_ms += 60_000
+    spec = RunSpec("r~2", "c", "", "A", "t", wire=Wire("q", f"{advance_unit('r~2')}#", ""))
+    answers = [await w.journal.begin(spec, Next(), [Carried("r", "r~2", facts, [1], {})]) for _ in range(2)]
+    assert [isinstance(a, Accepted) and a.again for a in answers] == [False, True]
+    assert [(e, e.at_ms) for e in await w.journal.events("r~2")] == [(e, e.at_ms) for e in facts]
+    claimed = await w.journal.claim(advance_unit("r~2"), token="t2", **WHO)
+    assert isinstance(claimed, Claimed)
+    assert isinstance(await w.journal.claim(step_unit("r~2", 1), token="t3", **WHO), Refused)
+    await w.journal.close()
+
+
 JOURNAL_PROMISES: tuple[Callable[[Make], Awaitable[None]], ...] = (
     begin_is_repeatable,
     a_claim_excludes_others_and_answers_its_own_token_alike,
@@ -197,4 +227,5 @@ JOURNAL_PROMISES: tuple[Callable[[Make], Awaitable[None]], ...] = (
     a_held_step_waits_for_its_person,
     a_cancelled_run_takes_nothing_more,
     a_lost_message_is_sent_again,
+    a_retry_begins_with_what_is_carried,
 )
