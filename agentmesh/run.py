@@ -78,10 +78,11 @@ class Client:
         """
         answer = await self.journal.tell(run_id, event)
         if isinstance(answer, Refused):
-            n = getattr(event, "n", None)
+            n, root = getattr(event, "n", None), run_id.partition("/")[0]
             said = {
                 "unknown": f"there is no run {run_id!r}; `agentmesh runs ls` lists them",
-                "ended": f"run {run_id} has ended ({answer.detail})",
+                "ended": f"run {run_id} has ended ({answer.detail})"
+                + (f"; to do its failed steps again: agentmesh runs retry {root}" if answer.detail != "done" else ""),
                 "not_waiting": f"step {n} of run {run_id} does not wait for this{f' ({answer.detail})' if answer.detail else ''}",
             }
             raise RunError(said.get(answer.why, answer.why), run_id=run_id)
