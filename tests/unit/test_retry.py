@@ -163,6 +163,23 @@ def test_a_quorum_that_was_missed() -> None:
     assert DONE["a"] == 1
 
 
+def test_a_quorum_that_was_met_stays_met() -> None:
+    wrong = [True]
+
+    class Quorum(Agent[list[str]]):
+        def flow(self, task: str, ctx: Context) -> list[str]:
+            got = ctx.gather([work.on(x) for x in "abc"], need=2)
+            if wrong:
+                raise ValueError("a bug")
+            return got
+
+    BROKEN.add("a")
+    run = FakeMesh(Quorum()).start("x")
+    wrong.clear()
+    assert run.retry().result() == ["B", "C"]
+    assert DONE == {"a": 1, "b": 1, "c": 1}
+
+
 class Leaf(Agent[str]):
     part: str = ""
 
@@ -243,7 +260,7 @@ def test_llm_turns_are_not_paid_again_and_are_counted_from_zero() -> None:
     assert [h.turns for h in heads] == [2, 0]
 
 
-def cut_off(flow_tool: Any) -> tuple[FakeMesh, Run[Any]]:
+def cut_off(flow_tool: Any, *, died: bool = False) -> tuple[FakeMesh, Run[Any]]:
     """A run that was cancelled while its only step was in a worker's hand."""
 
     class Once(Agent[str]):
@@ -257,20 +274,23 @@ def cut_off(flow_tool: Any) -> tuple[FakeMesh, Run[Any]]:
         "s|r|1", worker="w", token="t", version=0, crew=mesh.crew.name, crew_version=""
     ))  # fmt: skip
     assert isinstance(claimed, Claimed)
+    if died:
+        asyncio.run(mesh.journal.release("w", crashed=True))
     run.cancel()
     mesh.hold_messages = False
     return mesh, run
 
 
+@pytest.mark.parametrize("died", [False, True])
 @pytest.mark.parametrize("later", [0, 60_000])
-def test_an_at_most_once_step_that_was_cut_off_is_held_in_doubt(later: int) -> None:
+def test_an_at_most_once_step_that_was_cut_off_is_held_in_doubt(later: int, died: bool) -> None:
     @tool(delivery="at_most_once")
     def pay(amount: int) -> str:
         """Pays."""
         DONE["pay"] += 1
         return f"paid {amount}"
 
-    mesh, run = cut_off(pay)
+    mesh, run = cut_off(pay, died=died)
     mesh.now_ms += later
     asyncio.run(mesh.journal.sweep("s"))  # later, its lease has run out
     again = run.retry()
