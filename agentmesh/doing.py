@@ -20,7 +20,7 @@ from agentmesh.errors import (
     error_to_json,
 )
 from agentmesh.event import Event, StepDone, StepFailed, StepInDoubt, StepRetried
-from agentmesh.ports import Answer, Model, Prompt, RetryLater
+from agentmesh.ports import Answer, Model, Prompt, RetryLater, original
 from agentmesh.schema import canonical, to_json
 from agentmesh.step import INSIDE, Ask, Call, Step, ToolContext
 from agentmesh.tool import NotDone, Unknown
@@ -47,8 +47,8 @@ class Attempt:
 
     @property
     def key(self) -> str:
-        """The step's key, the same in every attempt."""
-        return f"{self.run_id}/{self.n}"
+        """The step's key, the same in every attempt, those of the run's retries included."""
+        return f"{original(self.run_id)}/{self.n}"
 
 
 class Doing(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from agentmesh.event import Event
-from agentmesh.ports import Accepted, Claimed, Counts, Held, Next, Refused, RunHead, RunSpec, Token
+from agentmesh.ports import Accepted, Carried, Claimed, Counts, Held, Next, Refused, RunHead, RunSpec, Token
 
 
 class Journal(Protocol):
@@ -15,8 +15,11 @@ class Journal(Protocol):
         """Another number once the store may have come back without what it had: nothing read before counts any more."""
         ...
 
-    async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused:
-        """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused."""
+    async def begin(self, spec: RunSpec, next: Next, carried: Sequence[Carried] = ()) -> Accepted | Refused:
+        """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused.
+
+        A retry begins with what is `carried` of the run before it: first its own, then its sub-agents'.
+        """
         ...
 
     async def claim(

@@ -198,7 +198,7 @@ class Mesh:
         engine = Engine(
             crew=self.crew, journal=journal, dispatch=self.dispatch, doer=watched, worker=name, ended=watched.ended
         )
-        client = Client(crew=self.crew, journal=journal, drive=drive)
+        client = Client(crew=self.crew, journal=journal, drive=drive, dispatch=self.dispatch)
         return Site(name, journal, client, engine, self.dispatch, engine.begin)
 
     @property

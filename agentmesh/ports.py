@@ -87,6 +87,12 @@ def finish_unit(run_id: str) -> str:
     return f"f|{run_id}"
 
 
+def original(run_id: str) -> str:
+    """The run's id, or of a retry (`tea-7~2`) and of what is below it that of the first attempt."""
+    root, below, rest = run_id.partition("/")
+    return root.partition("~")[0] + below + rest
+
+
 @dataclass(frozen=True, slots=True)
 class Wire:
     """A rendered message: the broker's list and the text around a delivery tag that the store fills in."""
@@ -210,6 +216,23 @@ class Next:
     gather: GatherPlan | None = None
     end: Event | None = None
     up: Event | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What run `new` begins with of an ended run's journal.
+
+    Args:
+        events: with their old times; the first is the new run's RunStarted.
+        kept: steps that need no planning.
+        cut: calls without an end and their digests: at most once and begun, such a one is in doubt.
+    """
+
+    old: str
+    new: str
+    events: Sequence[Event]
+    kept: Sequence[int]
+    cut: Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from agentmesh.event import RunCancelled as Cancelled
 from agentmesh.event import RunFailed as Failed
 from agentmesh.journal import Journal
 from agentmesh.message import Message
-from agentmesh.ports import Refused, RunHead, Token
+from agentmesh.ports import Dispatch, Refused, RunHead, Token
 from agentmesh.replay import History, replay
+from agentmesh.retrying import retry
 from agentmesh.schema import from_json
 
 Out = TypeVar("Out")
@@ -56,13 +57,14 @@ class Client:
         crew: None where only its journal is at hand; values then stay plain JSON.
         drive: runs a coroutine to its end from plain code.
         moved: called after a word was told; a mesh without workers goes on here.
+        dispatch: renders the messages of a retry; None where no crew is at hand.
     """
 
     def __init__(
         self, *, crew: Crew | None, journal: Journal, drive: Callable[[Coroutine[Any, Any, Any]], Any],
-        moved: Callable[[], Awaitable[None]] | None = None,
+        moved: Callable[[], Awaitable[None]] | None = None, dispatch: Dispatch | None = None,
     ) -> None:  # fmt: skip
-        self.crew, self.journal, self._drive, self._moved = crew, journal, drive, moved
+        self.crew, self.journal, self._drive, self._moved, self._dispatch = crew, journal, drive, moved, dispatch
 
     @property
     def settled(self) -> bool:
@@ -81,10 +83,11 @@ class Client:
         """
         answer = await self.journal.tell(run_id, event)
         if isinstance(answer, Refused):
-            n = getattr(event, "n", None)
+            n, root = getattr(event, "n", None), run_id.partition("/")[0]
             said = {
                 "unknown": f"there is no run {run_id!r}; `agentmesh runs ls` lists them",
-                "ended": f"run {run_id} has ended ({answer.detail})",
+                "ended": f"run {run_id} has ended ({answer.detail})"
+                + (f"; to do its failed steps again: agentmesh runs retry {root}" if answer.detail != "done" else ""),
                 "run": f"run {run_id} is held as a whole ({answer.detail}), and only `retry` can be said of it: "
                 f"`agentmesh runs resolve {run_id} 0 retry`, or `agentmesh runs cancel {run_id}`",
                 "not_waiting": f"step {n} of run {run_id} does not wait for this{f' ({answer.detail})' if answer.detail else ''}",
@@ -92,6 +95,21 @@ class Client:
             raise RunError(said.get(answer.why, answer.why), run_id=run_id)
         if self._moved is not None:
             await self._moved()
+
+    async def retry(self, run_id: str) -> str:
+        """Begin the run again with what it has done; answers the new run's id.
+
+        Raises:
+            RunError: it is not a run that can be retried, or its crew's code is not at hand.
+        """
+        if self.crew is None or self._dispatch is None:
+            raise RunError(
+                f"a retry of run {run_id} needs its crew's code: agentmesh runs retry {run_id}", run_id=run_id
+            )
+        new = await retry(run_id, crew=self.crew, dispatch=self._dispatch, journal=self.journal)
+        if self._moved is not None:
+            await self._moved()
+        return new
 
 
 class Run(Generic[Out]):
@@ -257,6 +275,16 @@ class Run(Generic[Out]):
     def cancel(self, *, by: str = "") -> None:
         """End the run and everything below it; what is running stops at its next token or renewal."""
         self._client.drive(self._client.tell(self.id, Cancelled(by=by)))
+
+    def retry(self) -> "Run[Out]":
+        """Do an ended run's last, failed steps again, in a run `ID~2` (then `~3`) that begins with all that was done.
+
+        Nothing that ended well is done or paid again, sub-agents' steps included; limits are counted from zero.
+
+        Raises:
+            RunError: the run is open or done, or a sub-agent's.
+        """
+        return Run(self._client.drive(self._client.retry(self.id)), self._client)
 
 
 def ended_badly(run_id: str, end: Failed) -> RunError:

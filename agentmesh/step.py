@@ -211,7 +211,7 @@ class ToolContext:
     """What a tool may ask for: annotate a parameter with it and it is given, hidden from the model.
 
     Args:
-        key: `run_id/n`, the same in every attempt: an idempotency key for the outside world.
+        key: `run_id/n`, the same in every attempt and in every retry of the run: an idempotency key for the outside world.
         attempt: 1 for the first.
         deps: the crew's `deps`.
     """

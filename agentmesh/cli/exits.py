@@ -2,7 +2,7 @@
 
 import typer
 
-from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshError, RunError
+from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshError, RunCancelled, RunError, RunFailed
 
 DONE, FAILED, WRONG_USE, WAITING, SURROUNDINGS, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -20,7 +20,10 @@ def say_error(error: MeshError) -> None:
     """`error:` what happened, `help:` what to do."""
     happened, _, mend = error.message.partition("; ")
     typer.echo(f"error: {happened}", err=True)
-    if isinstance(error, LimitReached):
-        mend = mend or f"agentmesh runs resume {error.run_id} --limit {error.limit}=…"
+    if isinstance(error, RunFailed | RunCancelled | LimitReached) and error.run_id:
+        again = f"agentmesh runs retry {error.run_id.partition('/')[0]}"
+        happened, mend = (
+            (happened, f"{mend}, then: {again}") if isinstance(error, LimitReached) else (error.message, again)
+        )
     if mend:
         typer.echo(f"help: {mend}", err=True)

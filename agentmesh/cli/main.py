@@ -207,6 +207,20 @@ def runs_resume(
     )
 
 
+@runs.command("retry")
+def runs_retry(
+    id: RunId,
+    crew: Annotated[str, typer.Argument(help="The crew file; the one the run was begun from when left out.")] = "",
+    broker: Broker = "",
+    model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
+    json: Json = False,
+) -> None:
+    """Do an ended run's failed steps again, in a run ID~2 that begins with all the others."""
+    from agentmesh.cli.run import retry_run
+
+    raise typer.Exit(retry_run(id, crew=crew, broker=broker, model=model, as_json=json, file=State.config))
+
+
 @models.command("pull")
 def models_pull(
     name: Annotated[str, typer.Argument(help="smollm2, or a name of the hub such as Qwen/Qwen3-0.6B.")],

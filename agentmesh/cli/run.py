@@ -1,4 +1,4 @@
-"""`agentmesh run` and `agentmesh runs resume`: a supervised worker, the run, and a view of it until it ends."""
+"""`agentmesh run`, `agentmesh runs resume` and `runs retry`: a supervised worker, the run, and a view of it until it ends."""
 
 import asyncio
 import json
@@ -60,13 +60,8 @@ def resume_run(
     """Go on with a run: with the crew file it was begun from, unless another is named."""
     found = Place.open(broker=broker, model=model, file=file)
     try:
-        events = drive(found.journal.events(run_id.partition("/")[0]))
         run = found.run(run_id)
-        path = crew or getattr(events[0], "origin", "")
-        if not path:
-            raise DefinitionError(
-                f"run {run_id} was not begun from a crew file; name one: agentmesh runs resume {run_id} crew.py"
-            )
+        path = crew or _crew_file(found, run_id, "resume")
         loaded = load_crew(path)
         if limits:
             run.raise_limits(_limits(limits))
@@ -77,6 +72,33 @@ def resume_run(
         return _see_through(mesh.get(run_id), mesh, path, found.config, as_json=as_json)
     finally:
         found.close()
+
+
+def retry_run(run_id: str, *, crew: str, broker: str, model: str, as_json: bool, file: Path | None) -> int:
+    """Do the failed steps of an ended run again, in a run that begins with the others, and see it to its end."""
+    found = Place.open(broker=broker, model=model, file=file)
+    try:
+        found.run(run_id)
+        path = crew or _crew_file(found, run_id, "retry")
+        loaded = load_crew(path)
+        check_models(loaded, found.config)
+        mesh = Mesh(loaded, config=found.config, models=Models())
+        run = mesh.get(run_id).retry()
+        print(f"{run_id} goes on as {run.id}", file=sys.stderr)
+        return _see_through(run, mesh, path, found.config, as_json=as_json)
+    finally:
+        found.close()
+
+
+def _crew_file(found: Place, run_id: str, verb: str) -> str:
+    """The file that the run was begun from."""
+    started = drive(found.journal.events(run_id.partition("/")[0]))[0]
+    path = getattr(started, "origin", "")
+    if not path:
+        raise DefinitionError(
+            f"run {run_id} was not begun from a crew file; name one: agentmesh runs {verb} {run_id} crew.py"
+        )
+    return str(path)
 
 
 def _see_through(run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool) -> int:
@@ -151,6 +173,8 @@ def _say_waiting(run: Run[Any]) -> int:
                 f"  agentmesh runs approve {item.run_id} {item.n}   or   agentmesh runs deny {item.run_id} {item.n}",
                 file=sys.stderr,
             )
+        elif item.why in ("in_doubt", "quarantined"):
+            print(f"  agentmesh runs resolve {item.run_id} {item.n} done|failed|retry", file=sys.stderr)
     print(f"then: agentmesh runs resume {run.id.partition('/')[0]}", file=sys.stderr)
     return WAITING
 

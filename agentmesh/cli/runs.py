@@ -110,7 +110,10 @@ def _reason(item: Approval) -> str:
     if kind == "quarantined":
         where = f"{item.run_id} {item.n}"
         return f"a decision: it ended its worker again and again: agentmesh runs resolve {where} retry|failed|done"
-    said = {"approve": "a person's yes", "in_doubt": "a decision: it was cut off and may have happened"}
+    if kind == "in_doubt":
+        where = f"{item.run_id} {item.n}"
+        return f"a decision: it was cut off and may have happened: agentmesh runs resolve {where} done|failed|retry"
+    said = {"approve": "a person's yes"}
     if kind == "version":
         crew, _, version = rest.partition(" ")
         return f"no worker of crew {crew!r}" + (f" version {version!r}" if version else "")

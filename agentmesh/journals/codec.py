@@ -22,7 +22,7 @@ from agentmesh.event import (
     StepRevived,
     event_from_json,
 )
-from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec
+from agentmesh.ports import Accepted, Carried, Claimed, Next, Plan, Refused, RunSpec
 from agentmesh.schema import digest, dumps, loads
 
 TTL_MS = 10_000
@@ -109,10 +109,22 @@ def plan_of(p: Plan) -> dict[str, Any]:
     if p.end:
         out["end"] = text_of(p.end)
     if p.once:
-        out["once"] = 1
+        out |= {"once": 1, "digest": planned.digest}
     if p.reconcile:
         out["rec"] = 1
     return out
+
+
+def carried_of(c: Carried) -> dict[str, Any]:
+    """A run's share of a retry."""
+    events = [{"at": e.at_ms, "event": text_of(e)} for e in c.events]
+    return {
+        "from": c.old,
+        "run": c.new,
+        "events": events,
+        "kept": list(c.kept),
+        "cut": [[n, d] for n, d in c.cut.items()],
+    }
 
 
 class VerbJournal(ABC):
@@ -135,10 +147,13 @@ class VerbJournal(ABC):
     async def _call(self, verb: str, args: dict[str, Any]) -> Reply:
         """Do the verb; its header and its texts."""
 
-    async def begin(self, spec: RunSpec, next: Next) -> Accepted | Refused:
+    async def begin(self, spec: RunSpec, next: Next, carried: Sequence[Carried] = ()) -> Accepted | Refused:
         """See ports.Journal."""
-        args = {"run": spec.id, "spec": head_of(spec), "started": text_of(run_started(spec)),
+        started = carried[0].events[0] if carried else run_started(spec)
+        args: dict[str, Any] = {"run": spec.id, "spec": head_of(spec), "started": text_of(started),
                 "digest": spec_digest(spec), "next": next_of(next)}  # fmt: skip
+        if carried:
+            args |= {"carried": [carried_of(c) for c in carried]}
         return _accepted(await self._call("begin", args))
 
     async def claim(

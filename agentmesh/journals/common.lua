@@ -152,8 +152,10 @@ local function advance(run)
   hset('wires', unit, hget('run:' .. run, 'wire'))
   enqueue(unit, run, 'a', { st = 'new', f = 0, a = 0 })
 end
+local function unsure(r) return r.once and (r.st == 'leased' or r.lost == 1 or r.why == 'in_doubt') end
 local function drop(unit, run, key, r, mark)
   leave(unit, r)
+  if mark == 'E0' and unsure(r) then mark = 'D' end
   redis.call('HDEL', P .. 'wires', unit)
   hset('st:' .. run, key, mark)
 end
@@ -260,32 +262,41 @@ local function start(run, spec, text, digest)
     hset('run:' .. run, name, type(value) == 'number' and (value == math.floor(value) and int(value) or tostring(value)) or value)
   end
   redis.call('HSET', P .. 'run:' .. run, 'status', 'open', 'started', int(NOW), 'digest', digest or '')
-  event(run, text)
+  local first = redis.call('LINDEX', P .. 'ev:' .. run, 0)
+  if not first or string.match(first, '^%d+ (.*)$') ~= text then
+    if first then redis.call('DEL', P .. 'ev:' .. run, P .. 'st:' .. run) end
+    event(run, text)
+  end
   redis.call('SADD', P .. 'tree:' .. root_of(run), run)
   zadd('open', NOW, run)
 end
 local function plan_step(run, p, g)
   local key = int(p.n)
-  if hget('st:' .. run, key) then return end
+  local known, state = hget('st:' .. run, key), p.state
+  if known and string.sub(known, 1, 2) ~= 'D:' then return end
   local unit = 's|' .. run .. '|' .. key
   event(run, p.event)
   local r = { kind = p.kind, st = 'new', g = g and g.first or 0, f = 0, a = 0, once = p.once, rec = p.rec }
+  if known and p.once and known == 'D:' .. (p.digest or '') then
+    r.lost = 1
+    if state == 'held' then state = 'queued' end
+  end
   if p.wire then hset('wires', unit, p.wire) end
   local backlog = g and g.window > 0 and p.n >= g.first + g.window
-  if p.state == 'child' then
+  if state == 'child' then
     local child = run .. '/' .. key
     start(child, p.child.spec, p.child.started)
     r.st = backlog and 'backlog' or 'child'
     put(run, key, r)
     if not backlog then advance(child) end
-  elseif p.state == 'queued' and backlog then
+  elseif state == 'queued' and backlog then
     r.st = 'backlog'
     put(run, key, r)
-  elseif p.state == 'queued' then
+  elseif state == 'queued' then
     enqueue(unit, run, key, r)
-  elseif p.state == 'held' then
+  elseif state == 'held' then
     hold(unit, run, key, r, p.held)
-  elseif p.state == 'due' then
+  elseif state == 'due' then
     wait_until(unit, run, key, r, NOW + p.due)
   else
     put(run, key, r)
@@ -301,7 +312,16 @@ local function follow(run, nxt)
     if g.deadline > 0 then zadd('due', NOW + g.deadline, 'g|' .. run .. '|' .. int(g.first)) end
   end
   local plans = nxt.plans or {}
-  for _, p in ipairs(plans) do plan_step(run, p, g) end
+  local new = 0
+  for _, p in ipairs(plans) do
+    plan_step(run, p, g)
+    if g and p.n >= g.first then new = new + 1 end
+  end
+  if g and new < g.last - g.first + 1 then -- opened again: carried members have ended
+    for n = g.first, g.last do
+      if hget('st:' .. run, int(n)) == 'E0' then strike(run, g.first, n, true) end
+    end
+  end
   for _, p in ipairs(plans) do
     if p.state == 'ended' then
       local r = rec(run, int(p.n))

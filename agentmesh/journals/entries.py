@@ -17,6 +17,11 @@ VERSION_TRIES, VERSION_WAIT_MS = 3, 5000  # passed on at once so often; then aft
 SUSPECTS = ".suspects"  # after a queue's name: where its suspects wait
 
 
+def unsure(rec: Rec) -> bool:
+    """Whether nobody knows if this at-most-once step happened: it is in hand, or was cut off there."""
+    return bool(rec.get("once") and (rec["st"] == "leased" or rec.get("lost") or rec.get("why") == "in_doubt"))
+
+
 class Store:
     """Tables at one moment of the store's time; `sent` gathers (queue, head, seq, tail) to be published."""
 
@@ -128,6 +133,7 @@ class Store:
     def drop(self, unit: str, run: str, key: str, rec: Rec, mark: str) -> None:
         """The entry is over; `mark` stays in its place."""
         self.leave(unit, rec)
+        mark = "D" if mark == "E0" and unsure(rec) else mark
         self.t.hdel("wires", unit)
         self.t.hset(f"st:{run}", key, mark)
 

@@ -7,6 +7,7 @@ and a differential test holds them equal. Source: docs/architecture.md, "The pro
 from collections.abc import Callable
 from typing import Any
 
+from agentmesh.journals.carrying import begun, carry, strike_carried, to_plan
 from agentmesh.journals.entries import SUSPECTS, VERSION_TRIES, VERSION_WAIT_MS, Rec, Store
 from agentmesh.journals.suspects import absolve, died, enter, heard, no_room
 
@@ -34,6 +35,8 @@ def begin(s: Store, a: Args) -> Reply:
         if s.t.hget(f"run:{run}", "digest") != a["digest"]:
             return refuse("exists")
         return {"ok": 1, "version": s.t.length(f"ev:{run}"), "again": 1}, NOTHING
+    for carried in a.get("carried", ()):
+        carry(s, carried)
     start(s, run, a["spec"], a["started"], a["digest"])
     s.t.zadd("runs", run, s.now)
     if a["next"]:
@@ -48,7 +51,8 @@ def start(s: Store, run: str, spec: Args, text: str, digest: str = "") -> None:
     head = {**spec, "status": "open", "started": s.now, "digest": digest}
     for name, value in head.items():
         s.t.hset(f"run:{run}", name, value)
-    s.event(run, text)
+    if not begun(s, run, text):
+        s.event(run, text)
     s.t.sadd(f"tree:{run.partition('/')[0]}", run)
     s.t.zadd("open", run, s.now)
 
@@ -280,9 +284,11 @@ def follow(s: Store, run: str, nxt: Args) -> None:
         s.t.hset(f"ga:{run}", str(g["first"]), joined)
         if g["deadline"]:
             s.t.zadd("due", f"g|{run}|{g['first']}", s.now + g["deadline"])
-    plans = nxt.get("plans", ())
+    plans = nxt.get("plans", [])
     for p in plans:
         plan_step(s, run, p, g)
+    if g:
+        strike_carried(s, run, plans, g)
     for p in plans:  # only now: an end may close the gather, which must know all its members
         rec = s.rec(run, str(p["n"]))
         if p["state"] == "ended" and isinstance(rec, dict):
@@ -295,12 +301,13 @@ def follow(s: Store, run: str, nxt: Args) -> None:
 
 def plan_step(s: Store, run: str, p: Args, g: Args | None) -> None:
     """One step: its fact, its record, and the entry that sees to it."""
-    n, state = p["n"], p["state"]
-    if s.rec(run, str(n)) is not None:
+    n = p["n"]
+    rec: Rec = {"kind": p["kind"], "st": "new", "g": g["first"] if g else 0, "f": 0, "a": 0}
+    state = to_plan(s.rec(run, str(n)), p, rec)
+    if not state:
         return
     unit = f"s|{run}|{n}"
     s.event(run, p["event"])
-    rec: Rec = {"kind": p["kind"], "st": "new", "g": g["first"] if g else 0, "f": 0, "a": 0}
     for flag in ("once", "rec"):
         if p.get(flag):
             rec[flag] = 1

@@ -36,7 +36,9 @@ class FakeMesh(Settling):
         doer = Doer(model_of=lambda name: (self.model, str(name)), model=crew.model, deps=crew.deps, threads=4)
         super().__init__(crew, doer, start_ms=start_ms, workers=workers)
         self._ids = itertools.count(1)
-        self.client = Client(crew=self.crew, journal=self.journal, drive=self._drive, moved=self.settle)
+        self.client = Client(
+            crew=self.crew, journal=self.journal, drive=self._drive, moved=self.settle, dispatch=PlainDispatch()
+        )
 
     def start(
         self,

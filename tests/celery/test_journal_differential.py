@@ -167,6 +167,10 @@ class Scramble:
         """Nothing, an end, a lone step or a gather."""
         rng, kind = self.rng, self.rng.choice(["", "lone", "lone", "gather", "gather", "gather"])
         kind = "end" if rng.random() < 0.04 else kind
+        marks = self.tables.hashes[f"st:{run}"].items()
+        carried = [int(k) for k, mark in marks if k.isdigit() and (mark == "E0" or str(mark)[:2] == "D:")]
+        if carried and "~" in run and rng.random() < 0.7:  # a retry opens a gather again, around what it was given
+            return self.wide(run, max(1, min(carried) - rng.randint(0, 1)), rng.randint(1, 12))
         first = 1 + max((int(k) for k in self.tables.hashes[f"st:{run}"] if k.isdigit()), default=0)
         if kind == "end":
             n = int(run.rpartition("/")[2]) if "/" in run else 0
@@ -176,10 +180,15 @@ class Scramble:
             return {"plans": [self.planned(run, first, ended=False)]}
         if not kind:
             return {}
-        k = rng.randint(1, 12)
+        return self.wide(run, first, rng.randint(1, 12))
+
+    def wide(self, run: str, first: int, k: int) -> dict[str, Any]:
+        """A gather of k; of what the journal has already, a replay would plan nothing."""
+        rng, known = self.rng, self.tables.hashes[f"st:{run}"]
         gather = {"first": first, "last": first + k - 1, "need": rng.randint(1, k), "everyone": rng.randint(0, 1)}
         gather |= {"deadline": rng.choice([0, 0, 1_500]), "window": rng.choice([0, 0, 1, 3])}
-        return {"plans": [self.planned(run, first + i) for i in range(k)], "gather": gather}
+        new = [n for n in range(first, first + k) if str(known.get(str(n)))[:1] != "E" or rng.random() < 0.2]
+        return {"plans": [self.planned(run, n) for n in new], "gather": gather}
 
     def planned(self, run: str, n: int, *, ended: bool = True) -> dict[str, Any]:
         rng = self.rng
@@ -187,6 +196,8 @@ class Scramble:
             ["queued", "queued", "queued", "held", "due", "child" if run.count("/") < 2 else "queued", "ended"]
         )
         state = "queued" if state == "ended" and not ended else state
+        cut = str(self.tables.hashes[f"st:{run}"].get(str(n))).startswith("D:")
+        state = rng.choice(["queued", "held"]) if cut else state
         kind = {"child": "Delegate", "held": rng.choice(["Approve", "Call"]), "due": rng.choice(["Sleep", "Call"])}.get(
             state, "Call"
         )
@@ -196,7 +207,9 @@ class Scramble:
         else:
             out["wire"] = wire(f"s|{run}|{n}", rng.choice("pq"))
         if state == "queued" and rng.random() < 0.4:
-            out |= rng.choice([{"once": 1}, {"once": 1, "rec": 1}])
+            out |= rng.choice([{"once": 1}, {"once": 1, "rec": 1}, {"once": 1, "digest": "d"}])
+        if cut or (state == "held" and rng.random() < 0.4):
+            out |= {"once": 1, "digest": "d"}
         return out | {
             "held": {"held": "approve"},
             "due": {"due": 1_200},
@@ -207,7 +220,7 @@ class Scramble:
         return {"crew": "c", "version": "", "agent": "A", "wire": wire(f"a|{run}", "q")}
 
     def begin(self) -> dict[str, Any]:
-        rng, run = self.rng, self.rng.choice(["r0", "r1", "r2"])
+        rng, run = self.rng, self.rng.choice(["r0", "r1", "r2", "r0~2", "r1~2"])
         spec = (
             self.spec(run)
             | rng.choice([{}, {"finish": wire(f"f|{run}", "p")}])
@@ -220,7 +233,23 @@ class Scramble:
             "started": '{"e":"RunStarted"}',
             "digest": rng.choice("ddd2"),
             "next": self.next(run),
-        }
+        } | ({"next": {}, "carried": self.carried(run)} if "~" in run else {})
+
+    def carried(self, run: str) -> list[dict[str, Any]]:
+        """Of a run before this one and its sub-agents, some of which the new one will find to be begun otherwise."""
+        rng, old = self.rng, run.partition("~")[0]
+        below = sorted(k[3:] for k in self.tables.lists if k.startswith(f"ev:{old}/") and self.tables.lists[k])
+        out = []
+        for was in [old, *below]:
+            ns = sorted(int(k) for k in self.tables.hashes[f"st:{was}"] if k.isdigit())
+            kept = [n for n in ns if rng.random() < 0.5]
+            text = rng.choice(['{"e":"RunStarted"}', '{"e":"RunStarted"}', '{"e":"RunStarted","é":1}'])
+            events = [{"at": self.now - 70, "event": text}] + [
+                {"at": self.now - 60, "event": f'{{"n":{n}}}'} for n in kept
+            ]
+            cut = [[n, rng.choice("dde")] for n in ns if n not in kept]
+            out.append({"from": was, "run": run + was[len(old) :], "events": events, "kept": kept, "cut": cut})
+        return out
 
     def renew(self) -> dict[str, Any]:
         return {
@@ -295,4 +324,62 @@ def test_the_scripts_do_what_the_protocol_says_whatever_is_asked(valkey: Any) ->
         for _ in range(90):
             scramble.step()
         compare(client, scramble.tables)
+    client.close()
+
+
+def test_a_retry_is_carried_alike(valkey: Any) -> None:
+    """At-most-once calls in every state a cancelled run may leave them in, then planned again in every way."""
+    client = redis.Redis.from_url(valkey.url, decode_responses=True)
+    doubts = 0
+    for seed in range(300):
+        client.flushdb()
+        world = Scramble(client, seed)
+        rng = world.rng
+
+        def do(name: str, args: dict[str, Any], world: Scramble = world) -> dict[str, Any]:
+            return both(client, world.tables, world.now, name, args, seed=world.seed)[0][0]
+
+        def call(n: int, run: str, rng: random.Random = rng) -> dict[str, Any]:
+            state = rng.choice([{"state": "queued"}, {"state": "held", "held": "approve"}])
+            once = rng.choice(
+                [{"once": 1, "digest": "d"}, {"once": 1, "digest": "d"}, {"once": 1, "rec": 1, "digest": "d"}, {}]
+            )
+            event = f'{{"e":"StepPlanned","n":{n}}}'
+            return {"n": n, "kind": "Call", "event": event, "wire": wire(f"s|{run}|{n}", "q")} | state | once
+
+        def gather(run: str, ns: list[int], rng: random.Random = rng) -> dict[str, Any]:
+            joined = {"first": 1, "last": 6, "need": rng.randint(1, 6), "everyone": rng.randint(0, 1), "deadline": 0}
+            return {"plans": [call(n, run) for n in ns], "gather": joined | {"window": rng.choice([0, 2])}}
+
+        def work(run: str, rng: random.Random = rng, world: Scramble = world) -> None:
+            for n in range(1, 7):
+                if rng.random() < 0.3:
+                    do("tell", {"run": run, "kind": "Approved", "event": '{"e":"Approved"}', "n": n})
+                who = {"worker": "w", "token": f"{run}{n}", "ttl": 3_000, "version": 0, "crew": "c", "crew_version": ""}
+                claimed = do("claim", {"unit": f"s|{run}|{n}", **who})
+                if "ok" in claimed and rng.random() < 0.5:
+                    how = rng.choice(["done", "failed", "retried", "doubt"])
+                    done = {"unit": f"s|{run}|{n}", "fence": claimed["fence"], "how": how, "version": 0, "event": "{}"}
+                    do("commit", done | ({"delay": 900} if how == "retried" else {}))
+            if rng.random() < 0.4:
+                do("release", {"worker": "w", "crashed": 1, "queues": []})
+
+        begun = {"spec": world.spec("r0") | {"on_limit": "hold"}, "started": '{"e":"RunStarted"}', "digest": "d"}
+        do("begin", {"run": "r0", **begun, "next": gather("r0", [1, 2, 3, 4, 5, 6])})
+        work("r0")
+        do("tell", {"run": "r0", "kind": "RunCancelled", "event": '{"e":"RunCancelled"}', "n": 0})
+        world.now += 4_000
+        do("sweep", {"worker": "v", "limit": 50, "ttl": 3_000, "empty": []})
+        kept = [n for n in range(1, 7) if rng.random() < 0.3]
+        new = [n for n in range(1, 7) if n not in kept]
+        carried = {"from": "r0", "run": "r0~2", "kept": kept, "cut": [[n, rng.choice("ddde")] for n in new]}
+        carried["events"] = [{"at": 5, "event": '{"e":"RunStarted"}'}]
+        do("begin", {"run": "r0~2", **begun, "spec": world.spec("r0~2"), "next": {}, "carried": [carried]})
+        who = {"worker": "w", "token": "t", "ttl": 3_000, "version": 0, "crew": "c", "crew_version": ""}
+        claimed = do("claim", {"unit": "a|r0~2", **who})
+        do("plan", {"run": "r0~2", "fence": claimed["fence"], "version": 1, "next": gather("r0~2", new)})
+        work("r0~2")
+        compare(client, world.tables)
+        doubts += sum("StepInDoubt" in line for line in world.tables.lists["ev:r0~2"])
+    assert doubts > 30
     client.close()
