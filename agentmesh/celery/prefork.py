@@ -5,6 +5,7 @@ cannot even do that, because the tool holds the interpreter, is killed by its pa
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from billiard.pool import EX_RECYCLE
 from celery import Celery
 from celery.apps.worker import Worker
 from celery.concurrency import asynpool, prefork
+from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging
 from celery.utils.log import get_logger
 
@@ -58,6 +60,8 @@ def make_worker(app: Celery, *, queues: Sequence[str], concurrency: int, name: s
         concurrency: processes.
         name: the node name.
     """
+    # Celery warns of root, for the sake of those who accept pickles; this app accepts JSON alone.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     setup_logging.connect(_logging_is_set_up)
     return Worker(
         app=app, hostname=name, queues=list(queues), concurrency=concurrency, pool=ProcessPool,

@@ -30,6 +30,7 @@ from agentmesh.schema import from_json
 
 READY_S = 60.0
 STUCK_LOOKS = 3
+DRAIN_S = 2.0  # twice that where processes of a pool end too
 
 
 def run_crew(
@@ -104,8 +105,9 @@ def _crew_file(found: Place, run_id: str, verb: str) -> str:
 def _see_through(run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool) -> int:
     """A worker of our own under supervision, and the view, until the run ends or waits for a person."""
     quiet = sys.stderr.isatty() and not as_json
+    argvs = specs_of(config, {path: mesh.crew})
     supervisor = Supervisor(
-        specs_of(config, {path: mesh.crew}), drain_s=2,
+        argvs, drain_s=DRAIN_S if len(argvs) == 1 else 2 * DRAIN_S,
         on_death=giver_back(config, mesh.crew.broker_queues()), output=subprocess.DEVNULL if quiet else None,
     )  # fmt: skip
     supervisor.start()
