@@ -106,14 +106,13 @@ class Parameters:
     """
 
     def __init__(self, func: Callable[..., Any], *, hidden: frozenset[str] = frozenset()) -> None:
-        self.signature = inspect.signature(func)
+        whole = inspect.signature(func)
+        self.signature = whole.replace(parameters=[p for name, p in whole.parameters.items() if name not in hidden])
         hints = get_type_hints(func, include_extras=True)
         self.returns = hints.get("return", Any)
         docs = parameter_docs(inspect.getdoc(func) or "")
         wanted: dict[str, Any] = {}
         for name, p in self.signature.parameters.items():
-            if name in hidden:
-                continue
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 raise TypeError(f"parameter `*{name}` has no fixed form; name each parameter")
             if name not in hints:

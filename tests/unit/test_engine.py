@@ -1,6 +1,7 @@
 """Flows, gathers, tools, output types and limits through the real engine on a FakeMesh."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -266,6 +267,24 @@ def test_a_tool_knows_its_key_attempt_and_deps() -> None:
     assert handle.result() == "ok"
     assert seen == [("k1/1", 1, "k1", {"db": 1}, False), ("k1/1", 2, "k1", {"db": 1}, False)]
     assert [type(e) for e in handle.events()][2:4] == [StepRetried, StepDone]
+
+
+def test_a_context_needs_no_default_and_async_tools_run_on_the_loop() -> None:
+    threads: list[threading.Thread] = []
+
+    @tool
+    async def keyed(word: str, c: ToolContext) -> str:
+        threads.append(threading.current_thread())
+        return f"{word} {c.key}"
+
+    class Flow(Agent):
+        tools = (keyed,)
+
+        def flow(self, task: str, ctx: Context) -> str:
+            return ctx.do(keyed.on(task))  # type: ignore[call-arg]  # the engine gives the context
+
+    assert FakeMesh(Flow()).run("tea") == "tea r1/1"
+    assert threads == [threading.current_thread()]
 
 
 def test_output_that_is_too_long_keeps_head_and_tail() -> None:
