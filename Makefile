@@ -38,6 +38,7 @@ bench: $(VENV)/.dev  ## print the figures: ratios beside a bare loop and plain C
 	$(BIN)/python bench/steps.py
 	$(BIN)/python bench/rounds.py
 	$(BIN)/python bench/fanout.py
+	$(BIN)/python bench/latency.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .agentmesh build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
