@@ -24,7 +24,7 @@ from agentmesh.testing import FakeOpenAI, Fault, says, uses
 
 CREW = str(Path(__file__).parent / "survivors.py")
 NEVER_S = 600.0  # no lease runs out in these tests
-SOON_S = 8.0  # to the end of a run of a second and a half, on a busy machine
+SOON_S = 12.0  # to the end of a run of a second and a half, on a busy machine
 
 
 def answer(body: dict[str, Any]) -> Any:
