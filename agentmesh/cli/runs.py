@@ -107,11 +107,10 @@ def tell_run(
 
 def _reason(item: Approval) -> str:
     kind, _, rest = item.why.partition(":")
+    where = f"{item.run_id} {item.n}"
     if kind == "quarantined":
-        where = f"{item.run_id} {item.n}"
         return f"a decision: it ended its worker again and again: agentmesh runs resolve {where} retry|failed|done"
     if kind == "in_doubt":
-        where = f"{item.run_id} {item.n}"
         return f"a decision: it was cut off and may have happened: agentmesh runs resolve {where} done|failed|retry"
     said = {"approve": "a person's yes"}
     if kind == "version":

@@ -56,7 +56,7 @@ def test_never_twice(
         assert set(paid.values()) == {1}
         show_run("r0", broker=valkey.broker_url, as_json=False, file=None)
         assert (
-            "waiting: a decision: it was cut off and may have happened (run r0, step 1, blind"
+            "waiting: a decision: it was cut off and may have happened: agentmesh runs resolve r0 1 done|failed|retry (run r0, step 1, blind"
             in capsys.readouterr().out
         )
         for run in runs:  # a person looks into the book
