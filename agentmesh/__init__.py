@@ -45,7 +45,7 @@ from agentmesh.queue import Queue
 from agentmesh.run import Run
 from agentmesh.schedule import Schedule
 from agentmesh.step import Approve, Context, Sleep, ToolContext
-from agentmesh.tool import Tool, tool
+from agentmesh.tool import NotDone, Tool, Unknown, tool
 
 if TYPE_CHECKING:
     from agentmesh.config import Config
@@ -74,6 +74,7 @@ __all__ = [
     "ModelError",
     "ModelRefused",
     "NameTaken",
+    "NotDone",
     "OutputInvalid",
     "Queue",
     "QuorumMissed",
@@ -93,6 +94,7 @@ __all__ = [
     "ToolError",
     "ToolSignatureError",
     "TryAgain",
+    "Unknown",
     "UnknownName",
     "run",
     "start",
