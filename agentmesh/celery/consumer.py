@@ -12,6 +12,7 @@ from celery.worker.consumer.tasks import Tasks
 from celery.worker.state import maybe_shutdown
 from kombu.common import QoS
 from kombu.utils.url import maybe_sanitize_url
+from redis.exceptions import ResponseError
 
 from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
 from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
@@ -45,6 +46,11 @@ def thread_loop(
             connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else IDLE_S)
         except TimeoutError:
             pass
+        except ResponseError as e:
+            if not str(e).startswith("MISCONF"):
+                raise
+            logger.warning("the broker does not write (%s); trying again", e)  # its disk is full; what runs goes on
+            obj.pool.room.wait(IDLE_S)
         except OSError:
             if blueprint.state == RUN:
                 raise

@@ -85,8 +85,13 @@ class Pipe:
             batch, self._pending = self._pending, []
             try:
                 await self._connect()
-                await self._exchange(batch)
-                wait_s = AGAIN_S
+                unwritten = await self._exchange(batch)
+                if not unwritten:
+                    wait_s = AGAIN_S
+                    continue
+                self._pending = unwritten + self._pending
+                await asyncio.sleep(wait_s)
+                wait_s = min(AGAIN_MOST_S, wait_s * 2)
             except LOST as e:
                 await self._drop()
                 now = time.monotonic()
@@ -117,11 +122,16 @@ class Pipe:
         if connection is not None:
             await connection.disconnect(nowait=True)
 
-    async def _exchange(self, batch: list[Asked]) -> None:
-        """Send all, read all; a reply is given to its asker at once, so that a later loss repeats only the rest."""
-        connection = self._connection
+    async def _exchange(self, batch: list[Asked]) -> list[Asked]:
+        """Send all, read all; a reply is given to its asker at once, so that a later loss repeats only the rest.
+
+        Returns:
+            What the server does not write for now, because its disk is full: a finished LLM call is worth waiting for room.
+        """
+        connection, unwritten = self._connection, []
         await connection.send_packed_command(b"".join([command for command, _, _ in batch]))
-        for _, future, _ in batch:
+        for asked in batch:
+            _, future, until = asked
             try:
                 reply = await connection.read_response()
             except BusyLoadingError:
@@ -130,10 +140,13 @@ class Pipe:
                 reply = e
             if future.done():
                 continue  # its asker has gone
-            if isinstance(reply, Exception):
+            if isinstance(reply, Exception) and str(reply).startswith("MISCONF") and time.monotonic() < until:
+                unwritten.append(asked)
+            elif isinstance(reply, Exception):
                 future.set_exception(_meaning(reply))
             else:
                 future.set_result(reply)
+        return unwritten
 
 
 def _fail(batch: list[Asked], error: Exception) -> None:
