@@ -164,6 +164,7 @@ async def _show(run: Run[Any], view: View) -> bool:
         for task in (*watching, talking):
             task.cancel()
         await asyncio.gather(*watching, talking, return_exceptions=True)
+        await run._journal.close()  # this loop's connections
 
 
 def _say_waiting(run: Run[Any]) -> int:

@@ -70,8 +70,11 @@ def tail_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> i
         place.run(run_id)
 
         async def show() -> None:
-            async for member, event in follow(place.journal, run_id):
-                view.event(member, event)
+            try:
+                async for member, event in follow(place.journal, run_id):
+                    view.event(member, event)
+            finally:
+                await place.journal.close()  # this loop's connections
 
         asyncio.run(show())
         return 0

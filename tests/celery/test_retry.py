@@ -1,6 +1,5 @@
 """`agentmesh runs retry` with real workers: what was paid for is not asked again, also below and beside the journal."""
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmesh import Agent, Context, Crew
+from agentmesh.celery.loop import drive
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.testing import FakeOpenAI, says
@@ -93,7 +93,7 @@ def test_large_values_come_along(valkey: Any, tmp_path: Path) -> None:
     mesh = Mesh(Crew(Maker(), name="maker"), config=Config(broker=valkey.broker_url, journal=valkey.url, sweep_s=0.05))
     with mesh.worker():
         run = mesh.start(Maker(), str(tmp_path / "gift"), id="m")
-        asyncio.run(mesh.journal.watch("m", version=None, timeout_s=10))
+        drive(mesh.journal.watch("m", version=None, timeout_s=10))
         assert run.status == "failed"
         (tmp_path / "gift").write_text("here")
         again = run.retry()
