@@ -113,7 +113,11 @@ class Pipe:
             kind: Any = options.pop("connection_class", Connection)
             options.setdefault("socket_timeout", REPLY_S)
             connection = kind(**options, decode_responses=True, socket_connect_timeout=5)
-            await connection.connect()
+            try:
+                await connection.connect()
+            except BaseException:  # a server that dies while we shake hands, or a pipe that is closed meanwhile
+                await connection.disconnect(nowait=True)
+                raise
             self._connection = connection
             self.connected += 1
 
