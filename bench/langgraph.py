@@ -111,7 +111,7 @@ def main() -> None:
             argv = [str(python), "-c", GRAPH, url, str(given.runs), str(AT_ONCE)]
             told = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True, env=clean).stdout)
             graph.append((told["wall_s"], told["cpu_s"]))
-            wall, cpu, _ = mesh_runs(mesh, list(supervisor.pids.values()), server.url, given.runs)
+            wall, cpu, _ = mesh_runs(mesh, list(supervisor.pids.values()), server.url, given.runs, None)
             mesh_took.append((wall, cpu))
             time.sleep(0.2)
         supervisor.stop()
