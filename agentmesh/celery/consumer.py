@@ -50,6 +50,7 @@ def thread_loop(
             if not str(e).startswith("MISCONF"):
                 raise
             logger.warning("the broker does not write (%s); trying again", e)  # its disk is full; what runs goes on
+            obj.pool.room.clear()  # it may be set since long ago, and would not wait
             obj.pool.room.wait(IDLE_S)
         except OSError:
             if blueprint.state == RUN:
