@@ -26,7 +26,23 @@ RABBIT = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one in PATH change
 ERL_CALL = Path("/usr/lib/erlang/bin/erl_call")
 
 
-class ValkeyServer:
+class _Process:
+    """A server's process."""
+
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Of the server's process (RabbitMQ's is Erlang's); 0 when it never ran."""
+        return self.process.pid if self.process else 0
+
+
+class ValkeyServer(_Process):
     """A Valkey on a unix socket, with an append-only file that outlives `kill`.
 
     Attributes:
@@ -39,17 +55,6 @@ class ValkeyServer:
         self.socket = folder / "v.sock"
         self.url = f"unix://{self.socket}?db=0"
         self.broker_url = f"redis+socket://{self.socket}?virtual_host=0"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the server's process runs."""
-        return self.process is not None and self.process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        """Of the server's process; 0 when it never ran."""
-        return self.process.pid if self.process else 0
 
     def restart(self) -> None:
         """Start it, over the data it had; come back when it answers."""
@@ -94,7 +99,7 @@ class ValkeyServer:
             client.flushall()
 
 
-class RabbitServer:
+class RabbitServer(_Process):
     """A RabbitMQ node of one's own on free loopback ports; its data outlives `kill`.
 
     Attributes:
@@ -106,7 +111,6 @@ class RabbitServer:
         self.port, self._dist_port, self._epmd_port = _free_ports(3)
         self.node = f"mesh{self.port}@localhost"
         self.url = self.broker_url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
-        self.process: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
         (folder / ".erlang.cookie").write_text(secrets.token_hex(16))
         (folder / ".erlang.cookie").chmod(0o400)
@@ -118,16 +122,6 @@ class RabbitServer:
         """What is not installed here; empty when all is."""
         lacking = [str(p) for p in (RABBIT, ERL_CALL) if not p.exists()] + ([] if shutil.which("epmd") else ["epmd"])
         return f"{', '.join(lacking)} is not here: apt-get install rabbitmq-server" if lacking else ""
-
-    @property
-    def alive(self) -> bool:
-        """Whether the server's process runs."""
-        return self.process is not None and self.process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        """Of the Erlang process; 0 when it never ran."""
-        return self.process.pid if self.process else 0
 
     def restart(self) -> None:
         """Start it, over the data it had; come back when it speaks AMQP."""
