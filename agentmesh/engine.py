@@ -38,16 +38,17 @@ class Engine:
 
     Args:
         worker: this process's name in leases.
+        apart: suspects have a process of their own, which is not this one.
         ended: is told of each run that this process ends.
     """
 
     def __init__(
         self, *, crew: Crew, journal: Journal, dispatch: Dispatch, doer: Doing, worker: str,
-        ended: Callable[[History, Event], None] | None = None,
+        ended: Callable[[History, Event], None] | None = None, apart: bool = False,
     ) -> None:  # fmt: skip
         self.crew, self.journal, self.worker = crew, journal, worker
         self.planner = Planner(crew, dispatch)
-        self._doer, self._ended = doer, ended
+        self._doer, self._ended, self._apart = doer, ended, apart
         self._tails = Tails()
         self.leases: dict[str, Lease] = {}
         self._tokens = itertools.count(1)  # with the worker's name: unlike any other claim's
@@ -57,7 +58,7 @@ class Engine:
         """Do step n if it is still to be done; answers what became of it, for the log."""
         unit = step_unit(run_id, n)
         pace = self.crew.queues[queue].pace() if queue in self.crew.queues else None
-        got = await self._claim(unit, run_id, ask=kind == "Ask", rate=pace)
+        got = await self._claim(unit, run_id, ask=kind == "Ask", rate=pace, queue=queue)
         if isinstance(got, Refused):
             return got.why
         claimed, cached = got
@@ -130,7 +131,7 @@ class Engine:
 
     # ---- parts ---------------------------------------------------------------------------------
     async def _claim(
-        self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None
+        self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None, queue: str = ""
     ) -> tuple[Claimed, Cached] | Refused:
         cached = self._tails.get(run_id, self.journal.epoch)
         version = cached.history.version if cached else 0
@@ -139,6 +140,7 @@ class Engine:
             claimed = await self.journal.claim(
                 unit, worker=self.worker, token=f"{self.worker}#{next(self._tokens)}", version=version,
                 crew=self.crew.name, crew_version=self.crew.version, ask=ask, rate=rate,
+                apart=self._apart and self.crew.apart(queue or self.crew.queue),
             )  # fmt: skip
             if not (isinstance(claimed, Refused) and claimed.why == "room") or time.monotonic() > until_s:
                 break

@@ -24,9 +24,12 @@ class Journal(Protocol):
 
     async def claim(
         self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
-        ask: bool = False, rate: tuple[int, int] | None = None,
+        ask: bool = False, rate: tuple[int, int] | None = None, apart: bool = False,
     ) -> Claimed | Refused:  # fmt: skip
-        """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst)."""
+        """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst).
+
+        A worker whose suspects are kept `apart` gets none.
+        """
         ...
 
     async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]:
@@ -86,6 +89,10 @@ class Journal(Protocol):
 
     async def moving(self, run_id: str) -> int:
         """How many entries of the tree are queued, leased or due without a reason to wait."""
+        ...
+
+    async def queued(self, queues: Sequence[str]) -> int:
+        """How many entries wait for a worker in these broker queues."""
         ...
 
     async def counts(self) -> Counts:

@@ -158,7 +158,7 @@ class VerbJournal(ABC):
 
     async def claim(
         self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
-        ask: bool = False, rate: tuple[int, int] | None = None,
+        ask: bool = False, rate: tuple[int, int] | None = None, apart: bool = False,
     ) -> Claimed | Refused:  # fmt: skip
         """See ports.Journal."""
         args: dict[str, Any] = {"unit": unit, "worker": worker, "token": token, "version": version, "crew": crew,
@@ -167,6 +167,8 @@ class VerbJournal(ABC):
             args["ask"] = 1
         if rate:
             args |= {"rate_ms": rate[0], "burst": rate[1]}
+        if apart:
+            args["apart"] = 1
         head, lines = await self._call("claim", args)
         if "no" in head:
             return Refused(head["no"], head.get("detail", ""))

@@ -73,6 +73,8 @@ def claim(s: Store, a: Args) -> Reply:
         return granted(s, a, run, rec) if rec["tok"] == a["token"] else refuse("busy")
     if rec["st"] != "queued":
         return refuse("held" if rec["st"] == "held" else "later")
+    if a.get("apart") and rec.get("room"):
+        return refuse("apart")
     most = no_room(s, a["worker"], rec)
     if most:
         return refuse("room", str(most))

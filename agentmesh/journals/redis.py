@@ -148,6 +148,10 @@ class RedisJournal(VerbJournal):
         """See ports.Journal."""
         return sum(not r.get("why") and r["st"] in ("queued", "leased", "due") for _, _, r in await self._open(run_id))
 
+    async def queued(self, queues: Sequence[str]) -> int:
+        """See ports.Journal."""
+        return sum(await asyncio.gather(*[self.pipe.ask("ZCARD", self._key("q", queue)) for queue in queues]))
+
     async def counts(self) -> Counts:
         """See ports.Journal."""
         ask, key = self.pipe.ask, self._key

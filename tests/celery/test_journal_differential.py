@@ -125,6 +125,8 @@ class Scramble:
             "ttl": 3_000,
         }
         args |= {"version": rng.choice([0, 0, 2]), "crew": "c", "crew_version": rng.choice(["", "", "", "2"])}
+        if rng.random() < 0.3:
+            args["apart"] = 1
         if args["unit"][0] == "s" and rng.random() < 0.4:
             args["ask"] = 1
         if rng.random() < 0.3:
