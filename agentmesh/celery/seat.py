@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol
 
 AGAIN_S = 0.05  # a dead worker is started again after this, doubled up to AGAIN_MOST_S while none gets ready
 AGAIN_MOST_S = 5.0
+AGAIN_KNOWN_S = 0.5  # the most for a command that has worked: it ends because a server is away, or somebody kills it
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Seat:
 
     def back_off(self) -> None:
         """For the case that the next process does not get ready."""
-        self.again_s = min(2 * self.again_s, AGAIN_MOST_S)
+        self.again_s = min(2 * self.again_s, AGAIN_KNOWN_S if self.ever_ready else AGAIN_MOST_S)
 
 
 def kill_group(pid: int) -> None:
