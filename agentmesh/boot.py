@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from agentmesh.config import Config
     from agentmesh.mesh import InProcess, Mesh
     from agentmesh.ports import Counts
+    from agentmesh.serve.listen import Listener
     from agentmesh.sight import Sight
 
 Out = TypeVar("Out")
@@ -80,6 +81,22 @@ def metrics_page(
             f"--metrics needs {e.name}, which is not installed: pip install 'agentmesh-celery[metrics]'"
         ) from None
     return exposition(folder, counts, workers)
+
+
+def listener(host: str, port: int, key_env: str) -> "Listener":
+    """What serves a mesh over HTTP at this address.
+
+    Raises:
+        ExtraMissing: starlette or uvicorn are not installed.
+        ConfigError: the address cannot be had, or needs a key.
+    """
+    try:
+        from agentmesh.serve.listen import Listener
+    except ImportError as e:
+        raise ExtraMissing(
+            f"`agentmesh serve` needs {e.name}, which is not installed: pip install 'agentmesh-celery[serve]'"
+        ) from None
+    return Listener(host, port, key_env)
 
 
 def export_traces() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from agentmesh.agent import Agent
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
 from agentmesh.limits import Limits
+from agentmesh.question import Asked
 from agentmesh.queue import Queue, Suspects
 from agentmesh.schedule import Schedule
 from agentmesh.tool import Tool
@@ -71,6 +72,10 @@ class Crew:
             )
         if not isinstance(agent, Agent):
             raise DefinitionError(f"crew {self.name!r} was given {agent!r}, which is no Agent")
+        if agent.name == Asked.name:
+            raise NameTaken(
+                f"crew {self.name!r} has an agent named {agent.name!r}, which every crew has; choose another name"
+            )
         known = self.agents.get(agent.name)
         if known is not None and type(known) is not type(agent) and not _re_executed(known, agent):
             raise NameTaken(
@@ -123,6 +128,8 @@ class Crew:
         Raises:
             UnknownName: the crew has none.
         """
+        if name == Asked.name:
+            return Asked()
         if name not in self.agents:
             known = ", ".join(self.agents)
             raise UnknownName(
@@ -143,6 +150,13 @@ class Crew:
                 if queue.model == model.partition(":")[2]:
                     return queue.name
         return self.queue
+
+    def models(self, default: str) -> list[str]:
+        """The names of the models that the crew names, or that its agents ask; `default` is for agents that name none."""
+        named = [m for m in (self.model, *(a.model for a in self.agents.values())) if isinstance(m, str)]
+        if self.model is None and any(a.model is None and type(a).flow is Agent.flow for a in self.agents.values()):
+            named.append(default)
+        return list(dict.fromkeys(named))
 
     def queues_in(self, pool: str, only: Iterable[str] = ()) -> list[str]:
         """Of these queues, or of all, the ones that a worker of this pool serves."""

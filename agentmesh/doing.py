@@ -105,7 +105,8 @@ class Doer:
             strange = ModelError(f"the model of `{step.name}` raised {type(e).__name__}: {e}")
             return self._again(step, at, strange, step.retries), {}
         usage = answer.usage
-        done = StepDone(n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number)
+        cut = "length" if answer.finish == "length" else ""
+        done = StepDone(n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number, finish=cut)
         return done, {"turns": 1, "tokens": usage.tokens, "usd": usage.cost_usd}
 
     # ---- tools ---------------------------------------------------------------------------------
