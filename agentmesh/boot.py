@@ -22,7 +22,7 @@ from agentmesh.journal import Journal
 from agentmesh.message import Message
 from agentmesh.models.named import Models
 from agentmesh.run import Run
-from agentmesh.step import INSIDE
+from agentmesh.step import INSIDE, Ask
 
 if TYPE_CHECKING:
     from agentmesh.celery.valkey import EmbeddedValkey
@@ -42,7 +42,12 @@ def check_models(crew: Crew, config: "Config") -> None:
         ConfigError: a provider, a key, a package or a model's files are missing.
     """
     models = Models()
-    for wanted in {str(a.model or crew.model or config.model) for a in crew.agents.values() if _asks(a, crew)}:
+    asking = [
+        (a, crew.servers_of(Ask(a.name, a.model or "", queue=a.queue))) for a in crew.agents.values() if _asks(a, crew)
+    ]
+    for servers in {s for _, s in asking if s is not None}:
+        models(servers)
+    for wanted in {str(a.model or crew.model or config.model) for a, servers in asking if servers is None}:
         model, name = models(wanted)
         if hasattr(model, "check"):
             model.check(name)

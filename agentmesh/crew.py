@@ -14,7 +14,7 @@ from agentmesh.agent import Agent
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
 from agentmesh.limits import Limits
 from agentmesh.question import Asked
-from agentmesh.queue import Queue, Suspects
+from agentmesh.queue import Queue, Servers, Suspects
 from agentmesh.schedule import Schedule
 from agentmesh.tool import Tool
 
@@ -151,6 +151,11 @@ class Crew:
                     return queue.name
         return self.queue
 
+    def servers_of(self, step: Any) -> Servers | None:
+        """The model servers in front of which an Ask's queue stands, if it does."""
+        model = getattr(step, "model", None) or self.model
+        return None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step)].servers
+
     def models(self, default: str) -> list[str]:
         """The names of the models that the crew names, or that its agents ask; `default` is for agents that name none."""
         named = [m for m in (self.model, *(a.model for a in self.agents.values())) if isinstance(m, str)]
@@ -169,7 +174,7 @@ class Crew:
 
     def apart(self, queue: str) -> bool:
         """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
-        return queue in self.queues and not self.queues[queue].model
+        return queue in self.queues and not (self.queues[queue].model and not self.queues[queue].servers)
 
     def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "too") -> list[str]:
         """The broker's names of these queues, or of all, each with the queue of its suspects.
