@@ -120,6 +120,7 @@ local function forget(before)
   local roots = zupto('forget', before, limit)
   for _, root in ipairs(roots) do
     for _, run in ipairs(members('tree:' .. root)) do
+      for _, first in ipairs(redis.call('HKEYS', P .. 'ga:' .. run)) do redis.call('UNLINK', P .. 'ge:' .. run .. '|' .. first) end
       redis.call('UNLINK', P .. 'run:' .. run, P .. 'st:' .. run, P .. 'ga:' .. run, P .. 'ev:' .. run)
     end
     for _, key in ipairs(redis.call('SMEMBERS', P .. 'blobs:' .. root)) do redis.call('UNLINK', key) end

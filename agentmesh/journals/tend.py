@@ -209,6 +209,8 @@ def forget(s: Store, before: int, limit: int) -> int:
     roots = s.t.zupto("forget", before, limit)
     for root in roots:
         for run in s.t.smembers(f"tree:{root}"):
+            for first in s.t.hashes.get(f"ga:{run}", ()):
+                s.t.lists.pop(f"ge:{run}|{first}", None)
             for key in ("run", "st", "ga"):
                 s.t.hashes.pop(f"{key}:{run}", None)
             s.t.lists.pop(f"ev:{run}", None)
