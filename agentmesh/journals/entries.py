@@ -5,7 +5,7 @@ Keys: `run:R` hash · `ev:R` list of "AT_MS JSON" · `st:R` hash n (or `a`, `f`)
 `q:QUEUE` zset unit -> seq · `leased` unit -> deadline ·
 `due` unit -> time · `held` unit -> since · `wl:WORKER` set of units · `tree:ROOT` set of its runs ·
 `cell` worker -> room of the suspects it holds · `silent` worker -> units in hand when its leases ran out ·
-`forget` ended root -> when · `cancelled` set.
+`empty` QUEUE -> since when the broker's list of that name was seen empty · `forget` ended root -> when · `cancelled` set.
 """
 
 from typing import Any
