@@ -232,8 +232,8 @@ class Mesh:
 
     def working(self) -> Engine:
         """See tasks.Home."""
-        if self.site.tender is None:  # a child of a prefork pool: its parent sweeps
-            self._tend((), math.inf)
+        tender = self.site.tender or self._tend((), math.inf)  # a child of a prefork pool: its parent sweeps
+        tender.stir()
         return self.site.engine
 
     def tend(self, *, queues: Sequence[str] = ()) -> Tender:
@@ -242,9 +242,10 @@ class Mesh:
 
     def _tend(self, queues: Sequence[str], sweep_s: float) -> Tender:
         site = self.site
+        journal = make_journal(self.config, self.app, self.journal_url)
         site.tender = Tender(
-            engines=[site.engine], journal=make_journal(self.config, self.app, self.journal_url), worker=site.worker,
-            queues=queues, lengths=QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
+            engines=[site.engine], journal=journal, worker=site.worker, queues=queues,
+            lengths=None if journal.pushes else QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
         )  # fmt: skip
         site.tender.start()
         return site.tender

@@ -76,8 +76,11 @@ def resume_run(
         found.close()
 
 
-def retry_run(run_id: str, *, crew: str, broker: str, model: str, as_json: bool, file: Path | None) -> int:
+def retry_run(
+    run_id: str, *, crew: str, limits: list[str], detach: bool, broker: str, model: str, as_json: bool, file: Path | None
+) -> int:  # fmt: skip
     """Do the failed steps of an ended run again, in a run that begins with the others, and see it to its end."""
+    raised = _limits(limits)
     found = Place.open(broker=broker, model=model, file=file)
     try:
         found.run(run_id)
@@ -87,6 +90,12 @@ def retry_run(run_id: str, *, crew: str, broker: str, model: str, as_json: bool,
         mesh = Mesh(loaded, config=found.config, models=Models())
         run = mesh.get(run_id).retry()
         print(f"{run_id} goes on as {run.id}", file=sys.stderr)
+        if raised:
+            run.raise_limits(raised)
+        if detach:
+            _leave_a_worker(path, load(file=file, broker=broker or None, model=model or None), run.id)
+            print(run.id)
+            return DONE
         return _see_through(run, mesh, path, found.config, as_json=as_json)
     finally:
         found.close()

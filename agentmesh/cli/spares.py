@@ -6,7 +6,6 @@ from contextlib import suppress
 from typing import Literal
 
 from agentmesh.boot import open_journal
-from agentmesh.celery.loop import drive
 from agentmesh.celery.seat import Command
 from agentmesh.cli.child import spec_of
 from agentmesh.config import Config
@@ -25,19 +24,25 @@ class SuspectsWorker:
     def __init__(self, command: Command, queues: Sequence[str], journal: Callable[[], Journal]) -> None:
         self.command, self._queues, self._make = command, queues, journal
         self._journal: Journal | None = None
+        self._loop = asyncio.Runner()  # of the thread that asks
 
     def wanted(self) -> bool:
         """Whether a suspect waits."""
+        with suppress(TimeoutError, OSError, MeshError):  # the store is away: nobody could work on one
+            return self._loop.run(self._waiting()) > 0
+        return False
+
+    async def _waiting(self) -> int:
         if self._journal is None:
             self._journal = self._make()
-        with suppress(TimeoutError, OSError, MeshError):  # the store is away: nobody could work on one
-            return drive(asyncio.wait_for(self._journal.queued(self._queues), ANSWER_S)) > 0
-        return False
+        async with asyncio.timeout(ANSWER_S):
+            return await self._journal.queued(self._queues)
 
     def close(self) -> None:
         """Give back the connection."""
         if self._journal is not None:
-            drive(self._journal.close())
+            self._loop.run(self._journal.close())
+        self._loop.close()
 
 
 def spares_of(

@@ -63,6 +63,11 @@ class RedisJournal(VerbJournal):
         return self._pipes[loop]
 
     @property
+    def pushes(self) -> bool:
+        """Whether the broker's lists are in this very database, and the scripts write them."""
+        return self._push
+
+    @property
     def epoch(self) -> int:
         """How often the running loop's connection was made: a server that restarted is a new one."""
         return self.pipe.connected
