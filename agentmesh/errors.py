@@ -12,7 +12,10 @@ MeshError
 ├── RunError             a run ended without a value
 │   ├── RunFailed  RunCancelled  LimitReached
 ├── ReplayError          holds the run: the flow no longer asks for what it asked
-└── JournalError (JournalVersion)
+├── JournalError (JournalVersion)
+├── StoreError           a document store cannot do what it was asked
+│   ├── EmbedderMismatch
+└── DocumentError  EmbedderError   a document cannot be read; an embedder gave no vectors
 ```
 
 `TryAgain` stands apart: a tool raises it to speak to the model.
@@ -192,6 +195,28 @@ class JournalError(MeshError):
 
 class JournalVersion(JournalError):
     """The journal was written by another format of agentmesh."""
+
+
+class StoreError(MeshError):
+    """A document store cannot do what it was asked."""
+
+
+class EmbedderMismatch(StoreError):
+    """The store was filled by another embedder."""
+
+
+class DocumentError(MeshError):
+    """A document cannot be read."""
+
+    fields: ClassVar[tuple[str, ...]] = ("source",)
+    source: str | None
+
+
+class EmbedderError(MeshError):
+    """An embedder gave no usable vectors."""
+
+    fields: ClassVar[tuple[str, ...]] = ("after_s",)
+    after_s: float | None  # asking again after so long may help; None: it will not
 
 
 class TryAgain(Exception):
