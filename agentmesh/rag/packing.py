@@ -100,7 +100,9 @@ def _words(writer: SegmentWriter, name: str, words: list[str]) -> None:
     try:
         encoded = [word.encode() for word in words]
     except UnicodeEncodeError as e:
-        raise StoreError(f"{e.object[max(0, e.start - 20) : e.start]!r} goes on with half a character; mend the text") from None
+        raise StoreError(
+            f"{e.object[max(0, e.start - 20) : e.start]!r} goes on with half a character; mend the text"
+        ) from None
     writer.words(name, np.cumsum([len(w) for w in encoded], dtype=np.int64), [b"".join(encoded)])
 
 

@@ -175,7 +175,7 @@ class FaissStore:
 
     @property
     def metric(self) -> str:
-        """"cosine" or "l2"."""
+        """ "cosine" or "l2"."""
         self._core.latest()
         return self._core.metric
 
