@@ -1,4 +1,4 @@
-"""What a store keeps and what a search finds: chunks of documents, with the place each was taken from."""
+"""What is read, kept and found: documents, chunks of them with the place each was taken from, hits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,35 @@ from datetime import datetime
 
 Value = str | int | float | bool | datetime | Sequence[str]
 """What a metadata field may hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A title inside a document."""
+
+    start: int  # in characters
+    level: int  # 1 is the outermost
+    text: str
+    end: int  # where its line, or its underline, ends
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """From `start` to the next part: a page, a row."""
+
+    start: int
+    metadata: Mapping[str, Value] = field(default_factory=dict)
+    alone: bool = False  # no chunk reaches into it from before, nor out of it
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The text of a file, as it was parsed; headings and parts in the order of their starts."""
+
+    text: str
+    headings: tuple[Heading, ...] = ()
+    parts: tuple[Part, ...] = ()
+    metadata: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

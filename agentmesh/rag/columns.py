@@ -141,7 +141,7 @@ def _merged(name: str, kind: str, parts: Sequence[tuple[Sequence[Column], Array]
         if kind in TEXTUAL:
             used = np.unique(taken[taken >= 0])
             to = np.full(len(column.table) + 1, -1, np.int32)  # the last one answers for -1
-            to[used] = [codes.setdefault(column.table[c], len(codes)) for c in used]
+            to[used] = [codes.setdefault(column.table[int(c)], len(codes)) for c in used]
             taken = to[taken]
         values.append(taken)
     ends = np.cumsum(np.concatenate(lengths)) if kind == "list" else None
