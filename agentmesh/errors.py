@@ -13,9 +13,10 @@ MeshError
 │   ├── RunFailed  RunCancelled  LimitReached
 ├── ReplayError          holds the run: the flow no longer asks for what it asked
 ├── JournalError (JournalVersion)
-├── StoreError           a document store cannot do what it was asked
-│   ├── EmbedderMismatch
-└── DocumentError  EmbedderError   a document cannot be read; an embedder gave no vectors
+├── StoreError           a store of documents refused; what it holds is as it was
+│   ├── StoreConflict  StoreDamaged  StoreFull  StoreVersion
+│   └── FilterInvalid  EmbedderMismatch
+└── EmbedderError  DocumentError
 ```
 
 `TryAgain` stands apart: a tool raises it to speak to the model.
@@ -198,11 +199,49 @@ class JournalVersion(JournalError):
 
 
 class StoreError(MeshError):
-    """A document store cannot do what it was asked."""
+    """A store of documents refused; what it holds is as it was."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path",)
+    path: str | None
+
+
+class StoreConflict(StoreError):
+    """A source is not what the writer thought it was."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "source", "expected", "found")
+    source: str | None
+    expected: str | None
+    found: str | None
+
+
+class StoreDamaged(StoreError):
+    """A file of a store is truncated, changed or gone."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "file")
+    file: str | None
+
+
+class StoreFull(StoreError):
+    """The disk has no room for a commit."""
+
+
+class StoreVersion(StoreError):
+    """A store was written by a newer format of agentmesh, or an asked version of it is gone."""
+
+
+class FilterInvalid(StoreError):
+    """A filter cannot be understood."""
 
 
 class EmbedderMismatch(StoreError):
-    """The store was filled by another embedder."""
+    """Vectors come from another embedder than the store's."""
+
+
+class EmbedderError(MeshError):
+    """An embedder gave no usable vectors."""
+
+    fields: ClassVar[tuple[str, ...]] = ("after_s",)
+    after_s: float | None  # given: asking again after that many seconds may help
 
 
 class DocumentError(MeshError):
@@ -210,13 +249,6 @@ class DocumentError(MeshError):
 
     fields: ClassVar[tuple[str, ...]] = ("source",)
     source: str | None
-
-
-class EmbedderError(MeshError):
-    """An embedder gave no usable vectors."""
-
-    fields: ClassVar[tuple[str, ...]] = ("after_s",)
-    after_s: float | None  # asking again after so long may help; None: it will not
 
 
 class TryAgain(Exception):
