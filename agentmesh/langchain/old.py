@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from agentmesh.errors import DefinitionError, EmbedderMismatch, StoreError
-from agentmesh.langchain import unpickle
 from agentmesh.langchain.vectorstore import BATCH, chunk_of
 from agentmesh.rag.embed import embedder
 from agentmesh.rag.store import FaissStore
 
 ALIKE = 0.98  # cosine of the first document's vector to what the embedder makes of it now
 LONGEST_S = 3600
+READER = Path(__file__).with_name("unpickle.py")  # run, never imported
 
 
 def import_folder(
@@ -49,7 +49,7 @@ def import_folder(
     with tempfile.TemporaryDirectory(prefix="agentmesh-import-") as scratch:
         out = Path(scratch)
         # -P: what stands beside the script is not to be found by name
-        argv = [sys.executable, "-P", unpickle.__file__, str(folder.resolve()), index_name, scratch]
+        argv = [sys.executable, "-P", str(READER), str(folder.resolve()), index_name, scratch]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=LONGEST_S, cwd=scratch, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"its reader ended with {done.returncode}"])[-1]
