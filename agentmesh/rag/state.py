@@ -186,6 +186,10 @@ class State:
         block, row = place
         return bool(self._alive[row] if block == IN_DELTA else self.blocks[block].alive[row])
 
+    def delta_alive(self, first: int, n: int) -> Mask:
+        """Which of some rows of the delta are to be seen."""
+        return self._alive[first : first + n]
+
     def id(self, place: Place) -> str:
         """A row's id."""
         block, row = place
