@@ -1,7 +1,8 @@
 """The FAISS store: a folder that many processes read and write at once, and that no crash can harm."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +41,7 @@ class FaissStore:
         """
         self.path = Path(path)
         self._core = Core(self.path, metric, identity)
+        self._core.build_text = _build_text if find_spec("tantivy") else None
         self._filter: Where | None = None
         self._past: tuple[State, View] | None = None
 
@@ -352,6 +354,10 @@ class FaissStore:
     def verify(self) -> list[str]:
         """What is wrong with the store's files, one sentence each; reads all of them."""
         return verify(self._core)
+
+
+def _build_text(folder: Path, rows: Iterable[tuple[int, str]]) -> None:
+    import_module("agentmesh.rag.text").build(folder, rows)
 
 
 def _check_k(k: int) -> None:
