@@ -26,6 +26,7 @@ LIGHT_ROWS = 50_000  # what a writer merges by the way; larger runs are left to 
 GROWTH = 4  # an older file is taken in while it is at most this many times what was gathered
 WASTE = 0.2  # or when this part of it is not seen any more
 COPY_ROWS = 8192
+TEXT_ROWS = 5000  # fewer are indexed in memory by whoever searches: half a second at most, and writers merge often
 
 BuildText = Callable[[Path, Iterable[tuple[int, str]]], None]
 Embed = Callable[[Sequence[str]], Floats]
@@ -189,7 +190,7 @@ def _beside(folder: Folder, temporary: Path, span: Span, n: int, metric: str, bu
         scratch = temporary.with_suffix(".ivf")
         build_ivf(scratch, segment.vectors, metric)
         scratch.replace(target.with_suffix(".ivf"))
-    if build_text is not None and n:
+    if build_text is not None and n >= TEXT_ROWS:
         scratch = temporary.with_suffix(".text")
         build_text(scratch, ((row, segment.text(row)) for row in range(n)))
         shutil.rmtree(target.with_suffix(".text"), ignore_errors=True)

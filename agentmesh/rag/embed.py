@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, Protocol, Self
 
 from agentmesh.errors import ConfigError, EmbedderError, EmbedderMismatch, ExtraMissing, did_you_mean
+from agentmesh.rag.chunk import sound
 
 try:
     import numpy as np
@@ -110,6 +111,7 @@ class Base:
 
     name: str
     remote = False
+    scaled = True  # to unit length
     prefixes = ("", "")
 
     def __init__(self) -> None:
@@ -127,6 +129,7 @@ class Base:
         with self._lock:
             if self._known is None:
                 probe = self.documents([PROBE])[0]
+                probe = probe / np.linalg.norm(probe)
                 told = {"revision": "", "pooling": "", **self._identity()}
                 # rounded: a float32 written as JSON would be twice as long for nothing
                 rounded = tuple(round(float(x), 7) for x in probe)
@@ -141,11 +144,11 @@ class Base:
         """
         if not texts:
             return np.zeros((0, self.d), np.float32)
-        return self._unit(self._embed([self.prefixes[1] + t for t in texts]), texts)
+        return self._unit(self._embed([self.prefixes[1] + sound(t) for t in texts]), texts)
 
     def query(self, text: str) -> Floats:
         """float32 (d,), of unit length; zeros for a text in which the embedder knows nothing."""
-        vector: Floats = self._unit(self._embed([self.prefixes[0] + text]), [text])[0]
+        vector: Floats = self._unit(self._embed([self.prefixes[0] + sound(text)]), [text])[0]
         return vector
 
     def _unit(self, vectors: Any, texts: Sequence[str]) -> Floats:
@@ -161,7 +164,8 @@ class Base:
         bad = np.flatnonzero(~np.isfinite(lengths[:, 0]))
         if len(bad):
             raise EmbedderError(f"embedder {self.name!r} gave no numbers (NaN) for {texts[bad[0]][:60]!r}")
-        np.divide(rows, lengths, out=rows, where=lengths > 0)
+        if self.scaled:
+            np.divide(rows, lengths, out=rows, where=lengths > 0)
         return rows
 
     def _embed(self, texts: list[str]) -> Any:

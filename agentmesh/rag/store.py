@@ -1,6 +1,8 @@
 """The FAISS store: a folder that many processes read and write at once, and that no crash can harm."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +22,7 @@ from agentmesh.rag.view import View
 from agentmesh.rag.where import Where, both, matches, parse
 
 Filter = Mapping[str, Any]
+TEXTS = "agentmesh.rag.texts"  # imported by the first search by words, for it brings tantivy
 
 
 class FaissStore:
@@ -38,6 +41,7 @@ class FaissStore:
         """
         self.path = Path(path)
         self._core = Core(self.path, metric, identity)
+        self._core.build_text = _build_text if find_spec("tantivy") else None
         self._filter: Where | None = None
         self._past: tuple[State, View] | None = None
 
@@ -208,11 +212,39 @@ class FaissStore:
 
     def search_many(self, vectors: npt.ArrayLike, k: int, *, where: Filter | None = None) -> list[list[Hit]]:
         """`search` for several vectors at once."""
-        if k < 1:
-            raise StoreError(f"k is {k}; at least one hit has to be asked for")
+        _check_k(k)
         view, test = self._view(), self._both(where)
         queries = self.queries(vectors)
         return view.search(queries, k, self._core.metric, test) if view.version else [[] for _ in queries]
+
+    def search_text(
+        self, query: str, k: int, *, where: Filter | None = None, vector: npt.ArrayLike | None = None
+    ) -> list[Hit]:  # fmt: skip
+        """The k chunks that say most of a question's words, best first; fewer where no more say any.
+
+        Args:
+            query: any text; there is no syntax.
+            vector: the question's, so that `score` is the cosine, as everywhere; without it `score` is BM25's.
+
+        Raises:
+            ExtraMissing: tantivy is not installed.
+        """
+        _check_k(k)
+        view, test = self._view(), self._both(where)
+        asked = None if vector is None else self.queries(vector)[0]
+        return import_module(TEXTS).search_text(view, query, k, test, asked) if view.version else []
+
+    def search_hybrid(
+        self, query: str, vector: npt.ArrayLike, k: int, *, where: Filter | None = None
+    ) -> list[Hit]:  # fmt: skip
+        """The k best by words and by vector together, fused by their ranks; `score` is the cosine.
+
+        Source: Cormack, Clarke, Buettcher, Reciprocal Rank Fusion, SIGIR 2009.
+        """
+        _check_k(k)
+        view, test, asked = self._view(), self._both(where), self.queries(vector)[0]
+        texts = import_module(TEXTS)
+        return texts.search_hybrid(view, query, asked, k, self._core.metric, test) if view.version else []
 
     def queries(self, vectors: npt.ArrayLike) -> Floats:
         """Vectors of questions, checked and scaled as the stored ones are."""
@@ -322,6 +354,15 @@ class FaissStore:
     def verify(self) -> list[str]:
         """What is wrong with the store's files, one sentence each; reads all of them."""
         return verify(self._core)
+
+
+def _build_text(folder: Path, rows: Iterable[tuple[int, str]]) -> None:
+    import_module("agentmesh.rag.text").build(folder, rows)
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise StoreError(f"k is {k}; at least one hit has to be asked for")
 
 
 def _digest(state: State, source: str) -> str:

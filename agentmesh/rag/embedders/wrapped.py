@@ -3,6 +3,7 @@
 from typing import Any
 
 from agentmesh.errors import EmbedderError
+from agentmesh.rag.chunk import sound
 from agentmesh.rag.embed import Base, Floats
 
 
@@ -11,18 +12,20 @@ class Wrapped(Base):
 
     Args:
         embeddings: has `embed_documents` and `embed_query`. It stays in this process: it has no name that travels.
+        scaled: to unit length; without it vectors stay as long as they are made, for a store under "l2".
     """
 
     name = ""
     remote = True  # most are; and calls side by side do the others no harm
 
-    def __init__(self, embeddings: Any) -> None:
+    def __init__(self, embeddings: Any, *, scaled: bool = True) -> None:
         super().__init__()
+        self.scaled = scaled
         self.embeddings = embeddings
 
     def query(self, text: str) -> Floats:
-        """float32 (d,), of unit length."""
-        vector: Floats = self._unit([self._ask("embed_query", text)], [text])[0]
+        """float32 (d,), in the embeddings' own way for questions."""
+        vector: Floats = self._unit([self._ask("embed_query", sound(text))], [text])[0]
         return vector
 
     def _embed(self, texts: list[str]) -> Any:
