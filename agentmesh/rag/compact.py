@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from agentmesh.errors import StoreDamaged
 from agentmesh.rag.columns import Array, merge
@@ -29,7 +30,7 @@ COPY_ROWS = 8192
 TEXT_ROWS = 5000  # fewer are indexed in memory by whoever searches: half a second at most, and writers merge often
 
 BuildText = Callable[[Path, Iterable[tuple[int, str]]], None]
-Embed = Callable[[Sequence[str]], Floats]
+Embed = Callable[[Sequence[str]], npt.ArrayLike]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,20 @@ class Piece:
     segment: Segment
     rows: Array
     parts: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a merged file is to say."""
+
+    span: Span
+    pieces: list[Piece]
+    removed_ids: list[str]  # of rows before it
+    after: State
+    segments: Sequence[Segment]
+    dropped: frozenset[str] = frozenset()  # sources whose parts before it do not count any more
+    gone: frozenset[str] = frozenset()  # sources before it that are not any more, if the segments do not say so
+    d: int = 0  # the vectors' width, if it is another one from here on
 
 
 def wants_merge(segments: Sequence[Segment]) -> bool:
@@ -103,7 +118,7 @@ def merge_run(
     for segment in run:
         before.apply(segment)
     span = (run[0].a, run[-1].b)
-    write_run(folder, span, view, before, run, metric, build_text=build_text)
+    write_run(folder, run_of(span, view, before, run), metric, build_text=build_text)
     return span
 
 
@@ -127,43 +142,46 @@ def _read(folder: Folder) -> list[Segment]:
     return [Segment.open(folder.file(span), *span) for span in found]
 
 
-def write_run(
-    folder: Folder, span: Span, before: View, after: State, run: Sequence[Segment], metric: str, *,
-    build_text: BuildText | None = None, embed: Embed | None = None,
-) -> bool:  # fmt: skip
-    """Writes and publishes a merged file; False if somebody has published it already.
+def run_of(span: Span, before: View, after: State, run: Sequence[Segment]) -> Run:
+    """What some segments at the end of a chain come to.
 
     Args:
-        before: the store as it was when the run began.
-        after: as it is at the run's end.
-        run: the run's segments.
-        embed: makes the vectors anew, from the texts.
+        before: the store as it was when they began.
+        after: as it is at their end.
     """
-    pieces = _pieces(after, run)
-    n = sum(len(p.rows) for p in pieces)
+    removed = list(_removed(before, after)) if span[0] > 1 else []
+    return Run(span, pieces_of(after, run), removed, after, run)
+
+
+def write_run(
+    folder: Folder, run: Run, metric: str, *, build_text: BuildText | None = None, embed: Embed | None = None
+) -> bool:
+    """Writes and publishes a merged file; False if somebody has published it already. `embed` makes the vectors anew."""
+    n = sum(len(p.rows) for p in run.pieces)
+    d = run.d or run.after.d
     with writing(folder.path):
         with folder.temporary() as (temporary, file):
             writer = SegmentWriter(file)
-            _rows(writer, pieces, embed)
-            kept = span[0] > 1
-            writer.array("keys", [_keys(after, run)], KEYS)
-            writer.json("sources", _sources(after, run, removals=kept))
-            effects: dict[str, Any] = {"removed_ids": list(_removed(before, after)) if kept else []}
-            effects["pending"] = {s: [p.digest, p.of, sorted(p.parts)] for s, p in after.pending.items()}
-            effects["refusals"] = {
-                k.hex(): c.refused for k, c in after.keys.items() if c.refused and c.version >= span[0]
-            }
-            for segment in run:
-                effects["refusals"].update(segment.effects.get("refusals", {}))
-            writer.json("effects", {name: value for name, value in effects.items() if value})
-            writer.finish({"kind": "merged", "n": n, "d": after.d, "metric": metric})
+            _rows(writer, run.pieces, embed)
+            writer.array("keys", [_keys(run)], KEYS)
+            writer.json("sources", _sources(run))
+            writer.json("effects", {name: value for name, value in _effects(run).items() if value})
+            writer.finish({"kind": "merged", "n": n, "d": d, "metric": metric})
         try:
-            _beside(folder, temporary, span, n, metric, build_text)
-            published = folder.publish(temporary, span)
+            _beside(folder, temporary, run.span, n, metric, build_text)
+            published = folder.publish(temporary, run.span)
         finally:
             temporary.unlink(missing_ok=True)
         sync(folder.path)
     return published
+
+
+def _effects(run: Run) -> dict[str, Any]:
+    refusals = {k.hex(): c.refused for k, c in run.after.keys.items() if c.refused and c.version >= run.span[0]}
+    for segment in run.segments:
+        refusals.update(segment.effects.get("refusals", {}))
+    pending = {s: [p.digest, p.of, sorted(p.parts)] for s, p in run.after.pending.items()}
+    return {"removed_ids": run.removed_ids, "pending": pending, "dropped": sorted(run.dropped), "refusals": refusals}
 
 
 def _beside(folder: Folder, temporary: Path, span: Span, n: int, metric: str, build_text: BuildText | None) -> None:
@@ -181,7 +199,8 @@ def _beside(folder: Folder, temporary: Path, span: Span, n: int, metric: str, bu
         scratch.rename(target.with_suffix(".text"))
 
 
-def _pieces(after: State, run: Sequence[Segment]) -> list[Piece]:
+def pieces_of(after: State, run: Sequence[Segment]) -> list[Piece]:
+    """The rows of some segments that go on: those to be seen, and those that wait for their source to be whole."""
     alive = {id(block.segment): block.alive for block in after.blocks}
     staged: dict[int, dict[int, int]] = {}
     for pending in after.pending.values():
@@ -226,7 +245,10 @@ def _vectors(pieces: Sequence[Piece], embed: Embed | None) -> Iterator[Floats]:
     for piece in pieces:
         for first in range(0, len(piece.rows), COPY_ROWS):
             rows = piece.rows[first : first + COPY_ROWS]
-            yield piece.segment.vectors[rows] if embed is None else embed([piece.segment.text(int(r)) for r in rows])
+            if embed is None:
+                yield piece.segment.vectors[rows]
+            else:
+                yield np.asarray(embed([piece.segment.text(int(r)) for r in rows]), np.float32)
 
 
 def _hashes(segment: Segment) -> Array:
@@ -247,19 +269,19 @@ def _words(piece: Piece, name: str) -> Iterator[bytes]:
         yield b"".join(segment.bytes(name, int(a), int(b)) for a, b in zip(starts[some], ends[some], strict=True))
 
 
-def _keys(after: State, run: Sequence[Segment]) -> Array:
-    known = [s.array("keys") for s in run if s.kind == "merged"]
-    rows = [(k, c.version, c.added, c.removed) for k, c in after.keys.items() if c.version >= run[0].a]
+def _keys(run: Run) -> Array:
+    known = [s.array("keys") for s in run.segments if s.kind == "merged"]
+    rows = [(k, c.version, c.added, c.removed) for k, c in run.after.keys.items() if c.version >= run.span[0]]
     return np.sort(np.concatenate([*known, np.array(rows, KEYS)]), order="key")
 
 
-def _sources(after: State, run: Sequence[Segment], *, removals: bool) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for source in dict.fromkeys(name for segment in run for name in segment.sources):
-        facts = after.source(source)
+def _sources(run: Run) -> dict[str, Any]:
+    out: dict[str, Any] = dict.fromkeys(run.gone)
+    for source in dict.fromkeys(name for segment in run.segments for name in segment.sources):
+        facts = run.after.source(source)
         if facts is not None:
             out[source] = [facts.digest, facts.chunks, dict(facts.facts)]
-        elif removals:
+        elif run.span[0] > 1:
             out[source] = None
     return out
 

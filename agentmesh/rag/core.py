@@ -14,7 +14,7 @@ from agentmesh.errors import EmbedderMismatch, StoreDamaged, StoreError, StoreVe
 from agentmesh.rag.compact import BuildText, merge_run, wants_merge
 from agentmesh.rag.delta import Delta
 from agentmesh.rag.embed import Identity
-from agentmesh.rag.folder import Folder, Span, chain, current, name_of, sync, whole, writing
+from agentmesh.rag.folder import Folder, Span, chain, current, drop_generations, name_of, sync, whole, writing
 from agentmesh.rag.packing import Draft
 from agentmesh.rag.segment import Segment
 from agentmesh.rag.state import Commit, State
@@ -61,6 +61,12 @@ class Core:
         """The embedder that the store was filled by."""
         return Identity.from_json(found) if (found := self.about.get("identity")) else None
 
+    def expect(self, identity: Identity | None) -> None:
+        """From now on the store's vectors come from this embedder."""
+        with self.lock:
+            self._identity = identity
+            self.refresh()
+
     def latest(self) -> View:
         """What a search sees now: others' commits of at least `POLL_S` ago, and all of one's own."""
         if self._pid != os.getpid():
@@ -82,8 +88,12 @@ class Core:
         for _ in range(TRIES):
             if self.folder is None and not self._find_generation():
                 return
+            assert self.folder is not None
             now = time.monotonic()
             try:
+                if now - self._checked > FRESH_S and not self.folder.mtime_ns():
+                    self.folder = None  # another generation took its place, long ago
+                    continue
                 if self.state is None or now - self._checked > FRESH_S:
                     self._list()
                 else:
@@ -294,6 +304,7 @@ class Core:
                 if not mine:
                     return None
                 folder.retire()
+                drop_generations(self.path, folder.path.name)
                 span = merge_run(
                     folder, self.about["d"], self.metric, everything=everything, light=light, build_text=self.build_text
                 )

@@ -108,6 +108,8 @@ class State:
             for source in segment.sources:
                 self.facts.pop(source, None)
         self._merged.append(segment)
+        for source in segment.effects.get("dropped", ()):
+            self.pending.pop(source, None)
         places = self._add(segment)
         for source, (digest, of, parts) in segment.effects.get("pending", {}).items():
             rows = segment.rows_of(source)
