@@ -20,7 +20,8 @@ from agentmesh.rag.state import Commit, State
 from agentmesh.rag.view import Part, View
 
 POLL_S = 0.02  # a search looks for others' commits at most this often
-FRESH_S = 30.0  # a listing older than this may have missed a merge and its clean-up (folder.STAY_S)
+LIST_S = 1.0  # merges are looked for at most this often; commits are asked for by their number
+FRESH_S = 30.0  # longer asleep than this, a number may have been given, merged and cleaned away (folder.STAY_S)
 TRIES = 20
 METRICS = ("cosine", "l2")
 
@@ -79,12 +80,18 @@ class Core:
         for _ in range(TRIES):
             if self.folder is None and not self._find_generation():
                 return
-            if not self._changed():
-                return
+            now = time.monotonic()
             try:
-                self._follow()
+                if self.state is None or now - self._checked > FRESH_S:
+                    self._list()
+                else:
+                    self._probe()
+                    if now - self._listed > LIST_S and self._mtime_ns != self._writable()[1].mtime_ns():
+                        self._list()
             except FileNotFoundError:
-                continue  # merged away between the listing and the reading
+                self.state = None  # merged away between the listing and the reading
+                continue
+            self._checked = now
             if not self._sealed():
                 return
         raise StoreError(f"the files of {self.path} change faster than they can be read", path=str(self.path))
@@ -115,15 +122,21 @@ class Core:
         if about.get("identity"):
             Identity.from_json(about["identity"]).check(self._identity)
 
-    def _changed(self) -> bool:
-        assert self.folder is not None
-        self._checked = time.monotonic()
-        if self.state is None:
-            return True
-        following = self.state.version + 1
-        return self.folder.file((following, following)).exists() or self.folder.mtime_ns() != self._mtime_ns
+    def _probe(self) -> None:
+        """The commits that follow the one we know, each by its number."""
+        state, folder = self._writable()
+        before = state.version
+        while True:
+            span = (state.version + 1, state.version + 1)
+            if not os.path.exists(folder.file(span)):
+                break
+            self._apply(state, span, [])
+            self._chain.append(span)
+        if state.version > before:
+            self._view = state.view()
 
-    def _follow(self) -> None:
+    def _list(self) -> None:
+        """The whole folder: what is there is taken over where it was merged."""
         assert self.folder is not None
         listed, mtime_ns = time.monotonic(), self.folder.mtime_ns()
         found, missing = whole(self.folder.spans())
@@ -135,14 +148,11 @@ class Core:
         if self.state is None or found[: len(self._chain)] != self._chain:
             self.state, self._chain = State(self.about["d"]), []
         state = self.state
-        try:
-            for span in found[len(self._chain) :]:
-                self._apply(state, span, missing)
-                self._chain.append(span)
-        except FileNotFoundError:
-            self.state = None
-            raise
-        self._opened = {span: segment for span, segment in self._opened.items() if span in set(self._chain)}
+        for span in found[len(self._chain) :]:
+            self._apply(state, span, missing)
+            self._chain.append(span)
+        kept = set(self._chain)
+        self._opened = {span: segment for span, segment in self._opened.items() if span in kept}
         self._view = state.view()
         self._mtime_ns, self._listed = mtime_ns, listed
 
@@ -180,7 +190,8 @@ class Core:
         """
         with self.lock:
             self._make(d)
-            temporary, written = None, None
+            temporary: Path | None = None
+            written, data = None, b""
             try:
                 while True:
                     self.refresh()
@@ -190,13 +201,13 @@ class Core:
                     draft = build(state)
                     if isinstance(draft, Commit):
                         return draft
-                    if written is None or draft.refused != written.refused or draft.removed_ids != written.removed_ids:
-                        data = draft.encode(self.about["d"], key)
+                    if temporary is None or (draft.refused, draft.removed_ids) != written:
                         if temporary:
                             temporary.unlink(missing_ok=True)
+                        data = draft.encode(self.about["d"], key)
                         with writing(self.path):
-                            temporary = folder.write(lambda file, data=data: file.write(data))
-                        written = draft
+                            temporary = folder.write(data)
+                        written = (draft.refused, draft.removed_ids)
                     span = (state.version + 1, state.version + 1)
                     if self._publish(temporary, span):
                         break
@@ -231,14 +242,13 @@ class Core:
         assert self.folder is not None
         with writing(self.path):
             if not self.folder.publish(temporary, span):
-                self._checked, self._mtime_ns = float("-inf"), -1
                 return False
-        if time.monotonic() - self._listed < FRESH_S:
+        if time.monotonic() - self._checked < FRESH_S:
             return True
         # long asleep between the listing and the link: the number may have been given, merged and cleaned away
         if any(a <= span[0] <= b and (a, b) != span for a, b in self.folder.spans()):
             self.folder.file(span).unlink(missing_ok=True)
-            self._mtime_ns = -1
+            self._checked = float("-inf")
             return False
         return True
 

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +28,6 @@ NAME = re.compile(r"(\d{10})(?:-(\d{10}))?\.seg")
 KEEP_S = 3600.0  # how long a replaced file stays, so that `at` reaches back
 STAY_S = 60.0  # how long it stays in its place, so that a laggard's link to a number that was given still fails
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRITING = ".tmp-"
 
 
 def name_of(span: Span) -> str:
@@ -86,7 +85,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.old, self.pinned = path / "old", path / "pins"
+        self.old, self.pinned, self.scratch = path / "old", path / "pins", path / "tmp"
 
     def file(self, span: Span) -> Path:
         """Where a commit or run lies, or would."""
@@ -130,8 +129,8 @@ class Folder:
     def make(self, about: dict[str, Any]) -> dict[str, Any]:
         """The generation's own description, ours unless somebody was first."""
         with writing(self.path.parent):
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.write(lambda file: file.write(json.dumps({"format": 1, **about}).encode()))
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            temporary = self.write(json.dumps({"format": 1, **about}).encode())
             try:
                 with contextlib.suppress(FileExistsError):
                     os.link(temporary, self.path / "about.json")
@@ -142,18 +141,24 @@ class Folder:
         assert found is not None
         return found
 
-    def write(self, fill: Callable[[BinaryIO], Any]) -> Path:
+    def write(self, data: bytes) -> Path:
         """A new file with no name that counts, on the disk for good."""
-        path = self.path / f"{WRITING}{os.getpid()}-{secrets.token_hex(6)}"
+        with self.temporary() as (path, file):
+            file.write(data)
+        return path
+
+    @contextlib.contextmanager
+    def temporary(self) -> Iterator[tuple[Path, BinaryIO]]:
+        """The same for one that is written piece by piece; gone if that fails."""
+        path = self.scratch / f"{os.getpid()}-{secrets.token_hex(6)}"
         try:
             with open(path, "xb") as file:
-                fill(file)
+                yield path, file
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        return path
 
     def publish(self, temporary: Path, span: Span) -> bool:
         """Gives a written file its number; False if somebody else has it."""
@@ -208,9 +213,10 @@ class Folder:
     def _sweep_left(self, now: float, keep_s: float, live: list[Span]) -> None:
         """What killed writers and compactors left behind."""
         stems = {self.file(span).stem for span in live}
-        for entry in os.scandir(self.path):
+        for entry in (*os.scandir(self.path), *os.scandir(self.scratch)):
             orphan = entry.name.endswith((".ivf", ".text")) and entry.name.split(".")[0] not in stems
-            if (entry.name.startswith(WRITING) or orphan) and now - entry.stat().st_mtime >= keep_s:
+            left = Path(entry.path).parent == self.scratch
+            if (left or orphan) and now - entry.stat().st_mtime >= keep_s:
                 if entry.is_dir():
                     shutil.rmtree(entry.path, ignore_errors=True)
                 else:
@@ -241,7 +247,7 @@ def current(path: Path) -> str:
 
 def set_current(path: Path, generation: str) -> None:
     """Names the generation, in one step."""
-    temporary = path / f"{WRITING}{os.getpid()}-CURRENT"
+    temporary = path / f".CURRENT-{os.getpid()}"
     temporary.write_text(generation + "\n")
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Draft:
         """
         ids = [chunk.id for chunk in self.chunks]
         if len(set(ids)) < len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
+            twice = Counter(ids).most_common(1)[0][0]
             raise StoreError(f"the id {twice!r} is twice in one commit; every chunk needs its own")
         file = io.BytesIO()
         writer = SegmentWriter(file)
