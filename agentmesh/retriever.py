@@ -185,7 +185,7 @@ class Retriever:
         )
         if not diverse or len(hits) <= k:
             return hits[:k]
-        chosen = mmr(vector, store.vectors([h.id for h in hits]), k, weight=1 - diverse)
+        chosen = mmr(vector, store.vectors([h.id for h in hits]), k, relevance=1 - diverse)
         return [hits[i] for i in chosen]
 
     def where(self, where: Where | None = None, **equal: Any) -> "Retriever":

@@ -4,13 +4,13 @@ Texts and vectors go from step to step in parts; each step may be done again, by
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
 
-from agentmesh.errors import DocumentError, MeshError, StoreDamaged, StoreError, StoreFull
+from agentmesh.errors import DocumentError, EmbedderError, MeshError, StoreDamaged, StoreError, StoreFull
 from agentmesh.ports import RetryLater
 from agentmesh.rag import loaders, plan
 from agentmesh.rag.chunk import Chunk
@@ -19,7 +19,7 @@ from agentmesh.rag.listing import list_documents, matcher
 from agentmesh.rag.packing import Replacement
 from agentmesh.rag.parts import Parts, chunks_from_json, chunks_to_json, sweep, typed
 from agentmesh.rag.plan import Asked, How, Todo
-from agentmesh.rag.sharing import Vectors
+from agentmesh.rag.sharing import Shared, Vectors
 from agentmesh.rag.split import split
 from agentmesh.rag.store import FaissStore
 from agentmesh.step import ToolContext
@@ -185,25 +185,36 @@ def embed_batch(store: str, parts: str, batch: str, embedder: str, c: ToolContex
     kept = Parts(store, parts)
     documents = kept.get_json(batch)
     texts = [[row[1] for row in one["chunks"]] for one in documents]
-    total = sum(len(t) for t in texts)
-    one_for_all = shared(embedder_for(store, embedder))
+    by = shared(embedder_for(store, embedder))
     try:
-        vectors = one_for_all.documents([t for some in texts for t in some], _saying(c, total))
+        vectors = _embedded(by, [t for some in texts for t in some], c, sum(len(t) for t in texts))
         return Embedded(part=kept.put_vectors(vectors))
     except MeshError as e:
-        if getattr(e, "after_s", None) is not None:
-            raise RetryLater(e, e.after_s) from e  # type: ignore[attr-defined]
         if len(documents) == 1:
             return Embedded(part=kept.put_vectors(np.zeros((0, 0), np.float32)), failed=_blamed(documents, e.message))
     failed: list[Failure] = []
     rows = []
     for one, some in zip(documents, texts, strict=True):
         try:
-            rows.append(one_for_all.documents(some))
+            rows += list(_embedded(by, some, c, len(some)))
         except MeshError as e:
             failed.append(Failure(source=one["source"], why=e.message))
-    found = np.concatenate([r for r in rows if len(r)]) if any(len(r) for r in rows) else np.zeros((0, 0), np.float32)
-    return Embedded(part=kept.put_vectors(found), failed=failed)
+    return Embedded(part=kept.put_vectors(np.array(rows, np.float32)), failed=failed)
+
+
+def _embedded(by: Shared, texts: Sequence[str], c: ToolContext, total: int) -> Vectors:
+    """float32 (n, d).
+
+    Raises:
+        RetryLater: asking again may help.
+        MeshError: it will not.
+    """
+    try:
+        return by.documents(texts, lambda done: c.progress(f"{done}/{total} chunks"))
+    except EmbedderError as e:
+        if e.after_s is None:
+            raise
+        raise RetryLater(e, e.after_s) from None
 
 
 @tool(queue="index")
@@ -214,10 +225,6 @@ def blame(store: str, parts: str, part: str, why: str) -> list[Failure]:
 
 def _blamed(documents: Sequence[Mapping[str, Any]], why: str) -> list[Failure]:
     return [Failure(source=one["source"], why=why) for one in documents]
-
-
-def _saying(c: ToolContext, total: int) -> Callable[[int], None]:
-    return lambda done: c.progress(f"{done}/{total} chunks")
 
 
 @tool(queue="index", retries=5)
