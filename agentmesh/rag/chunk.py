@@ -73,3 +73,8 @@ class Hit:
     def end(self) -> int:
         """Where the passage ends in the parsed text."""
         return self.start + len(self.text)
+
+
+def sound(text: str) -> str:
+    """A text that can be written: half a surrogate pair, which JSON may hold, becomes `?`."""
+    return text if text.isascii() else text.encode(errors="replace").decode()

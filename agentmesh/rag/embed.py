@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, Protocol, Self
 
 from agentmesh.errors import ConfigError, EmbedderError, EmbedderMismatch, ExtraMissing, did_you_mean
+from agentmesh.rag.chunk import sound
 
 try:
     import numpy as np
@@ -141,11 +142,11 @@ class Base:
         """
         if not texts:
             return np.zeros((0, self.d), np.float32)
-        return self._unit(self._embed([self.prefixes[1] + t for t in texts]), texts)
+        return self._unit(self._embed([self.prefixes[1] + sound(t) for t in texts]), texts)
 
     def query(self, text: str) -> Floats:
         """float32 (d,), of unit length; zeros for a text in which the embedder knows nothing."""
-        vector: Floats = self._unit(self._embed([self.prefixes[0] + text]), [text])[0]
+        vector: Floats = self._unit(self._embed([self.prefixes[0] + sound(text)]), [text])[0]
         return vector
 
     def _unit(self, vectors: Any, texts: Sequence[str]) -> Floats:

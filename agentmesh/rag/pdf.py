@@ -4,7 +4,7 @@ import io
 import logging
 
 from agentmesh.errors import DocumentError, ExtraMissing
-from agentmesh.rag.chunk import Document, Part
+from agentmesh.rag.chunk import Document, Part, sound
 
 try:
     from pypdf import PdfReader
@@ -36,8 +36,7 @@ def read(data: bytes, name: str) -> Document:
     out: list[str] = []
     at = 0
     for number, text in enumerate(texts, 1):
-        # pypdf leaves lone surrogates of odd fonts, which no file can hold
-        clean = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").encode(errors="replace").decode()
+        clean = sound(text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", ""))  # odd fonts give odd halves
         if clean.strip():
             parts.append(Part(at, {"page": number}))
             out.append(clean.rstrip() + "\n\n")

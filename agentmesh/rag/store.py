@@ -1,6 +1,7 @@
 """The FAISS store: a folder that many processes read and write at once, and that no crash can harm."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ from agentmesh.rag.view import View
 from agentmesh.rag.where import Where, both, matches, parse
 
 Filter = Mapping[str, Any]
+TEXTS = "agentmesh.rag.texts"  # imported by the first search by words, for it brings tantivy
 
 
 class FaissStore:
@@ -207,11 +209,39 @@ class FaissStore:
 
     def search_many(self, vectors: npt.ArrayLike, k: int, *, where: Filter | None = None) -> list[list[Hit]]:
         """`search` for several vectors at once."""
-        if k < 1:
-            raise StoreError(f"k is {k}; at least one hit has to be asked for")
+        _check_k(k)
         view, test = self._view(), self._both(where)
         queries = self.queries(vectors)
         return view.search(queries, k, self._core.metric, test) if view.version else [[] for _ in queries]
+
+    def search_text(
+        self, query: str, k: int, *, where: Filter | None = None, vector: npt.ArrayLike | None = None
+    ) -> list[Hit]:  # fmt: skip
+        """The k chunks that say most of a question's words, best first; fewer where no more say any.
+
+        Args:
+            query: any text; there is no syntax.
+            vector: the question's, so that `score` is the cosine, as everywhere; without it `score` is BM25's.
+
+        Raises:
+            ExtraMissing: tantivy is not installed.
+        """
+        _check_k(k)
+        view, test = self._view(), self._both(where)
+        asked = None if vector is None else self.queries(vector)[0]
+        return import_module(TEXTS).search_text(view, query, k, test, asked) if view.version else []
+
+    def search_hybrid(
+        self, query: str, vector: npt.ArrayLike, k: int, *, where: Filter | None = None
+    ) -> list[Hit]:  # fmt: skip
+        """The k best by words and by vector together, fused by their ranks; `score` is the cosine.
+
+        Source: Cormack, Clarke, Buettcher, Reciprocal Rank Fusion, SIGIR 2009.
+        """
+        _check_k(k)
+        view, test, asked = self._view(), self._both(where), self.queries(vector)[0]
+        texts = import_module(TEXTS)
+        return texts.search_hybrid(view, query, asked, k, self._core.metric, test) if view.version else []
 
     def queries(self, vectors: npt.ArrayLike) -> Floats:
         """Vectors of questions, checked and scaled as the stored ones are."""
@@ -291,6 +321,11 @@ class FaissStore:
             return found
         seen = {chunk.source for chunks in self.iterate() for chunk in chunks}
         return {source: facts for source, facts in found.items() if source in seen}
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise StoreError(f"k is {k}; at least one hit has to be asked for")
 
 
 def _digest(state: State, source: str) -> str:

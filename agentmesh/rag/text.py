@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from agentmesh.errors import ExtraMissing
+from agentmesh.rag.chunk import sound
 
 try:
     import tantivy
@@ -59,7 +60,7 @@ def terms(query: str) -> list[str]:
     >>> terms("C++: how do cats?"), terms("机器学习")
     (['c', 'how', 'do', 'cat'], ['机器', '器学', '学习'])
     """
-    return list(dict.fromkeys(_ANALYZER.analyze(spaced(query))))[:MOST_TERMS]
+    return list(dict.fromkeys(_ANALYZER.analyze(spaced(sound(query)))))[:MOST_TERMS]
 
 
 def build(folder: Path, rows: Iterable[tuple[int, str]]) -> None:

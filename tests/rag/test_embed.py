@@ -52,6 +52,7 @@ def test_word_vectors_work_offline_and_are_made_once() -> None:
     near, far = ours.query("the cat is sitting") @ ours.documents(["a cat sat down", "the price of steel"]).T
     assert near > far
     assert ours.documents([]).shape == (0, ours.d)
+    assert ours.query("half a \ud83d pair").shape == (ours.d,)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
@@ -161,9 +162,12 @@ def test_a_server_is_asked_in_batches_and_its_order_is_its_index(
     assert (first["model"], first["path"]) == ("org/some-e5-base", "/v1/embeddings")
     assert first["key"] == "Bearer sk-secret"
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    assert embedder("openai:text-embedding-3-small").d == 2
+    theirs = embedder("openai:text-embedding-3-small")
+    assert theirs.d == 2
+    theirs.close()
     assert ours.query("q").shape == (2,)
     assert server.asked[-1]["input"] == ["query: q"]
+    ours.close()
 
 
 def test_what_passes_is_tried_again_and_what_does_not_is_told(server: Server) -> None:
@@ -190,6 +194,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_told(server: Server) ->
             ours.query("a")
         assert told.value.after_s == after_s
         assert pickle.loads(pickle.dumps(told.value)).after_s == after_s
+    ours.close()
 
 
 def test_nobody_answers() -> None:

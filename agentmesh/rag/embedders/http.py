@@ -56,6 +56,12 @@ class HttpEmbedder(Base):
         self._address = address
         self._mine = threading.local()
 
+    def close(self) -> None:
+        """Ends this thread's connection; the next call makes another."""
+        if getattr(self._mine, "link", None) is not None:
+            self._mine.link.close()
+            self._mine.link = None
+
     def _embed(self, texts: list[str]) -> Any:
         rows: list[list[float]] = []
         for batch in _batches(texts):
@@ -77,9 +83,7 @@ class HttpEmbedder(Base):
             answer = link.getresponse()
             raw = answer.read()
         except (OSError, http.client.HTTPException) as e:
-            if getattr(self._mine, "link", None) is not None:
-                self._mine.link.close()
-                self._mine.link = None
+            self.close()
             reason = str(e) or type(e).__name__
             raise EmbedderError(
                 f"no embedder answers at {self.base_url} ({reason}); start the server, or mend its URL", after_s=0.0

@@ -3,6 +3,7 @@
 from typing import Any
 
 from agentmesh.errors import EmbedderError
+from agentmesh.rag.chunk import sound
 from agentmesh.rag.embed import Base, Floats
 
 
@@ -22,7 +23,7 @@ class Wrapped(Base):
 
     def query(self, text: str) -> Floats:
         """float32 (d,), of unit length."""
-        vector: Floats = self._unit([self._ask("embed_query", text)], [text])[0]
+        vector: Floats = self._unit([self._ask("embed_query", sound(text))], [text])[0]
         return vector
 
     def _embed(self, texts: list[str]) -> Any:
