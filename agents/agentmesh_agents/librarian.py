@@ -9,13 +9,14 @@ from agentmesh import Agent, Context
 from agentmesh.message import user
 from agentmesh.retriever import Passage
 from agentmesh_agents.reader import first_line
-from agentmesh_tools.retrieve import Consulted, Quote, in_store, stands, words
+from agentmesh_tools.retrieve import Consulted, Quote, in_store, sequence, stands
 
 CITED = re.compile(r"\s*\[(\d+)\]")
 IN_MARKS = re.compile(r"[\"“]([^\"“”]{8,})[\"”]")
 ENDS = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])|(?<=\])\s+(?=[A-Z])")
 NOTHING = "The documents say nothing about this."
 NOT_FOUND = "not found"
+PAIRS_BORNE = 0.4  # of neighbouring words: a sentence of the right words in another order may say anything
 
 
 class Answer(BaseModel):
@@ -52,10 +53,10 @@ class Librarian(Agent[Answer]):
     store: str = ".agentmesh/rag"
     embed: str = ""
     k: int = 5
-    quotes: int = 4
+    quotes: int = 3
     least: float = 0.45
     borne: float = 0.6
-    options = {"max_tokens": 96, "temperature": 0}
+    options = {"max_tokens": 80, "temperature": 0}
     instructions = (
         "You answer from the given quotes alone, in one or two short sentences. You cite them by number: [1]."
     )
@@ -73,7 +74,7 @@ class Librarian(Agent[Answer]):
 
     def _request(self, question: str, quotes: Sequence[Quote]) -> str:
         told = "\n".join(f"[{i}] {' '.join(q.text.split())}" for i, q in enumerate(quotes, 1))
-        return f"Quotes:\n{told}\n\nQuestion: {question}\n\nAnswer from the quotes alone. If they do not answer it, write: {NOT_FOUND}."
+        return f"{told}\n\nQuestion: {question}\n\nAnswer in one sentence, with the words of these quotes, or write: {NOT_FOUND}."
 
 
 def checked(consulted: Consulted) -> list[Quote]:
@@ -97,11 +98,15 @@ def answer_from(said: str, quotes: Sequence[Quote], passages: Sequence[Passage],
 
 
 def _bears(sentence: str, quotes: Sequence[Quote], passages: Sequence[Passage], borne: float) -> bool:
-    said = words(CITED.sub("", sentence))
+    """Whether the quotes hold most of a sentence's words, and neighbours among them in the same order: it is no invention."""
+    said = sequence(CITED.sub("", sentence))
     if not said or any(locate(text, passages) is None for text in IN_MARKS.findall(sentence)):
         return False
-    known: set[str] = set().union(*(words(q.text) for q in quotes))
-    return len(said & known) >= borne * len(said)
+    held = [sequence(q.text) for q in quotes]
+    near = {pair for h in held for gap in (1, 2) for pair in zip(h, h[gap:], strict=False)}
+    pairs = list(zip(said, said[1:], strict=False))
+    known = sum(any(word in h for h in held) for word in said)
+    return known >= borne * len(said) and sum(pair in near for pair in pairs) >= PAIRS_BORNE * len(pairs)
 
 
 def _renumbered(sentence: str, numbers: dict[int, int]) -> str:

@@ -22,10 +22,11 @@ class AskDocs(Agent):
     """Answers a question from the documents of a folder."""
 
     folder: str = FOLDER
+    pattern: str = "*.md"
 
     def flow(self, task: str, ctx: Context) -> str:
         """Index what is new or changed, then ask."""
-        ingest, asked = documents.ingest(self.folder)
+        ingest, asked = documents.ingest(self.folder, glob=self.pattern)
         ctx.do(ingest.on(asked))
         return ctx.do(Librarian(store=documents.path).on(task)).page()
 

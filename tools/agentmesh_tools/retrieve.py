@@ -1,5 +1,6 @@
 """Looking up a store of passages, and picking from each the sentences that bear on a question, with their places."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from agentmesh.retriever import Passage, Retriever
 # A sentence ends at its mark before a space, at a full-width mark, or with its line: tables and lists are lines.
 SENTENCE = re.compile(r"[^\n。！？]+?(?:[.!?][\"')\]]*(?=\s|$)|[。！？]|(?=\n)|$)")
 WORD = re.compile(r"[^\W_]{2,}")
-SHORTEST, LONGEST = 12, 400  # characters of a sentence that can be quoted
+SHORTEST, LONGEST = 20, 400  # characters of a sentence that can be quoted
 WORDS_COUNT = 0.5  # what shared words add to a sentence's cosine, at most
 COMMON = frozenset(
     re.findall(
@@ -72,7 +73,8 @@ def in_store(
             Passage(source=h.source, start=h.start, text=h.text, heading=" > ".join(h.heading))
             for h in retriever.search(question, k)
         ]
-        quotes = list({(q.source, q.start): q for p in passages for q in sentences(p)}.values())
+        found = {(q.source, q.start): q for p in passages for q in sentences(p)}
+        quotes = [q for q in found.values() if not _asks(q.text, question)]
         if not quotes:
             return Consulted(passages=passages)
         scores = _scores(question, quotes, retriever)
@@ -83,12 +85,18 @@ def in_store(
 
 
 def _scores(question: str, quotes: list[Quote], retriever: Retriever) -> Any:
-    """(n,) of the quotes: cosine to the question, and the share of its words that they hold."""
+    """(n,) of the quotes: cosine to the question, and the share of its words that they hold; a word that all hold is little."""
     embedder = retriever.embedder()
     cosines = embedder.documents([q.text for q in quotes]) @ embedder.query(question)  # (n, d) x (d,) -> (n,)
-    asked = words(question)
-    shared = np.array([len(asked & words(q.text)) / max(1, len(asked)) for q in quotes])
-    return cosines + WORDS_COUNT * shared
+    asked, held = words(question), [words(q.text) for q in quotes]
+    weight = {w: math.log1p(len(held) / (1 + sum(w in h for h in held))) for w in asked}
+    whole = sum(weight.values()) or 1.0
+    return cosines + WORDS_COUNT * np.array([sum(weight[w] for w in asked & h) / whole for h in held])
+
+
+def _asks(text: str, question: str) -> bool:
+    """Whether a sentence is itself a question, or repeats this one: it answers nothing."""
+    return text.endswith("?") or (words(question) <= words(text) and question.strip(" ?").lower() in text.lower())
 
 
 def sentences(passage: Passage) -> Iterator[Quote]:
@@ -100,9 +108,14 @@ def sentences(passage: Passage) -> Iterator[Quote]:
             yield Quote(text=text, source=passage.source, start=start, end=start + len(text))
 
 
+def sequence(text: str) -> list[str]:
+    """The words that carry meaning, in their order, without their endings."""
+    return [stem(w) for w in WORD.findall(text.lower()) if w not in COMMON]
+
+
 def words(text: str) -> set[str]:
     """The words that carry meaning, without their endings."""
-    return {stem(w) for w in WORD.findall(text.lower()) if w not in COMMON}
+    return set(sequence(text))
 
 
 def stem(word: str) -> str:
