@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agentmesh.errors import FilterInvalid, StoreError, did_you_mean
-from agentmesh.rag.where import ABSENT_MATCHES, COMPARE, Joined, Test, Where, family, tests, utc
+from agentmesh.rag.where import ABSENT_MATCHES, COMPARE, Check, Joined, Where, checks, family, utc
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -168,7 +168,7 @@ def check_fields(where: Where, known: Iterable[str]) -> None:
         FilterInvalid: with the nearest field.
     """
     known = set(known)
-    for test in tests(where):
+    for test in checks(where):
         if test.field not in known and test.op not in (*ABSENT_MATCHES, "$exists"):
             raise FilterInvalid(f"no chunk has a field {test.field!r}.{did_you_mean(test.field, known)}")
 
@@ -190,14 +190,14 @@ def mask(where: Where, columns: Mapping[str, Sequence[Column]], n: int) -> Mask:
             has |= column.present
         return has if where.value else ~has
     turned = where.op in ABSENT_MATCHES
-    test = Test(where.field, {"$ne": "$eq", "$nin": "$in"}.get(where.op, where.op), where.value)
+    test = Check(where.field, {"$ne": "$eq", "$nin": "$in"}.get(where.op, where.op), where.value)
     passed = np.zeros(n, bool)
     for column in mine:
         passed |= _tested(column, test)
     return ~passed if turned else passed
 
 
-def _tested(column: Column, test: Test) -> Mask:
+def _tested(column: Column, test: Check) -> Mask:
     operands = test.value if test.op == "$in" else (test.value,)
     operands = [v for v in operands if family(v) == KINDS[column.kind]]
     if not operands or (column.kind == "list" and test.op in COMPARE):

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from agentmesh.errors import EmbedderMismatch, StoreDamaged, StoreError, StoreVersion
+from agentmesh.rag.compact import BuildText, merge_run, wants_merge
 from agentmesh.rag.delta import Delta
 from agentmesh.rag.embed import Identity
-from agentmesh.rag.folder import Folder, Span, chain, current, name_of, sync, whole, writing
+from agentmesh.rag.folder import Folder, Span, chain, current, drop_generations, name_of, sync, whole, writing
 from agentmesh.rag.packing import Draft
 from agentmesh.rag.segment import Segment
 from agentmesh.rag.state import Commit, State
@@ -35,6 +36,7 @@ class Core:
         if metric is not None and metric not in METRICS:
             raise StoreError(f'a store\'s metric is "cosine" or "l2", not {metric!r}')
         self.path, self._asked, self._identity = path, metric, identity
+        self.build_text: BuildText | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -59,6 +61,12 @@ class Core:
         """The embedder that the store was filled by."""
         return Identity.from_json(found) if (found := self.about.get("identity")) else None
 
+    def expect(self, identity: Identity | None) -> None:
+        """From now on the store's vectors come from this embedder."""
+        with self.lock:
+            self._identity = identity
+            self.refresh()
+
     def latest(self) -> View:
         """What a search sees now: others' commits of at least `POLL_S` ago, and all of one's own."""
         if self._pid != os.getpid():
@@ -80,17 +88,23 @@ class Core:
         for _ in range(TRIES):
             if self.folder is None and not self._find_generation():
                 return
+            assert self.folder is not None
             now = time.monotonic()
             try:
+                if now - self._checked > FRESH_S and not self.folder.mtime_ns():
+                    self.folder = None  # another generation took its place, long ago
+                    continue
                 if self.state is None or now - self._checked > FRESH_S:
                     self._list()
                 else:
                     self._probe()
                     if now - self._listed > LIST_S and self._mtime_ns != self._writable()[1].mtime_ns():
                         self._list()
-            except FileNotFoundError:
-                self.state = None  # merged away between the listing and the reading
-                continue
+            except BaseException as e:
+                self.state = None  # half applied: the next look begins anew
+                if isinstance(e, FileNotFoundError):
+                    continue  # merged away between the listing and the reading
+                raise
             self._checked = now
             if not self._sealed():
                 return
@@ -164,6 +178,9 @@ class Core:
         try:
             if span not in self._opened:
                 self._opened[span] = Segment.open(self.folder.file(span), *span)
+            if self._opened[span].d != state.d and self._opened[span].n:
+                self._find_generation()  # its first vectors have come, and with them its width
+                raise FileNotFoundError
             state.apply(self._opened[span])
         except StoreDamaged as e:
             self._warn(state, span, str(e))
@@ -216,7 +233,10 @@ class Core:
                     temporary.unlink(missing_ok=True)
             with writing(self.path):
                 sync(folder.path)
-            return self._take_in(state, span, data)
+            done = self._take_in(state, span, data)
+            if wants_merge(state.segments):
+                self.merge(light=True)
+            return done
 
     def _make(self, d: int) -> None:
         if self.folder is None and not self._find_generation():
@@ -226,6 +246,10 @@ class Core:
             about = {"d": d, "metric": self.metric, "identity": identity}
             Folder(self.path / current(self.path)).make(about)
             self._find_generation()
+        if d and not self.about["d"]:
+            with writing(self.path):
+                self._writable_folder().widen(d)
+            self._find_generation()
         if d and d != self.about["d"]:
             raise EmbedderMismatch(
                 f"{self.path} holds vectors of width {self.about['d']} and was given some of width {d}; "
@@ -233,10 +257,13 @@ class Core:
                 path=str(self.path),
             )
 
+    def _writable_folder(self) -> Folder:
+        assert self.folder is not None
+        return self.folder
+
     def _writable(self) -> tuple[State, Folder]:
         assert self.state is not None
-        assert self.folder is not None
-        return self.state, self.folder
+        return self.state, self._writable_folder()
 
     def _publish(self, temporary: Path, span: Span) -> bool:
         assert self.folder is not None
@@ -260,6 +287,36 @@ class Core:
         self._chain.append(span)
         self._view = state.view()
         return done
+
+    def merge(self, *, everything: bool = False, light: bool = False) -> Span | None:
+        """Merges the end of the chain, unless somebody else is at it; None when nothing was merged.
+
+        Raises:
+            StoreDamaged: a file cannot be trusted; nothing was changed. A writer that merges by the way only says so.
+        """
+        with self.lock:
+            self.refresh()
+            if self.folder is None:
+                return None
+            folder = self.folder
+        try:
+            with writing(self.path), folder.alone() as mine:
+                if not mine:
+                    return None
+                folder.retire()
+                drop_generations(self.path, folder.path.name)
+                span = merge_run(
+                    folder, self.about["d"], self.metric, everything=everything, light=light, build_text=self.build_text
+                )
+        except StoreError as e:
+            if not light:
+                raise
+            log.warning("%s; the commits of %s were not merged", e, self.path)
+            return None
+        with self.lock:
+            self._listed = float("-inf")
+            self.refresh()
+        return span
 
     def past(self, version: int) -> tuple[State, View]:
         """The store as it was.

@@ -61,6 +61,10 @@ class Delta:
         i = bisect.bisect_right(self._starts, row) - 1
         return self._segments[i], row - self._starts[i]
 
+    def placed(self) -> list[tuple[int, Segment]]:
+        """Each segment with the row that its first row is here."""
+        return list(zip(self._starts, self._segments, strict=True))
+
     def id(self, row: int) -> str:
         """A row's id."""
         segment, row = self.place(row)

@@ -111,6 +111,7 @@ class Base:
 
     name: str
     remote = False
+    scaled = True  # to unit length
     prefixes = ("", "")
 
     def __init__(self) -> None:
@@ -128,6 +129,7 @@ class Base:
         with self._lock:
             if self._known is None:
                 probe = self.documents([PROBE])[0]
+                probe = probe / np.linalg.norm(probe)
                 told = {"revision": "", "pooling": "", **self._identity()}
                 # rounded: a float32 written as JSON would be twice as long for nothing
                 rounded = tuple(round(float(x), 7) for x in probe)
@@ -162,7 +164,8 @@ class Base:
         bad = np.flatnonzero(~np.isfinite(lengths[:, 0]))
         if len(bad):
             raise EmbedderError(f"embedder {self.name!r} gave no numbers (NaN) for {texts[bad[0]][:60]!r}")
-        np.divide(rows, lengths, out=rows, where=lengths > 0)
+        if self.scaled:
+            np.divide(rows, lengths, out=rows, where=lengths > 0)
         return rows
 
     def _embed(self, texts: list[str]) -> Any:

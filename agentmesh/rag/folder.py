@@ -141,6 +141,14 @@ class Folder:
         assert found is not None
         return found
 
+    def widen(self, d: int) -> None:
+        """The width of a generation that began without vectors, unless somebody was first."""
+        with self.alone(wait=True):
+            found = self.about()
+            if found and not found["d"]:
+                self.write(json.dumps({**found, "d": d}).encode()).replace(self.path / "about.json")
+                sync(self.path)
+
     def write(self, data: bytes) -> Path:
         """A new file with no name that counts, on the disk for good."""
         with self.temporary() as (path, file):
@@ -216,11 +224,12 @@ class Folder:
         for entry in (*os.scandir(self.path), *os.scandir(self.scratch)):
             orphan = entry.name.endswith((".ivf", ".text")) and entry.name.split(".")[0] not in stems
             left = Path(entry.path).parent == self.scratch
-            if (left or orphan) and now - entry.stat().st_mtime >= keep_s:
-                if entry.is_dir():
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                else:
-                    Path(entry.path).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a writer's own, which has its number by now
+                if (left or orphan) and now - entry.stat().st_mtime >= keep_s:
+                    if entry.is_dir():
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        Path(entry.path).unlink()
 
 
 def _forget_beside(path: Path) -> None:
@@ -253,6 +262,21 @@ def set_current(path: Path, generation: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path / "CURRENT")
     sync(path)
+
+
+def number_of(generation: str) -> int:
+    """`g3` is 3; 0 for what is no generation."""
+    return int(generation[1:]) if re.fullmatch(r"g\d+", generation) else 0
+
+
+def drop_generations(path: Path, kept: str, keep_s: float = KEEP_S) -> None:
+    """Removes generations before the current one, an hour after it took over."""
+    if current(path) != kept:
+        return
+    for entry in os.scandir(path):
+        old = 0 < number_of(entry.name) < number_of(kept)
+        if old and time.time() - (path / "CURRENT").stat().st_mtime >= keep_s:
+            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ except ImportError:
         "a FAISS store needs faiss, which is not installed: pip install 'agentmesh-celery[rag]'"
     ) from None
 
+library: Any = faiss  # its own types are those of SWIG: (*args)
+
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]

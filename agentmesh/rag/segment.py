@@ -259,14 +259,12 @@ class Segment:
 
     def rows_of(self, source: str) -> Array:
         """The rows of a source, seen or not."""
-        (column,) = self.by_name[SOURCE]
         code = self._sources.get(source)
-        return np.flatnonzero(column.values == code) if code is not None else np.zeros(0, np.int64)
+        return np.flatnonzero(self.by_name[SOURCE][0].values == code) if code is not None else np.zeros(0, np.int64)
 
     @cached_property
     def _sources(self) -> dict[str, int]:
-        (column,) = self.by_name[SOURCE]
-        return {s: i for i, s in enumerate(column.table)}
+        return {s: i for column in self.by_name.get(SOURCE, []) for i, s in enumerate(column.table)}
 
     def find(self, ids: Sequence[str], hashed: npt.NDArray[np.uint64]) -> list[tuple[int, int]]:
         """(place in ids, row) of each row that has one of the ids."""

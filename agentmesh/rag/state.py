@@ -108,6 +108,8 @@ class State:
             for source in segment.sources:
                 self.facts.pop(source, None)
         self._merged.append(segment)
+        for source in segment.effects.get("dropped", ()):
+            self.pending.pop(source, None)
         places = self._add(segment)
         for source, (digest, of, parts) in segment.effects.get("pending", {}).items():
             rows = segment.rows_of(source)
@@ -185,6 +187,10 @@ class State:
         """Whether a row is to be seen."""
         block, row = place
         return bool(self._alive[row] if block == IN_DELTA else self.blocks[block].alive[row])
+
+    def delta_alive(self, first: int, n: int) -> Mask:
+        """Which of some rows of the delta are to be seen."""
+        return self._alive[first : first + n]
 
     def id(self, place: Place) -> str:
         """A row's id."""

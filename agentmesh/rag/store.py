@@ -1,7 +1,8 @@
 """The FAISS store: a folder that many processes read and write at once, and that no crash can harm."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from agentmesh.rag.embed import Identity
 from agentmesh.rag.index import Floats
 from agentmesh.rag.packing import Draft, Replacement, checked, scaled
 from agentmesh.rag.state import Commit, SourceFacts, State
+from agentmesh.rag.upkeep import Stats, pin, stats, unpin, verify
 from agentmesh.rag.view import View
 from agentmesh.rag.where import Where, both, matches, parse
 
@@ -39,6 +41,7 @@ class FaissStore:
         """
         self.path = Path(path)
         self._core = Core(self.path, metric, identity)
+        self._core.build_text = _build_text if find_spec("tantivy") else None
         self._filter: Where | None = None
         self._past: tuple[State, View] | None = None
 
@@ -123,7 +126,7 @@ class FaissStore:
                 had = _digest(state, source)
                 if expects is not None and source in expects and expects[source] != had:
                     draft.refused.append(source)
-                elif had or state.source(source) or source in state.pending:
+                elif state.source(source) or source in state.pending or any(map(state.alive, state.rows_of(source))):
                     draft.sources[source] = None
             return draft if draft.sources else Commit(state.version, 0, 0, refused=tuple(draft.refused))
 
@@ -321,6 +324,40 @@ class FaissStore:
             return found
         seen = {chunk.source for chunks in self.iterate() for chunk in chunks}
         return {source: facts for source, facts in found.items() if source in seen}
+
+    # what is kept in order
+
+    def compact(self, *, everything: bool = False) -> bool:
+        """Merges commits into larger files, with an index where one pays; True if something was merged.
+
+        Writers merge the newest small commits by themselves. This also takes in large files, which can take minutes,
+        and builds IVF,SQ8 above 200,000 chunks. At most one process compacts; searches and commits go on meanwhile.
+
+        Args:
+            everything: all of it into one file, whatever that costs.
+        """
+        self._own()
+        return self._core.merge(everything=everything) is not None
+
+    def pin(self) -> int:
+        """Keeps the newest version for `at` until it is unpinned, and answers its number."""
+        return pin(self._core)
+
+    def unpin(self, version: int) -> None:
+        """Lets a pinned version go."""
+        unpin(self._core, version)
+
+    def stats(self) -> Stats:
+        """The store in numbers."""
+        return stats(self._core)
+
+    def verify(self) -> list[str]:
+        """What is wrong with the store's files, one sentence each; reads all of them."""
+        return verify(self._core)
+
+
+def _build_text(folder: Path, rows: Iterable[tuple[int, str]]) -> None:
+    import_module("agentmesh.rag.text").build(folder, rows)
 
 
 def _check_k(k: int) -> None:

@@ -64,7 +64,8 @@ def terms(query: str) -> list[str]:
 
 
 def build(folder: Path, rows: Iterable[tuple[int, str]]) -> None:
-    """An index of rows and their texts, in a folder that is there and empty; it is on disk when this returns."""
+    """An index of rows and their texts, in a new folder; it is on disk when this returns."""
+    folder.mkdir(parents=True, exist_ok=True)
     _fill(_registered(Index(_SCHEMA, path=str(folder))), rows, merge=True)
     for file in folder.iterdir():
         if file.suffix == ".lock":

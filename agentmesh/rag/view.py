@@ -1,17 +1,24 @@
 """What one search looks at: large segments and the delta as they were at one version. Never changed, shared by threads."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from agentmesh.errors import StoreDamaged
 from agentmesh.rag.chunk import Hit
 from agentmesh.rag.columns import Mask, check_fields
 from agentmesh.rag.delta import Delta
 from agentmesh.rag.index import Bits, Floats, Rows, flat, packed
+from agentmesh.rag.ivf import IVF_ROWS, Ivf
 from agentmesh.rag.segment import Segment
 from agentmesh.rag.where import Where
+
+EXACT_ROWS = 20_000  # fewer rows that pass are searched exactly: under a narrow filter an index misses them
+
+log = logging.getLogger("agentmesh.rag")
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,17 @@ class Part:
         mask = self.rows.mask(where, self.n) if isinstance(self.rows, Delta) else self.rows.mask(where)
         return mask & self.alive
 
+    @cached_property
+    def index(self) -> Ivf | None:
+        """The index beside a large segment; without one, or with a damaged one, the segment is searched exactly."""
+        if isinstance(self.rows, Delta) or self.n < IVF_ROWS:
+            return None
+        try:
+            return Ivf(self.rows.path.with_suffix(".ivf"), self.vectors, self.rows.header.get("metric", "cosine"))
+        except StoreDamaged as e:
+            log.warning("%s; searched exactly until the next compaction", e)
+            return None
+
     def top(self, queries: Floats, k: int, metric: str, where: Where | None) -> tuple[Floats, Rows]:
         """The nearest rows that pass: min(k, how many pass) of them, best first."""
         if where is None:
@@ -54,7 +72,16 @@ class Part:
             bits = packed(passing)
         if not count:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        return flat(queries, self.vectors, min(k, count), metric, bits)
+        k = min(k, count)
+        index = self.index if count > EXACT_ROWS else None
+        if index is None:
+            return flat(queries, self.vectors, k, metric, bits)
+        found = [index.top(query, k, bits) for query in queries]
+        if any(
+            len(rows) < k for _, rows in found
+        ):  # too few in the lists looked into: the rows that pass are elsewhere
+            return flat(queries, self.vectors, k, metric, bits)
+        return np.stack([scores for scores, _ in found]), np.stack([rows for _, rows in found])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Scalar = str | int | float | bool | datetime
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Check:
     """One operator on one field; `value` is a scalar, for `$in` and `$nin` a tuple of them, for `$exists` a bool."""
 
     field: str
@@ -36,19 +36,19 @@ class Joined:
     parts: "tuple[Where, ...]"
 
 
-Where = Test | Joined
+Where = Check | Joined
 
 
 def parse(where: object) -> Where:
     """The filter behind Mongo's words, or what is wrong with them.
 
     >>> parse({"year": {"$gte": 2020}, "tenant": "a"})  # doctest: +ELLIPSIS
-    Joined(op='$and', parts=(Test(field='year', op='$gte', value=2020), Test(field='tenant', op='$eq', value='a')))
+    Joined(op='$and', parts=(Check(field='year', op='$gte', value=2020), Check(field='tenant', op='$eq', value='a')))
 
     Raises:
         FilterInvalid: a callable, an unknown operator, or a value of another type than a field can have.
     """
-    if isinstance(where, Test | Joined):
+    if isinstance(where, Check | Joined):
         return where
     if callable(where):
         raise FilterInvalid('a filter is data, such as {"year": {"$gte": 2020}}; a function cannot be one')
@@ -77,7 +77,7 @@ def _entry(key: object, value: object) -> list[Where]:
     if key.startswith("$"):
         raise FilterInvalid(f"unknown operator {key!r}.{did_you_mean(key, (*OPERATORS, *JOINERS))}")
     if not isinstance(value, Mapping):
-        return [Test(key, "$eq", _scalar(key, value))]
+        return [Check(key, "$eq", _scalar(key, value))]
     if not value:
         raise FilterInvalid(f'the filter of {key!r} is empty; write {{"{key}": {{"$eq": …}}}}')
     return [_test(key, op, operand) for op, operand in value.items()]
@@ -93,12 +93,12 @@ def _test(field: str, op: object, operand: object) -> Where:
     if op == "$exists":
         if not isinstance(operand, bool):
             raise FilterInvalid(f"$exists of {field!r} takes true or false, not {operand!r}")
-        return Test(field, op, operand)
+        return Check(field, op, operand)
     if op in ("$in", "$nin"):
         if isinstance(operand, str) or not isinstance(operand, Sequence | set | frozenset):
             raise FilterInvalid(f"{op} of {field!r} takes a list, not {operand!r}")
-        return Test(field, str(op), tuple(_scalar(field, one) for one in operand))
-    return Test(field, str(op), _scalar(field, operand))
+        return Check(field, str(op), tuple(_scalar(field, one) for one in operand))
+    return Check(field, str(op), _scalar(field, operand))
 
 
 def _scalar(field: str, value: object) -> Scalar:
@@ -127,13 +127,13 @@ def family(value: object) -> str:
     return type(value).__name__
 
 
-def tests(where: Where) -> Iterator[Test]:
+def checks(where: Where) -> Iterator[Check]:
     """Every test in a filter."""
-    if isinstance(where, Test):
+    if isinstance(where, Check):
         yield where
     else:
         for part in where.parts:
-            yield from tests(part)
+            yield from checks(part)
 
 
 def matches(where: Where, row: Mapping[str, Any]) -> bool:
@@ -175,6 +175,6 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 
 def described(where: Where) -> str:
     """A filter as one line, for messages and as a key."""
-    if isinstance(where, Test):
+    if isinstance(where, Check):
         return f"{where.field} {where.op} {json.dumps(where.value, default=str, ensure_ascii=False)}"
     return f"{where.op}({', '.join(described(p) for p in where.parts)})"

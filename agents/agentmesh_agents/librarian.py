@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from pydantic import BaseModel
 
@@ -104,7 +105,7 @@ def _bears(sentence: str, quotes: Sequence[Quote], passages: Sequence[Passage], 
         return False
     held = [sequence(q.text) for q in quotes]
     near = {pair for h in held for gap in (1, 2) for pair in zip(h, h[gap:], strict=False)}
-    pairs = list(zip(said, said[1:], strict=False))
+    pairs = list(pairwise(said))
     known = sum(any(word in h for h in held) for word in said)
     return known >= borne * len(said) and sum(pair in near for pair in pairs) >= PAIRS_BORNE * len(pairs)
 

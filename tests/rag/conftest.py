@@ -1,6 +1,11 @@
-"""What the tests of ingest and retrieval share: a small embedder, a folder of documents, a Valkey."""
+"""What the tests of ingest and retrieval share: a small embedder, a folder of documents, a Valkey.
 
+Coroutine tests are driven here: LangChain's conformance suite has some, and needs no plugin for it.
+"""
+
+import asyncio
 import hashlib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -59,3 +64,12 @@ def valkey() -> Iterator[ValkeyServer]:
     """A Valkey of the module's own."""
     with a_server(ValkeyServer) as server:
         yield server
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    wanted = inspect.signature(pyfuncitem.obj).parameters
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in wanted}))
+    return True

@@ -160,6 +160,19 @@ def test_a_damaged_index_is_made_anew_in_memory(tmp_path: Path, caplog: pytest.L
     assert "indexed in memory" in caplog.text
 
 
+def test_merging_leaves_an_index_beside_the_file(tmp_path: Path) -> None:
+    store = filled(tmp_path, [f"word{i} all" for i in range(6000)], commits=4)
+    store.delete(["c00007"])
+    before = store.search_text("all", 6000)
+    assert store.compact(everything=True)
+    (folder,) = tmp_path.rglob("*.text")
+    assert TextIndex.open(folder).n == 5999
+    again = FaissStore(tmp_path)
+    assert found(again, "word8") == ["c00008"]
+    assert found(again, "word7") == []
+    assert [h.id for h in again.search_text("all", 6000)] == [h.id for h in before]
+
+
 def test_a_forked_child_searches(tmp_path: Path) -> None:
     store = filled(tmp_path, [f"word{i}" for i in range(1500)])
     assert found(store, "word7") == ["c00007"]

@@ -12,17 +12,19 @@ class Wrapped(Base):
 
     Args:
         embeddings: has `embed_documents` and `embed_query`. It stays in this process: it has no name that travels.
+        scaled: to unit length; without it vectors stay as long as they are made, for a store under "l2".
     """
 
     name = ""
     remote = True  # most are; and calls side by side do the others no harm
 
-    def __init__(self, embeddings: Any) -> None:
+    def __init__(self, embeddings: Any, *, scaled: bool = True) -> None:
         super().__init__()
+        self.scaled = scaled
         self.embeddings = embeddings
 
     def query(self, text: str) -> Floats:
-        """float32 (d,), of unit length."""
+        """float32 (d,), in the embeddings' own way for questions."""
         vector: Floats = self._unit([self._ask("embed_query", sound(text))], [text])[0]
         return vector
 
