@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -174,15 +174,18 @@ class Retriever:
             raise DefinitionError(f"search(mode={mode!r}): there are {', '.join(MODES)}")
         if not 0 <= diverse <= 1:
             raise DefinitionError(f"search(diverse={diverse}) must be 0 to 1")
-        if mode == "text":
-            return self._store().search_text(text, k, where=where)
+        if not self.count(where):
+            return []
         vector = self.embedder().query(text)
-        store = self._store(self.embedder())
-        many = k * MMR_OF if diverse else k
-        dense = mode == "dense"
-        hits = (
-            store.search(vector, many, where=where) if dense else store.search_hybrid(text, vector, many, where=where)
-        )
+        store, many = self._store(self.embedder()), k * MMR_OF if diverse else k
+        if mode == "text":
+            hits = store.search_text(text, many, where=where)
+            near = store.vectors([h.id for h in hits]) @ vector  # (n, d) x (d,) -> (n,)
+            hits = [replace(h, score=float(s)) for h, s in zip(hits, near, strict=True)]
+        elif mode == "dense":
+            hits = store.search(vector, many, where=where)
+        else:
+            hits = store.search_hybrid(text, vector, many, where=where)
         if not diverse or len(hits) <= k:
             return hits[:k]
         chosen = mmr(vector, store.vectors([h.id for h in hits]), k, relevance=1 - diverse)

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from agentmesh.cli.exits import DONE, FAILED
 from agentmesh.config import load
-from agentmesh.errors import DefinitionError
+from agentmesh.errors import DefinitionError, ExtraMissing
 from agentmesh.rag.store import FaissStore
 from agentmesh.retriever import Mode, Retriever
 
@@ -65,7 +66,7 @@ def _filter(where: str) -> dict[str, Any] | None:
 
 def stats(*, store: Path | None, as_json: bool, file: Path | None) -> int:
     """Print how much there is."""
-    told = _store(store, file).stats()
+    told = asdict(_store(store, file).stats())
     if as_json:
         print(json.dumps(told, default=str))
         return DONE
@@ -119,4 +120,17 @@ def import_langchain(
     folder: Path, *, name: str, trust_pickle: bool, store: Path | None, embed: str, file: Path | None
 ) -> int:
     """Take over an old folder."""
-    raise NotImplementedError
+    if not trust_pickle:
+        raise DefinitionError(
+            f"{folder / name}.pkl is a pickle, which can hold code; if you trust whoever made it, add --trust-pickle"
+        )
+    try:
+        old = import_module("agentmesh.langchain.old")
+    except ImportError as e:
+        raise ExtraMissing(
+            f"import-langchain needs {e.name}, which is not installed: pip install 'agentmesh-celery[langchain]'"
+        ) from None
+    path = store or load(file=file).home / "rag"
+    made = old.import_folder(folder, path, embedding=embed or None, trust_pickle=True, index_name=name)
+    print(f"{made.count()} passages in {path}")
+    return DONE

@@ -15,6 +15,7 @@ from agentmesh.rag.steps import (
     Failure,
     blame,
     check_embedder,
+    compact,
     embed_batch,
     index_batch,
     parse_pack,
@@ -122,6 +123,10 @@ class Ingest(Agent[Added]):
             added.removed = ctx.do(remove_vanished.on(self.store, planned.parts, planned.vanished))
         if planned.packs or planned.vanished:
             ctx.do(tidy.on(self.store, planned.parts))
+            try:
+                ctx.do(compact.on(self.store))
+            except StepError:  # a store searches as well without; the next ingest tries again
+                return added
         return added
 
 

@@ -293,6 +293,13 @@ def remove_vanished(store: str, parts: str, vanished: str, c: ToolContext = NOBO
 
 
 @tool(queue="index")
+def compact(store: str) -> bool:
+    """Merge large files where it pays; whether it did. A search index of a million passages takes minutes."""
+    kept = store_of(store)
+    return kept.stats().wants_compaction and kept.compact()
+
+
+@tool(queue="index")
 def tidy(store: str, parts: str) -> None:
     """The run has ended: its parts go."""
     Parts(store, parts).remove()

@@ -89,12 +89,13 @@ def answer_from(said: str, quotes: Sequence[Quote], passages: Sequence[Passage],
     A sentence stays when the quotes hold most of its words, and all that it puts in quotation marks is in the passages;
     a citation stays when there is such a quote. Quotes that the model marked as words of the documents are added.
     """
-    own = [q for text in IN_MARKS.findall(said) if (q := locate(text, passages)) is not None]
     kept = [s.strip() for s in ENDS.split(said.strip()) if s.strip() and _bears(s, quotes, passages, borne)]
     cited = sorted({int(n) for s in kept for n in CITED.findall(s) if 1 <= int(n) <= len(quotes)})
     shown = [quotes[n - 1] for n in cited] or list(quotes[:2])
-    shown += [q for q in own if q not in shown]
-    text = " ".join(_renumbered(s, {n: i for i, n in enumerate(cited, 1)}) for s in kept)
+    own = [locate(text, passages) for s in kept for text in IN_MARKS.findall(s)]
+    shown += [q for q in own if q is not None and q not in shown]
+    numbers = {n: i for i, n in enumerate(cited, 1)}
+    text = " ".join(_renumbered(s, numbers).strip() for s in kept)
     return Answer(text=text or "The documents say:", quotes=shown)
 
 
