@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from agentmesh.errors import StoreDamaged
 from agentmesh.rag.columns import Array, merge
@@ -29,7 +30,7 @@ COPY_ROWS = 8192
 TEXT_ROWS = 5000  # fewer are indexed in memory by whoever searches: half a second at most, and writers merge often
 
 BuildText = Callable[[Path, Iterable[tuple[int, str]]], None]
-Embed = Callable[[Sequence[str]], Floats]
+Embed = Callable[[Sequence[str]], npt.ArrayLike]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +244,10 @@ def _vectors(pieces: Sequence[Piece], embed: Embed | None) -> Iterator[Floats]:
     for piece in pieces:
         for first in range(0, len(piece.rows), COPY_ROWS):
             rows = piece.rows[first : first + COPY_ROWS]
-            yield piece.segment.vectors[rows] if embed is None else embed([piece.segment.text(int(r)) for r in rows])
+            if embed is None:
+                yield piece.segment.vectors[rows]
+            else:
+                yield np.asarray(embed([piece.segment.text(int(r)) for r in rows]), np.float32)
 
 
 def _hashes(segment: Segment) -> Array:
