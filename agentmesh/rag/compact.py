@@ -52,6 +52,7 @@ class Run:
     after: State
     segments: Sequence[Segment]
     dropped: frozenset[str] = frozenset()  # sources whose parts before it do not count any more
+    gone: frozenset[str] = frozenset()  # sources before it that are not any more, if the segments do not say so
     d: int = 0  # the vectors' width, if it is another one from here on
 
 
@@ -275,7 +276,7 @@ def _keys(run: Run) -> Array:
 
 
 def _sources(run: Run) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = dict.fromkeys(run.gone)
     for source in dict.fromkeys(name for segment in run.segments for name in segment.sources):
         facts = run.after.source(source)
         if facts is not None:

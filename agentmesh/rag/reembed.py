@@ -160,7 +160,8 @@ def run_between(before: State | None, after: State, d: int) -> Run:
     fresh = [_newer(p, before.version, dropped) for p in pieces]
     span = (before.version + 1, after.version)
     segments = [s for s in after.segments if s.b > before.version]
-    return Run(span, [p for p in fresh if len(p.rows)], gone, after, segments, dropped, d)
+    sources = frozenset(before.sources()) - frozenset(after.sources())  # a merge from the first commit on forgets them
+    return Run(span, [p for p in fresh if len(p.rows)], gone, after, segments, dropped, sources, d)
 
 
 def _newer(piece: Piece, version: int, sources: frozenset[str]) -> Piece:

@@ -1,6 +1,9 @@
 """A store against a dict: random commits, parts, merges, kills of nothing but our assumptions."""
 
 import random
+import time
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from agentmesh.errors import FilterInvalid, StoreConflict
 from agentmesh.rag import compact, state
 from agentmesh.rag.chunk import Chunk
+from agentmesh.rag.core import POLL_S
 from agentmesh.rag.store import FaissStore
 from agentmesh.rag.where import checks, matches, parse
 
@@ -155,3 +159,44 @@ def test_a_store_is_a_dict_with_a_search(seed: int, tmp_path: Path, monkeypatch:
     for one in (store, beside, FaissStore(tmp_path / "kb")):
         oracle.check(one)
     assert store.verify() == []
+
+
+def meaning(texts: Sequence[str]) -> np.ndarray:
+    """Another embedder: any fixed vector a text."""
+    seeds = [int.from_bytes(text.encode()[:8], "big") for text in texts]
+    found = np.array([np.random.default_rng(s).standard_normal(D) for s in seeds], np.float32).reshape(-1, D)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_another_embedder_comes_while_others_write(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "SMALL_ROWS", 6)
+    monkeypatch.setattr(compact, "SMALL_ROWS", 6)
+    monkeypatch.setattr("agentmesh.rag.reembed.BATCH", 5)
+    oracle, writer = Oracle(seed), FaissStore(tmp_path / "kb")
+    for n in range(30):
+        oracle.step(writer)
+        if n == 20:
+            writer.compact()
+    steps = iter(range(12))
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        for n in islice(steps, oracle.rng.randrange(4)):
+            oracle.step(writer)
+            if n % 4 == 1:
+                writer.compact(everything=n > 6)
+        return meaning(texts)
+
+    FaissStore(tmp_path / "kb").reembed(embed, d=D)
+    oracle.rows = {i: (c, meaning([c.text])[0]) for i, (c, _) in oracle.rows.items()}
+    for _, _, have in oracle.parts.values():
+        for p, rows in have.items():
+            have[p] = [(c, meaning([c.text])[0]) for c, _ in rows]
+    time.sleep(POLL_S)
+    for one in (writer, FaissStore(tmp_path / "kb")):
+        oracle.check(one)
+    for _ in range(10):
+        oracle.step(writer)
+    assert writer.compact(everything=True)
+    oracle.check(writer)
+    assert writer.stats().generation == "g2"
