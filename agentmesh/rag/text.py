@@ -82,7 +82,9 @@ class TextIndex:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """An index that `build` made; copied first, since tantivy writes beside what it reads.
+        """An index that `build` made, opened in a scratch folder: tantivy writes beside what it reads.
+
+        The large files are linked there, not copied; once open, they may go from where they were.
 
         Raises:
             ValueError: it is damaged, or of other tokens.
@@ -90,7 +92,11 @@ class TextIndex:
         scratch = tempfile.mkdtemp(prefix="agentmesh-text-")
         made = cls.__new__(cls)
         weakref.finalize(made, _remove, scratch, os.getpid())
-        shutil.copytree(folder, scratch, dirs_exist_ok=True)
+        for file in folder.iterdir():
+            if file.suffix == ".json":
+                shutil.copyfile(file, Path(scratch) / file.name)
+            else:
+                (Path(scratch) / file.name).symlink_to(file.resolve())
         made._index = _registered(Index.open(scratch))
         if made._index.schema != _SCHEMA:
             raise ValueError("the index was made with other tokens")

@@ -53,7 +53,8 @@ class Encoder(Base):
     def count(self, text: str) -> int:
         """How many tokens a text is."""
         tokenizer, _, _ = self._loaded()
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with self._lock:
+            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _loaded(self) -> tuple[Any, Any, int]:
         with self._lock:
