@@ -6,7 +6,7 @@ It stands above `boot`, because adding documents is a run like any other.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -230,10 +230,17 @@ class Retriever:
         return embedder_for(self.path, self._embed) if isinstance(self._embed, str) else make_embedder(self._embed)
 
     # ---- upkeep --------------------------------------------------------------------------------
-    def reembed(self, embed: Any) -> "Retriever":
-        """The same passages with the vectors of another embedder; searches see the old ones until all are there."""
+    def reembed(self, embed: Any, *, progress: Callable[[int, int], None] | None = None) -> "Retriever":
+        """The same passages with the vectors of another embedder, made in this process; cut off, it goes on where it was.
+
+        Searches and ingests go on with the old vectors until all new ones are there. Answers the retriever for them.
+
+        Args:
+            progress: told how many passages are done, and of how many.
+        """
         other = Retriever(self.path, embed=embed)
-        self._store().reembed(other.embedder())
+        by = other.embedder()
+        self._store().reembed(by.documents, identity=by.identity, progress=progress)
         return other
 
     def eval(

@@ -27,6 +27,7 @@ from agentmesh.retriever import check_paths
 CREW = "agentmesh.rag.ingest"
 LINE_S = 1.0  # between two lines where the output is no terminal
 SHOWN = 20  # failures that are printed
+STEPS = ("plan_ingest", "parse_pack", "embed_batch", "index_batch")
 
 
 def add_documents(
@@ -114,7 +115,8 @@ class Course:
             self._step(self.steps.get((run_id, event.n), ""), run_id, event.value)
 
     def _step(self, name: str, run_id: str, value: dict[str, Any]) -> None:
-        self.failed += len(value.get("failed", ()))
+        if name in STEPS:
+            self.failed += len(value.get("failed", ()))
         if name == "plan_ingest":
             self.planned, self.began = True, time.monotonic()
             self.documents, self.bytes, self.skipped = value["documents"], value["bytes"], value["skipped"]

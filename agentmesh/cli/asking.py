@@ -6,6 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
 from agentmesh.cli.exits import DONE, FAILED
 from agentmesh.config import load
 from agentmesh.errors import DefinitionError, ExtraMissing
@@ -95,7 +98,10 @@ def compact(*, store: Path | None, file: Path | None) -> int:
 def reembed(embed: str, *, store: Path | None, file: Path | None) -> int:
     """New vectors for the stored passages."""
     _store(store, file)
-    done = retriever(store, "", file).reembed(embed)
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        done = retriever(store, "", file).reembed(embed, progress=lambda n, of: bar.update(task, completed=n, total=of))
     print(f"{done.count()} passages now have the vectors of {embed}")
     return DONE
 

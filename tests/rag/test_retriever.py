@@ -149,7 +149,7 @@ def test_wrong_arguments_say_what_is_wrong(handbook: Retriever, tmp_path: Path) 
     with pytest.raises(DefinitionError, match="is a file; name its folder"):
         check_paths(Asked(paths=[str(tmp_path / "a" / "pay.md")], sync=True))
     with pytest.raises(MeshError, match="there is no embedder 'wordlama'"):
-        Retriever.open(tmp_path / "new", embed="wordlama").search("x")
+        Retriever.open(handbook.path, embed="wordlama").search("x")
 
 
 SCRIPT = """

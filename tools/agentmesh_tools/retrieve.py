@@ -14,7 +14,7 @@ from agentmesh.retriever import Passage, Retriever
 # A sentence ends at its mark before a space, at a full-width mark, or with its line: tables and lists are lines.
 SENTENCE = re.compile(r"[^\n。！？]+?(?:[.!?][\"')\]]*(?=\s|$)|[。！？]|(?=\n)|$)")
 WORD = re.compile(r"[^\W_]{2,}")
-SHORTEST, LONGEST = 20, 400  # characters of a sentence that can be quoted
+SHORTEST, LONGEST = 20, 1200  # bytes of a sentence that can be quoted: a Chinese one has few characters
 WORDS_COUNT = 0.5  # what shared words add to a sentence's cosine, at most
 COMMON = frozenset(
     re.findall(
@@ -103,7 +103,7 @@ def sentences(passage: Passage) -> Iterator[Quote]:
     """The sentences and lines of a passage, each with its place in the document."""
     for found in SENTENCE.finditer(passage.text):
         text = found.group().strip(" \t#>|*-")
-        if SHORTEST <= len(text) <= LONGEST and words(text):
+        if SHORTEST <= len(text.encode()) <= LONGEST and words(text):
             start = passage.start + found.start() + found.group().index(text)
             yield Quote(text=text, source=passage.source, start=start, end=start + len(text))
 
