@@ -269,19 +269,26 @@ def _filled(rows: Vectors) -> Vectors | None:
 def _commit(store: FaissStore, wanted: Sequence[Replacement], key: str) -> dict[str, str]:
     """One commit for all; where one document cannot be kept, one for each. The sources that are not in, and why."""
     try:
-        return dict.fromkeys(store.replace_many(wanted, key=key).refused, CHANGED) if wanted else {}
+        return _differ(store, wanted, store.replace_many(wanted, key=key).refused) if wanted else {}
     except (StoreFull, StoreDamaged):
         raise
     except StoreError:
         refused: dict[str, str] = {}
     for i, one in enumerate(wanted):
         try:
-            refused |= dict.fromkeys(store.replace_many([one], key=f"{key} {i}").refused, CHANGED)
+            refused |= _differ(store, [one], store.replace_many([one], key=f"{key} {i}").refused)
         except (StoreFull, StoreDamaged):
             raise
         except StoreError as e:
             refused[one.source] = e.message
     return refused
+
+
+def _differ(store: FaissStore, wanted: Sequence[Replacement], refused: Sequence[str]) -> dict[str, str]:
+    """Those of the refused that the store has otherwise than wanted: an ingest beside this one may have done the same."""
+    digests = {one.source: one.digest for one in wanted}
+    known = {source: store.source(source) for source in refused}
+    return {s: CHANGED for s, facts in known.items() if facts is None or facts.digest != digests[s]}
 
 
 @tool(queue="index", retries=5)

@@ -247,6 +247,14 @@ def test_a_late_index_step_does_not_overwrite_newer_text(tmp_path: Path, write: 
     assert [c.text for c in chunks] == ["new tea, hot"]
 
 
+def test_two_ingests_of_one_folder_do_not_mind_each_other(tmp_path: Path, write: Any, by_words: Any) -> None:
+    docs = write("docs", {"a.md": "tea"})
+    first, second = (Batched(docs, tmp_path / "store", by_words, key) for key in ("r1", "r2"))
+    assert first.index().documents == 1
+    assert second.index().failed == []
+    assert FaissStore(tmp_path / "store").count() == 1
+
+
 def test_an_ingest_is_a_step_of_a_users_own_flow(tmp_path: Path, write: Any, by_words: Any) -> None:
     docs, kept = write("docs", {"a.md": "tea"}), Retriever.open(tmp_path / "store", embed=by_words)
 
