@@ -190,8 +190,8 @@ def _beside(folder: Folder, temporary: Path, span: Span, n: int, metric: str, bu
     segment = Segment.open(temporary, *span)
     if n >= IVF_ROWS:
         scratch = temporary.with_suffix(".ivf")
-        build_ivf(scratch, segment.vectors, metric)
-        scratch.replace(target.with_suffix(".ivf"))
+        if build_ivf(scratch, segment.vectors, metric):
+            scratch.replace(target.with_suffix(".ivf"))
     if build_text is not None and n >= TEXT_ROWS:
         scratch = temporary.with_suffix(".text")
         build_text(scratch, ((row, segment.text(row)) for row in range(n)))

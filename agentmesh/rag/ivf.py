@@ -13,10 +13,11 @@ faiss: Any = library
 IVF_ROWS = 200_000  # a merged segment with fewer rows is searched exactly
 RANKED = 5  # candidates for each hit that is asked for
 LEAST_RANKED = 64
-RECALL = 0.97  # recall@10 that the number of lists to look into is chosen for, on the segment's own rows
+RECALL = 0.97  # recall@10 that the number of lists to look into is chosen for, with rows that trained nothing
 SAMPLE = 200
-TRAINED_PER_LIST = 50
-"""k-means sees this many rows a list; FAISS asks for 39 at least."""
+MOST = 8  # if more than an eighth of the lists is needed, exact search is as quick: vectors without any structure
+TRAINED_PER_LIST = 40  # FAISS asks for 39 at least
+FILTERED = 2  # under a filter twice as many lists: a nearest one that passes is further away
 
 
 class Ivf:
@@ -39,7 +40,8 @@ class Ivf:
         wanted = max(LEAST_RANKED, RANKED * k)
         selector = None if bits is None else faiss.IDSelectorBitmap(len(self._vectors), faiss.swig_ptr(bits))
         with one_thread():
-            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=self.nprobe)
+            nprobe = self.nprobe if bits is None else FILTERED * self.nprobe
+            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
             _, found = self._index.search(query[None], wanted, params=parameters)
         rows = np.sort(found[0][found[0] >= 0])  # in the order of the file, which is kinder to the disk
         scores = exact(query, self._vectors[rows], self._metric)
@@ -48,7 +50,7 @@ class Ivf:
 
 
 def build_ivf(path: Path, vectors: Floats, metric: str, *, seed: int = 1) -> int:
-    """Trains, fills and writes an index, and answers the number of lists a search will look into.
+    """Trains, fills and writes an index; answers how many lists a search looks into, 0 when no index would pay.
 
     Args:
         vectors: float32 (n, d), also mapped.
@@ -58,26 +60,29 @@ def build_ivf(path: Path, vectors: Floats, metric: str, *, seed: int = 1) -> int
     kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
     quantizer = faiss.IndexFlat(d, kind)
     index = faiss.IndexIVFScalarQuantizer(quantizer, d, lists, faiss.ScalarQuantizer.QT_8bit, kind)
-    index.cp.niter, index.cp.max_points_per_centroid, index.cp.seed = 8, TRAINED_PER_LIST, seed
-    some = np.random.default_rng(seed).permutation(n)[: lists * TRAINED_PER_LIST]
-    index.train(vectors[np.sort(some)])
+    index.cp.niter, index.cp.max_points_per_centroid, index.cp.seed = 6, TRAINED_PER_LIST, seed
+    shuffled = np.random.default_rng(seed).permutation(n)
+    index.train(vectors[np.sort(shuffled[: lists * TRAINED_PER_LIST])])
     for first in range(0, n, 65_536):
         index.add(np.ascontiguousarray(vectors[first : first + 65_536]))
-    index.nprobe = _probes(index, vectors, metric, some[:SAMPLE], lists)
-    faiss.write_index(index, str(path))
+    index.nprobe = _probes(index, vectors, metric, shuffled[-SAMPLE:], lists // MOST)
+    if index.nprobe:
+        faiss.write_index(index, str(path))
     return int(index.nprobe)
 
 
-def _probes(index: Any, vectors: Floats, metric: str, sample: Rows, lists: int) -> int:
-    """The fewest lists that find 97 % of the ten nearest of some rows; never more than a quarter of all."""
-    queries = np.ascontiguousarray(vectors[np.sort(sample)])
-    _, nearest = flat(queries, vectors, 10, metric)
+def _probes(index: Any, vectors: Floats, metric: str, sample: Rows, most: int) -> int:
+    """The fewest lists that find 97 % of the ten nearest neighbours of some rows; 0 if that takes more than `most`."""
+    sample = np.sort(sample)
+    queries = np.ascontiguousarray(vectors[sample])
+    _, nearest = flat(queries, vectors, 11, metric)
+    right = [set(rows) - {own} for rows, own in zip(nearest.tolist(), sample.tolist(), strict=True)]
     nprobe = 4
-    while nprobe < lists // 4:
+    while nprobe <= most:
         index.nprobe = nprobe
-        _, found = index.search(queries, LEAST_RANKED)
-        hits = [len(set(a) & set(b)) for a, b in zip(nearest.tolist(), found.tolist(), strict=True)]
-        if sum(hits) >= RECALL * 10 * len(hits):
-            break
-        nprobe *= 2
-    return nprobe
+        _, found = index.search(queries, LEAST_RANKED + 1)
+        hits = sum(len(set(rows) & r) for rows, r in zip(found.tolist(), right, strict=True))
+        if hits >= RECALL * sum(map(len, right)):
+            return nprobe
+        nprobe += max(2, nprobe // 4)
+    return 0

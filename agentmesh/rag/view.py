@@ -16,7 +16,7 @@ from agentmesh.rag.ivf import IVF_ROWS, Ivf
 from agentmesh.rag.segment import Segment
 from agentmesh.rag.where import Where
 
-EXACT_ROWS = 20_000  # fewer rows that pass are searched exactly: under a narrow filter an index misses them
+EXACT_ROWS, EXACT_SHARE = 50_000, 0.25  # if fewer pass, they are searched exactly: under a filter an index misses them
 
 log = logging.getLogger("agentmesh.rag")
 
@@ -56,8 +56,11 @@ class Part:
         """The index beside a large segment; without one, or with a damaged one, the segment is searched exactly."""
         if isinstance(self.rows, Delta) or self.n < IVF_ROWS:
             return None
+        path = self.rows.path.with_suffix(".ivf")
+        if not path.exists():
+            return None
         try:
-            return Ivf(self.rows.path.with_suffix(".ivf"), self.vectors, self.rows.header.get("metric", "cosine"))
+            return Ivf(path, self.vectors, self.rows.header.get("metric", "cosine"))
         except StoreDamaged as e:
             log.warning("%s; searched exactly until the next compaction", e)
             return None
@@ -73,7 +76,7 @@ class Part:
         if not count:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         k = min(k, count)
-        index = self.index if count > EXACT_ROWS else None
+        index = self.index if count > max(EXACT_ROWS, EXACT_SHARE * self.n) else None
         if index is None:
             return flat(queries, self.vectors, k, metric, bits)
         found = [index.top(query, k, bits) for query in queries]
