@@ -3,11 +3,9 @@
 It stands above `boot`, because adding documents is a run like any other.
 """
 
-import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,6 +22,7 @@ from agentmesh.rag.here import HERE, embedder_for, lend, store_of
 from agentmesh.rag.ingest import QUEUES, WINDOW, Added, Ingest
 from agentmesh.rag.parts import plain
 from agentmesh.rag.plan import Asked, How
+from agentmesh.rag.scores import Scores, evaluate
 from agentmesh.rag.store import FaissStore
 from agentmesh.run import Run
 from agentmesh.tool import Tool, tool
@@ -41,22 +40,6 @@ class Passage(BaseModel):
     start: int
     text: str
     heading: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """How well questions find their passages.
-
-    Args:
-        recall: by k, the share of questions with a right passage among the first k.
-        mrr: mean of 1 / the rank of the first right one, 0 where there is none among the first `max(k)`.
-        missed: the questions without one.
-    """
-
-    questions: int
-    recall: Mapping[int, float]
-    mrr: float
-    missed: Sequence[str]
 
 
 class Retriever:
@@ -259,13 +242,7 @@ class Retriever:
         Raises:
             DefinitionError: a line without these.
         """
-        asked = [_question(q) for q in (_lines(questions) if isinstance(questions, str | Path) else questions)]
-        if not asked:
-            raise DefinitionError(f"{questions} holds no question; write one JSON object a line")
-        ranks = [_rank(self.search(q["question"], max(k), mode=mode), q) for q in asked]
-        recall = {n: sum(r <= n for r in ranks) / len(ranks) for n in sorted(k)}
-        missed = [q["question"] for q, r in zip(asked, ranks, strict=True) if math.isinf(r)]
-        return Scores(len(ranks), recall, sum(1 / r for r in ranks) / len(ranks), missed)
+        return evaluate(lambda text, most: self.search(text, most, mode=mode), questions, k)
 
     # ---- parts ---------------------------------------------------------------------------------
     def _embed_name(self) -> str:
@@ -290,31 +267,6 @@ def check_paths(asked: Asked) -> None:
             raise DefinitionError(f"there is no folder or file {path!r}; name one that is there, for the workers too")
         if asked.sync and not os.path.isdir(path):
             raise DefinitionError(f"sync compares folders with the store, and {path!r} is a file; name its folder")
-
-
-def _lines(path: str | Path) -> list[Mapping[str, Any]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except OSError as e:
-        raise DefinitionError(f"the questions {str(path)!r} cannot be read ({e.strerror})") from None
-    except ValueError as e:
-        raise DefinitionError(f"{path} is not one JSON object a line: {e}") from None
-
-
-def _question(given: Mapping[str, Any]) -> dict[str, Any]:
-    sources = given.get("sources", given.get("source"))
-    if not isinstance(given.get("question"), str) or sources is None:
-        raise DefinitionError(f"a question to evaluate needs `question` and `source`; this one has {', '.join(given)}")
-    return {**given, "sources": [sources] if isinstance(sources, str) else list(sources)}
-
-
-def _rank(hits: Sequence[Hit], question: Mapping[str, Any]) -> float:
-    """Of the first right hit, from 1; infinity where there is none."""
-    for i, hit in enumerate(hits, 1):
-        if hit.source in question["sources"] and question.get("contains", "") in hit.text:
-            return i
-    return math.inf
 
 
 __all__ = ["Added", "Hit", "MeshError", "Mode", "Passage", "Retriever", "Scores"]

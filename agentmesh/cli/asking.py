@@ -131,12 +131,12 @@ def import_langchain(
             f"{folder / name}.pkl is a pickle, which can hold code; if you trust whoever made it, add --trust-pickle"
         )
     try:
-        old = import_module("agentmesh.langchain.old")
+        take_over = import_module("agentmesh.langchain").import_folder
     except ImportError as e:
         raise ExtraMissing(
             f"import-langchain needs {e.name}, which is not installed: pip install 'agentmesh-celery[langchain]'"
         ) from None
     path = store or load(file=file).home / "rag"
-    made = old.import_folder(folder, path, embedding=embed or None, trust_pickle=True, index_name=name)
+    made = take_over(folder, path, embedding=embed or None, trust_pickle=True, index_name=name)
     print(f"{made.count()} passages in {path}")
     return DONE

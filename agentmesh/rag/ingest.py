@@ -9,20 +9,10 @@ from agentmesh.agent import Agent
 from agentmesh.crew import Crew
 from agentmesh.errors import RunFailed, StepError
 from agentmesh.queue import Queue
+from agentmesh.rag.indexing import embed_batch, index_batch
 from agentmesh.rag.plan import Asked, How
-from agentmesh.rag.steps import (
-    Batch,
-    Failure,
-    blame,
-    check_embedder,
-    compact,
-    embed_batch,
-    index_batch,
-    parse_pack,
-    plan_ingest,
-    remove_vanished,
-    tidy,
-)
+from agentmesh.rag.reports import Batch, Failure
+from agentmesh.rag.steps import blame, check_embedder, compact, parse_pack, plan_ingest, remove_vanished, tidy
 from agentmesh.step import Context
 
 WINDOW = 8  # packs in flight: what lies in parts at once

@@ -1,84 +1,27 @@
-"""The steps of an ingest as tools: plan, check, parse, embed, index, remove, tidy. Small arguments, small answers.
+"""The steps of an ingest as tools: plan, check, parse, remove, tidy; embed and index are in `indexing`.
 
 Texts and vectors go from step to step in parts; each step may be done again, by any worker that sees the folders.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel
-
-from agentmesh.errors import DocumentError, EmbedderError, MeshError, StoreDamaged, StoreError, StoreFull
-from agentmesh.ports import RetryLater
+from agentmesh.errors import DocumentError, MeshError
 from agentmesh.rag import loaders, plan
 from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.here import embedder_for, shared, store_of
+from agentmesh.rag.here import embedder_for, store_of
 from agentmesh.rag.listing import list_documents, matcher
-from agentmesh.rag.packing import Replacement
-from agentmesh.rag.parts import Parts, chunks_from_json, chunks_to_json, sweep, typed
+from agentmesh.rag.parts import Parts, chunks_to_json, sweep, typed
 from agentmesh.rag.plan import Asked, How, Todo
-from agentmesh.rag.sharing import Shared, Vectors
+from agentmesh.rag.reports import Batch, Failure, Parsed, Planned, blamed
 from agentmesh.rag.split import split
-from agentmesh.rag.store import FaissStore
 from agentmesh.step import ToolContext
 from agentmesh.tool import tool
 
 BATCH_CHUNKS = 2048  # chunks that are embedded and committed together
 PLAN_BYTES = 64 << 20
-CHANGED = "it was changed in the store by somebody else meanwhile; add it again"
 NOBODY = ToolContext()
-
-
-class Failure(BaseModel):
-    """A document that is not in the store, and why."""
-
-    source: str
-    why: str
-
-
-class Planned(BaseModel):
-    """What there is to do; `refused` says why nothing is done."""
-
-    parts: str = ""
-    packs: list[str] = []
-    documents: int = 0
-    bytes: int = 0
-    skipped: int = 0
-    vanished: str = ""  # the part that lists them
-    failed: list[Failure] = []
-    refused: str = ""
-
-
-class Batch(BaseModel):
-    """Chunks that are embedded and committed together."""
-
-    part: str
-    chunks: int
-
-
-class Parsed(BaseModel):
-    """A pack as chunks."""
-
-    batches: list[Batch]
-    bytes: int
-    failed: list[Failure] = []
-
-
-class Embedded(BaseModel):
-    """The vectors of a batch, without those of the documents that failed."""
-
-    part: str
-    failed: list[Failure] = []
-
-
-class Indexed(BaseModel):
-    """What a batch brought into the store; a document in several batches counts with its last."""
-
-    documents: int
-    chunks: int
-    failed: list[Failure] = []
 
 
 @tool(queue="index", max_output_bytes=PLAN_BYTES)
@@ -179,109 +122,10 @@ def _batch(kept: Parts, rows: Sequence[tuple[dict[str, Any], list[Chunk]]]) -> B
     return Batch(part=part, chunks=sum(len(chunks) for _, chunks in rows))
 
 
-@tool(queue="embed", retries=5)
-def embed_batch(store: str, parts: str, batch: str, embedder: str, c: ToolContext = NOBODY) -> Embedded:
-    """The vectors of a batch; a document whose text the embedder refuses is left out and named."""
-    kept = Parts(store, parts)
-    documents = kept.get_json(batch)
-    texts = [[row[1] for row in one["chunks"]] for one in documents]
-    by = shared(embedder_for(store, embedder))
-    try:
-        vectors = _embedded(by, [t for some in texts for t in some], c, sum(len(t) for t in texts))
-        return Embedded(part=kept.put_vectors(vectors))
-    except MeshError as e:
-        if len(documents) == 1:
-            return Embedded(part=kept.put_vectors(np.zeros((0, 0), np.float32)), failed=_blamed(documents, e.message))
-    failed: list[Failure] = []
-    rows = []
-    for one, some in zip(documents, texts, strict=True):
-        try:
-            rows += list(_embedded(by, some, c, len(some)))
-        except MeshError as e:
-            failed.append(Failure(source=one["source"], why=e.message))
-    return Embedded(part=kept.put_vectors(np.array(rows, np.float32)), failed=failed)
-
-
-def _embedded(by: Shared, texts: Sequence[str], c: ToolContext, total: int) -> Vectors:
-    """float32 (n, d).
-
-    Raises:
-        RetryLater: asking again may help.
-        MeshError: it will not.
-    """
-    try:
-        return by.documents(texts, lambda done: c.progress(f"{done}/{total} chunks"))
-    except EmbedderError as e:
-        if e.after_s is None:
-            raise
-        raise RetryLater(e, e.after_s) from None
-
-
 @tool(queue="index")
 def blame(store: str, parts: str, part: str, why: str) -> list[Failure]:
     """The documents of a pack or batch whose step failed for good."""
-    return _blamed(Parts(store, parts).get_json(part), why)
-
-
-def _blamed(documents: Sequence[Mapping[str, Any]], why: str) -> list[Failure]:
-    return [Failure(source=one["source"], why=why) for one in documents]
-
-
-@tool(queue="index", retries=5)
-def index_batch(
-    store: str, parts: str, batch: str, vectors: str, embedder: str, without: list[str], c: ToolContext = NOBODY
-) -> Indexed:
-    """Commit a batch: each document's new chunks in and its old ones out at once, unless somebody changed it meanwhile."""
-    kept = Parts(store, parts)
-    rows, at = kept.get_vectors(vectors), 0
-    wanted: list[Replacement] = []
-    failed: list[Failure] = []
-    for one in kept.get_json(batch):
-        if one["source"] in without:
-            continue
-        chunks = list(chunks_from_json(one["source"], one["chunks"]))
-        mine = _filled(rows[at : at + len(chunks)])
-        at += len(chunks)
-        if mine is None:
-            failed.append(Failure(source=one["source"], why="the embedder knows no word of it"))
-            continue
-        wanted.append(Replacement(
-            one["source"], chunks, mine, digest=one["digest"], expects=one["expects"], part=tuple(one["part"]), facts=one["facts"],
-        ))  # fmt: skip
-    refused = _commit(store_of(store, embedder_for(store, embedder).identity), wanted, f"{c.key} {batch}")
-    failed += [Failure(source=s, why=why) for s, why in refused.items()]
-    done = [r for r in wanted if r.source not in refused]
-    whole = sum(1 for r in done if r.part[0] == r.part[1])
-    return Indexed(documents=whole, chunks=sum(len(r.chunks) for r in done), failed=failed)
-
-
-def _filled(rows: Vectors) -> Vectors | None:
-    """A passage of which the embedder knows nothing (a ruler of dashes) stands where its document stands."""
-    empty = np.abs(rows).sum(axis=1) == 0  # (n,)
-    if not empty.any():
-        return rows
-    if empty.all():
-        return None
-    mean = rows[~empty].mean(axis=0)
-    return np.where(empty[:, None], mean / (np.linalg.norm(mean) or 1), rows).astype(np.float32)
-
-
-def _commit(store: FaissStore, wanted: Sequence[Replacement], key: str) -> dict[str, str]:
-    """One commit for all; where one document cannot be kept, one for each. The sources that are not in, and why."""
-    try:
-        return dict.fromkeys(store.replace_many(wanted, key=key).refused, CHANGED) if wanted else {}
-    except (StoreFull, StoreDamaged):
-        raise
-    except StoreError:
-        refused: dict[str, str] = {}
-    for i, one in enumerate(wanted):
-        try:
-            refused |= dict.fromkeys(store.replace_many([one], key=f"{key} {i}").refused, CHANGED)
-        except (StoreFull, StoreDamaged):
-            raise
-        except StoreError as e:
-            refused[one.source] = e.message
-    return refused
+    return blamed(Parts(store, parts).get_json(part), why)
 
 
 @tool(queue="index", retries=5)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -45,6 +46,7 @@ class Librarian(Agent[Answer]):
     Args:
         store: the store's folder.
         embed: the embedder; the store's own when left out.
+        where: a filter that no model sees or widens, such as `{"tenant": "a"}`.
         k: passages that are looked at.
         quotes: sentences that the model is shown, the best of those passages.
         least: how near the best sentence must be, else nothing was found: its cosine, and up to 0.5 for shared words.
@@ -53,6 +55,7 @@ class Librarian(Agent[Answer]):
 
     store: str = ".agentmesh/rag"
     embed: str = ""
+    where: dict[str, Any] = {}
     k: int = 5
     quotes: int = 3
     least: float = 0.45
@@ -64,7 +67,7 @@ class Librarian(Agent[Answer]):
 
     def flow(self, task: str, ctx: Context) -> Answer:
         """Look it up; have the best sentences put into words; keep of these what the sentences bear out."""
-        consulted = ctx.do(in_store(self.store, embed=self.embed, k=self.k).on(task))
+        consulted = ctx.do(in_store(self.store, embed=self.embed, k=self.k, where=self.where).on(task))
         quotes = checked(consulted)[: self.quotes]
         if not quotes or consulted.score < self.least:
             return Answer(text=NOTHING, found=False)

@@ -10,9 +10,11 @@ from agentmesh import Agent, Context, Crew, EmbedderError, RunFailed, ToolContex
 from agentmesh.event import StepPlanned
 from agentmesh.rag import steps
 from agentmesh.rag.here import lend, store_of
+from agentmesh.rag.indexing import embed_batch, index_batch
 from agentmesh.rag.ingest import Added, Ingest
 from agentmesh.rag.plan import Asked, How
-from agentmesh.rag.steps import index_batch, parse_pack, plan_ingest, tidy
+from agentmesh.rag.reports import Indexed
+from agentmesh.rag.steps import parse_pack, plan_ingest, tidy
 from agentmesh.rag.store import FaissStore
 from agentmesh.retriever import Retriever
 from agentmesh.testing import FakeMesh
@@ -219,16 +221,16 @@ class Batched:
         planned = plan_ingest(self.store, Asked(paths=[str(docs)]), how, ToolContext(key=f"{key}/1"))
         self.parts = planned.parts
         (self.batch,) = parse_pack(self.store, self.parts, planned.packs[0], how).batches
-        self.vectors = steps.embed_batch(self.store, self.parts, self.batch.part, self.embed).part
+        self.vectors = embed_batch(self.store, self.parts, self.batch.part, self.embed).part
 
-    def index(self) -> steps.Indexed:
+    def index(self) -> Indexed:
         context = ToolContext(key=f"{self.key}/3/3")
         return index_batch(self.store, self.parts, self.batch.part, self.vectors, self.embed, [], context)
 
 
 def test_an_index_step_that_is_repeated_changes_nothing(tmp_path: Path, write: Any, by_words: Any) -> None:
     batched = Batched(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
-    assert batched.index() == batched.index() == steps.Indexed(documents=1, chunks=1)
+    assert batched.index() == batched.index() == Indexed(documents=1, chunks=1)
     assert store_of(batched.store).version == 1
     tidy(batched.store, batched.parts)
     assert os.listdir(tmp_path / "store" / "parts") == []
@@ -245,6 +247,14 @@ def test_a_late_index_step_does_not_overwrite_newer_text(tmp_path: Path, write: 
     assert [f.source for f in indexed.failed] == ["docs/a.md"]
     (chunks,) = FaissStore(tmp_path / "store").iterate()
     assert [c.text for c in chunks] == ["new tea, hot"]
+
+
+def test_two_ingests_of_one_folder_do_not_mind_each_other(tmp_path: Path, write: Any, by_words: Any) -> None:
+    docs = write("docs", {"a.md": "tea"})
+    first, second = (Batched(docs, tmp_path / "store", by_words, key) for key in ("r1", "r2"))
+    assert first.index().documents == 1
+    assert second.index().failed == []
+    assert FaissStore(tmp_path / "store").count() == 1
 
 
 def test_an_ingest_is_a_step_of_a_users_own_flow(tmp_path: Path, write: Any, by_words: Any) -> None:
