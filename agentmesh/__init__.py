@@ -59,6 +59,7 @@ from agentmesh.tool import NotDone, Tool, Unknown, tool
 if TYPE_CHECKING:
     from agentmesh.config import Config
     from agentmesh.mesh import Mesh
+    from agentmesh.retriever import Retriever
 
 __version__ = "0.1.0"
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "Queue",
     "QuorumMissed",
     "ReplayError",
+    "Retriever",
     "Run",
     "RunCancelled",
     "RunError",
@@ -118,7 +120,7 @@ __all__ = [
     "start",
     "tool",
 ]
-_LAZY = {"Config": "config", "Mesh": "mesh"}
+_LAZY = {"Config": "config", "Mesh": "mesh", "Retriever": "retriever"}
 
 
 def __getattr__(name: str) -> Any:

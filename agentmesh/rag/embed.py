@@ -6,6 +6,7 @@ The kinds stand in `embedders/`, one a file, and are imported when they are firs
 import os
 import re
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -117,6 +118,7 @@ class Base:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._known: Identity | None = None
+        _all.add(self)
 
     @property
     def d(self) -> int:
@@ -187,8 +189,19 @@ def trained_prefixes(model: str) -> tuple[str, str]:
 
 
 _made: dict[str, Embedder] = {}
+_all: "weakref.WeakSet[Base]" = weakref.WeakSet()
 _making = threading.Lock()
-os.register_at_fork(after_in_child=lambda: globals().update(_making=threading.Lock()))
+
+
+def _after_fork() -> None:
+    """A child has no use for locks that its parent's threads may hold."""
+    global _making  # noqa: PLW0603
+    _making = threading.Lock()
+    for one in list(_all):
+        one._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def embedder(wanted: Any = DEFAULT) -> Embedder:

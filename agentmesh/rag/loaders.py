@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path, PurePath
@@ -35,10 +36,12 @@ def load(path: str | Path, *, encoding: str = "utf-8", largest_bytes: int = LARG
     """
     path = Path(path)
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes > largest_bytes:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # reading a pipe would not end
+            raise DocumentError(f"{path.name!r} is no file", source=str(path))
+        if found.st_size > largest_bytes:
             raise DocumentError(
-                f"{path.name!r} has {size_bytes / 2**20:.0f} MiB, more than the {largest_bytes / 2**20:.0f} MiB "
+                f"{path.name!r} has {found.st_size / 2**20:.0f} MiB, more than the {largest_bytes / 2**20:.0f} MiB "
                 "that are read at once; split it",
                 source=str(path),
             )

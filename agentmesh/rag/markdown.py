@@ -8,6 +8,7 @@ from agentmesh.rag.chunk import Document, Heading
 _HASHES = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_FRONT_MATTER = re.compile(r"---\n[\w-]+[ \t]*:(?s:.)*?\n(---|\.\.\.)[ \t]*(\n|$)")
 _NO_TITLE = re.compile(r"[ \t]*([-*+>|]|\d+[.)])([ \t]|$)|    |\t")  # lists, quotes, tables, code
 _MARKUP = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*_`]+(\S(?:.*?\S)?)[*_`]+")
 
@@ -25,7 +26,7 @@ def markdown(text: str) -> Document:
 
 def _headings(text: str) -> Iterator[Heading]:
     fence, before, before_at, at = "", "", 0, 0
-    front_matter = text.startswith("---\n")
+    front_matter = _FRONT_MATTER.match(text) is not None
     for n, line in enumerate(text.split("\n")):
         if front_matter:
             front_matter = n == 0 or line.rstrip() not in ("---", "...")

@@ -13,6 +13,7 @@ PAUSES = tuple(
     re.compile(p)
     for p in (r"\n[ \t]*\n+", r"\n", r"[.!?…][\"'”’»)\]]*\s+|[。！？；]+[”’」』）]*", r"[,;:–—]\s+|[，、：]", r"\s+")
 )
+NEAR = 0.9  # of the size is near enough for a measure other than characters
 LONGEST_PAUSE = 16  # characters
 SMALL = 4  # a section below a fourth of the size shares a chunk with the next
 
@@ -89,6 +90,7 @@ class _Cutter:
 
     def __init__(self, text: str, size: int, overlap: int, measure: Callable[[str], int]) -> None:
         self._text, self._size, self._overlap, self._measure = text, size, overlap, measure
+        self._per_unit = 4.0  # characters; learnt from the text
 
     def cut(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Stretches without white space at their ends, each as long as may be."""
@@ -113,18 +115,17 @@ class _Cutter:
         """The furthest a chunk from here may go; at least one character."""
         if self._measure is len:
             return min(end, at + self._size)
-        low, high = at + 1, min(end, at + self._size)
-        while high < end and self._measure(self._text[at:high]) <= self._size:
-            low, high = high, min(end, at + 2 * (high - at))
-        if self._measure(self._text[at:high]) <= self._size:
-            return high
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._measure(self._text[at:middle]) <= self._size:
-                low = middle
-            else:
-                high = middle
-        return low
+        low, high, tried = at + 1, end + 1, 0  # `low` fits, or is the least there is; `high` does not
+        guess = min(end, at + max(1, int(self._size * self._per_unit)))
+        while True:
+            n = self._measure(self._text[at:guess])
+            low, high = (guess, high) if n <= self._size else (low, guess)
+            if high - low <= 1 or NEAR * self._size <= n <= self._size:
+                return low
+            self._per_unit, tried = (guess - at) / max(1, n), tried + 1
+            # first by how dense the text is, which takes two or three measures; by halves where that leads nowhere
+            guess = at + int(self._size * self._per_unit * 0.95) if tried < 5 else (low + high) // 2
+            guess = max(low + 1, min(guess, high - 1))
 
     def _pause(self, at: int, least: int, reach: int, end: int) -> int:
         """The last of the best pauses in the second half of what may be taken, else the reach itself."""

@@ -98,6 +98,11 @@ def test_what_is_a_title() -> None:
     assert found == [(1, "One"), (1, "Two bold link"), (6, "Six"), (1, "")]
 
 
+def test_a_rule_at_the_top_is_no_front_matter() -> None:
+    assert [h.text for h in markdown("---\n\n# One\n\n---\n\n# Two\n").headings] == ["One", "Two"]
+    assert [h.text for h in markdown("---\na: b\n# c\n").headings] == ["c"]
+
+
 def test_many_titles_take_no_quadratic_time() -> None:
     rng = random.Random(1)
     text = "".join(f"{'#' * rng.randint(1, 6)} T{i}\n\n{'word ' * rng.randint(0, 60)}\n\n" for i in range(20_000))

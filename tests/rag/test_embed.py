@@ -262,6 +262,31 @@ def test_prefixes_follow_the_name() -> None:
     assert trained_prefixes("intfloat/multilingual-e5-large-instruct")[0].startswith("Instruct")
 
 
+def test_a_program_that_embeds_keeps_its_own_logging_and_forks() -> None:
+    code = """
+import logging, os, threading
+from agentmesh.rag.embed import embedder
+ours = embedder()
+want = ours.query("cat")
+assert logging.getLogger().handlers == [] and logging.getLogger().level == logging.WARNING
+held = threading.Thread(target=lambda: (ours._lock.acquire(), held_now.set()), daemon=True)
+held_now = threading.Event()
+held.start(); held_now.wait()  # another thread has the lock while we fork
+pid = os.fork()
+if not pid:
+    os._exit(0 if (ours.query("cat") == want).all() and embedder() is ours else 1)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=30)
+
+
+def test_texts_of_all_lengths_come_back_in_order() -> None:
+    ours = embedder()
+    texts = ["word " * n for n in (3000, 1, 40, 1, 700)] + ["x" * 200_000, "a cat"] * 3
+    together = ours.documents(texts)
+    assert all(np.allclose(v, ours.documents([t])[0], atol=1e-5) for v, t in zip(together, texts, strict=True))
+
+
 def test_torch_is_not_needed_for_word_vectors() -> None:
     code = "import sys\nfrom agentmesh.rag.embed import embedder\nembedder().query('a')\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

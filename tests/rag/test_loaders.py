@@ -118,6 +118,9 @@ def test_a_file_that_is_not_there_or_too_large(tmp_path: Path) -> None:
         load(tmp_path / "no.txt")
     with pytest.raises(DocumentError, match="cannot be read: Is a directory"):
         load(tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DocumentError, match=r"'pipe\.txt' is no file"):
+        load(tmp_path / "pipe.txt")
     big = tmp_path / "big.txt"
     with big.open("wb") as f:
         os.ftruncate(f.fileno(), 2 * 2**30)  # sparse: it takes no room

@@ -1,6 +1,7 @@
 """Search by words: any language, any punctuation, any filter; the same however the rows are spread over files."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,12 @@ def test_an_index_on_a_folder_that_nobody_may_write_to(tmp_path: Path) -> None:
     assert index.search(weigh(["same"], [index]), 10, among=[5, 50])[1][0] == 50
     assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before
     folder.chmod(0o700)
+    moved = tmp_path / "b.text"
+    shutil.copytree(folder, moved)
+    index = TextIndex.open(moved)
+    shutil.rmtree(moved)  # as merging does it, behind a reader
+    assert len(index.search(weigh(["same"], [index]), 1000)) == 100
+    assert [row for row, _ in index.search(weigh(terms("word7"), [index]), 10)] == [7]
     (folder / "meta.json").write_text("{")
     with pytest.raises((OSError, ValueError)):
         TextIndex.open(folder)

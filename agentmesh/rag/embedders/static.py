@@ -3,19 +3,32 @@
 Source: https://github.com/dleemiller/WordLlama
 """
 
+import logging
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from agentmesh.errors import ExtraMissing
-from agentmesh.rag.embed import DEFAULT, Base
+import numpy as np
 
+from agentmesh.errors import ExtraMissing
+from agentmesh.rag.embed import DEFAULT, Base, Floats
+
+_root = logging.getLogger()
+_before = _root.level, list(_root.handlers)
 try:
     import wordllama
 except ImportError:
     raise ExtraMissing(
         "the embedder 'wordllama' is not installed: pip install 'agentmesh-celery[rag]', or name another with embed="
     ) from None
+finally:
+    # it configures the root logger of whoever imports it
+    _root.setLevel(_before[0])
+    for _handler in [h for h in _root.handlers if h not in _before[1]]:
+        _root.removeHandler(_handler)
+
+BATCH_CHARACTERS = 100_000  # padding included; each of some 25,000 tokens is a kilobyte for a moment
 
 
 class WordLlama(Base):
@@ -40,8 +53,24 @@ class WordLlama(Base):
 
     def _embed(self, texts: list[str]) -> Any:
         model = self._loaded()
-        with self._lock:  # its tokenizer pads by a setting of the object
-            return model.embed(texts, norm=False)
+        out: Floats | None = None
+        for batch in _batches(texts):
+            vectors = model.embed([texts[i] for i in batch], norm=False, batch_size=len(batch))
+            if out is None:
+                out = np.empty((len(texts), vectors.shape[1]), np.float32)
+            out[batch] = vectors
+        return out
 
     def _identity(self) -> dict[str, str]:
         return {"name": self.name, "revision": version("wordllama"), "pooling": "mean"}
+
+
+def _batches(texts: list[str]) -> Iterator[list[int]]:
+    """Positions of texts of like length, for all are padded to the longest."""
+    batch: list[int] = []
+    for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
+        if batch and ((len(batch) + 1) * len(texts[i]) > BATCH_CHARACTERS or len(batch) == 256):
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
