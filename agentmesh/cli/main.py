@@ -125,6 +125,9 @@ def serve(
     key_env: Annotated[
         str, typer.Option(help="The environment variable that holds the key clients must show.", metavar="NAME")
     ] = "",
+    embed: Annotated[
+        list[str] | None, typer.Option(help="Serve this embedder too, such as wordllama or local:NAME.", metavar="NAME")
+    ] = None,
     processes: Annotated[int, typer.Option(help="Worker processes; 0 where workers run elsewhere.", min=0)] = 1,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
@@ -134,7 +137,7 @@ def serve(
 
     raise typer.Exit(
         serve_crew(
-            crew, host=host, port=port, key_env=key_env, processes=processes, broker=broker, model=model,
+            crew, host=host, port=port, key_env=key_env, embed=embed or [], processes=processes, broker=broker, model=model,
             file=State.config,
         )
     )  # fmt: skip

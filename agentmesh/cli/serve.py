@@ -3,7 +3,9 @@
 import asyncio
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,15 @@ HURRY_S = 2.0  # what Ctrl-C lets workers have for what they do; SIGTERM gives t
 
 
 def serve_crew(
-    path: str, *, host: str, port: int, key_env: str, processes: int, broker: str, model: str, file: Path | None
-) -> int:
+    path: str, *, host: str, port: int, key_env: str, embed: Sequence[str], processes: int, broker: str, model: str,
+    file: Path | None,
+) -> int:  # fmt: skip
     """Serve until stopped; runs that are not through then are resumable."""
     crew = load_crew(path)
     asked = load(file=file, broker=broker or None, model=model or None)
     check_models(crew, asked)
     at = listener(host, port, key_env)  # what is wrong with the address is said before anything is started
+    vectors = _embedders(embed)
     with ExitStack() as stack:
         config, valkey = place(asked)
         if valkey is not None:
@@ -47,18 +51,26 @@ def serve_crew(
 
         models = crew.models(config.model)
         key = f"key from {key_env}" if at.key else "no key, for this machine alone"
-        line = (f"crew {crew.name} · {at.url}/v1 · models {', '.join([*crew.agents, *models])} · {key} · "
+        line = (f"crew {crew.name} · {at.url}/v1 · models {', '.join([*crew.agents, *models, *vectors])} · {key} · "
                 f"workers {processes or 'elsewhere'} · {where(config, valkey)}")  # fmt: skip
         heard = 0
         try:
             heard = asyncio.run(at.serve(
-                mesh, models=models, origin=origin_of(path), health=health,
+                mesh, models=models, origin=origin_of(path), health=health, embedders=vectors,
                 up=lambda: print(line, file=sys.stderr, flush=True),
             ))  # fmt: skip
         finally:
             _stop(supervisor, HURRY_S if heard == signal.SIGINT else config.drain_s + HURRY_S)
         print("stopped; runs that were under way go on with: agentmesh runs resume ID", file=sys.stderr)
         return INTERRUPTED if heard == signal.SIGINT else DONE
+
+
+def _embedders(names: Sequence[str]) -> dict[str, Any]:
+    """Embedders by name, each tried once; the room is imported only when one is named."""
+    found = {name: import_module("agentmesh.rag.embed").embedder(name) for name in names}
+    for one in found.values():
+        assert one.d
+    return found
 
 
 def _workers(config: Config, path: str, crew: Crew, processes: int) -> Supervisor:

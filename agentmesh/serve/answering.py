@@ -1,13 +1,15 @@
 """One HTTP answer over ASGI: JSON as a whole, or server-sent events once the first one is there."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from agentmesh.schema import dumps
 from agentmesh.serve.refusal import Refusal
 from agentmesh.serve.reply import DONE, data
 
+MOST_BYTES = 32 << 20
+Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -60,21 +62,28 @@ class Answering:
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
 
 
-async def body_of(receive: Receive, most_bytes: int) -> bytes:
-    """The request's body.
+def headers_of(scope: Scope) -> dict[str, str]:
+    """A request's headers, by their names in small letters."""
+    return {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+
+
+async def body_of(headers: Mapping[str, str], receive: Receive) -> bytes:
+    """The request's body, which says that it is JSON: what no web page may send to another's server unasked.
 
     Raises:
-        Refusal: it is larger than that.
+        Refusal: it does not, or it is too large.
         ConnectionError: the client left in the middle of it.
     """
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "send the request as `Content-Type: application/json`", "not_json")
     read = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ConnectionError
         read += message.get("body", b"")
-        if len(read) > most_bytes:
-            raise Refusal(413, f"the body is larger than {most_bytes >> 20} MiB; send less", "too_large")
+        if len(read) > MOST_BYTES:
+            raise Refusal(413, f"the body is larger than {MOST_BYTES >> 20} MiB; send less", "too_large")
         if not message.get("more_body"):
             return bytes(read)
 

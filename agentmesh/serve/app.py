@@ -6,8 +6,8 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -23,25 +23,29 @@ from agentmesh.mesh import Mesh
 from agentmesh.message import Message
 from agentmesh.question import Asked, Question
 from agentmesh.schema import explain, from_json, loads
-from agentmesh.serve.answering import Answering, Receive, Send, body_of, left
+from agentmesh.serve.answering import Answering, Receive, Scope, Send, body_of, headers_of, left
+from agentmesh.serve.embeddings import Embeddings
 from agentmesh.serve.exchange import Exchange
-from agentmesh.serve.guard import Guard, Scope
+from agentmesh.serve.guard import Guard
 from agentmesh.serve.refusal import Refusal
 from agentmesh.serve.reply import PING, Head, Outcome, model_json, models_json
 from agentmesh.serve.request import Chat, chat_of
 
+if TYPE_CHECKING:
+    from agentmesh.rag.embed import Embedder
+
 logger = logging.getLogger("agentmesh.serve")
 
-MOST_BYTES = 32 << 20
 PING_S = 10.0  # how long a stream may be silent before a comment keeps proxies from closing it
 RUN_HEADER = "x-agentmesh-run"
 
 
 class Endpoint:
-    """Answers OpenAI's chat API with runs of one mesh.
+    """Answers OpenAI's chat API with runs of one mesh, and embeddings without.
 
     Args:
         models: the names of bare models that may be asked for.
+        embedders: by the names that requests call them by.
         key: that clients must show; "" is for loopback alone.
         health: what /health says, and whether it is good news.
         origin: the crew file, for `agentmesh runs resume`.
@@ -50,7 +54,9 @@ class Endpoint:
     def __init__(
         self, mesh: Mesh, *, models: Sequence[str], key: str = "", origin: str = "",
         health: Callable[[], tuple[bool, dict[str, Any]]] = lambda: (True, {}),
+        embedders: "Mapping[str, Embedder] | None" = None,
     ) -> None:  # fmt: skip
+        self._embeddings = Embeddings(embedders or {})
         self.mesh, self.models = mesh, list(models)
         self._health, self._origin, self._began_s = health, origin, int(time.time())
         self._waiting: Counter[str] = Counter()
@@ -60,18 +66,29 @@ class Endpoint:
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.one_model),
             Route("/v1/chat/completions", _Raw(self.chat), methods=["POST"]),
+            Route("/v1/embeddings", _Raw(self.embed), methods=["POST"]),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _lost, Exception: _broken})
         self.app = Guard(app, key)
 
     @property
     def names(self) -> list[str]:
-        """What a request may name as its model: agents, then models."""
+        """What a chat may name as its model: agents, then models."""
         return [*self.mesh.crew.agents, *self.models]
 
     def close(self) -> None:
         """Answer whoever waits that the server stops; their runs go on."""
         self._closing.set()
+
+    async def embed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST /v1/embeddings."""
+        answering = Answering(send)
+        try:
+            await answering.whole(200, await self._embeddings.answer(await body_of(headers_of(scope), receive)))
+        except Refusal as refusal:
+            await answering.refuse(refusal)
+        except ConnectionError:
+            return
 
     # ---- small answers -------------------------------------------------------------------------
     async def health(self, request: Request) -> Response:
@@ -81,12 +98,12 @@ class Endpoint:
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models."""
-        return JSONResponse(models_json(self.names, self._began_s))
+        return JSONResponse(models_json([*self.names, *self._embeddings.embedders], self._began_s))
 
     async def one_model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["name"]
-        if name not in self.names:
+        if name not in self.names and name not in self._embeddings.embedders:
             refusal = self._unknown(name)
             return JSONResponse(refusal.to_json(), refusal.status)
         return JSONResponse(model_json(name, self._began_s))
@@ -100,10 +117,8 @@ class Endpoint:
         """POST /v1/chat/completions."""
         answering = Answering(send)
         try:
-            headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise Refusal(415, "send the request as `Content-Type: application/json`", "not_json")
-            chat = chat_of(await body_of(receive, MOST_BYTES))
+            headers = headers_of(scope)
+            chat = chat_of(await body_of(headers, receive))
             exchange = self._exchange(chat, headers.get("idempotency-key", ""))
         except Refusal as refusal:
             await answering.refuse(refusal)
@@ -239,7 +254,7 @@ class _Raw:
 
 async def _lost(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    there = "there are POST /v1/chat/completions, GET /v1/models and GET /health"
+    there = "there are POST /v1/chat/completions and /v1/embeddings, GET /v1/models and GET /health"
     refusal = Refusal(error.status_code, f"there is no {request.method} {request.url.path}; {there}", "not_found")
     return JSONResponse(refusal.to_json(), error.status_code, error.headers)
 

@@ -3,15 +3,13 @@
 import hmac
 import ipaddress
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from agentmesh.errors import ConfigError
-from agentmesh.serve.answering import Answering, Receive, Send
+from agentmesh.serve.answering import Answering, Receive, Scope, Send, headers_of
 from agentmesh.serve.refusal import Refusal
 
-Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = ("/health",)  # a probe has no key, and learns nothing but numbers
 
@@ -59,7 +57,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN:
             try:
-                self._check({k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]})
+                self._check(headers_of(scope))
             except Refusal as refusal:
                 await Answering(send).refuse(refusal)
                 return

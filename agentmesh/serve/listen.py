@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -13,6 +13,9 @@ from agentmesh.errors import ConfigError
 from agentmesh.mesh import Mesh
 from agentmesh.serve.app import Endpoint
 from agentmesh.serve.guard import key_from
+
+if TYPE_CHECKING:
+    from agentmesh.rag.embed import Embedder
 
 GRACE_S = 5  # for answers that are on their way when the server is told to stop
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -37,15 +40,15 @@ class Listener:
 
     async def serve(
         self, mesh: Mesh, *, models: Sequence[str], origin: str, health: Callable[[], tuple[bool, dict[str, Any]]],
-        up: Callable[[], None],
+        embedders: "Mapping[str, Embedder]", up: Callable[[], None],
     ) -> int:  # fmt: skip
         """Serve until SIGINT or SIGTERM; the signal's number, or 0.
 
         Args:
-            models, origin, health: as Endpoint takes them.
+            models, origin, health, embedders: as Endpoint takes them.
             up: called when requests are taken.
         """
-        endpoint = Endpoint(mesh, models=models, key=self.key, origin=origin, health=health)
+        endpoint = Endpoint(mesh, models=models, key=self.key, origin=origin, health=health, embedders=embedders)
         config = uvicorn.Config(
             endpoint.app, log_level="warning", access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=GRACE_S,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -139,7 +140,7 @@ class Served:
 @pytest.fixture(scope="module")
 def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with a_server(ValkeyServer) as valkey, FakeOpenAI(answer) as model:
-        it = Served(tmp_path_factory.mktemp("serve"), valkey, model)
+        it = Served(tmp_path_factory.mktemp("serve"), valkey, model, "--embed", "wordllama")
         yield it
         it.close()
 
@@ -173,7 +174,7 @@ def test_a_bare_model_is_a_run_of_one_step(served: Served) -> None:
 
 
 def test_models_are_the_agents_and_the_models_of_the_crew(served: Served) -> None:
-    assert [m.id for m in served.client.models.list()] == ["Desk", "Both", "Clerk", "Payer", "openai:fake"]
+    assert [m.id for m in served.client.models.list()] == ["Desk", "Both", "Clerk", "Payer", "openai:fake", "wordllama"]
     assert served.client.models.retrieve("openai:fake").owned_by == "agentmesh"
     with pytest.raises(openai.NotFoundError, match="Did you mean 'Desk'"):
         served.ask(model="Desc")
@@ -194,6 +195,25 @@ def test_a_stream_brings_the_same_in_pieces(served: Served) -> None:
     assert first_s < whole_s * 0.7
     assert last.usage is not None
     assert last.usage.completion_tokens > 0
+
+
+def test_embeddings(served: Served) -> None:
+    texts = ["green tea", "a cup of tea", "the tax office"]
+    given = served.client.embeddings.create(model="wordllama", input=texts)  # base64, as the client asks for by itself
+    tea, cup, tax = (np.array(row.embedding, np.float32) for row in given.data)
+    assert tea @ cup > tea @ tax
+    assert np.linalg.norm(tea) == pytest.approx(1, abs=1e-5)
+    plain = served.client.embeddings.create(model="wordllama", input="green tea", encoding_format="float")
+    assert np.allclose(plain.data[0].embedding, tea)
+    for wrong, sentence in (
+        ({"input": [1, 2]}, "tokens are not taken"), ({"input": ["a", ""]}, "is empty"),
+        ({"dimensions": 3}, "dimensions is 3 and the vectors have 256"), ({"encoding_format": "int8"}, "'float' or 'base64'"),
+        ({"extra_body": {"inputs": 1}}, "Did you mean 'input'"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            served.client.embeddings.create(**{"model": "wordllama", "input": "x", **wrong})
+    with pytest.raises(openai.NotFoundError, match="there are wordllama"):
+        served.client.embeddings.create(model="other", input="x")
 
 
 @pytest.mark.parametrize("stream", [False, True])
