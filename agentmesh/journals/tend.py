@@ -9,6 +9,7 @@ from agentmesh.journals.suspects import absolve, died, forget_silent, silent
 
 SWEEPER_MS = 3000
 EMPTY_MS = 1000
+LOOK_MS = SWEEPER_MS + 1000  # a dead sweeper's turn must end before the next one looks
 REST_MS = 2000  # how far ahead a sweep looks
 SILENT_MS = 86_400_000
 RESOLVABLE = {"Approved": ("approve",), "Denied": ("approve",), "StepResolved": ("in_doubt", "quarantined")}
@@ -125,7 +126,7 @@ def sweep(s: Store, a: Args) -> Reply:
 def long_empty(s: Store) -> set[str]:
     """The broker's lists, in this very store, that were empty at every look for a second."""
     looked = s.t.hget("meta", "looked") or 0
-    if not looked <= s.now <= looked + SWEEPER_MS:  # nobody looked meanwhile, or the clock was set back
+    if not looked <= s.now <= looked + LOOK_MS:  # nobody looked meanwhile, or the clock was set back
         for queue in s.t.smembers("queues"):
             s.t.hdel("empty", queue)
     s.t.hset("meta", "looked", s.now)
