@@ -174,7 +174,7 @@ class Endpoint:
                         await answering.event(chunk)
                     await answering.end()
                     return
-                await answering.event(head.text(piece))
+                await answering.event(head.piece(*piece))
                 coming = asyncio.ensure_future(anext(pieces))
         finally:
             coming.cancel()

@@ -140,9 +140,11 @@ class Exchange:
         return total
 
     # ---- what it says --------------------------------------------------------------------------
-    async def pieces(self) -> AsyncGenerator[str | Outcome, None]:
-        """The answer's text as it comes, then the outcome. Together the texts are the outcome's, or for an agent that
-        spoke between its tool calls, all its turns with an empty line between.
+    async def pieces(self) -> AsyncGenerator[tuple[str, str] | Outcome, None]:
+        """What is said as it comes, each piece with its kind, `text` or `thought`; then the outcome.
+
+        Together the texts are the outcome's, or for an agent that spoke between its tool calls, all its turns with an
+        empty line between.
 
         Raises:
             Refusal: as `outcome`; or what was given already is void, since an attempt failed after it had spoken.
@@ -159,19 +161,20 @@ class Exchange:
                     raise item
                 if isinstance(item, Outcome):
                     async for piece in self._rest(item, said):
-                        yield piece
+                        yield "text", piece
                     yield item
                     return
-                if item.run_id != self.run_id or item.kind == "progress":
+                if item.run_id != self.run_id:
                     continue
-                if item.kind == "retract":
-                    if said.get(item.n):
-                        raise self._void()
-                    continue
-                if said and item.n not in said:
-                    yield "\n\n"
-                said[item.n] += item.text
-                yield item.text
+                if item.kind == "retract" and said.get(item.n):
+                    raise self._void()
+                if item.kind == "thought":  # beside the answer: a retry's are only more of them
+                    yield "thought", item.text
+                if item.kind == "text":
+                    if said and item.n not in said:
+                        yield "text", "\n\n"
+                    said[item.n] += item.text
+                    yield "text", item.text
         finally:
             for task in work:
                 task.cancel()

@@ -57,9 +57,9 @@ class Head:
         """A stream's first chunk."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def text(self, piece: str) -> bytes:
-        """A piece of text."""
-        return self._chunk({"content": piece})
+    def piece(self, kind: str, text: str) -> bytes:
+        """A piece of text, or of reasoning, which has the name that vLLM, SGLang and llama-server gave it."""
+        return self._chunk({"reasoning_content" if kind == "thought" else "content": text})
 
     def ends(self, outcome: Outcome, *, with_usage: bool) -> Iterable[bytes]:
         """The tool calls, the reason why it ended, and what it cost where that was asked for."""

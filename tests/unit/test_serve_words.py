@@ -98,6 +98,8 @@ def test_an_answer_in_their_words() -> None:
         "prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 6},
     }  # fmt: skip
     assert head.whole(Outcome("cut", (), Usage(), cut=True))["choices"][0]["finish_reason"] == "length"
+    thought = json.loads(head.piece("thought", "hm")[6:])
+    assert thought["choices"][0]["delta"] == {"reasoning_content": "hm"}
     first, last = (json.loads(c[6:]) for c in head.ends(Outcome("", calls, Usage()), with_usage=False))
     assert [c["index"] for c in first["choices"][0]["delta"]["tool_calls"]] == [0, 1]
     assert last["choices"][0]["finish_reason"] == "tool_calls"
