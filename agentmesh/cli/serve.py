@@ -52,7 +52,7 @@ def serve_crew(
         models = crew.models(config.model)
         key = f"key from {key_env}" if at.key else "no key, for this machine alone"
         line = (f"crew {crew.name} · {at.url}/v1 · models {', '.join([*crew.agents, *models, *vectors])} · {key} · "
-                f"workers {processes or 'elsewhere'} · {where(config, valkey)}")  # fmt: skip
+                f"workers {supervisor.health[0] if supervisor is not None else 'elsewhere'} · {where(config, valkey)}")  # fmt: skip
         heard = 0
         try:
             heard = asyncio.run(at.serve(

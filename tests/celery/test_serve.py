@@ -1,6 +1,7 @@
 """`agentmesh serve` as the official client meets it: a real process, real workers, a real Valkey, real HTTP."""
 
 import asyncio
+import http.client
 import json
 import os
 import re
@@ -181,18 +182,16 @@ def test_models_are_the_agents_and_the_models_of_the_crew(served: Served) -> Non
 
 
 def test_a_stream_brings_the_same_in_pieces(served: Served) -> None:
-    served.model.faults.append(Fault(drip_s=0.06))
-    pieces, began = [], time.monotonic()
-    first_s = 0.0
+    served.model.faults.append(Fault(drip_s=0.2))
+    answered, pieces = served.model.answered, []
     for chunk in served.ask(stream=True, stream_options={"include_usage": True}):
         if chunk.choices and chunk.choices[0].delta.content:
-            first_s = first_s or time.monotonic() - began
+            if not pieces:
+                assert served.model.answered == answered  # the model is still speaking
             pieces.append(chunk.choices[0].delta.content)
         last = chunk
-    whole_s = time.monotonic() - began
     assert "".join(pieces) == "you said TEA to me"
     assert len(pieces) > 1
-    assert first_s < whole_s * 0.7
     assert last.usage is not None
     assert last.usage.completion_tokens > 0
 
@@ -317,8 +316,12 @@ def newest_run(served: Served) -> Any:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_its_run(served: Served, stream: bool) -> None:
     served.model.faults.append(Fault(hang=True))
-    with pytest.raises(openai.APITimeoutError):
-        served.ask("leave", stream=stream, timeout=0.4, extra_headers={"Idempotency-Key": f"left{stream}"})
+    body = {"model": "openai:fake", "messages": [{"role": "user", "content": "leave"}], "stream": stream}
+    headers = {"Content-Type": "application/json", "Idempotency-Key": f"left{stream}"}
+    leaves = http.client.HTTPConnection(served.url.removeprefix("http://"))
+    leaves.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    until(lambda: served.model.requests)
+    leaves.close()
     left = newest_run(served)
     until(lambda: drive(served.journal.head(left.id)).status == "cancelled")
     (end,) = [e for e in served.events(left.id) if isinstance(e, RunCancelled)]
