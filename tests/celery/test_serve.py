@@ -309,27 +309,30 @@ def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def newest_run(served: Served) -> Any:
-    return drive(served.journal.runs(limit=1))[0]
+def run_of(served: Served, text: str) -> Any:
+    """The newest run that was asked this."""
+    runs = drive(served.journal.runs(limit=200))
+    return next(r for r in runs if text in json.dumps(served.events(r.id)[0].task))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_its_run(served: Served, stream: bool) -> None:
     served.model.faults.append(Fault(hang=True))
-    body = {"model": "openai:fake", "messages": [{"role": "user", "content": "leave"}], "stream": stream}
+    text = f"leave{stream}"
+    body = {"model": "openai:fake", "messages": [{"role": "user", "content": text}], "stream": stream}
     headers = {"Content-Type": "application/json", "Idempotency-Key": f"left{stream}"}
     leaves = http.client.HTTPConnection(served.url.removeprefix("http://"))
     leaves.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-    until(lambda: served.model.requests)
+    until(lambda: any(r.body["messages"][-1]["content"] == text for r in served.model.requests))
+    left = run_of(served, text)
     leaves.close()
-    left = newest_run(served)
     until(lambda: drive(served.journal.head(left.id)).status == "cancelled")
     (end,) = [e for e in served.events(left.id) if isinstance(e, RunCancelled)]
     assert end.by == "its client"
     # the same key again takes it up where it was
-    said = served.ask("leave", extra_headers={"Idempotency-Key": f"left{stream}"})
-    assert said.choices[0].message.content == "you said LEAVE to me"
-    assert newest_run(served).id == f"{left.id}~2"
+    said = served.ask(text, extra_headers={"Idempotency-Key": f"left{stream}"})
+    assert said.choices[0].message.content == f"you said {text.upper()} to me"
+    assert run_of(served, text).id == f"{left.id}~2"
 
 
 def test_two_who_wait_for_one_run(served: Served) -> None:
@@ -373,9 +376,9 @@ def test_a_model_that_refuses(served: Served) -> None:
 
 def test_a_run_that_waits_for_a_person(served: Served) -> None:
     with pytest.raises(openai.ConflictError, match=r"waits for somebody: .* step 2 \(refund\): approve") as caught:
-        served.ask(model="Payer")
+        served.ask("pay me", model="Payer")
     assert caught.value.code == "run_waiting"
-    assert newest_run(served).status == "open"
+    assert run_of(served, "pay me").status == "open"
 
 
 def test_a_killed_worker_is_not_noticed(served: Served) -> None:
