@@ -15,7 +15,7 @@ from agentmesh.rag.store import FaissStore
 
 STORMING = Path(__file__).with_name("storming.py")
 KILLS = int(os.environ.get("AGENTMESH_KILLS", "24"))  # 200 in the long tier
-ROLES = [("write", 0), ("write", 1), ("read", 0), ("merge", 0), ("merge", 1)]
+ROLES = [("write", 0), ("write", 1), ("write", 2), ("read", 0), ("merge", 0), ("merge", 1)]
 
 
 def start(role: str, path: Path, number: int) -> subprocess.Popen[bytes]:
@@ -40,9 +40,12 @@ def test_nothing_that_was_promised_is_lost(tmp_path: Path) -> None:
         deadline = time.monotonic() + 30
         while not any(tmp_path.glob("writer-*.log")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        for _ in range(KILLS):
+        for n in range(KILLS):
             time.sleep(rng.uniform(0.1, 0.6))
-            role = rng.choice([r for r in ROLES if r[0] == rng.choice(["write", "write", "read", "merge"])] or ROLES)
+            if n % 24 in (4, 16):  # a writer sleeps over merges and their clean-up, and wakes
+                running[ROLES[0]].send_signal(signal.SIGSTOP if n % 24 == 4 else signal.SIGCONT)
+            kind = rng.choice(["write", "read", "merge"])
+            role = rng.choice([r for r in ROLES[1:] if r[0] == kind])
             assert running[role].poll() is None, (tmp_path / f"{role[0]}-{role[1]}.err").read_text()[-2000:]
             running[role].send_signal(signal.SIGKILL)
             running[role].wait()

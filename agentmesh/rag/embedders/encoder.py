@@ -16,6 +16,7 @@ try:
     import numpy as np
     import torch
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 except ImportError as e:
     raise ExtraMissing(f"a local encoder needs {e.name}: pip install 'agentmesh-celery[local,rag]'") from None
 
@@ -59,9 +60,12 @@ class Encoder(Base):
     def _loaded(self) -> tuple[Any, Any, int]:
         with self._lock:
             if self._parts is None:
+                transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
                 try:
                     tokenizer = AutoTokenizer.from_pretrained(self._where, local_files_only=True)
-                    model = AutoModel.from_pretrained(self._where, local_files_only=True, dtype=_dtype(self._device))
+                    model = AutoModel.from_pretrained(
+                        self._where, local_files_only=True, use_safetensors=True, dtype=_dtype(self._device)
+                    )
                 except (OSError, ValueError) as e:
                     first = str(e).splitlines()[0] if str(e) else type(e).__name__
                     raise ConfigError(
