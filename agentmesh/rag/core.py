@@ -14,9 +14,20 @@ from agentmesh.errors import EmbedderMismatch, StoreDamaged, StoreError, StoreVe
 from agentmesh.rag.compact import BuildText, merge_run, wants_merge
 from agentmesh.rag.delta import Delta
 from agentmesh.rag.embed import Identity
-from agentmesh.rag.folder import Folder, Span, chain, current, drop_generations, name_of, sync, whole, writing
+from agentmesh.rag.folder import (
+    Folder,
+    Span,
+    chain,
+    current,
+    drop_generations,
+    name_of,
+    set_current,
+    sync,
+    whole,
+    writing,
+)
 from agentmesh.rag.packing import Draft
-from agentmesh.rag.segment import Segment
+from agentmesh.rag.segment import WHOLE_BYTES, Segment
 from agentmesh.rag.state import Commit, State
 from agentmesh.rag.view import Part, View
 
@@ -244,7 +255,11 @@ class Core:
                 d = self._identity.d if self._identity else 0
             identity = self._identity.to_json() if self._identity else None
             about = {"d": d, "metric": self.metric, "identity": identity}
-            Folder(self.path / current(self.path)).make(about)
+            with writing(self.path):
+                name = current(self.path)
+                Folder(self.path / name).make(about)
+                if not (self.path / "CURRENT").exists():
+                    set_current(self.path, name)
             self._find_generation()
         if d and not self.about["d"]:
             with writing(self.path):
@@ -281,7 +296,9 @@ class Core:
 
     def _take_in(self, state: State, span: Span, data: bytes) -> Commit:
         assert self.folder is not None
-        segment = Segment.parse(self.folder.file(span), *span, data)
+        path = self.folder.file(span)
+        # a large one is mapped, as its readers do
+        segment = Segment.parse(path, *span, data) if len(data) <= WHOLE_BYTES else Segment.open(path, *span)
         done = state.apply(segment)
         self._opened[span] = segment
         self._chain.append(span)
