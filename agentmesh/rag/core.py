@@ -55,8 +55,14 @@ class Core(follow.Follower):
             finally:
                 if temporary:
                     temporary.unlink(missing_ok=True)
-            with writing(self.path):
+            try:
                 sync(folder.path)
+            except OSError as e:
+                raise StoreError(
+                    f"commit {span[0]} of {self.path} is there, but the disk has not confirmed it ({e.strerror}); "
+                    "repeat it with the same key",
+                    path=str(self.path),
+                ) from e
             done = self._take_in(state, span, data)
             if wants_merge(state.segments):
                 self.merge(light=True)

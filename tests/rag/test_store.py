@@ -270,6 +270,21 @@ def test_a_full_disk_is_a_sentence_and_the_store_is_intact(store: FaissStore, mo
     assert store.replace("s9", chunks("s9", 50), vectors(50), digest="1").version == 3
 
 
+def test_a_disk_that_does_not_confirm_says_so_and_the_key_makes_it_good(
+    store: FaissStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    fill(store, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("agentmesh.rag.core.sync", broken)
+        with pytest.raises(StoreError, match="repeat it with the same key"):
+            store.replace("a", chunks("a", 2), vectors(2), digest="1", key="k")
+    assert store.replace("a", chunks("a", 2), vectors(2), digest="1", key="k").again
+    assert store.count() == 5
+
+
 @pytest.fixture
 def read_only() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="agentmesh-"))
