@@ -55,18 +55,21 @@ class Core(follow.Follower):
             finally:
                 if temporary:
                     temporary.unlink(missing_ok=True)
-            try:
-                sync(folder.path)
-            except OSError as e:
-                raise StoreError(
-                    f"commit {span[0]} of {self.path} is there, but the disk has not confirmed it ({e.strerror}); "
-                    "repeat it with the same key",
-                    path=str(self.path),
-                ) from e
+            self._confirm(folder, span)
             done = self._take_in(state, span, data)
             if wants_merge(state.segments):
                 self.merge(light=True)
             return done
+
+    def _confirm(self, folder: Folder, span: Span) -> None:
+        try:
+            sync(folder.path)
+        except OSError as e:
+            raise StoreError(
+                f"commit {span[0]} of {self.path} is there, but the disk has not confirmed it ({e.strerror}); "
+                "repeat it with the same key",
+                path=str(self.path),
+            ) from e
 
     def _make(self, d: int) -> None:
         if self.folder is None and not self._find_generation():
