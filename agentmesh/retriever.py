@@ -220,7 +220,10 @@ class Retriever:
         """
         other = Retriever(self.path, embed=embed)
         by = other.embedder()
-        self._store().reembed(by.documents, identity=by.identity, progress=progress)
+        store = (
+            self._store() if self._bound else FaissStore(self.path)
+        )  # its own: afterwards it expects the new embedder
+        store.reembed(by.documents, identity=by.identity, progress=progress)
         return other
 
     def eval(

@@ -54,10 +54,14 @@ class Embeddings(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # who is not let in at once comes again after a second, and then after ever longer
+
+
 @pytest.fixture
 def embed() -> Iterator[str]:
     """The name of an embedder that is a server of this process."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Embeddings)
+    server = Server(("127.0.0.1", 0), Embeddings)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/v1#made"
