@@ -5,7 +5,6 @@ It stands above `boot`, because adding documents is a run like any other.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -162,9 +161,7 @@ class Retriever:
         vector = self.embedder().query(text)
         store, many = self._store(self.embedder()), k * MMR_OF if diverse else k
         if mode == "text":
-            hits = store.search_text(text, many, where=where)
-            near = store.vectors([h.id for h in hits]) @ vector  # (n, d) x (d,) -> (n,)
-            hits = [replace(h, score=float(s)) for h, s in zip(hits, near, strict=True)]
+            hits = store.search_text(text, many, where=where, vector=vector)
         elif mode == "dense":
             hits = store.search(vector, many, where=where)
         else:
@@ -223,7 +220,10 @@ class Retriever:
         """
         other = Retriever(self.path, embed=embed)
         by = other.embedder()
-        self._store().reembed(by.documents, identity=by.identity, progress=progress)
+        store = (
+            self._store() if self._bound else FaissStore(self.path)
+        )  # its own: afterwards it expects the new embedder
+        store.reembed(by.documents, identity=by.identity, progress=progress)
         return other
 
     def eval(

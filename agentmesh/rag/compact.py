@@ -4,6 +4,7 @@ The merged file says what the run did to everything before it: rows, removed ids
 Only a run that begins with the first commit forgets what was removed.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ GROWTH = 4  # an older file is taken in while it is at most this many times what
 WASTE = 0.2  # or when this part of it is not seen any more
 COPY_ROWS = 8192
 TEXT_ROWS = 5000  # fewer are indexed in memory by whoever searches: half a second at most, and writers merge often
+
+log = logging.getLogger("agentmesh.rag")
 
 BuildText = Callable[[Path, Iterable[tuple[int, str]]], None]
 Embed = Callable[[Sequence[str]], npt.ArrayLike]
@@ -185,18 +188,21 @@ def _effects(run: Run) -> dict[str, Any]:
 
 
 def _beside(folder: Folder, temporary: Path, span: Span, n: int, metric: str, build_text: BuildText | None) -> None:
-    """The indexes of a merged file are in their places before it is."""
-    target = folder.file(span)
-    segment = Segment.open(temporary, *span)
-    if n >= IVF_ROWS:
-        scratch = temporary.with_suffix(".ivf")
-        if build_ivf(scratch, segment.vectors, metric):
-            scratch.replace(target.with_suffix(".ivf"))
-    if build_text is not None and n >= TEXT_ROWS:
-        scratch = temporary.with_suffix(".text")
-        build_text(scratch, ((row, segment.text(row)) for row in range(n)))
-        shutil.rmtree(target.with_suffix(".text"), ignore_errors=True)
-        scratch.rename(target.with_suffix(".text"))
+    """The indexes of a merged file are in their places before it is. They can be done without: it is searched exactly."""
+    segment, target = Segment.open(temporary, *span), folder.file(span)
+    index, words = temporary.with_suffix(".ivf"), temporary.with_suffix(".text")
+    try:
+        if n >= IVF_ROWS and build_ivf(index, segment.vectors, metric):
+            index.replace(target.with_suffix(".ivf"))
+        if build_text is not None and n >= TEXT_ROWS:
+            build_text(words, ((row, segment.text(row)) for row in range(n)))
+            shutil.rmtree(target.with_suffix(".text"), ignore_errors=True)
+            words.rename(target.with_suffix(".text"))
+    except (OSError, RuntimeError, ValueError) as e:  # as FAISS and tantivy say that the disk is full
+        log.warning("no index beside %s: %s", target, str(e).splitlines()[0])
+    finally:
+        index.unlink(missing_ok=True)
+        shutil.rmtree(words, ignore_errors=True)
 
 
 def pieces_of(after: State, run: Sequence[Segment]) -> list[Piece]:

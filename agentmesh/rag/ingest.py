@@ -95,8 +95,10 @@ class Ingest(Agent[Added]):
     def flow(self, task: Asked, ctx: Context) -> Added:
         """Plan; packs in a window; then what vanished."""
         planned = ctx.do(plan_ingest.on(self.store, task, self.how))
-        if not planned.refused and planned.packs:
+        if planned.packs:
             planned.refused = ctx.do(check_embedder.on(self.store, self.embed))
+            if planned.refused:
+                ctx.do(tidy.on(self.store, planned.parts))
         if planned.refused:
             raise RunFailed(planned.refused)
         pack = Pack(store=self.store, embed=self.embed, parts=planned.parts, how=self.how)

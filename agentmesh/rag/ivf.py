@@ -28,6 +28,8 @@ class Ivf:
             self._index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as e:
             raise StoreDamaged(f"{path.name} is damaged: {str(e).splitlines()[0]}", file=path.name) from None
+        if self._index.ntotal != len(vectors):
+            raise StoreDamaged(f"{path.name} has {self._index.ntotal} rows of {len(vectors)}", file=path.name)
         self._vectors, self._metric = vectors, metric
 
     @property

@@ -83,7 +83,10 @@ class Draft:
             {SOURCE: c.source, HEADING: json.dumps(c.heading, ensure_ascii=False), **c.metadata} for c in self.chunks
         ]
         writer.columns(encode(rows))
-        writer.json("sources", self.sources)
+        try:
+            writer.json("sources", self.sources)
+        except TypeError as e:
+            raise StoreError(f"the facts of {', '.join(self.sources)} cannot be kept: {e}") from None
         effects = {"removed_ids": self.removed_ids, "refused": self.refused}
         writer.json("effects", {name: value for name, value in effects.items() if value})
         writer.finish({"kind": "commit", "n": len(ids), "d": d, "key": key})

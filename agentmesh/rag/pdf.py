@@ -8,7 +8,7 @@ from agentmesh.rag.chunk import Document, Part, sound
 
 try:
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
+    from pypdf.errors import DependencyError, PyPdfError
 except ImportError:
     raise ExtraMissing("PDF needs pypdf, which is not installed: pip install 'agentmesh-celery[rag]'") from None
 
@@ -30,6 +30,10 @@ def read(data: bytes, name: str) -> Document:
         raise DocumentError(f"{name!r} cannot be read as PDF: {e}") from None
     except DocumentError:
         raise
+    except DependencyError:
+        raise DocumentError(
+            f"{name!r} is encrypted with AES; pip install cryptography to read those without a password, or leave it out"
+        ) from None
     except Exception as e:  # what a broken file makes of a parser is not foreseen
         raise DocumentError(f"{name!r} cannot be read as PDF: {type(e).__name__}: {e}") from None
     parts: list[Part] = []

@@ -7,6 +7,7 @@
 A truncated file is found by its size before anything is mapped: reading past the end of a mapping kills the process.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -233,8 +234,9 @@ class Segment:
         found = self._masks.get(key)
         if found is None:
             found = mask(where, self.by_name, self.n)
-            while len(self._masks) >= MASKS_KEPT:
-                self._masks.pop(next(iter(self._masks)), None)
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread was at the same
+                while len(self._masks) >= MASKS_KEPT:
+                    self._masks.pop(next(iter(self._masks)), None)
             self._masks[key] = found
         return found
 

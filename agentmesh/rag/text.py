@@ -35,6 +35,12 @@ _RUNS = re.compile(
     "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff]+"
 )
 
+EMPTY = (
+    "a an and are as at be been but by can could did do does for from had has have how i if in into is it its me my of on "
+    "or our should so than that the their them then there these they this to us was we were what when where which who "
+    "why will with would you your"
+)
+
 Found = list[tuple[int, float]]  # rows and their scores, the best first
 
 
@@ -56,10 +62,13 @@ def _pairs(run: str) -> Iterable[str]:
 def terms(query: str) -> list[str]:
     """The different terms of a query, in its order; any text will do, there is no syntax.
 
-    >>> terms("C++: how do cats?"), terms("机器学习")
-    (['c', 'how', 'do', 'cat'], ['机器', '器学', '学习'])
+    What English questions are made of is left out: in a small store `how do I` would weigh as much as what is asked.
+
+    >>> terms("C++: how do cats?"), terms("机器学习"), terms("who are we?")
+    (['c', 'cat'], ['机器', '器学', '学习'], ['who', 'are', 'we'])
     """
-    return list(dict.fromkeys(_ANALYZER.analyze(spaced(sound(query)))))[:MOST_TERMS]
+    said = list(dict.fromkeys(_ANALYZER.analyze(spaced(sound(query)))))
+    return ([t for t in said if t not in _EMPTY] or said)[:MOST_TERMS]
 
 
 def build(folder: Path, rows: Iterable[tuple[int, str]]) -> None:
@@ -202,3 +211,4 @@ def _schema() -> Any:
 
 
 _ANALYZER, _SCHEMA = _analyzer(), _schema()
+_EMPTY = frozenset(_ANALYZER.analyze(EMPTY))

@@ -91,7 +91,9 @@ def search_hybrid(
     """
     view.check(where)
     depth = max(2 * k, DEPTH)
-    rankings = [_nearest(view, asked, depth, metric, where), ranked(view, query, depth, where)]
+    # under a filter each of these costs as many hits as the filter throws away
+    worded = depth if where is None else max(k, DEPTH // 2)
+    rankings = [_nearest(view, asked, depth, metric, where), ranked(view, query, worded, where)]
     places = {id: (part, row) for ranking in rankings for _, id, part, row in ranking}
     best = rrf([[id for _, id, _, _ in ranking] for ranking in rankings])[:k]
     return [hit(*places[id], _cosine(*places[id], asked)) for id, _ in best]

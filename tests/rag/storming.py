@@ -96,8 +96,8 @@ if __name__ == "__main__":
     compact.TAIL_FILES = 40
     folder.KEEP_S, folder.STAY_S = 4.0, 2.0
     FRESH = float(os.environ.get("STORM_FRESH_S", "1"))
-    from agentmesh.rag import core
+    from agentmesh.rag import follow
 
-    core.FRESH_S = FRESH
+    follow.FRESH_S = FRESH
     role, where, number = sys.argv[1:]
     {"write": write, "read": read, "merge": merge}[role](FaissStore(Path(where) / "kb"), Path(where), int(number))

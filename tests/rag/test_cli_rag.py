@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Crew
+from agentmesh import Crew, DefinitionError
+from agentmesh.boot import load_crew
 from agentmesh.cli.main import main
 from agentmesh.rag.store import FaissStore
 from agentmesh.retriever import Retriever
@@ -146,3 +147,11 @@ def test_a_store_is_looked_after(here: Any, write: Any, tmp_path: Path) -> None:
 def test_each_command_has_help(here: Any) -> None:
     for command in ([], ["add"], ["sync"], ["search"], ["stats"], ["eval"], ["import-langchain"]):
         assert "Usage:" in here("rag", *command, "--help", code=0)
+
+
+def test_an_installed_module_is_a_crew_file_too() -> None:
+    assert load_crew("agentmesh.rag.ingest").name == "rag"
+    assert list(load_crew("agentmesh.rag.ingest:crew").agents) == ["Ingest", "Pack"]
+    for missing in ("agentmesh.rag.nothing", "no.such.module", "crew", "agentmesh.rag.ingest.py"):
+        with pytest.raises(DefinitionError, match=f"there is no file '{missing}'"):
+            load_crew(missing)

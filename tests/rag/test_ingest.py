@@ -139,7 +139,12 @@ def test_another_embedder_is_refused_before_anything_is_parsed(
     other = Scene(tmp_path, type(by_words)(32))
     with pytest.raises(RunFailed, match="reembed"):
         other.add(tmp_path / "docs")
-    assert [e.name for e in other.run.events() if isinstance(e, StepPlanned)] == ["plan_ingest", "check_embedder"]
+    assert [e.name for e in other.run.events() if isinstance(e, StepPlanned)] == [
+        "plan_ingest",
+        "check_embedder",
+        "tidy",
+    ]
+    assert list((scene.store.path / "parts").iterdir()) == []
     assert sorted(scene.sources()) == ["docs/a.md"]
 
 

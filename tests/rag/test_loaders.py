@@ -14,7 +14,7 @@ from agentmesh.rag.loaders import decode, knows, load, parse
 from agentmesh.rag.split import split
 
 
-def pdf(*pages: str, password: str = "") -> bytes:
+def pdf(*pages: str, password: str = "", owner: str = "") -> bytes:
     """A PDF with a line of Helvetica a page."""
     writer = PdfWriter()
     for text in pages:
@@ -26,8 +26,8 @@ def pdf(*pages: str, password: str = "") -> bytes:
         content = DecodedStreamObject()
         content.set_data(f"BT /F1 12 Tf 20 200 Td ({text}) Tj ET".encode() if text else b"")
         page[NameObject("/Contents")] = writer._add_object(content)
-    if password:
-        writer.encrypt(password, algorithm="RC4-128")
+    if password or owner:
+        writer.encrypt(password, owner or None, algorithm="RC4-128")
     out = io.BytesIO()
     writer.write(out)
     return out.getvalue()
@@ -61,6 +61,14 @@ def test_pdf_knows_its_pages() -> None:
     assert (first.text, first.metadata["page"]) == ("The first page.", 1)
     assert (third.text, third.metadata["page"]) == ("The third page.", 3)
     assert len(PdfReader(io.BytesIO(pdf("x"))).pages) == 1
+
+
+def test_pdf_that_only_forbids_copying_is_read() -> None:
+    data = pdf("Anybody may read this.", owner="boss")
+    assert "Anybody may read this." in parse(data, "a.pdf").text
+    aes = b"/V 4\n/CF << /StdCF << /CFM /AESV2 /Length 16 >> >>\n/StmF /StdCF\n/StrF /StdCF"
+    with pytest.raises(DocumentError, match="'a.pdf' (is encrypted with AES; pip install|cannot be read|has 1 page)"):
+        parse(data.replace(b"/V 2", aes).replace(b"/R 3", b"/R 4"), "a.pdf")
 
 
 def test_csv_rows_are_chunks_that_can_be_filtered() -> None:

@@ -138,6 +138,9 @@ def test_another_embedder_is_refused_until_the_passages_are_embedded_anew(handbo
     assert anew.search("weeks of paid leave", 1)[0].source == "a/leave.md"
     with pytest.raises(MeshError, match="reembed"):
         handbook.search("tea")
+    assert anew.reembed(type(by_words)(16)).count() == len(TEXTS)
+    with pytest.raises(StoreError, match="for reading"):
+        handbook.where(tenant="a").reembed(other)
 
 
 def test_wrong_arguments_say_what_is_wrong(handbook: Retriever, tmp_path: Path) -> None:

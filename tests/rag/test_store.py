@@ -26,7 +26,7 @@ from agentmesh.errors import (
     StoreFull,
     StoreVersion,
 )
-from agentmesh.rag import compact, core, folder, state
+from agentmesh.rag import compact, folder, follow, state
 from agentmesh.rag.chunk import Chunk
 from agentmesh.rag.embed import Identity
 from agentmesh.rag.packing import Replacement
@@ -181,12 +181,12 @@ def test_a_laggard_does_not_take_a_number_that_was_cleaned_away(
     store.compact(everything=True)
     monkeypatch.setattr(folder, "STAY_S", 0.0)
     store._core.folder.retire()  # type: ignore[union-attr]
-    monkeypatch.setattr(core, "FRESH_S", 0.0)  # it slept for a minute
+    monkeypatch.setattr(follow, "FRESH_S", 0.0)  # it slept for a minute
     monkeypatch.setattr(laggard._core, "refresh", lambda: None)  # between its listing and its link
-    real = core.Core.refresh
+    real = follow.Follower.refresh
     monkeypatch.setattr(folder.Folder, "publish", _waking(folder.Folder.publish, laggard, real))
     assert laggard.replace("late", chunks("late", 1), vectors(1), digest="1").version == 7
-    time.sleep(core.POLL_S)
+    time.sleep(follow.POLL_S)
     assert FaissStore(store.path).count() == store.count() == 13
 
 
@@ -246,7 +246,11 @@ def test_a_large_truncated_file_is_found_before_it_is_mapped(store: FaissStore) 
     assert fresh.stats().damaged == (path.name,)
 
 
-def test_a_full_disk_is_a_sentence_and_the_store_is_intact(store: FaissStore) -> None:
+def test_a_full_disk_is_a_sentence_and_the_store_is_intact(store: FaissStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: Any) -> int:
+        path.write_bytes(b"half")
+        raise RuntimeError("Error in write: No space left on device")
+
     fill(store, 2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
@@ -255,11 +259,30 @@ def test_a_full_disk_is_a_sentence_and_the_store_is_intact(store: FaissStore) ->
             store.replace("s9", chunks("s9", 50), vectors(50), digest="1")
         with pytest.raises(StoreFull):
             store.compact(everything=True)
+        monkeypatch.setattr("agentmesh.rag.compact.IVF_ROWS", 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        monkeypatch.setattr("agentmesh.rag.compact.build_ivf", full)
+        assert store.compact(everything=True)  # without an index, which can be done without
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(store.path / "g1" / "tmp") == []
     assert (store.count(), store.version, FaissStore(store.path).count()) == (6, 2, 6)
     assert store.replace("s9", chunks("s9", 50), vectors(50), digest="1").version == 3
+
+
+def test_a_disk_that_does_not_confirm_says_so_and_the_key_makes_it_good(
+    store: FaissStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    fill(store, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("agentmesh.rag.core.sync", broken)
+        with pytest.raises(StoreError, match="repeat it with the same key"):
+            store.replace("a", chunks("a", 2), vectors(2), digest="1", key="k")
+    assert store.replace("a", chunks("a", 2), vectors(2), digest="1", key="k").again
+    assert store.count() == 5
 
 
 @pytest.fixture
@@ -328,7 +351,7 @@ def test_a_generation_with_another_embedder_takes_over(store: FaissStore, monkey
     version = store.reembed(embed, identity=Identity("new", d=3), progress=lambda a, b: told.append((a, b)))
     assert told[-1][0] == told[-1][1]
     for one in (store, reader, writer, FaissStore(store.path)):
-        time.sleep(core.POLL_S)
+        time.sleep(follow.POLL_S)
         assert one.version == version
         assert one.stats().generation == "g2"
         assert sorted(one.sources()) == ["p", "s0", "s1", "s3", "s4", "s5"]
@@ -339,7 +362,7 @@ def test_a_generation_with_another_embedder_takes_over(store: FaissStore, monkey
     with pytest.raises(EmbedderMismatch):
         writer.replace("z", chunks("z", 1), vectors(1), digest="1")
     writer.replace("q", chunks("q", 2)[1:], np.ones((1, 3)), digest="1", part=(2, 2))
-    time.sleep(core.POLL_S)
+    time.sleep(follow.POLL_S)
     assert store.bound({"source": "q"}).count() == 2
     assert store.verify() == []
     monkeypatch.setattr(folder, "KEEP_S", 0.0)

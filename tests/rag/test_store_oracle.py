@@ -13,7 +13,7 @@ import pytest
 from agentmesh.errors import FilterInvalid, StoreConflict
 from agentmesh.rag import compact, state
 from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.core import POLL_S
+from agentmesh.rag.follow import POLL_S
 from agentmesh.rag.store import FaissStore
 from agentmesh.rag.where import checks, matches, parse
 

@@ -54,6 +54,8 @@ def test_words_of_many_languages(tmp_path: Path) -> None:
 
 def test_what_a_query_becomes() -> None:
     assert terms("cats cat CAT") == ["cat"]
+    assert terms("How do I retry the runs?") == ["retri", "run"]
+    assert terms("who are we") == ["who", "are", "we"]
     assert len(terms(" ".join(f"w{i}" for i in range(1000)))) == 256
     assert spaced("plain") == "plain"
 

@@ -95,8 +95,8 @@ def _scores(question: str, quotes: list[Quote], retriever: Retriever) -> Any:
 
 
 def _asks(text: str, question: str) -> bool:
-    """Whether a sentence is itself a question, or repeats this one: it answers nothing."""
-    return text.endswith("?") or (words(question) <= words(text) and question.strip(" ?").lower() in text.lower())
+    """Whether a sentence holds a question, or repeats this one: it answers nothing."""
+    return "?" in text or "？" in text or question.strip(" ?？").lower() in text.lower()
 
 
 def sentences(passage: Passage) -> Iterator[Quote]:
