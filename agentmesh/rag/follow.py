@@ -52,6 +52,7 @@ class Follower:
         self._opened: dict[Span, Segment] = {}
         self._view = EMPTY
         self._mtime_ns = -1
+        self._unchecked = False  # its embedder, of a generation that a seal led to
         self._checked = self._listed = float("-inf")
 
     @property
@@ -108,8 +109,11 @@ class Follower:
                 if isinstance(e, FileNotFoundError):
                     continue  # merged away between the listing and the reading
                 raise
-            self._checked = now
             if not self._sealed():
+                if self._unchecked:  # only of the last one on the way: it may have gone there and back
+                    self._check(self.about)
+                    self._unchecked = False
+                self._checked = now
                 return
         raise StoreError(f"the files of {self.path} change faster than they can be read", path=str(self.path))
 
@@ -118,7 +122,9 @@ class Follower:
         about = folder.about()
         if about is None:
             return False
-        self._check(about)
+        if name is None:
+            self._check(about)
+        self._unchecked = name is not None
         self.folder, self.about, self.state = folder, about, None
         self._chain, self._opened, self._mtime_ns = [], {}, -1
         return True

@@ -372,6 +372,27 @@ def test_a_generation_with_another_embedder_takes_over(store: FaissStore, monkey
     assert reader.bound({"source": "q"}).count() == 2
 
 
+def test_a_reader_follows_there_and_back_and_no_further(store: FaissStore) -> None:
+    """Opened for embedder `a`: it lives through a turn to `b` and back, and refuses when the store stays with `b`."""
+    a, b = Identity("a", d=3, probe=(1.0, 0.0, 0.0)), Identity("b", d=3, probe=(0.0, 1.0, 0.0))
+
+    def embed(texts: Any) -> np.ndarray:
+        return np.array([[len(t), 1, 2] for t in texts], np.float32)
+
+    FaissStore(store.path, identity=a).replace("s", chunks("s", 2), embed(["x", "y"]), digest="1")
+    reader = FaissStore(store.path, identity=a)
+    assert reader.count() == 2
+    store.reembed(embed, identity=b)
+    store.reembed(embed, identity=a)
+    time.sleep(follow.POLL_S)
+    assert (reader.count(), reader.stats().generation) == (2, "g3")
+    store.reembed(embed, identity=b)
+    time.sleep(follow.POLL_S)
+    for _ in range(2):
+        with pytest.raises(EmbedderMismatch):
+            reader.count()
+
+
 def test_filters_of_every_kind(store: FaissStore) -> None:
     when = datetime(2024, 5, 1, 12, tzinfo=timezone(timedelta(hours=2)))
     rows: list[dict[str, Any]] = [
