@@ -11,7 +11,7 @@ from typing import Any
 
 from billiard.pool import EX_RECYCLE
 from celery import Celery
-from celery.apps.worker import Worker
+from celery.apps import worker as program
 from celery.concurrency import asynpool, prefork
 from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging
@@ -63,11 +63,16 @@ def make_worker(app: Celery, *, queues: Sequence[str], concurrency: int, name: s
     # Celery warns of root, for the sake of those who accept pickles; this app accepts JSON alone.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     setup_logging.connect(_logging_is_set_up)
-    return Worker(
+    program.safe_say = _silent  # that it drains is for the supervisor to say
+    return program.Worker(
         app=app, hostname=name, queues=list(queues), concurrency=concurrency, pool=ProcessPool,
         consumer_cls=MeshConsumer, prefetch_multiplier=1, optimization="fair", quiet=True,
         without_gossip=True, without_mingle=True, without_heartbeat=True,
     )  # fmt: skip
+
+
+def _silent(*_: Any) -> None:
+    """Celery prints "Warm shutdown" at the end of every worker program."""
 
 
 def _logging_is_set_up(**_: Any) -> None:
