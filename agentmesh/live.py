@@ -5,7 +5,7 @@ import threading
 from typing import Literal
 
 from agentmesh.journal import Journal
-from agentmesh.ports import Token
+from agentmesh.ports import Thought, Token
 
 FLUSH_S = 0.03
 
@@ -24,8 +24,8 @@ class Live:
         self._flushing: asyncio.Task[None] | None = None
 
     def text(self, piece: str) -> None:
-        """A piece of the model's text."""
-        self._say("text", piece)
+        """A piece of the model's text, or of its reasoning."""
+        self._say("thought" if isinstance(piece, Thought) else "text", piece)
 
     def progress(self, line: str) -> None:
         """A line of a tool's progress."""
@@ -35,7 +35,7 @@ class Live:
         """What an earlier attempt of the step said is void."""
         self._say("retract", "")
 
-    def _say(self, kind: Literal["text", "progress", "retract"], text: str) -> None:
+    def _say(self, kind: Literal["text", "thought", "progress", "retract"], text: str) -> None:
         with self._lock:
             first = not self._said
             self._said.append(Token(self._run_id, self._n, self._attempt, kind, text))

@@ -1,1 +1,1 @@
-"""GPU-bound inference: the room for the batching engine. torch and transformers live here and in models.local alone."""
+"""The engine that answers many prompts in shared batches, on a GPU or a CPU; torch and transformers live here."""
