@@ -4,7 +4,7 @@ Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import llguidance
@@ -89,11 +89,15 @@ class Grammars:
     Args:
         tokenizer: a fast tokenizer of transformers.
         vocabulary: how many scores the model gives.
+        ends: ids that end an answer.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: Iterable[int] = ()) -> None:
         self._known = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
         self._think = self._one(tokenizer, THINK), self._one(tokenizer, THINK_END)
+        # inside reasoning anything but an end, which would leave no answer
+        self._going_on = np.ones(vocabulary, dtype=np.bool_)
+        self._going_on[list(ends)] = False
         tags = self._one(tokenizer, CALL), self._one(tokenizer, CALL_END)
         self.tags_are_tokens = None not in tags  # llguidance takes such a token for one that no text can spell
 
@@ -115,24 +119,28 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error().splitlines()[0])
-        return Constraint(matcher, *self._think, thinking=thinking)
+        return Constraint(matcher, self._going_on, *self._think, thinking=thinking)
 
 
 class Constraint:
     """Follows one answer and says what may come next; used by one thread at a time.
 
     Args:
-        opens, closes: the tokens of reasoning, which is free; None where the model has none.
+        going_on: bool (vocabulary,), what may come next inside reasoning.
+        opens, closes: the tokens of reasoning; None where the model has none.
     """
 
-    def __init__(self, matcher: Any, opens: int | None, closes: int | None, *, thinking: bool = False) -> None:
-        self._matcher, self._opens, self._closes, self._thinks_at_first = matcher, opens, closes, thinking
+    def __init__(
+        self, matcher: Any, going_on: npt.NDArray[np.bool_], opens: int | None, closes: int | None, *, thinking: bool = False
+    ) -> None:  # fmt: skip
+        self._matcher, self._going_on, self._opens, self._closes = matcher, going_on, opens, closes
+        self._thinks_at_first = thinking and closes is not None
         self.reset()
 
     def reset(self) -> None:
         """Back to before the first token."""
         self._matcher.reset()
-        self._thinking, self._began = self._thinks_at_first and self._closes is not None, False
+        self._thinking = self._began = self._thinks_at_first
 
     def take(self, tokens: Sequence[int]) -> None:
         """These have been said."""
@@ -147,9 +155,9 @@ class Constraint:
 
     def allowed(self, vocabulary: int) -> npt.NDArray[np.bool_] | None:
         """Which tokens may come next, bool (vocabulary,); None is all."""
-        if (
-            self._thinking or self._matcher.is_error()
-        ):  # an error: nothing more is known, and no mask is better than none
+        if self._thinking:
+            return self._going_on
+        if self._matcher.is_error():  # a limit of the parser: nothing more is known
             return None
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         bits = np.zeros(vocabulary, dtype=np.bool_)

@@ -72,7 +72,7 @@ def load(
     given = model.generation_config.eos_token_id
     ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
     return Loaded(
-        engine, tokenizer, Grammars(tokenizer, engine.room.vocabulary), frozenset(ends), engine.room.context_tokens,
+        engine, tokenizer, Grammars(tokenizer, engine.room.vocabulary, ends), frozenset(ends), engine.room.context_tokens,
         _takes_system(tokenizer),
     )  # fmt: skip
 

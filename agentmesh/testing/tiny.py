@@ -7,7 +7,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY, CONTEXT = 300, 512
+VOCABULARY, CONTEXT = 300, 1024
 END = 2
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -24,10 +24,11 @@ def made_model(seed: int = 7, dtype: torch.dtype = torch.float32) -> Any:
             num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, initializer_range=0.5,
             bos_token_id=1, eos_token_id=END,
         )  # fmt: skip
-        return LlamaForCausalLM(config).to(dtype).eval()
+        made: Any = LlamaForCausalLM(config)
+        return made.to(dtype).eval()
 
 
-def made_tokenizer(template: str = CHATML, more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+def made_tokenizer(template: str = CHATML, more: tuple[str, ...] = ()) -> Any:
     """Tokens of single bytes; `more` are added tokens that are not special, as Qwen has its tags."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|end|>": 0, "<|im_start|>": 1, "<|im_end|>": END}
@@ -37,7 +38,8 @@ def made_tokenizer(template: str = CHATML, more: tuple[str, ...] = ()) -> PreTra
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<|end|>", "<|im_start|>", "<|im_end|>"])
     made.add_tokens([AddedToken(m, special=False, normalized=False) for m in more])
-    out = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", clean_up_tokenization_spaces=False)
+    fast: Any = PreTrainedTokenizerFast
+    out = fast(tokenizer_object=made, eos_token="<|im_end|>", clean_up_tokenization_spaces=False)
     out.chat_template = template
     return out
 

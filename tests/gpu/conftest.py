@@ -11,7 +11,7 @@ from agentmesh.gpu.engine import Engine
 from agentmesh.testing.tiny import made_model
 
 torch.set_num_threads(1)  # two threads for so small a model wait for each other more than they compute
-SMALL = Shape(pages=64, page_tokens=16, batch_tokens=64, batch_requests=32)
+SMALL = Shape(pages=80, page_tokens=16, batch_tokens=64, batch_requests=32)
 
 
 @pytest.fixture

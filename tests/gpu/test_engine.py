@@ -174,7 +174,7 @@ def test_a_listener_hears_tokens_as_they_come_and_may_have_enough(engine: Engine
             (5,) * 200,
             400,
             ContextTooLong,
-            r"has 200 tokens and asks for 400 more; the model's context takes 512 together",
+            r"has 200 tokens and asks for 900 more; the model's context takes 1024 together",
         ),
         ((), 4, ModelError, "a request of 0 tokens that asks for 4 more is empty"),
         ((5,), 0, ModelError, "a request of 1 tokens that asks for 0 more is empty"),
