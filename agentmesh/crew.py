@@ -13,7 +13,7 @@ from typing import Any
 from agentmesh.agent import Agent
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
 from agentmesh.limits import Limits
-from agentmesh.queue import Queue
+from agentmesh.queue import Queue, Suspects
 from agentmesh.schedule import Schedule
 from agentmesh.tool import Tool
 
@@ -153,16 +153,25 @@ class Crew:
         """The broker's name of a queue."""
         return f"agentmesh.{self.name}.{queue}"
 
-    def broker_queues(self, only: Iterable[str] = ()) -> list[str]:
+    def apart(self, queue: str) -> bool:
+        """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
+        return queue in self.queues and not self.queues[queue].model
+
+    def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "too") -> list[str]:
         """The broker's names of these queues, or of all, each with the queue of its suspects.
+
+        Args:
+            suspects: `elsewhere` leaves out the suspects that have a process of their own, `only` all but those.
 
         Raises:
             UnknownName: the crew has no such queue.
         """
         for queue in only:
             self._check_queue(f"crew {self.name!r}: --queue", queue)
-        named = [self.broker_queue(q) for q in (list(only) or self.queues)]
-        return [*named, *[f"{q}.suspects" for q in named]]
+        wanted = list(only) or list(self.queues)
+        named = [self.broker_queue(q) for q in wanted if suspects != "only"]
+        beside = [q for q in wanted if suspects == "too" or self.apart(q) == (suspects == "only")]
+        return [*named, *[f"{self.broker_queue(q)}.suspects" for q in beside]]
 
 
 def _caller_file(frame: FrameType | None) -> str:

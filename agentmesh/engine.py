@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,19 +17,10 @@ from agentmesh.planning import Planner, assumed, upward
 from agentmesh.ports import Accepted, Claimed, Dispatch, Next, Refused, RunSpec, advance_unit, step_unit
 from agentmesh.replay import Failed, History, Outcome, Waiting, replay
 from agentmesh.step import Step
+from agentmesh.tails import Cached, Tails
 
-CACHED_RUNS = 512
 ROOM_WAIT_S, ROOM_LOOK_S = 5.0, 0.01  # a suspect waits for its worker's hand; after that the outbox sends it again
 LONG_REPLAY = 400  # events; longer ones leave the event loop
-
-
-@dataclass(slots=True)
-class Cached:
-    """The tail of a recent run: its history, the last thing its flow waited for, and the journal's epoch it was read in."""
-
-    history: History
-    waiting: Waiting | None = None
-    epoch: int = 0
 
 
 @dataclass(slots=True)
@@ -48,17 +38,18 @@ class Engine:
 
     Args:
         worker: this process's name in leases.
+        apart: suspects have a process of their own, which is not this one.
         ended: is told of each run that this process ends.
     """
 
     def __init__(
         self, *, crew: Crew, journal: Journal, dispatch: Dispatch, doer: Doing, worker: str,
-        ended: Callable[[History, Event], None] | None = None,
+        ended: Callable[[History, Event], None] | None = None, apart: bool = False,
     ) -> None:  # fmt: skip
         self.crew, self.journal, self.worker = crew, journal, worker
         self.planner = Planner(crew, dispatch)
-        self._doer, self._ended = doer, ended
-        self._cache: OrderedDict[str, Cached] = OrderedDict()
+        self._doer, self._ended, self._apart = doer, ended, apart
+        self._tails = Tails()
         self.leases: dict[str, Lease] = {}
         self._tokens = itertools.count(1)  # with the worker's name: unlike any other claim's
 
@@ -67,11 +58,11 @@ class Engine:
         """Do step n if it is still to be done; answers what became of it, for the log."""
         unit = step_unit(run_id, n)
         pace = self.crew.queues[queue].pace() if queue in self.crew.queues else None
-        claimed = await self._claim(unit, run_id, ask=kind == "Ask", rate=pace)
-        if isinstance(claimed, Refused):
-            return claimed.why
+        got = await self._claim(unit, run_id, ask=kind == "Ask", rate=pace, queue=queue)
+        if isinstance(got, Refused):
+            return got.why
+        claimed, cached = got
         lease = self.leases[unit] = Lease(claimed.fence, asyncio.current_task(), loop=asyncio.get_running_loop())
-        cached = self._cache[run_id]
         try:
             if claimed.limit:
                 return await self._spent(unit, claimed, cached.history)
@@ -87,7 +78,7 @@ class Engine:
             return "lost"
         except (ReplayError, UnknownName) as e:
             await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e.message}")
-            self._cache.pop(run_id, None)
+            self._tails.drop(run_id)
             return "held"
         finally:
             self.leases.pop(unit, None)
@@ -95,15 +86,15 @@ class Engine:
     async def advance(self, run_id: str) -> str:
         """Replay the run and write what comes next."""
         unit = advance_unit(run_id)
-        claimed = await self._claim(unit, run_id)
-        if isinstance(claimed, Refused):
-            return claimed.why
+        got = await self._claim(unit, run_id)
+        if isinstance(got, Refused):
+            return got.why
+        claimed, cached = got
         self.leases[unit] = Lease(claimed.fence)
-        cached = self._cache[run_id]
         try:
             while True:
                 version = cached.history.version
-                self._cache.pop(run_id, None)  # it is about to hold what is not written yet
+                self._tails.drop(run_id)  # it is about to hold what is not written yet
                 nxt, _ = await self._settle(cached)
                 answer = await self.journal.plan(run_id, fence=claimed.fence, version=version, next=nxt)
                 if isinstance(answer, Accepted) or answer.why != "conflict":
@@ -111,10 +102,10 @@ class Engine:
                     return "planned" if isinstance(answer, Accepted) else answer.why
                 epoch = self.journal.epoch
                 events = await self.journal.events(run_id)
-                cached = self._cache[run_id] = Cached(History(run_id, events), epoch=epoch)
+                cached = Cached(History(run_id, events), epoch=epoch)
         except (ReplayError, UnknownName) as e:
             await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e.message}")
-            self._cache.pop(run_id, None)
+            self._tails.drop(run_id)
             return "held"
         finally:
             self.leases.pop(unit, None)
@@ -132,22 +123,24 @@ class Engine:
 
     async def take(self, unit: str, run_id: str) -> Claimed | Refused:
         """Lease a unit that is neither step nor advance; the taker drops it from `leases` when it is through."""
-        claimed = await self._claim(unit, run_id)
-        if isinstance(claimed, Claimed):
-            self.leases[unit] = Lease(claimed.fence)
-        return claimed
+        got = await self._claim(unit, run_id)
+        if isinstance(got, Refused):
+            return got
+        self.leases[unit] = Lease(got[0].fence)
+        return got[0]
 
     # ---- parts ---------------------------------------------------------------------------------
     async def _claim(
-        self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None
-    ) -> Claimed | Refused:
-        cached = self._known(run_id)
+        self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None, queue: str = ""
+    ) -> tuple[Claimed, Cached] | Refused:
+        cached = self._tails.get(run_id, self.journal.epoch)
         version = cached.history.version if cached else 0
         until_s = time.monotonic() + ROOM_WAIT_S
         while True:
             claimed = await self.journal.claim(
                 unit, worker=self.worker, token=f"{self.worker}#{next(self._tokens)}", version=version,
                 crew=self.crew.name, crew_version=self.crew.version, ask=ask, rate=rate,
+                apart=self._apart and self.crew.apart(queue or self.crew.queue),
             )  # fmt: skip
             if not (isinstance(claimed, Refused) and claimed.why == "room") or time.monotonic() > until_s:
                 break
@@ -156,26 +149,16 @@ class Engine:
                 await asyncio.sleep(ROOM_LOOK_S)
         if isinstance(claimed, Refused):
             return claimed
-        cached = self._known(run_id)
+        cached = self._tails.get(run_id, self.journal.epoch)
         if cached is None or cached.history.version < claimed.version - len(claimed.events):
             events, epoch = claimed.events, self.journal.epoch
             if len(events) < claimed.version:  # the tail left the cache while the claim was under way
                 events = (await self.journal.events(run_id))[: claimed.version]
-            cached = self._cache[run_id] = Cached(History(run_id, events), epoch=epoch)
+            cached = Cached(History(run_id, events), epoch=epoch)
         else:
             cached.history.catch_up(claimed.events, claimed.version)
-        self._cache.move_to_end(run_id)
-        while len(self._cache) > CACHED_RUNS:
-            self._cache.popitem(last=False)
-        return claimed
-
-    def _known(self, run_id: str) -> Cached | None:
-        """The tail in the cache; one that was read before the store was away is none: it may have come back without it."""
-        cached = self._cache.get(run_id)
-        if cached is not None and cached.epoch != self.journal.epoch:
-            self._cache.pop(run_id)
-            return None
-        return cached
+        self._tails.keep(run_id, cached)
+        return claimed, cached
 
     async def _replay(self, history: History) -> Outcome:
         started = history.started
@@ -219,7 +202,7 @@ class Engine:
             answer = await self.journal.commit(unit, fence=claimed.fence, event=event, charge=charge)
             return type(event).__name__ if isinstance(answer, Accepted) else answer.why
         version = history.version
-        self._cache.pop(history.run_id, None)
+        self._tails.drop(history.run_id)
         history.extend([event])
         cached.waiting = None
         try:
@@ -252,11 +235,11 @@ class Engine:
         """Keep the tail when the store wrote just what we thought it would."""
         if isinstance(answer, Accepted) and not answer.conflict and answer.version == cached.history.version:
             if cached.history.end is None:
-                self._cache[run_id] = cached
+                self._tails.keep(run_id, cached)
             elif self._ended is not None:
                 self._ended(cached.history, cached.history.end)
         else:
-            self._cache.pop(run_id, None)
+            self._tails.drop(run_id)
 
     async def _spent(self, unit: str, claimed: Claimed, history: History) -> str:
         """The run ends because it may spend no more."""
@@ -267,7 +250,7 @@ class Engine:
         failed = StepFailed(n=int(unit.rpartition("|")[2]), error=error_to_json(error))
         end = Next(end=RunFailed(error=error_to_json(error)), up=upward(history, Failed(error)))
         version = history.version
-        self._cache.pop(history.run_id, None)
+        self._tails.drop(history.run_id)
         answer = await self.journal.commit(unit, fence=claimed.fence, event=failed, version=version, next=end)
         if self._ended is not None and end.end is not None and isinstance(answer, Accepted) and not answer.conflict:
             self._ended(history, end.end)

@@ -1,10 +1,26 @@
 """The journal as the engine sees it: the events of runs, with entries, leases and timers."""
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agentmesh.event import Event
 from agentmesh.ports import Accepted, Carried, Claimed, Counts, Held, Next, Refused, RunHead, RunSpec, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep did.
+
+    Args:
+        count: entries moved.
+        rest_ms: for how long this worker need not sweep, if nothing new comes; 0: there is work about.
+        mine: it was this worker's turn.
+    """
+
+    count: int
+    rest_ms: int = 0
+    mine: bool = True
 
 
 class Journal(Protocol):
@@ -24,9 +40,12 @@ class Journal(Protocol):
 
     async def claim(
         self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
-        ask: bool = False, rate: tuple[int, int] | None = None,
+        ask: bool = False, rate: tuple[int, int] | None = None, apart: bool = False,
     ) -> Claimed | Refused:  # fmt: skip
-        """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst)."""
+        """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst).
+
+        A worker whose suspects are kept `apart` gets none.
+        """
         ...
 
     async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]:
@@ -56,8 +75,14 @@ class Journal(Protocol):
         """A person's word."""
         ...
 
-    async def sweep(self, worker: str, *, empty: Sequence[str] = (), limit: int = 200) -> int:
-        """Time's word; how many entries moved. `empty` are queues known to have been empty for a second."""
+    async def sweep(self, worker: str, *, empty: Sequence[str] = (), look: bool = False, limit: int = 200) -> Swept:
+        """Time's word.
+
+        Args:
+            empty: queues known to have been empty for a second.
+            look: find that out in the store, which is the broker too.
+            limit: how many entries of a kind may move.
+        """
         ...
 
     async def told(self, run_id: str) -> None:
@@ -86,6 +111,10 @@ class Journal(Protocol):
 
     async def moving(self, run_id: str) -> int:
         """How many entries of the tree are queued, leased or due without a reason to wait."""
+        ...
+
+    async def queued(self, queues: Sequence[str]) -> int:
+        """How many entries wait for a worker in these broker queues."""
         ...
 
     async def counts(self) -> Counts:

@@ -1,4 +1,4 @@
-"""The live stream of one attempt: tokens and progress, gathered for 30 ms and sent together. Never the journal."""
+"""The live stream of one attempt: tokens and progress, gathered and sent together each 30 ms. Never the journal."""
 
 import asyncio
 import threading
@@ -47,7 +47,8 @@ class Live:
             self._flushing = self._loop.create_task(self._flush_soon())
 
     async def _flush_soon(self) -> None:
-        await asyncio.sleep(FLUSH_S)
+        # all attempts of the process at the same ticks: what they send is then one exchange with the server
+        await asyncio.sleep(FLUSH_S - self._loop.time() % FLUSH_S)
         await self._send()
 
     async def _send(self) -> None:

@@ -36,6 +36,7 @@ from agentmesh.journals.redis import RedisJournal
 from agentmesh.message import Message
 from agentmesh.models.named import Models
 from agentmesh.ports import Accepted, Model, Refused, RunHead, RunSpec
+from agentmesh.queue import Suspects
 from agentmesh.run import Client, Run
 from agentmesh.schema import canonical
 from agentmesh.sight import Sight, Watched
@@ -57,7 +58,7 @@ class Mesh:
         broker: a broker URL; not together with `app`.
         journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey.
         models: `provider:name` or an object, to a Model; the default knows `openai:` and `local:`.
-        sights: onlookers besides Tracing, for whoever runs workers.
+        sights, suspects: for whoever runs workers: onlookers besides Tracing; where suspects are worked on.
 
     Raises:
         ConfigError: no broker is named, or the broker cannot hold the journal and no journal is named.
@@ -66,6 +67,7 @@ class Mesh:
     def __init__(
         self, crew: Crew, *, app: Celery | None = None, broker: str = "", journal: str = "",
         config: Config | None = None, models: ModelOf | None = None, worker: str = "", sights: Sequence[Sight] = (),
+        suspects: Suspects = "too",
     ) -> None:  # fmt: skip
         self.crew, self.config = crew, config or load()
         broker = broker or self.config.broker
@@ -74,7 +76,7 @@ class Mesh:
         url = journal or self.config.journal
         self.journal_url = url if is_eager(self.app) else journal_url(self.broker, url)
         self._worker = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
-        self._pid = os.getpid()
+        self._pid, self.suspects = os.getpid(), suspects
         self._models, self._sights = models or Models(), (*sights, Tracing())
         self._lock = threading.Lock()
         self._checked = False
@@ -196,8 +198,9 @@ class Mesh:
             return eager_site(self.crew, watched, name, watched.ended)
         journal = make_journal(self.config, self.app, self.journal_url)
         engine = Engine(
-            crew=self.crew, journal=journal, dispatch=self.dispatch, doer=watched, worker=name, ended=watched.ended
-        )
+            crew=self.crew, journal=journal, dispatch=self.dispatch, doer=watched, worker=name, ended=watched.ended,
+            apart=self.suspects == "elsewhere",
+        )  # fmt: skip
         client = Client(crew=self.crew, journal=journal, drive=drive, dispatch=self.dispatch)
         return Site(name, journal, client, engine, self.dispatch, engine.begin)
 
@@ -226,8 +229,8 @@ class Mesh:
 
     def working(self) -> Engine:
         """See tasks.Home."""
-        if self.site.tender is None:  # a child of a prefork pool: its parent sweeps
-            self._tend((), math.inf)
+        tender = self.site.tender or self._tend((), math.inf)  # a child of a prefork pool: its parent sweeps
+        tender.stir()
         return self.site.engine
 
     def tend(self, *, queues: Sequence[str] = ()) -> Tender:
@@ -236,9 +239,10 @@ class Mesh:
 
     def _tend(self, queues: Sequence[str], sweep_s: float) -> Tender:
         site = self.site
+        journal = make_journal(self.config, self.app, self.journal_url)
         site.tender = Tender(
-            engines=[site.engine], journal=make_journal(self.config, self.app, self.journal_url), worker=site.worker,
-            queues=queues, lengths=QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
+            engines=[site.engine], journal=journal, worker=site.worker, queues=queues,
+            lengths=None if journal.pushes else QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
         )  # fmt: skip
         site.tender.start()
         return site.tender
@@ -261,7 +265,9 @@ class Mesh:
 
     def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0) -> "InProcess":
         """A worker in a thread of this process: `with mesh.worker(): …`."""
-        return InProcess(self, self.crew.broker_queues(queues), concurrency or self._concurrency(queues))
+        return InProcess(
+            self, self.crew.broker_queues(queues, suspects=self.suspects), concurrency or self._concurrency(queues)
+        )
 
     def _concurrency(self, queues: Sequence[str]) -> int:
         return sum(q.concurrency for name, q in self.crew.queues.items() if not queues or name in queues)

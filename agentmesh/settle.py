@@ -81,7 +81,7 @@ class Settling:
                 return
             if due and not cancelled:
                 self.now_ms = max(self.now_ms, min(due.values()))
-            if not await self.journal.sweep("sweeper"):
+            if not (await self.journal.sweep("sweeper")).count:
                 self.now_ms += 1_000  # another sweeper's turn, or a lease that must run out first
 
     async def pump_once(self) -> None:

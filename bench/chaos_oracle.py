@@ -72,8 +72,9 @@ class Oracle:
         """A callback for the kit: called while the process stands still."""
 
         def note(worker: str, pid: int) -> None:
+            held = self._held(worker)  # with the store away this takes until it is back; the blow comes after it
             at_ms = round(time.time() * 1000)
-            self.struck += [Struck(fault, at_ms, unit, kind) for unit, kind in self._held(worker)]
+            self.struck += [Struck(fault, at_ms, unit, kind) for unit, kind in held]
 
         return note
 
@@ -110,10 +111,13 @@ class Oracle:
                 for e in events:
                     if isinstance(e, StepDone | StepFailed):
                         ended.setdefault(f"s|{member}|{e.n}", e.at_ms)
+        before: Counter[str] = Counter()
         for s in self.struck:
+            before[s.unit] += 1
             if s.unit in ended and ended[s.unit] >= s.at_ms:
                 away = any(s.at_ms / 1000 - 1 < out < ended[s.unit] / 1000 for out in outages)
                 fault = f"{s.fault}, the store away too" if away else s.fault
+                fault += ", struck again: a suspect" if before[s.unit] > 1 else ""
                 tally.resume_s.setdefault(fault, []).append((ended[s.unit] - s.at_ms) / 1000)
         asked = Counter(json.dumps(r.body["messages"]) for r in self._server.requests)
         tally.llm_repeated = repeats(asked)

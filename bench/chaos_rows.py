@@ -39,6 +39,10 @@ CREW = str(Path(__file__).parent / "chaos_crew.py")
 LATENCY_S = 0.1
 STOP_S = 12.0  # longer than the default lease of 10 s
 PATIENCE_S = 60.0  # a run that has not ended so long after the last fault has hung
+STORM_S = 240.0  # and so has one that has not ended so long after its start, whatever the weather
+PLAIN_STORM_S = (
+    60.0  # plain Celery's; its visibility timeout is 5 s. Else its hung runs keep all others from being tried
+)
 
 
 def play(
@@ -47,6 +51,7 @@ def play(
     at_once: int,
     more: Callable[[], bool],
     calm: Callable[[], None],
+    storm_s: float = STORM_S,
 ) -> dict[str, Any]:
     """What each run gave; so many at a time, and on until nobody wants more; the last ones end in good weather."""
     results: dict[str, Any] = {}
@@ -63,13 +68,14 @@ def play(
                 task = f"r{len(results)}"
                 results[task] = None
             try:
-                wait = start(task)
+                wait, until = start(task), time.monotonic() + storm_s
                 while True:
                     try:
-                        results[task] = wait(PATIENCE_S)
+                        results[task] = wait(min(PATIENCE_S, storm_s))
                         break
                     except TimeoutError:
-                        if calm_at and time.monotonic() > calm_at[0] + PATIENCE_S:
+                        now = time.monotonic()
+                        if now > until or (calm_at and now > calm_at[0] + PATIENCE_S):
                             raise
             except Exception as e:
                 results[task] = e
@@ -170,7 +176,8 @@ def plain_row(given: argparse.Namespace) -> tuple[Tally, Chaos]:
             return lambda timeout_s: _plain_result(started, timeout_s)
 
         with chaos:
-            results = play(start, given.runs, given.at_once, lambda: _more(chaos, given, began), chaos.stop)
+            more = lambda: _more(chaos, given, began)  # noqa: E731
+            results = play(start, given.runs, given.at_once, more, chaos.stop, PLAIN_STORM_S)
         tally = Tally(runs=len(results), wall_s=time.monotonic() - began)
         for task, result in results.items():
             tally.hung += isinstance(result, TimeoutError)

@@ -22,7 +22,7 @@ logger = get_logger("agentmesh.consumer")
 
 SILENT_S = 5  # a pop that is not even answered with nothing for so long has lost its link; kombu's own patience is 25 s
 POLL_S = 0.1  # how long a worker with its hands full waits before it looks again
-IDLE_S = 1.0  # how long it looks at a broker that has nothing for it; `unblock` ends that early
+IDLE_S = 1.2  # how long it looks at a broker that has nothing for it: longer than a pop lasts, or each would wake it
 
 
 def thread_loop(

@@ -1,7 +1,7 @@
 """Starts worker processes and starts them again; bounds their drain and leaves no orphan. Loads no Celery.
 
 A worker's command line gets `--worker-name NAME --ready-fd FD` at its end. The worker calls `leave_with_parent` first
-and `announce_ready` once it consumes.
+and `announce_ready` once it consumes (offspring.py).
 """
 
 import contextlib
@@ -9,68 +9,31 @@ import logging
 import os
 import queue
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
+from agentmesh.celery.offspring import LEFT_BY_FORCE
+from agentmesh.celery.seat import Command, Seat, Spare, kill_group
+
 logger = logging.getLogger("agentmesh.supervise")
 
-AGAIN_S = 0.05  # a dead worker is started again after this, doubled up to AGAIN_MOST_S while none gets ready
-AGAIN_MOST_S = 5.0
 TOLD_S = 5.0  # how long the last on_death may take
-LEFT_BY_FORCE = 1
 LOOK_S = 0.5  # a signal that comes just before the wait for news does not end that wait
+SPARE_S = 2.0  # how often spare workers are asked whether they are wanted; after a death at once
 # A worker that ends so before any of its kind was ever ready would end so for ever: wrong use, surroundings missing.
 HOPELESS = (2, 4)
 
 
-def announce_ready(fd: int) -> None:
-    """Tell the supervisor that this worker consumes."""
-    with contextlib.suppress(OSError):
-        os.write(fd, b"1")
-        os.close(fd)
-
-
-def leave_with_parent(grace_s: float) -> None:
-    """Drain as on SIGTERM when the supervisor is gone, however it went, and exit after `grace_s` at the latest."""
-    threading.Thread(target=_watch_parent, args=(grace_s,), name="agentmesh-parent", daemon=True).start()
-
-
-def _watch_parent(grace_s: float) -> None:
-    with contextlib.suppress(OSError):
-        while os.read(0, 64):
-            pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(grace_s)
-    if os.getpgrp() == os.getpid():  # a group of our own: take the processes of a prefork pool along
-        os.killpg(0, signal.SIGKILL)
-    os._exit(LEFT_BY_FORCE)
-
-
-class _Worker:
-    """One place for a worker: the process in it changes, its command line does not."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.argv = tuple(argv)
-        self.process: subprocess.Popen[bytes] | None = None
-        self.name = ""
-        self.again_s = AGAIN_S
-        self.due = 0.0  # when to start it, in monotonic seconds
-        self.ready = False  # the process that runs now
-        self.ever_ready = False
-
-
 class Supervisor:
-    """Keeps one worker process running per command line, until it is told to stop.
+    """Keeps one worker process running per command, until it is told to stop.
 
     Args:
-        workers: command lines, the interpreter first.
+        workers: commands, or their bare command lines.
+        spares: workers that are started when they are wanted; one that has left is no loss to `health`.
         on_death: gets the dead worker's name and return code, on a thread of its own: give back what it held.
         drain_s: how long workers may take to end what runs.
         env: added to the environment of the workers.
@@ -78,16 +41,20 @@ class Supervisor:
     """
 
     def __init__(
-        self, workers: Sequence[Sequence[str]], *, on_death: Callable[[str, int], None] | None = None,
-        drain_s: float = 30.0, env: Mapping[str, str] | None = None, output: "int | IO[Any] | None" = None,
+        self, workers: Sequence[Command | Sequence[str]], *, spares: Sequence[Spare] = (),
+        on_death: Callable[[str, int], None] | None = None, drain_s: float = 30.0,
+        env: Mapping[str, str] | None = None, output: "int | IO[Any] | None" = None,
     ) -> None:  # fmt: skip
-        self._workers = [_Worker(argv) for argv in workers]
+        self._kept = [Seat(w if isinstance(w, Command) else Command(tuple(w))) for w in workers]
+        self._spares = [Seat(spare.command, spare) for spare in spares]
+        self._workers = [*self._kept, *self._spares]
         self._on_death, self._drain_s, self._output = on_death, drain_s, output
         self._env = {**os.environ, **(env or {})}
         self._news: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._watchers: set[threading.Thread] = set()
         self._all_ready = threading.Event()
         self._ended = threading.Event()
+        self._look = threading.Event()  # spare workers are to be asked now
         self._stops = 0
         self._give_up = 0.0  # when a drain ends
         self._code = 0
@@ -105,7 +72,7 @@ class Supervisor:
     @property
     def health(self) -> tuple[int, int]:
         """How many workers there should be, and how many of them consume."""
-        return len(self._workers), sum(w.ready for w in self._workers)
+        return len(self._kept), sum(w.ready for w in self._kept)
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Whether every worker consumes; comes back early, with False, when the supervisor has ended."""
@@ -123,12 +90,16 @@ class Supervisor:
             own code when it was 2 or 4 before any worker of its place was ready.
         """
         before = self._take_signals()
+        if self._spares:
+            self._watch(self._ask_spares)
         try:
             while not (self._stops and not self.names):
                 self._start_due()
                 self._hear()
                 self._end_late()
         finally:
+            self._stops += 1
+            self._look.set()
             self._kill()
             for watcher in tuple(self._watchers):
                 watcher.join(TOLD_S)
@@ -179,27 +150,36 @@ class Supervisor:
         self._code = 128 + number if number else self._code
         self._kill()
 
-    def _on_ready(self, worker: _Worker, process: "subprocess.Popen[bytes]") -> None:
+    def _on_ready(self, worker: Seat, process: "subprocess.Popen[bytes]") -> None:
         if worker.process is process:
             worker.ready = worker.ever_ready = True
-        if all(w.ready for w in self._workers):
+        if all(w.ready for w in self._kept):
             self._all_ready.set()
 
-    def _died(self, worker: _Worker, code: int) -> None:
-        now = time.monotonic()
-        if (
-            worker.ready
-        ):  # it came up: whatever ended it is no crash loop, and a step that kills is the journal's to hold
-            worker.again_s = AGAIN_S
-        worker.process, worker.ready, worker.due = None, False, now + worker.again_s
-        if self._stops:
+    def _died(self, worker: Seat, code: int) -> None:
+        ever_ready = worker.ever_ready
+        worker.empty(time.monotonic())
+        if self._stops or (worker.spare and not code):
             return
-        if code in HOPELESS and not worker.ever_ready:
+        if code in HOPELESS and not ever_ready and not worker.spare:
             self._code = code
             self._on_stop(0, False)
             return
-        logger.warning("worker %s ended with %d; again in %.2f s", worker.name, code, worker.again_s)
-        worker.again_s = min(2 * worker.again_s, AGAIN_MOST_S)  # for the case that the next one does not get ready
+        again = "when it is wanted" if worker.spare else f"in {worker.again_s:.2f} s"
+        logger.warning("worker %s ended with %d; again %s", worker.name, code, again)
+        worker.back_off()
+
+    def _ask_spares(self) -> None:
+        """On a thread of its own: who is asked may wait for a store that is away."""
+        while not self._stops:
+            self._look.wait(SPARE_S)
+            self._look.clear()
+            for seat in self._spares:
+                if not self._stops and seat.process is None and seat.spare is not None and _wanted(seat.spare):
+                    self._news.put((seat.want,))
+        for seat in self._spares:
+            if seat.spare is not None:
+                seat.spare.close()
 
     def _end_late(self) -> None:
         if self._stops and self.names and time.monotonic() >= self._give_up:
@@ -211,7 +191,7 @@ class Supervisor:
     def _kill(self) -> None:
         for worker in self._workers:
             if worker.process is not None:
-                _kill_group(worker.process.pid)
+                kill_group(worker.process.pid)
 
     # ---- processes ----
 
@@ -221,21 +201,8 @@ class Supervisor:
             if worker.process is None and not self._stops and worker.due <= now:
                 self._spawn(worker)
 
-    def _spawn(self, worker: _Worker) -> None:
-        worker.name = f"{socket.gethostname()}:{os.getpid()}/{uuid.uuid4().hex[:8]}"
-        told, ready = os.pipe()
-        try:
-            worker.process = subprocess.Popen(
-                [*worker.argv, "--worker-name", worker.name, "--ready-fd", str(ready)],
-                stdin=subprocess.PIPE,  # never written to: it breaks when this process ends, and the worker leaves
-                stdout=self._output, stderr=self._output, pass_fds=(ready,), env=self._env,
-                process_group=0,  # a Ctrl-C of the terminal is for the supervisor alone
-            )  # fmt: skip
-        except BaseException:
-            os.close(told)
-            raise
-        finally:
-            os.close(ready)
+    def _spawn(self, worker: Seat) -> None:
+        told = worker.start(self._output, self._env)
         self._watch(self._hear_ready, worker, worker.process, told)
         self._watch(self._bury, worker, worker.process, worker.name)
 
@@ -250,16 +217,16 @@ class Supervisor:
         self._watchers.add(thread)
         thread.start()
 
-    def _hear_ready(self, worker: _Worker, process: "subprocess.Popen[bytes]", told: int) -> None:
+    def _hear_ready(self, worker: Seat, process: "subprocess.Popen[bytes]", told: int) -> None:
         try:
             if os.read(told, 1):
                 self._news.put((self._on_ready, worker, process))
         finally:
             os.close(told)
 
-    def _bury(self, worker: _Worker, process: "subprocess.Popen[bytes]", name: str) -> None:
+    def _bury(self, worker: Seat, process: "subprocess.Popen[bytes]", name: str) -> None:
         code = process.wait()
-        _kill_group(process.pid)  # what a killed worker leaves of its prefork pool
+        kill_group(process.pid)  # what a killed worker leaves of its prefork pool
         if process.stdin is not None:
             process.stdin.close()
         self._news.put((self._died, worker, code))
@@ -268,9 +235,12 @@ class Supervisor:
                 self._on_death(name, code)
             except Exception:
                 logger.exception("what worker %s held could not be given back; its leases run out by themselves", name)
+        self._look.set()  # a death makes suspects
 
 
-def _kill_group(pid: int) -> None:
-    if sys.platform != "win32":
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
+def _wanted(spare: Spare) -> bool:
+    try:
+        return spare.wanted()
+    except Exception:
+        logger.exception("whether a spare worker is wanted could not be found out; asking again")
+        return False

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from agentmesh.errors import MeshError
 from agentmesh.journal import Journal
 
 EMPTY_S = 1.0
+IDLE_S = 1.0  # how often it sweeps while nothing is about
 log = logging.getLogger("agentmesh")
 
 
@@ -35,19 +37,20 @@ class Tender:
     Args:
         journal: the thread's own, with a connection of its own: a busy event loop must not cost a lease.
         lengths: how many messages wait in each broker queue; a queue that was empty for a second is told to the sweep.
+            None where the journal's own server is the broker, and looks itself.
         sweep_s: infinite in a pool's child, whose parent sweeps.
     """
 
     def __init__(
         self, *, engines: Sequence[Engine], journal: Journal, worker: str, queues: Sequence[str],
-        lengths: Lengths, ttl_s: float, sweep_s: float,
+        lengths: Lengths | None, ttl_s: float, sweep_s: float,
     ) -> None:  # fmt: skip
         self._engines, self._journal, self._worker = engines, journal, worker
         self._queues, self._lengths = list(queues), lengths
         self._ttl_s, self._sweep_s = ttl_s, sweep_s
         self._empty_since: dict[str, float] = {}
         self._dead: deque[str] = deque()
-        self._over = False
+        self._over = self._idle = self._stirred = False
         self._wake: Callable[[], None] = lambda: None
         self._thread = NativeThread(lambda: asyncio.run(self._tend()), "agentmesh-tender")
 
@@ -66,33 +69,54 @@ class Tender:
         self._dead.append(worker)
         self._wake()
 
+    def stir(self) -> None:
+        """There is work here: if all was quiet, look more often again. Thread-safe, and free while there is work."""
+        if self._idle:
+            self._idle, self._stirred = False, True
+            self._wake()
+
     async def _tend(self) -> None:
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: _from_outside(loop, woken)
-        renewed = swept = 0.0
+        renew_at, sweep_at = 0.0, 0.0 if self._sweep_s < math.inf else math.inf
         while not self._over:
             now = time.monotonic()
             try:
                 await self._bury()
-                if now - renewed >= self._ttl_s * 0.3:
+                if now >= renew_at:
                     await self._renew()
-                    renewed = now
-                if now - swept >= self._sweep_s:
-                    await self._journal.sweep(self._worker, empty=self._empty(now))
-                    swept = now
+                    renew_at = now + self._ttl_s * 0.3
+                if self._stirred:
+                    self._stirred, sweep_at = False, min(sweep_at, now + self._sweep_s)
+                if now >= sweep_at:
+                    sweep_at = now + await self._sweep(now)
             except (OSError, MeshError) as e:
                 log.warning("the journal does not answer (%s); trying again", e)
                 await asyncio.sleep(0.2)
             except Exception:  # whatever it is: a worker without this thread loses its leases
                 log.exception("tending failed; trying again")
                 await asyncio.sleep(0.2)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(woken.wait(), min(self._sweep_s, self._ttl_s * 0.3))
+            bell = loop.call_later(max(0.0, min(renew_at, sweep_at) - time.monotonic()), woken.set)
+            await woken.wait()
+            bell.cancel()
             woken.clear()
         with contextlib.suppress(OSError, MeshError):
             await self._bury()
-        self._lengths.close()
+        if self._lengths is not None:
+            self._lengths.close()
         await self._journal.close()
+
+    async def _sweep(self, now: float) -> float:
+        """Take a turn; in how many seconds to take the next."""
+        if self._lengths is None:
+            swept = await self._journal.sweep(self._worker, look=True)
+        else:
+            swept = await self._journal.sweep(self._worker, empty=self._empty(now, self._lengths))
+        rest_s = swept.rest_ms / 1000
+        if not swept.mine:  # when the one whose turn it is has died, this one's comes just then
+            return max(self._sweep_s, rest_s)
+        self._idle = rest_s > self._sweep_s
+        return max(self._sweep_s, min(rest_s, IDLE_S))
 
     async def _bury(self) -> None:
         while self._dead:
@@ -106,9 +130,9 @@ class Tender:
                 for unit in await self._journal.renew(self._worker, leases):
                     engine.lose(unit)
 
-    def _empty(self, now: float) -> list[str]:
+    def _empty(self, now: float, look: Lengths) -> list[str]:
         """The queues that had nothing in them at every look for a second."""
-        lengths = self._lengths(self._queues)
+        lengths = look(self._queues)
         if not lengths:
             self._empty_since.clear()  # the broker is away: nothing is known, and nothing it could be sent
         for queue, length in lengths.items():

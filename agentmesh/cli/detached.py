@@ -1,9 +1,9 @@
-"""What `agentmesh run --detach` leaves behind: `python -m agentmesh.cli.detached SPEC`."""
+"""What `agentmesh run --detach` leaves behind: `python -m agentmesh.cli.detached`, told what to do as child.py is."""
 
-import json
 import sys
 
+from agentmesh.cli.child import taken_spec
 from agentmesh.cli.run import keep_worker
 
 if __name__ == "__main__":
-    sys.exit(keep_worker(json.loads(sys.argv[1])))
+    sys.exit(keep_worker(taken_spec()))

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -211,6 +211,8 @@ def runs_resume(
 def runs_retry(
     id: RunId,
     crew: Annotated[str, typer.Argument(help="The crew file; the one the run was begun from when left out.")] = "",
+    limit: Annotated[list[str] | None, typer.Option(help="Another limit than the crew's, such as turns=50.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the new run's id and leave it running.")] = False,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
     json: Json = False,
@@ -218,7 +220,8 @@ def runs_retry(
     """Do an ended run's failed steps again, in a run ID~2 that begins with all the others."""
     from agentmesh.cli.run import retry_run
 
-    raise typer.Exit(retry_run(id, crew=crew, broker=broker, model=model, as_json=json, file=State.config))
+    said: dict[str, Any] = {"broker": broker, "model": model, "as_json": json, "file": State.config}
+    raise typer.Exit(retry_run(id, crew=crew, limits=limit or [], detach=detach, **said))
 
 
 @models.command("pull")

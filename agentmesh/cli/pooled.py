@@ -1,21 +1,24 @@
-"""The worker process for prefork queues: `python -m agentmesh.cli.pooled SPEC --worker-name N --ready-fd FD`.
+"""The worker process for prefork queues: `python -m agentmesh.cli.pooled --worker-name N --ready-fd FD`.
 
-SPEC is that of `child.py`. One Celery worker serves the prefork queues of all its crews.
+What it shall do is said as to `child.py`. One Celery worker serves the prefork queues of all its crews.
 """
 
 import os
+import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 from celery.signals import worker_ready
+from celery.worker import state
 
 from agentmesh.boot import counting, export_traces, load_crew
 from agentmesh.celery.app import make_app
 from agentmesh.celery.beat import start_beat
+from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.celery.prefork import make_worker
-from agentmesh.celery.supervise import announce_ready, leave_with_parent
-from agentmesh.cli.child import as_program
+from agentmesh.cli.child import as_program, until_unwanted, waiting
 from agentmesh.config import Config
 from agentmesh.logs import Logged, set_up
 from agentmesh.mesh import Mesh
@@ -32,13 +35,13 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     sights, models, app = [Logged(), *counting()], Models(), make_app(config.broker)
     app.conf.worker_send_task_events = bool(spec.get("events"))
     served: list[str] = []
-    processes = 0
+    processes, suspects = 0, spec.get("suspects", "too")
     for crew in crews:
         names = crew.queues_in("prefork", spec["queues"])
-        mesh = Mesh(crew, app=app, config=config, models=models, worker=name, sights=sights)
+        mesh = Mesh(crew, app=app, config=config, models=models, worker=name, sights=sights, suspects=suspects)
         if names:
             mesh.check()
-            served += crew.broker_queues(names)
+            served += crew.broker_queues(names, suspects=suspects)
             processes += sum(crew.queues[queue].concurrency for queue in names)
     if spec.get("beat") and any(crew.schedules for crew in crews):
         start_beat(app)
@@ -46,12 +49,21 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     def ready(**_: Any) -> None:
         if ready_fd is not None:
             announce_ready(ready_fd)
+        if suspects == "only":
+            threading.Thread(
+                target=_leave_unwanted, args=(mesh, served), name="agentmesh-unwanted", daemon=True
+            ).start()
 
     worker_ready.connect(ready)
     node = f"prefork-{os.getpid()}@{socket.gethostname()}"
     worker = make_worker(app, queues=served, concurrency=spec["concurrency"] or processes, name=node)
     worker.start()
     return int(worker.exitcode or 0)
+
+
+def _leave_unwanted(mesh: Mesh, queues: list[str]) -> None:
+    until_unwanted(threading.Event(), lambda: state.reserved_requests or waiting(mesh, queues))
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from agentmesh.boot import check_models, load_crew, place
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
-from agentmesh.cli.child import specs_of
+from agentmesh.cli.child import SPEC_IN, specs_of
 from agentmesh.cli.exits import DONE, FAILED, INTERRUPTED, WAITING, exit_code, say_error
 from agentmesh.cli.place import Place
 from agentmesh.cli.show import View, answer, make_view
+from agentmesh.cli.spares import spares_of
 from agentmesh.cli.watching import follow
 from agentmesh.cli.worker import giver_back
 from agentmesh.config import Config, load
@@ -75,8 +76,11 @@ def resume_run(
         found.close()
 
 
-def retry_run(run_id: str, *, crew: str, broker: str, model: str, as_json: bool, file: Path | None) -> int:
+def retry_run(
+    run_id: str, *, crew: str, limits: list[str], detach: bool, broker: str, model: str, as_json: bool, file: Path | None
+) -> int:  # fmt: skip
     """Do the failed steps of an ended run again, in a run that begins with the others, and see it to its end."""
+    raised = _limits(limits)
     found = Place.open(broker=broker, model=model, file=file)
     try:
         found.run(run_id)
@@ -86,6 +90,12 @@ def retry_run(run_id: str, *, crew: str, broker: str, model: str, as_json: bool,
         mesh = Mesh(loaded, config=found.config, models=Models())
         run = mesh.get(run_id).retry()
         print(f"{run_id} goes on as {run.id}", file=sys.stderr)
+        if raised:
+            run.raise_limits(raised)
+        if detach:
+            _leave_a_worker(path, load(file=file, broker=broker or None, model=model or None), run.id)
+            print(run.id)
+            return DONE
         return _see_through(run, mesh, path, found.config, as_json=as_json)
     finally:
         found.close()
@@ -105,9 +115,9 @@ def _crew_file(found: Place, run_id: str, verb: str) -> str:
 def _see_through(run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool) -> int:
     """A worker of our own under supervision, and the view, until the run ends or waits for a person."""
     quiet = sys.stderr.isatty() and not as_json
-    argvs = specs_of(config, {path: mesh.crew})
+    commands = specs_of(config, {path: mesh.crew}, suspects="elsewhere")
     supervisor = Supervisor(
-        argvs, drain_s=DRAIN_S if len(argvs) == 1 else 2 * DRAIN_S,
+        commands, spares=spares_of(config, {path: mesh.crew}), drain_s=DRAIN_S if len(commands) == 1 else 2 * DRAIN_S,
         on_death=giver_back(config, mesh.crew.broker_queues()), output=subprocess.DEVNULL if quiet else None,
     )  # fmt: skip
     supervisor.start()
@@ -185,10 +195,13 @@ def _say_waiting(run: Run[Any]) -> int:
 def _leave_a_worker(path: str, config: Config, run_id: str) -> None:
     """A process of its own that keeps a supervised worker up while the run is open; it joins the embedded Valkey itself."""
     told = {"crew": path, "run": run_id, "config": config.model_dump(mode="json")}
-    argv = [sys.executable, "-m", "agentmesh.cli.detached", json.dumps(told)]
+    env = {**os.environ, SPEC_IN: json.dumps(told)}  # a command line is for everybody to read
     config.home.mkdir(parents=True, exist_ok=True)
     with (config.home / "detached.log").open("ab") as log:
-        subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        subprocess.Popen(
+            [sys.executable, "-m", "agentmesh.cli.detached"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def keep_worker(spec: dict[str, Any]) -> int:
@@ -198,8 +211,8 @@ def keep_worker(spec: dict[str, Any]) -> int:
         crew = load_crew(spec["crew"])
         mesh = Mesh(crew, config=config, models=Models())
         supervisor = Supervisor(
-            specs_of(config, {spec["crew"]: crew}), drain_s=config.drain_s,
-            on_death=giver_back(config, crew.broker_queues()),
+            specs_of(config, {spec["crew"]: crew}, suspects="elsewhere"), drain_s=config.drain_s,
+            spares=spares_of(config, {spec["crew"]: crew}), on_death=giver_back(config, crew.broker_queues()),
         )  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
         supervisor.start()

@@ -16,6 +16,7 @@ from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import specs_of
 from agentmesh.cli.endpoint import Endpoint, Health, address
+from agentmesh.cli.spares import spares_of
 from agentmesh.config import Config, load
 from agentmesh.errors import ConfigError, MeshError, ServiceDown
 from agentmesh.journal import Journal
@@ -68,15 +69,17 @@ def run_workers(
     served = [q for crew in loaded.values() for q in crew.broker_queues(queues)]
     config, valkey = place(config)
     where = _where(config, valkey)
-    argvs = specs_of(
-        config, loaded, queues=queues, concurrency=concurrency, processes=processes, log=form, beat=beat, events=events
-    )
+    commands = specs_of(
+        config, loaded, queues=queues, concurrency=concurrency, processes=processes, log=form, beat=beat, events=events,
+        suspects="elsewhere",
+    )  # fmt: skip
+    spares = spares_of(config, loaded, queues=queues, concurrency=concurrency, log=form, events=events)
     with ExitStack() as stack:
         if valkey is not None:
             stack.callback(valkey.leave)
         counts_in = stack.enter_context(_folder()) if metrics else ""
         supervisor = Supervisor(
-            argvs, on_death=giver_back(config, served), drain_s=config.drain_s + 2,
+            commands, spares=spares, on_death=giver_back(config, served), drain_s=config.drain_s + 2,
             env={COUNTS_IN: counts_in} if metrics else {},
         )  # fmt: skip
         at = _serve(stack, metrics, config, supervisor, counts_in) if metrics else ""

@@ -20,6 +20,7 @@ if r.st == 'leased' then
 end
 if r.st ~= 'queued' then return refuse(r.st == 'held' and 'held' or 'later') end
 
+if A.apart and r.room then return refuse('apart') end
 -- a suspect shares its worker with few, and with suspects alone
 local cell = tonumber(hget('cell', A.worker))
 if r.room or cell then

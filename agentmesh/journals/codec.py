@@ -22,6 +22,7 @@ from agentmesh.event import (
     StepRevived,
     event_from_json,
 )
+from agentmesh.journal import Swept
 from agentmesh.ports import Accepted, Carried, Claimed, Next, Plan, Refused, RunSpec
 from agentmesh.schema import digest, dumps, loads
 
@@ -158,7 +159,7 @@ class VerbJournal(ABC):
 
     async def claim(
         self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
-        ask: bool = False, rate: tuple[int, int] | None = None,
+        ask: bool = False, rate: tuple[int, int] | None = None, apart: bool = False,
     ) -> Claimed | Refused:  # fmt: skip
         """See ports.Journal."""
         args: dict[str, Any] = {"unit": unit, "worker": worker, "token": token, "version": version, "crew": crew,
@@ -167,6 +168,8 @@ class VerbJournal(ABC):
             args["ask"] = 1
         if rate:
             args |= {"rate_ms": rate[0], "burst": rate[1]}
+        if apart:
+            args["apart"] = 1
         head, lines = await self._call("claim", args)
         if "no" in head:
             return Refused(head["no"], head.get("detail", ""))
@@ -218,10 +221,11 @@ class VerbJournal(ABC):
             args["up"] = text_of(StepFailed(n=int(run_id.rpartition("/")[2]), error=error))
         return _accepted(await self._call("tell", args))
 
-    async def sweep(self, worker: str, *, empty: Sequence[str] = (), limit: int = 200) -> int:
+    async def sweep(self, worker: str, *, empty: Sequence[str] = (), look: bool = False, limit: int = 200) -> Swept:
         """See ports.Journal."""
         args = {"worker": worker, "empty": list(empty), "limit": limit, "ttl": self.ttl_ms, "retain": self.retain_ms}
-        return int((await self._call("sweep", {**args, **await self._boot()}))[0]["count"])
+        said = (await self._call("sweep", args | ({"look": 1} if look else {}) | await self._boot()))[0]
+        return Swept(int(said["count"]), int(said["rest"]), bool(said["ok"]))
 
     async def told(self, run_id: str) -> None:
         """See ports.Journal."""

@@ -185,7 +185,10 @@ local function close(run, first, g, why)
   g.closed = 1
   hset('ga:' .. run, int(first), cjson.encode(g))
   zrem('due', 'g|' .. run .. '|' .. int(first))
-  event(run, '{"e":"GatherClosed","first":' .. int(first) .. ',"members":[' .. g.ended .. '],"why":"' .. why .. '"}')
+  local key = P .. 'ge:' .. run .. '|' .. int(first)
+  local ended = table.concat(redis.call('LRANGE', key, 0, -1), ',')
+  redis.call('DEL', key)
+  event(run, '{"e":"GatherClosed","first":' .. int(first) .. ',"members":[' .. ended .. '],"why":"' .. why .. '"}')
   if g.left > 0 then
     for n = first, g.last do let_go(run, n) end
   end
@@ -198,7 +201,7 @@ local function strike(run, first, n, ok)
   if g.closed == 1 then return end
   g.left = g.left - 1
   if ok then g.ok = g.ok + 1 end
-  g.ended = g.ended .. (g.ended ~= '' and ',' or '') .. int(n)
+  redis.call('RPUSH', P .. 'ge:' .. run .. '|' .. int(first), int(n))
   if g.next > 0 and g.next <= g.last then
     local nxt = g.next
     g.next = g.next + 1
@@ -306,7 +309,7 @@ local function follow(run, nxt)
   local g = nxt.gather
   if g then
     hset('ga:' .. run, int(g.first), cjson.encode({
-      last = g.last, need = g.need, everyone = g.everyone, left = g.last - g.first + 1, ok = 0, ended = '', closed = 0,
+      last = g.last, need = g.need, everyone = g.everyone, left = g.last - g.first + 1, ok = 0, closed = 0,
       next = g.window > 0 and g.first + g.window or 0,
     }))
     if g.deadline > 0 then zadd('due', NOW + g.deadline, 'g|' .. run .. '|' .. int(g.first)) end

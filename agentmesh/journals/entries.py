@@ -1,10 +1,11 @@
 """The moves that the verbs share: an entry's way through queued, leased, due, held; a gather's join; a run's end.
 
 Keys: `run:R` hash · `ev:R` list of "AT_MS JSON" · `st:R` hash n (or `a`, `f`) -> record, `E<fence>` once ended ·
-`ga:R` hash first -> gather · `wires` unit -> message · `q:QUEUE` zset unit -> seq · `leased` unit -> deadline ·
+`ga:R` hash first -> gather · `ge:R|FIRST` list of its ended members · `wires` unit -> message ·
+`q:QUEUE` zset unit -> seq · `leased` unit -> deadline ·
 `due` unit -> time · `held` unit -> since · `wl:WORKER` set of units · `tree:ROOT` set of its runs ·
 `cell` worker -> room of the suspects it holds · `silent` worker -> units in hand when its leases ran out ·
-`forget` ended root -> when · `cancelled` set.
+`empty` QUEUE -> since when the broker's list of that name was seen empty · `forget` ended root -> when · `cancelled` set.
 """
 
 from typing import Any
@@ -152,7 +153,7 @@ class Store:
         g = dict(g)
         g["left"] -= 1
         g["ok"] += 1 if ok else 0
-        g["ended"] += f"{',' if g['ended'] else ''}{n}"
+        self.t.push(f"ge:{run}|{first}", str(n))
         if g["next"] and g["next"] <= g["last"]:  # a windowed gather: the next one may go
             nxt = g["next"]
             g["next"] += 1
@@ -182,7 +183,8 @@ class Store:
         g["closed"] = 1
         self.t.hset(f"ga:{run}", str(first), g)
         self.t.zrem("due", f"g|{run}|{first}")
-        self.event(run, f'{{"e":"GatherClosed","first":{first},"members":[{g["ended"]}],"why":"{why}"}}')
+        ended = ",".join(self.t.lists.pop(f"ge:{run}|{first}", ()))
+        self.event(run, f'{{"e":"GatherClosed","first":{first},"members":[{ended}],"why":"{why}"}}')
         if g["left"] > 0:
             for n in range(first, g["last"] + 1):
                 self.let_go(run, n)

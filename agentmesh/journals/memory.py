@@ -84,6 +84,11 @@ class MemoryJournal(VerbJournal):
             found += [(member, key, r) for key, r in sorted(records.items()) if isinstance(r, dict)]
         return found
 
+    async def queued(self, queues: Sequence[str]) -> int:
+        """See ports.Journal."""
+        with self._lock:
+            return sum(len(self.tables.zsets[f"q:{queue}"]) for queue in queues)
+
     async def counts(self) -> Counts:
         """See ports.Journal."""
         with self._lock:

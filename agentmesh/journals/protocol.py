@@ -73,6 +73,8 @@ def claim(s: Store, a: Args) -> Reply:
         return granted(s, a, run, rec) if rec["tok"] == a["token"] else refuse("busy")
     if rec["st"] != "queued":
         return refuse("held" if rec["st"] == "held" else "later")
+    if a.get("apart") and rec.get("room"):
+        return refuse("apart")
     most = no_room(s, a["worker"], rec)
     if most:
         return refuse("room", str(most))
@@ -280,7 +282,7 @@ def follow(s: Store, run: str, nxt: Args) -> None:
     g = nxt.get("gather")
     if g:
         joined = {"last": g["last"], "need": g["need"], "everyone": g["everyone"], "left": g["last"] - g["first"] + 1}
-        joined |= {"ok": 0, "ended": "", "closed": 0, "next": g["first"] + g["window"] if g["window"] else 0}
+        joined |= {"ok": 0, "closed": 0, "next": g["first"] + g["window"] if g["window"] else 0}
         s.t.hset(f"ga:{run}", str(g["first"]), joined)
         if g["deadline"]:
             s.t.zadd("due", f"g|{run}|{g['first']}", s.now + g["deadline"])

@@ -63,6 +63,11 @@ class RedisJournal(VerbJournal):
         return self._pipes[loop]
 
     @property
+    def pushes(self) -> bool:
+        """Whether the broker's lists are in this very database, and the scripts write them."""
+        return self._push
+
+    @property
     def epoch(self) -> int:
         """How often the running loop's connection was made: a server that restarted is a new one."""
         return self.pipe.connected
@@ -147,6 +152,10 @@ class RedisJournal(VerbJournal):
     async def moving(self, run_id: str) -> int:
         """See ports.Journal."""
         return sum(not r.get("why") and r["st"] in ("queued", "leased", "due") for _, _, r in await self._open(run_id))
+
+    async def queued(self, queues: Sequence[str]) -> int:
+        """See ports.Journal."""
+        return sum(await asyncio.gather(*[self.pipe.ask("ZCARD", self._key("q", queue)) for queue in queues]))
 
     async def counts(self) -> Counts:
         """See ports.Journal."""

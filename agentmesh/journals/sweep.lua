@@ -1,5 +1,7 @@
 local holder, until_ms = hget('meta', 'sweeper'), hnum('meta', 'sweeper_until')
-if holder and holder ~= A.worker and until_ms > NOW then return answer({ ok = 0, count = 0 }) end
+if holder and holder ~= A.worker and until_ms > NOW then
+  return answer({ ok = 0, count = 0, rest = until_ms - NOW })
+end
 redis.call('HSET', P .. 'meta', 'sweeper', A.worker, 'sweeper_until', int(NOW + SWEEPER_MS))
 -- The server's own word: a sweep sent before it died may be the first that it gets when it is back.
 local boot = A.boot or (ARGV[2] == '' and string.match(redis.call('INFO', 'server'), 'run_id:(%w+)'))
@@ -9,6 +11,32 @@ if boot and boot ~= hget('meta', 'boot') then
 end
 local limit, empty, count = A.limit, {}, 0
 for _, queue in ipairs(A.empty) do empty[queue] = true end
+local queues -- those that there are once leases and timers have been seen to
+
+-- the broker's lists are in this very store
+local function look()
+  if NOW - hnum('meta', 'looked') > SWEEPER_MS then redis.call('DEL', P .. 'empty') end
+  hset('meta', 'looked', int(NOW))
+  for _, queue in ipairs(queues) do
+    local since = hnum('empty', queue)
+    if redis.call('LLEN', queue) > 0 then
+      redis.call('HDEL', P .. 'empty', queue)
+    elseif since == 0 then
+      hset('empty', queue, int(NOW))
+    elseif NOW - since >= 1000 then
+      empty[queue] = true
+    end
+  end
+end
+
+local function rest()
+  for _, queue in ipairs(queues) do
+    if redis.call('ZCARD', P .. 'q:' .. queue) > 0 then return 0 end
+  end
+  if redis.call('ZCARD', P .. 'leased') > 0 or redis.call('SCARD', P .. 'cancelled') > 0 then return 0 end
+  local first = redis.call('ZRANGE', P .. 'due', 0, 0, 'WITHSCORES')
+  return math.min(2000, first[1] and first[2] - NOW or 2000)
+end
 
 local function expire()
   local units = zupto('leased', NOW, limit)
@@ -120,6 +148,7 @@ local function forget(before)
   local roots = zupto('forget', before, limit)
   for _, root in ipairs(roots) do
     for _, run in ipairs(members('tree:' .. root)) do
+      for _, first in ipairs(redis.call('HKEYS', P .. 'ga:' .. run)) do redis.call('UNLINK', P .. 'ge:' .. run .. '|' .. first) end
       redis.call('UNLINK', P .. 'run:' .. run, P .. 'st:' .. run, P .. 'ga:' .. run, P .. 'ev:' .. run)
     end
     for _, key in ipairs(redis.call('SMEMBERS', P .. 'blobs:' .. root)) do redis.call('UNLINK', key) end
@@ -132,8 +161,12 @@ end
 
 if hnum('meta', 'grace') <= NOW then count = expire() end
 count = count + wake()
-for _, queue in ipairs(members('queues')) do count = count + resend(queue) end
+queues = members('queues')
+if A.look == 1 then look() end
+for _, queue in ipairs(queues) do count = count + resend(queue) end
 for _, run in ipairs(members('cancelled')) do count = count + cancel_below(run) end
 for _, worker in ipairs(zupto('silent_at', NOW - 86400000, limit)) do heard(worker) end
 if A.retain then count = count + forget(NOW - A.retain) end
-return answer({ ok = 1, count = count })
+local rest_ms = count == 0 and rest() or 0
+if rest_ms > 0 then hset('meta', 'sweeper_until', int(NOW)) end -- whoever has work first may sweep
+return answer({ ok = 1, count = count, rest = rest_ms })

@@ -8,6 +8,8 @@ from agentmesh.journals.protocol import NOTHING, VERBS, Args, Reply, refuse, spl
 from agentmesh.journals.suspects import absolve, died, forget_silent, silent
 
 SWEEPER_MS = 3000
+EMPTY_MS = 1000
+REST_MS = 2000  # how far ahead a sweep looks
 SILENT_MS = 86_400_000
 RESOLVABLE = {"Approved": ("approve",), "Denied": ("approve",), "StepResolved": ("in_doubt", "quarantined")}
 
@@ -95,7 +97,7 @@ def sweep(s: Store, a: Args) -> Reply:
     """Time's word, from one sweeper at a time: expired leases, due entries, overdue ones, cancelled trees."""
     holder, until = s.t.hget("meta", "sweeper"), s.t.hget("meta", "sweeper_until") or 0
     if holder and holder != a["worker"] and until > s.now:
-        return {"ok": 0, "count": 0}, NOTHING
+        return {"ok": 0, "count": 0, "rest": until - s.now}, NOTHING
     s.t.hset("meta", "sweeper", a["worker"])
     s.t.hset("meta", "sweeper_until", s.now + SWEEPER_MS)
     if a.get("boot") and a["boot"] != s.t.hget("meta", "boot"):
@@ -106,14 +108,45 @@ def sweep(s: Store, a: Args) -> Reply:
     limit = a["limit"]
     count = 0 if (s.t.hget("meta", "grace") or 0) > s.now else expire(s, limit)
     count += wake(s, limit)
+    empty = {*a.get("empty", ()), *(long_empty(s) if a.get("look") else ())}
     for queue in s.t.smembers("queues"):
-        count += resend(s, queue, limit, queue in a.get("empty", ()))
+        count += resend(s, queue, limit, queue in empty)
     for run in s.t.smembers("cancelled"):
         count += cancel_below(s, run, limit)
     forget_silent(s, s.now - SILENT_MS, limit)
     if a.get("retain"):
         count += forget(s, s.now - a["retain"], limit)
-    return {"ok": 1, "count": count}, NOTHING
+    rest = 0 if count else rest_ms(s)
+    if rest:  # whoever has work first may sweep, and need not wait for this one
+        s.t.hset("meta", "sweeper_until", s.now)
+    return {"ok": 1, "count": count, "rest": rest}, NOTHING
+
+
+def long_empty(s: Store) -> set[str]:
+    """The broker's lists, in this very store, that were empty at every look for a second."""
+    if s.now - (s.t.hget("meta", "looked") or 0) > SWEEPER_MS:
+        for queue in s.t.smembers("queues"):  # nobody looked meanwhile
+            s.t.hdel("empty", queue)
+    s.t.hset("meta", "looked", s.now)
+    found = set()
+    for queue in s.t.smembers("queues"):
+        since = s.t.hget("empty", queue)
+        if s.t.length(queue):
+            s.t.hdel("empty", queue)
+        elif since is None:
+            s.t.hset("empty", queue, s.now)
+        elif s.now - since >= EMPTY_MS:
+            found.add(queue)
+    return found
+
+
+def rest_ms(s: Store) -> int:
+    """For how long no sweep is needed, if nothing new comes: nobody works, nothing is queued, no timer is near."""
+    queued = any(s.t.zupto(f"q:{queue}", 1 << 52, 1) for queue in s.t.smembers("queues"))
+    if queued or s.t.zupto("leased", 1 << 52, 1) or s.t.smembers("cancelled"):
+        return 0
+    first = s.t.zupto("due", s.now + REST_MS, 1)
+    return int(s.t.zscore("due", first[0]) or s.now) - s.now if first else REST_MS
 
 
 def expire(s: Store, limit: int) -> int:
@@ -209,6 +242,8 @@ def forget(s: Store, before: int, limit: int) -> int:
     roots = s.t.zupto("forget", before, limit)
     for root in roots:
         for run in s.t.smembers(f"tree:{root}"):
+            for first in s.t.hashes.get(f"ga:{run}", ()):
+                s.t.lists.pop(f"ge:{run}|{first}", None)
             for key in ("run", "st", "ga"):
                 s.t.hashes.pop(f"{key}:{run}", None)
             s.t.lists.pop(f"ev:{run}", None)

@@ -120,7 +120,8 @@ def _told(supervisor: int, pid: int) -> bool:
         number = argv[argv.index("--ready-fd") + 1]
         ours = {os.readlink(fd) for fd in Path(f"/proc/{supervisor}/fd").iterdir()}
         try:
-            return os.readlink(f"/proc/{pid}/fd/{number}") not in ours
+            link = os.readlink(f"/proc/{pid}/fd/{number}")  # its number may be another file's by now
+            return link not in ours or not link.startswith("pipe:")
         except FileNotFoundError:
             return Path(f"/proc/{pid}/fd").exists()
     return False

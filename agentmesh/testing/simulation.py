@@ -257,7 +257,7 @@ class World:
     def _sweep(self) -> None:
         self.at(SWEEP, self._sweep)
         empty = ["q", "q.suspects"] if self.rng.random() < 0.3 else []
-        self.verb("sweep", worker=self.rng.choice(["s0", "s1"]), ttl=TTL, limit=50, empty=empty)
+        self.verb("sweep", worker=self.rng.choice(["s0", "s1"]), ttl=TTL, limit=50, empty=empty, look=int(not empty))
         for unit in list(self.tables.zsets["held"]):
             self._answer(unit)
 

@@ -10,9 +10,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
 from agentmesh.celery.consumer import MeshConsumer
+from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.celery.pool import TaskPool
 from agentmesh.celery.settings import settings
-from agentmesh.celery.supervise import announce_ready, leave_with_parent
 
 AGAIN = Retry(ConstantBackoff(0.1), 100)  # the tests kill the server
 

@@ -1,4 +1,4 @@
-"""The crew of the poison test: 500 tools side by side, one of which kills its process."""
+"""The crew of the poison test: 500 tools side by side, one of which kills its process, and runs that have nothing to do with it."""
 
 import asyncio
 import os
@@ -10,7 +10,12 @@ from agentmesh import Agent, Context, Crew, Queue, tool
 
 def lines() -> list[str]:
     with open(os.environ["POISON_LOG"]) as log:
-        return log.read().split()
+        return [line.split()[0] for line in log]
+
+
+def say(what: object) -> None:
+    with open(os.environ["POISON_LOG"], "a") as log:
+        log.write(f"{what} {os.getpid()}\n")
 
 
 @tool
@@ -20,8 +25,7 @@ async def work(i: int) -> int:
     Args:
         i: which.
     """
-    with open(os.environ["POISON_LOG"], "a") as log:
-        log.write(f"{i}\n")
+    say(i)
     if i == 7:
         until = time.monotonic() + 5
         while len(set(lines())) < 500 and time.monotonic() < until:  # all are in flight
@@ -32,9 +36,26 @@ async def work(i: int) -> int:
     return i
 
 
+@tool
+async def mind(whose: str) -> str:
+    """Minds its own business.
+
+    Args:
+        whose: business.
+    """
+    say(whose)
+    await asyncio.sleep(0.05)
+    return whose
+
+
 class Lead(Agent[int]):
     def flow(self, task: str, ctx: Context) -> int:
         return len(ctx.gather([work.on(i) for i in range(500)], errors=True))
 
 
-crew = Crew(Lead(), name="poisoned", queues=[Queue("main", concurrency=600)], model="openai:fake")
+class Other(Agent[int]):
+    def flow(self, task: str, ctx: Context) -> int:
+        return len([ctx.do(mind.on(task)) for _ in range(20)])
+
+
+crew = Crew(Lead(), Other(), name="poisoned", queues=[Queue("main", concurrency=600)], model="openai:fake")

@@ -78,7 +78,7 @@ def theirs(
         their_app.app.close()
 
 
-@pytest.mark.parametrize("pool", ["prefork", "custom"])
+@pytest.mark.parametrize("pool", POOLS)
 def test_on_rabbitmq(valkey: Any, rabbitmq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
     """Our queue is a quorum queue, whoever comes first; theirs stays what it was."""
     with theirs(valkey, tmp_path, monkeypatch, pool, broker=rabbitmq) as it:

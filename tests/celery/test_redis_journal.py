@@ -12,6 +12,7 @@ import redis
 
 from agentmesh.errors import JournalError, ServiceDown
 from agentmesh.event import LimitRaised, RunDone, StepDone, StepPlanned, StepRetried
+from agentmesh.journal import Swept
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.ports import Accepted, Claimed, Next, Plan, Refused, RunSpec, Sent, Token, Wire, advance_unit, step_unit
 
@@ -283,6 +284,53 @@ def test_watchers_hear_of_an_end_after_the_server_was_away(valkey: Any) -> None:
     on(valkey, story)
 
 
+def test_a_sweep_sees_for_itself_that_a_message_is_lost(valkey: Any) -> None:
+    now = 1_700_000_000_000
+
+    async def story(journal: RedisJournal) -> None:
+        nonlocal now
+
+        async def after(ms: int) -> Swept:
+            nonlocal now
+            now += ms
+            return await journal.sweep("w", look=True)
+
+        with client(valkey) as broker:
+            await journal.begin(spec("r"), lone("r"))
+            assert [(await after(ms)).count for ms in (0, 700, 700, 700)] == [0] * 4  # the message waits
+            assert broker.rpop("q") == "s|r|1#1"
+            assert [await after(ms) for ms in (100, 900)] == [Swept(0), Swept(0)]
+            assert (await after(100)).count == 1
+            assert broker.rpop("q") == "s|r|1#2"
+            now += 60_000  # nobody looks: who knows what was in it meanwhile
+            assert [(await after(ms)).count for ms in (0, 900, 100)] == [0, 0, 1]
+
+    on(valkey, story, clock=lambda: now)
+
+
+def test_a_sweep_says_how_long_it_can_wait_and_leaves_its_turn_to_who_has_work(valkey: Any) -> None:
+    now = 1_700_000_000_000
+
+    async def story(journal: RedisJournal) -> None:
+        nonlocal now
+        assert await journal.sweep("w") == Swept(0, 2_000)
+        assert await journal.sweep("v") == Swept(0, 2_000)
+        await journal.begin(spec("r"), lone("r"))
+        assert await journal.sweep("w") == Swept(0)
+        assert await journal.sweep("v") == Swept(0, 3_000, mine=False)
+        unit = step_unit("r", 1)
+        claimed = await journal.claim(unit, token="t", version=0, **WORKER)
+        assert isinstance(claimed, Claimed)
+        assert await journal.sweep("w") == Swept(0)
+        event = StepRetried(n=1, error={"type": "ToolError", "message": "no"}, after_ms=700)
+        await journal.commit(unit, fence=claimed.fence, event=event)
+        assert await journal.sweep("w") == Swept(0, 700)
+        now += 700
+        assert (await journal.sweep("v")).count == 1
+
+    on(valkey, story, clock=lambda: now)
+
+
 def test_no_lease_expires_for_one_term_after_the_server_was_away(valkey: Any) -> None:
     ttl_ms = 30_000
 
@@ -296,13 +344,13 @@ def test_no_lease_expires_for_one_term_after_the_server_was_away(valkey: Any) ->
         valkey.kill()
         swept = asyncio.ensure_future(journal.sweep("w"))  # asked for while the server is away
         await asyncio.to_thread(valkey.restart)
-        assert await swept == 0
+        assert (await swept).count == 0
         refused = await journal.claim(unit, token="u", version=0, **WORKER)
         assert isinstance(refused, Refused)
         assert refused.why == "busy"
         with client(valkey) as c:
             c.hset("agentmesh:meta", "grace", 0)  # the term is over
-        assert await journal.sweep("w") == 1
+        assert (await journal.sweep("w")).count == 1
 
     on(valkey, story, ttl_ms=ttl_ms)
 

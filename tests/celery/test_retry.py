@@ -67,6 +67,15 @@ def test_retry_on_the_command_line(tmp_path: Path) -> None:
         assert "t goes on as t~2" in err
         assert asked() == ["here first", "tea 0", "tea 1", "tea 2", "the end", "there first"]
         assert "nothing to do again" in shell("runs", "retry", "t", code=2)[1]
+        (tmp_path / "broken").touch()
+        shell("run", "crew.py", "cup", "--id", "u", code=1)
+        (tmp_path / "broken").unlink()
+        assert "is not a number" in shell("runs", "retry", "u", "--limit", "turns=many", code=2)[1]
+        assert shell("runs", "retry", "u", "--limit", "turns=50", "--detach")[0] == "u~2\n"
+        shell("runs", "tail", "u~2")
+        shown = shell("runs", "show", "u~2")[0]
+        assert "limits {'turns': 50.0}" in shown
+        assert "RunDone" in shown
         assert "must be 1 to 64 of letters" in shell("run", "crew.py", "tea", "--id", "t~9", code=2)[1]
 
 

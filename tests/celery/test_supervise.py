@@ -12,12 +12,14 @@ import pytest
 import redis
 from celery import Celery
 
-from agentmesh.celery.supervise import AGAIN_S, Supervisor
+from agentmesh.celery import supervise
+from agentmesh.celery.seat import AGAIN_S, Command
+from agentmesh.celery.supervise import Supervisor
 
 FRONT = """
 import argparse, os, signal, sys, threading, time
 from pathlib import Path
-from agentmesh.celery.supervise import announce_ready, leave_with_parent
+from agentmesh.celery.offspring import announce_ready, leave_with_parent
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path); parser.add_argument("grace_s", type=float)
 parser.add_argument("--worker-name"); parser.add_argument("--ready-fd", type=int)
@@ -30,6 +32,9 @@ signal.signal(signal.SIGTERM, lambda *_: told.set())
 GENTLE = FRONT + (
     "announce_ready(given.ready_fd)\ntold.wait()\n"
     "(given.folder / given.worker_name.replace('/', '-')).write_text('drained')"
+)
+LEAVES = FRONT + (
+    "announce_ready(given.ready_fd)\nwhile not told.wait(0.01) and not (given.folder / 'enough').exists(): pass"
 )
 DEAF = FRONT + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nannounce_ready(given.ready_fd)\ntime.sleep(600)"
 WITH_A_CHILD = FRONT + (
@@ -97,6 +102,20 @@ def outer(tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
+
+
+class Wanted:
+    """A spare worker that is wanted when the test says so."""
+
+    def __init__(self, folder):
+        self.command = Command((sys.executable, "-c", LEAVES, str(folder), "10"))
+        self.now = self.closed = False
+
+    def wanted(self):
+        return self.now
+
+    def close(self):
+        self.closed = True
 
 
 def lives(pid):
@@ -250,3 +269,33 @@ def test_real_workers_go_on_after_a_kill_and_drain(valkey, eventually):
     finally:
         supervisor.stop(now=True)
         assert supervisor.join(20)
+
+
+def test_a_spare_worker_is_there_only_while_it_is_wanted(supervised, tmp_path, eventually, monkeypatch):
+    monkeypatch.setattr(supervise, "SPARE_S", 0.05)
+    spare, deaths = Wanted(tmp_path), []
+    supervisor = supervised(
+        GENTLE, folder=tmp_path, spares=[spare], on_death=lambda name, code: deaths.append((name, code))
+    )
+    assert supervisor.wait_ready(20)
+    (kept,) = supervisor.names
+    spare.now = True
+    eventually(lambda: len(supervisor.names) == 2)
+    (first,) = set(supervisor.names) - {kept}
+    assert first.endswith("-suspects")
+    assert supervisor.health == (1, 1)
+    os.kill(supervisor.pids[first], signal.SIGKILL)  # it is still wanted
+    eventually(lambda: len(supervisor.names) == 2 and first not in supervisor.names)
+    (second,) = set(supervisor.names) - {kept}
+    spare.now = False
+    (tmp_path / "enough").touch()  # it leaves by itself
+    eventually(lambda: (second, 0) in deaths)
+    eventually(lambda: supervisor.names == [kept])
+    (tmp_path / "enough").unlink()
+    spare.now = True
+    eventually(lambda: len(supervisor.names) == 2)
+    supervisor.stop()
+    assert supervisor.join(20)
+    assert deaths[0] == (first, -signal.SIGKILL)
+    assert spare.closed
+    assert supervisor.names == []

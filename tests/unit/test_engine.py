@@ -72,7 +72,7 @@ def test_a_flow_that_asks_for_another_step_is_held_with_the_step_named() -> None
     mesh.hold_messages = False
     asyncio.run(mesh.pump_once())
     asked[0] = "two"
-    mesh.engines[0]._cache.clear()
+    mesh.engines[0]._tails.drop(handle.id)
     asyncio.run(mesh.settle())
     (item,) = handle.waiting_for
     assert "step 1 was `Delegate 'Echo'` when first run and is now `Delegate 'Echo'`" in item.why
