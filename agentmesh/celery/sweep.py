@@ -15,6 +15,7 @@ from agentmesh.errors import MeshError
 from agentmesh.journal import Journal
 
 EMPTY_S = 1.0
+TURN_S = 3.0  # a turn lasts as long in the store
 IDLE_S = 1.0  # how often it sweeps while nothing is about
 log = logging.getLogger("agentmesh")
 
@@ -114,7 +115,7 @@ class Tender:
             swept = await self._journal.sweep(self._worker, empty=self._empty(now, self._lengths))
         rest_s = swept.rest_ms / 1000
         if not swept.mine:  # when the one whose turn it is has died, this one's comes just then
-            return max(self._sweep_s, rest_s)
+            return max(self._sweep_s, min(rest_s, TURN_S))
         self._idle = rest_s > self._sweep_s
         return max(self._sweep_s, min(rest_s, IDLE_S))
 

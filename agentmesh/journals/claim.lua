@@ -33,7 +33,7 @@ end
 if head[2] ~= A.crew or head[3] ~= A.crew_version then
   leave(unit, r)
   r.v = (r.v or 0) + 1
-  if r.v <= VERSION_TRIES then
+  if r.v <= VERSION_TRIES or r.v % 2 == 1 then
     enqueue(unit, run, key, r)
   else
     r.why = 'version:' .. head[2] .. ' ' .. head[3]

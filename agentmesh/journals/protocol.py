@@ -133,10 +133,13 @@ def obstacle(s: Store, a: Args, unit: str, run: str, key: str, rec: Rec) -> Repl
 
 
 def pass_on(s: Store, unit: str, run: str, key: str, rec: Rec, why: str) -> None:
-    """A worker of another version got it: at once to the next one, a few times; then less and less often."""
+    """A worker of another version got it: at once to the next one, a few times; then less and less often.
+
+    After each wait at once to a second one too: the broker may give it to the same worker whenever it comes due.
+    """
     s.leave(unit, rec)
     rec["v"] = rec.get("v", 0) + 1
-    if rec["v"] <= VERSION_TRIES:
+    if rec["v"] <= VERSION_TRIES or rec["v"] % 2:
         s.enqueue(unit, run, key, rec)
         return
     rec["why"] = why

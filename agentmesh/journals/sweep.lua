@@ -15,7 +15,8 @@ local queues -- those that there are once leases and timers have been seen to
 
 -- the broker's lists are in this very store
 local function look()
-  if NOW - hnum('meta', 'looked') > SWEEPER_MS then redis.call('DEL', P .. 'empty') end
+  local looked = hnum('meta', 'looked')
+  if NOW < looked or NOW > looked + SWEEPER_MS then redis.call('DEL', P .. 'empty') end
   hset('meta', 'looked', int(NOW))
   for _, queue in ipairs(queues) do
     local since = hnum('empty', queue)
@@ -43,7 +44,7 @@ local function expire()
   for _, unit in ipairs(units) do
     local letter, run, key = split(unit)
     local r = rec(run, key)
-    if not r then
+    if not r or r.st ~= 'leased' then
       zrem('leased', unit)
     elseif letter ~= 'f' and not is_open(run) then
       drop(unit, run, key, r, 'E0')

@@ -124,8 +124,9 @@ def sweep(s: Store, a: Args) -> Reply:
 
 def long_empty(s: Store) -> set[str]:
     """The broker's lists, in this very store, that were empty at every look for a second."""
-    if s.now - (s.t.hget("meta", "looked") or 0) > SWEEPER_MS:
-        for queue in s.t.smembers("queues"):  # nobody looked meanwhile
+    looked = s.t.hget("meta", "looked") or 0
+    if not looked <= s.now <= looked + SWEEPER_MS:  # nobody looked meanwhile, or the clock was set back
+        for queue in s.t.smembers("queues"):
             s.t.hdel("empty", queue)
     s.t.hset("meta", "looked", s.now)
     found = set()
@@ -155,7 +156,9 @@ def expire(s: Store, limit: int) -> int:
     for unit in units:
         letter, run, key = split(unit)
         rec = s.rec(run, key)
-        if not isinstance(rec, dict):
+        if (
+            not isinstance(rec, dict) or rec["st"] != "leased"
+        ):  # of a run that was forgotten, and whose id was used again
             s.t.zrem("leased", unit)
         elif letter != "f" and not s.is_open(run):
             s.drop(unit, run, key, rec, "E0")
