@@ -145,9 +145,10 @@ class Crew:
         return self.queue
 
     def queues_in(self, pool: str, only: Iterable[str] = ()) -> list[str]:
-        """Of these queues, or of all, the ones that a worker of this pool serves."""
+        """Of these queues, or of all, the ones that a worker of this pool serves; `device` are those with a model."""
         wanted = list(only) or self.queues
-        return [name for name, queue in self.queues.items() if queue.pool == pool and name in wanted]
+        pools = {name: "device" if queue.model else queue.pool for name, queue in self.queues.items() if name in wanted}
+        return [name for name, of in pools.items() if of == pool]
 
     def broker_queue(self, queue: str) -> str:
         """The broker's name of a queue."""

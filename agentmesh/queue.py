@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +19,14 @@ class Queue:
     """Where steps wait for workers.
 
     Args:
-        concurrency: steps at once in one worker: coroutines, or processes of a prefork pool; 0 is 100, or a process a core.
+        concurrency: steps at once in one worker: coroutines, or processes of a prefork pool; 0 is 100, or a process a core;
+            with a model 256, if the engine has room for them.
         rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
         model: the local model this queue's workers load; steps on `local:MODEL` go here.
         pool: "asyncio" for what waits; "prefork" for `def` tools that compute: a process each, killed when it will not stop.
+        devices: with a model: one worker process for each of these GPUs; "all" is every one, or one process on the CPU.
+        gpu_memory: with a model: the part of a GPU's free memory that prompts and answers may take, in (0, 1].
+        max_batch_tokens: with a model: new tokens of one step of the engine; 0 is 2,048, on a CPU 256.
     """
 
     name: str
@@ -29,6 +34,9 @@ class Queue:
     rate: str = ""
     model: str = ""
     pool: Literal["asyncio", "prefork"] = "asyncio"
+    devices: Literal["all"] | Sequence[int] = "all"
+    gpu_memory: float = 0.85
+    max_batch_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -37,9 +45,35 @@ class Queue:
             raise DefinitionError(f"queue {self.name!r}: pool={self.pool!r} must be 'asyncio' or 'prefork'")
         if self.concurrency < 0:
             raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must not be negative")
+        self._check_device()
         if self.concurrency == 0:
-            object.__setattr__(self, "concurrency", 100 if self.pool == "asyncio" else os.cpu_count() or 1)
+            usual = 256 if self.model else 100 if self.pool == "asyncio" else os.cpu_count() or 1
+            object.__setattr__(self, "concurrency", usual)
         self.pace()
+
+    def _check_device(self) -> None:
+        where = f"queue {self.name!r}"
+        if not self.model and (self.devices, self.gpu_memory, self.max_batch_tokens) != ("all", 0.85, 0):
+            raise DefinitionError(
+                f"{where}: devices, gpu_memory and max_batch_tokens are for a queue with a model; add model='NAME'"
+            )
+        if self.model and self.pool == "prefork":
+            raise DefinitionError(
+                f"{where}: a queue with a model is never prefork: a forked process cannot use the device that its parent "
+                "opened, and each would load the weights again; leave `pool` out"
+            )
+        if not isinstance(self.devices, str):
+            object.__setattr__(self, "devices", tuple(self.devices))
+        known = self.devices == "all" or (
+            self.devices and len(set(self.devices)) == len(self.devices)
+            and all(isinstance(d, int) and d >= 0 for d in self.devices)
+        )  # fmt: skip
+        if not known:
+            raise DefinitionError(f"{where}: devices={self.devices!r} must be 'all' or GPU numbers, such as [0, 1]")
+        if not 0 < self.gpu_memory <= 1:
+            raise DefinitionError(f"{where}: gpu_memory={self.gpu_memory} must be a part of the whole, such as 0.85")
+        if self.max_batch_tokens < 0:
+            raise DefinitionError(f"{where}: max_batch_tokens={self.max_batch_tokens} must not be negative")
 
     def pace(self) -> tuple[int, int] | None:
         """Milliseconds between two steps, and how many may go at once; None without a rate."""

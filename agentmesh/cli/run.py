@@ -30,6 +30,7 @@ from agentmesh.run import Run
 from agentmesh.schema import from_json
 
 READY_S = 60.0
+LOADED_S = 900.0  # where a worker loads a model first
 STUCK_LOOKS = 3
 DRAIN_S = 2.0  # twice that where processes of a pool end too
 
@@ -123,8 +124,9 @@ def _see_through(run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_jso
     supervisor.start()
     view = make_view(as_json=as_json)
     try:
-        if drive(run.head()).status == "open" and not supervisor.wait_ready(READY_S):
-            raise ServiceDown(f"the worker did not get ready in {READY_S:.0f} s; see why with: agentmesh worker {path}")
+        ready_s = LOADED_S if mesh.crew.queues_in("device") else READY_S
+        if drive(run.head()).status == "open" and not supervisor.wait_ready(ready_s):
+            raise ServiceDown(f"the worker did not get ready in {ready_s:.0f} s; see why with: agentmesh worker {path}")
         waits = asyncio.run(_show(run, view))
         view.close()
         if waits:

@@ -8,6 +8,7 @@ import atexit
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ log = logging.getLogger("agentmesh.gpu")
 HALVINGS = 2  # of the tokens of a batch, when the device has no memory for it
 WAIT_S = 0.2  # how long the dispatcher waits for an output before it looks whether the loop lives
 TOGETHER = 2  # a loop's deaths before the requests in it are tried apart
+FIRST_NEED_TOKENS = 512.0  # what a request is taken to need before any has ended
+WEIGHT = 0.1  # of the last request in the running mean of what they need
 
 # Gets the answer's tokens so far; True is enough, and the answer ends there.
 Hear = Callable[[Sequence[int]], bool]
@@ -64,6 +67,8 @@ class Engine:
         self._parked: deque[_Flight] = deque()  # handed in while suspects are tried
         self._apart: deque[list[_Flight]] = deque()  # groups of suspects still to be tried, each alone in the loop
         self._deaths = self._halved = 0
+        self._need_tokens = FIRST_NEED_TOKENS  # prompt, without what was cached, and answer
+        self._since_s = time.monotonic()  # since when there has been work without a break
         self._down: Exception | None = None
         self._closed = False
         self._sampler = Sampler()
@@ -88,6 +93,8 @@ class Engine:
         self.room.check(request)
         flight = _Flight(request, Future(), hear)
         with self._lock:
+            if not self._flights:
+                self._since_s = time.monotonic()
             if self._down is not None or self._closed:
                 raise EngineDown(str(self._down or "the engine is closed"))
             if self._apart or any(f.deaths >= TOGETHER for f in self._flights.values()):
@@ -104,6 +111,23 @@ class Engine:
             gauge = self._batching.gauge(self._deaths)
             waiting = gauge.waiting + len(self._parked) + sum(map(len, self._apart))
             return replace(gauge, waiting=waiting, idle=not (self._flights or self._parked or self._apart))
+
+    def admits(self, in_hand: int) -> int:
+        """How many more requests there is room for; one always, where there are none.
+
+        Args:
+            in_hand: requests that are in the engine or on their way to it.
+        """
+        gauge, need = self.gauge, max(1.0, self._need_tokens / self.room.page_tokens)
+        taken = max(gauge.pages - gauge.free_pages, in_hand * need)
+        more = min(int((gauge.pages - taken) / need), self._batching.shape.batch_requests - in_hand)
+        return max(more, 0 if in_hand else 1)
+
+    @property
+    def hung_s(self) -> float:
+        """For how long it has had work and not made a step."""
+        gauge = self.gauge
+        return 0.0 if gauge.idle else time.monotonic() - max(gauge.stepped_s, self._since_s)
 
     @property
     def alive(self) -> bool:
@@ -190,6 +214,8 @@ class Engine:
         if isinstance(what, Exception):
             _settle(flight.future, error=what)
         else:
+            need = len(flight.request.tokens) - cached + len(what)
+            self._need_tokens += WEIGHT * (need - self._need_tokens)
             _settle(flight.future, Done(what, finish, logprobs[: len(what)], cached, batch))
 
     # ---- after a death -------------------------------------------------------------------------
@@ -238,11 +264,13 @@ class Engine:
     def _give_up(self, error: Exception, victims: list[_Flight]) -> None:
         self._down = error
         log.error("the engine cannot go on: %s: %s", type(error).__name__, error)
+        if (
+            self._hopeless is not None
+        ):  # before anybody hears of it: a worker that leaves now gives its steps back whole
+            self._hopeless(error)
         for flight in victims:
             _settle(flight.future, error=EngineDown(f"{type(error).__name__}: {error}"))
         self._fail_all(EngineDown(f"{type(error).__name__}: {error}"))
-        if self._hopeless is not None:
-            self._hopeless(error)
 
     def _fail_all(self, error: Exception) -> None:
         with self._lock:

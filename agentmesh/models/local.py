@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from agentmesh.errors import ConfigError, ContextTooLong, ModelError
+from agentmesh.gpu.batching import Shape
+from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.grammar import Constraint, grammar_of
 from agentmesh.gpu.load import Loaded, load
 from agentmesh.gpu.request import Done, EngineDown, Request
@@ -33,6 +35,8 @@ class LocalModel:
     def __init__(self, name: str) -> None:
         self.name = name
         self._loaded: Loaded | None = None
+        self._shape: Shape | None = None
+        self._hopeless: Callable[[Exception], None] | None = None
         self._lock = threading.Lock()
         self._thread = self._new_thread()
 
@@ -71,6 +75,32 @@ class LocalModel:
             over.set()  # a cancelled asker hears nothing more
         return _answer(prompt, request, telling, done)
 
+    def prepare(
+        self, *, memory: float = 0.85, batch_tokens: int = 0, requests: int = 0,
+        hopeless: Callable[[Exception], None] | None = None,
+    ) -> Engine:  # fmt: skip
+        """Load it for a worker of its own and answer one token, so that the first step does not wait for that.
+
+        Args:
+            memory: the part of the device's free memory for prompts and answers.
+            batch_tokens, requests: of one step of the engine; 0 is chosen by the device.
+            hopeless: called when the process had better end and be started again.
+
+        Raises:
+            ConfigError: it is not here, or damaged, or there is no memory for it.
+        """
+        self._shape = Shape(memory=memory, batch_tokens=batch_tokens, batch_requests=requests)
+        self._hopeless = hopeless
+        try:
+            engine = self.load().engine
+        except (MemoryError, ValueError) as e:
+            raise ConfigError(
+                f"there is no memory for model {self.name!r} and its prompts ({e}); lower max_batch_tokens, raise "
+                "gpu_memory, or take a smaller model"
+            ) from None
+        engine.submit(Request((0,), 1)).result()
+        return engine
+
     async def close(self) -> None:
         """Let go of the weights; another ask would load them again."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -101,7 +131,7 @@ class LocalModel:
         with self._lock:
             if self._loaded is None or not self._loaded.engine.alive:
                 self.check()
-                self._loaded = load(model_folder(self.name), self.name)
+                self._loaded = load(model_folder(self.name), self.name, self._shape, hopeless=self._hopeless)
             return self._loaded
 
     def _begun(self, prompt: Prompt, tell: Callable[[Piece], None]) -> tuple[Loaded, Request, Telling]:
