@@ -146,7 +146,7 @@ class LocalModel:
         thinking = text.rstrip().endswith(THINK)
         drawn = {k: options[k] for k in ("seed", "top_k", "top_p") if options.get(k) is not None}
         request = Request(
-            tuple(ids), wanted, loaded.ends, float(options.get("temperature") or 0.0),
+            tuple(ids), wanted, frozenset() if options.get("ignore_eos") else loaded.ends, float(options.get("temperature") or 0.0),
             constraint=_constraint(loaded, prompt, thinking=thinking), **drawn,
         )  # fmt: skip
         stops = _strings(options.get("stop"))
