@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused(home: Home) -> None:
 def test_a_damaged_file_says_what_to_do(home: Home, tmp_path: Path) -> None:
     model = home()
     (tmp_path / "models" / "tiny" / "model.safetensors").write_bytes(b"not at all")
-    with pytest.raises(ConfigError, match=r"local model 'tiny' in .* cannot be loaded .*agentmesh models rm tiny"):
+    with pytest.raises(ConfigError, match=r"local model 'tiny' cannot be loaded .* delete the folder .*models pull tiny"):
         model.load()
 
 
