@@ -26,6 +26,8 @@ def paged_attention(
     Returns:
         (1, q, h, e), and no weights.
     """
+    if rest.get("softcap") is not None or rest.get("s_aux") is not None:
+        raise NotImplementedError("this attention knows neither softcap nor sinks")
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
     out = torch.empty_like(query)  # (1, h, q, e)

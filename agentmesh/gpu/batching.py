@@ -169,7 +169,8 @@ def _chosen(model: Any, shape: Shape) -> Shape:
             batch_requests=shape.batch_requests or 256,
         )  # fmt: skip
     config, page = model.config.get_text_config(), shape.page_tokens or 32
-    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = config.hidden_size // config.num_attention_heads
     token_bytes = (
         2 * config.num_hidden_layers * heads * (getattr(config, "head_dim", None) or width) * model.dtype.itemsize
     )

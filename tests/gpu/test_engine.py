@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Phi3Config, Qwen3Config
 
 from agentmesh.errors import ContextTooLong, GpuOutOfMemory, ModelError
 from agentmesh.gpu.batching import Shape
@@ -59,6 +60,33 @@ def test_greedy_in_a_batch_is_greedy_one_by_one(engine: Engine) -> None:
     assert [list(d.tokens) for d in done] == [one_by_one(plain, p, 16) for p in asked]
     assert max(d.batch for d in done) == 12
     assert {d.finish for d in done} == {"length"}
+
+
+@pytest.mark.parametrize("kind", ["mistral, a window of 16", "qwen3", "gpt2", "phi3"])
+def test_other_kinds_of_models_say_in_a_batch_what_they_say_alone(make_engine: MakeEngine, kind: str) -> None:
+    asked = prompts(6, shortest=10)
+    done = answers(make_engine(model=other_model(kind)), [Request(tuple(p), 24) for p in asked])
+    plain = other_model(kind)
+    assert [list(d.tokens) for d in done] == [one_by_one(plain, p, 24) for p in asked]
+
+
+def other_model(kind: str) -> Any:
+    size: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.5, "pad_token_id": 0,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        if kind == "gpt2":
+            config: Any = GPT2Config(
+                vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.3
+            )
+        elif kind.startswith("mistral"):
+            config = MistralConfig(**size, sliding_window=16)
+        else:
+            config = Qwen3Config(**size, head_dim=16) if kind == "qwen3" else Phi3Config(**size)
+        made: Any = AutoModelForCausalLM.from_config(config)
+        return made.eval()
 
 
 def test_greedy_in_bfloat16_differs_only_where_two_tokens_are_as_good_as_equal(make_engine: MakeEngine) -> None:
@@ -172,7 +200,7 @@ def test_a_listener_hears_tokens_as_they_come_and_may_have_enough(engine: Engine
     [
         (
             (5,) * 200,
-            400,
+            900,
             ContextTooLong,
             r"has 200 tokens and asks for 900 more; the model's context takes 1024 together",
         ),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from agentmesh.errors import ConfigError, ContextTooLong, ModelError
 from agentmesh.message import Message, ToolSpec, Usage, user
@@ -105,7 +106,18 @@ def test_what_does_not_fit_is_refused(home: Home) -> None:
 def test_a_damaged_file_says_what_to_do(home: Home, tmp_path: Path) -> None:
     model = home()
     (tmp_path / "models" / "tiny" / "model.safetensors").write_bytes(b"not at all")
-    with pytest.raises(ConfigError, match=r"local model 'tiny' cannot be loaded .* delete the folder .*models pull tiny"):
+    with pytest.raises(
+        ConfigError, match=r"local model 'tiny' cannot be loaded .* delete the folder .*models pull tiny"
+    ):
+        model.load()
+
+
+def test_attention_of_a_kind_the_engine_lacks_is_refused(home: Home, tmp_path: Path) -> None:
+    model, place = home(), tmp_path / "models" / "tiny"
+    size = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    made: Any = Gemma2ForCausalLM(Gemma2Config(**size, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0))
+    made.save_pretrained(place)
+    with pytest.raises(ConfigError, match="model 'tiny' caps its attention scores or has attention sinks"):
         model.load()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from agentmesh.boot import load_crew
+from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli import devices
 from agentmesh.cli.child import specs_of
@@ -19,6 +20,7 @@ from agentmesh.cli.worker import giver_back
 from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError, DefinitionError
+from agentmesh.event import RunDone, StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message
 from agentmesh.models.named import Models
@@ -114,6 +116,9 @@ def test_a_killed_worker_s_steps_all_end_and_none_twice(valkey: Any, tmp_path: P
         said = run.result(timeout_s=WAIT_S)
         assert len(said) == 64
         assert not [s for s in said if s.startswith("failed")]
+        for n in range(1, 65):
+            events = drive(work.mesh.journal.events(f"{run.id}/{n}"))
+            assert [type(e) for e in events if isinstance(e, StepDone | RunDone)] == [StepDone, RunDone]
 
 
 @pytest.mark.parametrize(
