@@ -10,6 +10,7 @@ from agentmesh.errors import DefinitionError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 POOLS = ("asyncio", "prefork")
+LANES = ("realtime", "high", "low")
 Suspects = Literal["too", "elsewhere", "only"]  # what a worker does about the suspects of its queues
 UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
@@ -27,6 +28,8 @@ class Queue:
         devices: with a model: one worker process for each of these GPUs; "all" is every one, or one process on the CPU.
         gpu_memory: with a model: the part of a GPU's free memory that prompts and answers may take, in (0, 1].
         max_batch_tokens: with a model: new tokens of one step of the engine; 0 is 2,048, on a CPU 256.
+        lane: with a model: "realtime" comes first and has places kept for it, "low" comes after "high"; between several
+            queues of one model.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Queue:
     devices: Literal["all"] | Sequence[int] = "all"
     gpu_memory: float = 0.85
     max_batch_tokens: int = 0
+    lane: Literal["realtime", "high", "low"] = "high"
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -53,9 +57,10 @@ class Queue:
 
     def _check_device(self) -> None:
         where = f"queue {self.name!r}"
-        if not self.model and (self.devices, self.gpu_memory, self.max_batch_tokens) != ("all", 0.85, 0):
+        given = self.devices, self.gpu_memory, self.max_batch_tokens, self.lane
+        if not self.model and given != ("all", 0.85, 0, "high"):
             raise DefinitionError(
-                f"{where}: devices, gpu_memory and max_batch_tokens are for a queue with a model; add model='NAME'"
+                f"{where}: devices, gpu_memory, max_batch_tokens and lane are for a queue with a model; add model='NAME'"
             )
         if self.model and self.pool == "prefork":
             raise DefinitionError(
@@ -70,6 +75,8 @@ class Queue:
         )  # fmt: skip
         if not known:
             raise DefinitionError(f"{where}: devices={self.devices!r} must be 'all' or GPU numbers, such as [0, 1]")
+        if self.lane not in LANES:
+            raise DefinitionError(f"{where}: lane={self.lane!r} must be one of {', '.join(LANES)}")
         if not 0 < self.gpu_memory <= 1:
             raise DefinitionError(f"{where}: gpu_memory={self.gpu_memory} must be a part of the whole, such as 0.85")
         if self.max_batch_tokens < 0:

@@ -14,6 +14,8 @@ from typing import Any
 from kombu.transport import redis, virtual
 from kombu.utils import json
 
+from agentmesh.celery.lanes import Lanes
+
 kombu: Any = redis  # kombu's functions have no types
 loads: Any = json.loads
 MOST = 100  # at once: more would make one worker's first message wait for the parsing of its last
@@ -55,12 +57,15 @@ class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        keys = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
         room = self.qos.can_consume_max_estimate()
+        wait_s = (self.brpop_timeout if timeout is None else timeout) or 0
+        lanes = getattr(self.qos, "admits", None)
+        if isinstance(lanes, Lanes):
+            queues, room, wait_s = lanes.order(queues, room, wait_s)
+        keys = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
         count = MOST if room is None else max(1, min(MOST, room))
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
-        wait_s = (self.brpop_timeout if timeout is None else timeout) or 0
         self.client.connection.send_command("BLMPOP", wait_s, len(keys), *keys, "RIGHT", "COUNT", count)
 
     def _brpop_read(self, **options: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from agentmesh.boot import counting, export_traces, load_crew
 from agentmesh.celery.beat import start_beat
+from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.cli.child import as_program, spare_collector, told_to_stop
@@ -48,7 +49,9 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     for crew in crews:
         mesh = Mesh(crew, config=config, models=models, worker=name, sights=sights, suspects=spec["suspects"])
         mesh.app.conf.worker_send_task_events = bool(spec.get("events"))
-        worker = mesh.worker(queues=served[crew.name], concurrency=concurrency, admits=engine.admits)
+        lanes = {crew.broker_queue(q): crew.queues[q].lane for q in served[crew.name]}
+        admits = Lanes(lanes, engine.admits, concurrency)
+        worker = mesh.worker(queues=served[crew.name], concurrency=concurrency, admits=admits)
         workers.append(worker.start())
         if spec.get("beat") and crew.schedules:
             start_beat(mesh.app)
