@@ -51,6 +51,7 @@ class Crew:
         self.queues = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
         if len(self.queues) < len(queues):
             raise NameTaken(f"crew {self.name!r} has two queues of one name: {', '.join(q.name for q in queues)}")
+        self._check_devices()
         self.agents: dict[str, Agent[Any]] = {}
         self.tools: dict[str, Tool[..., Any]] = {}
         for agent in (lead, *agents, *(s.agent for s in schedules)):
@@ -88,6 +89,17 @@ class Crew:
             self._check_queue(f"tool `{tool.name}`", tool.queue)
         for member in agent.team:
             self._add(member)
+
+    def _check_devices(self) -> None:
+        """The queues of a model are served by the same processes."""
+        first: dict[str, Queue] = {}
+        for queue in self.queues.values():
+            other = first.setdefault(queue.model, queue)
+            if queue.model and queue.devices != other.devices:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
+                    f"{other.devices!r} and {queue.devices!r}; the same processes serve both, so write the same in each"
+                )
 
     def _check_queue(self, who: str, queue: str) -> None:
         if queue and queue not in self.queues:

@@ -178,6 +178,13 @@ class Engine:
 
     # ---- the dispatcher ------------------------------------------------------------------------
     def _dispatch(self) -> None:
+        try:
+            self._deliver()
+        except Exception as e:  # nobody would ever hear of anything again
+            log.exception("the engine's dispatcher failed")
+            self._give_up(e, [])
+
+    def _deliver(self) -> None:
         while not self._closed and self._down is None:
             batching, alive = self._batching, self._batching.is_running()  # asked first: the last words are heard too
             for output in batching.outputs(WAIT_S if alive else 0.0):

@@ -221,6 +221,15 @@ def test_a_queue_with_a_model_is_checked(options: dict[str, Any], told: str) -> 
         Queue("gpu", **options)
 
 
+def test_queues_of_one_model_name_the_same_devices() -> None:
+    agent, first = load_crew(CREW).lead, Queue("a", model="m", devices=[0])
+    with pytest.raises(DefinitionError, match=r"queues 'a' and 'b' of model 'm' have devices=\(0,\) and 'all'"):
+        Crew(agent, queues=[Queue("main"), Queue("gpu", model="tiny"), first, Queue("b", model="m")])
+    assert Crew(agent, queues=[Queue("gpu", model="tiny"), first, Queue("b", model="m", devices=[0])]).queues_in(
+        "device"
+    )
+
+
 def test_a_worker_takes_no_more_than_is_admitted(valkey: Any, tmp_path: Path) -> None:
     crew: Crew = load_crew(CREW)
     config = Config(broker=valkey.broker_url, journal=valkey.url)
