@@ -10,13 +10,17 @@ PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constr
 BIN = $(VENV)/bin
 TORCH_FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
-.PHONY: help demo test check fix bench clean
+.PHONY: help demo ask test check fix bench clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.local  ## run a crew over docs/ with the bundled local model: no key, no server, no GPU
 	$(BIN)/agentmesh models pull smollm2
 	$(BIN)/agentmesh run docs/examples/briefing.py "$(QUESTION)"
+
+ask: $(VENV)/.dev  ## ask the project's own docs, answered with quotes: no key, no server, no GPU
+	$(BIN)/agentmesh models pull smollm2
+	$(BIN)/agentmesh run docs/examples/ask_docs.py "$(QUESTION)"
 
 test: $(VENV)/.dev  ## pass every test
 	$(BIN)/agentmesh models pull smollm2
@@ -39,6 +43,8 @@ bench: $(VENV)/.dev  ## print the figures: ratios beside a bare loop and plain C
 	$(BIN)/python bench/rounds.py
 	$(BIN)/python bench/fanout.py
 	$(BIN)/python bench/latency.py
+	$(BIN)/python bench/gpu_batch.py
+	$(BIN)/python bench/gpu_prefix.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .agentmesh build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,11 @@ from agentmesh.errors import (
     ContextTooLong,
     DefinitionError,
     DelegateFailed,
+    DocumentError,
+    EmbedderError,
+    EmbedderMismatch,
     ExtraMissing,
+    FilterInvalid,
     GpuOutOfMemory,
     JournalError,
     JournalVersion,
@@ -35,6 +39,11 @@ from agentmesh.errors import (
     StepError,
     StepRefused,
     StepTimeout,
+    StoreConflict,
+    StoreDamaged,
+    StoreError,
+    StoreFull,
+    StoreVersion,
     ToolError,
     ToolSignatureError,
     TryAgain,
@@ -50,6 +59,7 @@ from agentmesh.tool import NotDone, Tool, Unknown, tool
 if TYPE_CHECKING:
     from agentmesh.config import Config
     from agentmesh.mesh import Mesh
+    from agentmesh.retriever import Retriever
 
 __version__ = "0.1.0"
 __all__ = [
@@ -63,7 +73,11 @@ __all__ = [
     "Crew",
     "DefinitionError",
     "DelegateFailed",
+    "DocumentError",
+    "EmbedderError",
+    "EmbedderMismatch",
     "ExtraMissing",
+    "FilterInvalid",
     "GpuOutOfMemory",
     "JournalError",
     "JournalVersion",
@@ -79,6 +93,7 @@ __all__ = [
     "Queue",
     "QuorumMissed",
     "ReplayError",
+    "Retriever",
     "Run",
     "RunCancelled",
     "RunError",
@@ -89,6 +104,11 @@ __all__ = [
     "StepError",
     "StepRefused",
     "StepTimeout",
+    "StoreConflict",
+    "StoreDamaged",
+    "StoreError",
+    "StoreFull",
+    "StoreVersion",
     "Tool",
     "ToolContext",
     "ToolError",
@@ -100,7 +120,7 @@ __all__ = [
     "start",
     "tool",
 ]
-_LAZY = {"Config": "config", "Mesh": "mesh"}
+_LAZY = {"Config": "config", "Mesh": "mesh", "Retriever": "retriever"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ folder, and a worker thread.
 """
 
 import atexit
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -123,7 +124,7 @@ def _exporter(name: str) -> str:
 
 # ---- crew files --------------------------------------------------------------------------------
 def load_crew(path: str) -> Crew:
-    """The crew of a file: `crew.py`, or `crew.py:name` where it has several.
+    """The crew of a file, `crew.py`, or of an installed module, `package.module`; with `:name` where it has several.
 
     Raises:
         DefinitionError: no file, no crew or two in it, or an exception in it.
@@ -131,6 +132,8 @@ def load_crew(path: str) -> Crew:
     file, _, name = path.partition(":")
     source = Path(file)
     if not source.is_file():
+        if source.suffix != ".py" and "." in file and file.replace(".", "").isidentifier() and _findable(file):
+            return _crew_in(vars(importlib.import_module(file)), file, name)
         raise DefinitionError(f"there is no file {file!r}; give the path of a Python file that makes a Crew")
     folder = str(source.resolve().parent)
     if folder not in sys.path:
@@ -151,6 +154,13 @@ def load_crew(path: str) -> Crew:
         )
         raise DefinitionError(f"{file}, line {line}: {type(e).__name__}: {e}") from e
     return _crew_in(vars(module), file, name)
+
+
+def _findable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _crew_in(names: dict[str, Any], file: str, name: str) -> Crew:

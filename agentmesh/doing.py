@@ -120,6 +120,9 @@ class Doer:
             value = await asyncio.wait_for(self._run(tool.bound(step.arguments, context), tool.name), tool.timeout_s)
         except TryAgain as e:
             return self._failed(step, at, ToolError(str(e), again=True))
+        except RetryLater as e:
+            error = ToolError(f"tool `{tool.name}` raised {getattr(e.error, 'message', e.error)}")
+            return self._again(step, at, error, tool.retries, e.after_s)
         except TimeoutError:
             late = StepTimeout(f"tool `{tool.name}` took longer than {tool.timeout_s} s")
             return self._again(step, at, late, tool.retries)

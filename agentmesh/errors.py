@@ -12,7 +12,11 @@ MeshError
 ├── RunError             a run ended without a value
 │   ├── RunFailed  RunCancelled  LimitReached
 ├── ReplayError          holds the run: the flow no longer asks for what it asked
-└── JournalError (JournalVersion)
+├── JournalError (JournalVersion)
+├── StoreError           a store of documents refused; what it holds is as it was
+│   ├── StoreConflict  StoreDamaged  StoreFull  StoreVersion
+│   └── FilterInvalid  EmbedderMismatch
+└── EmbedderError  DocumentError
 ```
 
 `TryAgain` stands apart: a tool raises it to speak to the model.
@@ -192,6 +196,59 @@ class JournalError(MeshError):
 
 class JournalVersion(JournalError):
     """The journal was written by another format of agentmesh."""
+
+
+class StoreError(MeshError):
+    """A store of documents refused; what it holds is as it was."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path",)
+    path: str | None
+
+
+class StoreConflict(StoreError):
+    """A source is not what the writer thought it was."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "source", "expected", "found")
+    source: str | None
+    expected: str | None
+    found: str | None
+
+
+class StoreDamaged(StoreError):
+    """A file of a store is truncated, changed or gone."""
+
+    fields: ClassVar[tuple[str, ...]] = ("path", "file")
+    file: str | None
+
+
+class StoreFull(StoreError):
+    """The disk has no room for a commit."""
+
+
+class StoreVersion(StoreError):
+    """A store was written by a newer format of agentmesh, or an asked version of it is gone."""
+
+
+class FilterInvalid(StoreError):
+    """A filter cannot be understood."""
+
+
+class EmbedderMismatch(StoreError):
+    """Vectors come from another embedder than the store's."""
+
+
+class EmbedderError(MeshError):
+    """An embedder gave no usable vectors."""
+
+    fields: ClassVar[tuple[str, ...]] = ("after_s",)
+    after_s: float | None  # given: asking again after that many seconds may help
+
+
+class DocumentError(MeshError):
+    """A document cannot be read."""
+
+    fields: ClassVar[tuple[str, ...]] = ("source",)
+    source: str | None
 
 
 class TryAgain(Exception):

@@ -57,13 +57,17 @@ def play(
     results: dict[str, Any] = {}
     lock, began = threading.Lock(), time.monotonic()
     calm_at: list[float] = []
+    broken: list[Exception] = []
 
     def one() -> None:
         while True:
             with lock:
                 if len(results) >= runs and not more():
-                    calm()
                     calm_at.append(time.monotonic())
+                    try:
+                        calm()
+                    except Exception as e:
+                        broken.append(e)
                     return
                 task = f"r{len(results)}"
                 results[task] = None
@@ -87,6 +91,8 @@ def play(
         thread.start()
     for thread in threads:
         thread.join()
+    if broken:
+        raise broken[0]
     return results
 
 
@@ -217,6 +223,8 @@ def _log(stack: contextlib.ExitStack) -> Path:
 def _more(chaos: Chaos, given: argparse.Namespace, began: float) -> bool:
     """Whether the schedule has not struck as often as was asked for; five minutes at most."""
     now_s = time.monotonic() - began
+    if chaos.over:
+        return False
     short = ("workers" in given.faults and chaos.struck(KillWorker) < given.kills) or (
         "store" in given.faults and chaos.struck(KillServer) < given.store_kills
     )

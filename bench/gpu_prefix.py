@@ -59,9 +59,9 @@ def main() -> None:
         engine = Engine(model)
         found[shared] = wall, first, computed = measured(engine, prompts(given.agents, given.prefix, shared=shared))
         engine.close()
-        print(
-            f"{'shared' if shared else 'their own':<10} {computed:7d} prompt tokens computed · first token {first:5.1f} s · all {wall:5.1f} s"
-        )
+        name = "shared" if shared else "their own"
+        said = f"{computed:7d} prompt tokens computed · first token {first:5.1f} s · all {wall:5.1f} s"
+        print(f"{name:<10} {said}", flush=True)
     (one, two) = found[True], found[False]
     print(
         f"saved      {1 - one[2] / two[2]:.0%} of the prompt tokens, {1 - one[1] / two[1]:.0%} of the time to a first token"

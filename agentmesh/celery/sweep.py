@@ -16,7 +16,7 @@ from agentmesh.journal import Journal
 
 EMPTY_S = 1.0
 TURN_S = 3.0  # a turn lasts as long in the store
-IDLE_S = 1.0  # how often it sweeps while nothing is about
+IDLE = 2  # while nothing is about it sweeps so many times as seldom
 log = logging.getLogger("agentmesh")
 
 
@@ -117,7 +117,7 @@ class Tender:
         if not swept.mine:  # when the one whose turn it is has died, this one's comes just then
             return max(self._sweep_s, min(rest_s, TURN_S))
         self._idle = rest_s > self._sweep_s
-        return max(self._sweep_s, min(rest_s, IDLE_S))
+        return max(self._sweep_s, min(rest_s, IDLE * self._sweep_s))
 
     async def _bury(self) -> None:
         while self._dead:

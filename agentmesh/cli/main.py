@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from agentmesh.cli.exits import INTERRUPTED, exit_code, say_error
+from agentmesh.cli.rag import rag
+from agentmesh.cli.state import State
 from agentmesh.errors import MeshError
 
 app = typer.Typer(
@@ -20,18 +22,12 @@ models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models o
                      epilog="Examples:  agentmesh models pull smollm2  ·  agentmesh models ls")  # fmt: skip
 app.add_typer(runs, name="runs")
 app.add_typer(models, name="models")
+app.add_typer(rag, name="rag")
 
 Broker = Annotated[str, typer.Option(help="Celery broker URL; left out, an embedded Valkey is used.", metavar="URL")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 RunId = Annotated[str, typer.Argument(metavar="ID", help="The run's id.")]
 By = Annotated[str, typer.Option(help="Who says so; kept in the journal.")]
-
-
-class State:
-    """What the options before the command say."""
-
-    config: Path | None = None
-    debug: bool = False
 
 
 @app.callback()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from agentmesh.schema import from_json
 READY_S = 60.0
 LOADED_S = 900.0  # where a worker loads a model first
 STUCK_LOOKS = 3
+STDERR = 2  # of workers too: the answer alone goes to the output
 DRAIN_S = 2.0  # twice that where processes of a pool end too
 
 
@@ -52,7 +54,7 @@ def run_crew(
             _leave_a_worker(path, asked, run.id)
             print(run.id)
             return DONE
-        return _see_through(run, mesh, path, config, as_json=as_json)
+        return see_through(run, mesh, path, config, as_json=as_json)
     finally:
         _leave(valkey)
 
@@ -72,7 +74,7 @@ def resume_run(
             if item.why.startswith("replay"):
                 run.revive(item)
         mesh = Mesh(loaded, config=found.config, models=Models())
-        return _see_through(mesh.get(run_id), mesh, path, found.config, as_json=as_json)
+        return see_through(mesh.get(run_id), mesh, path, found.config, as_json=as_json)
     finally:
         found.close()
 
@@ -97,7 +99,7 @@ def retry_run(
             _leave_a_worker(path, load(file=file, broker=broker or None, model=model or None), run.id)
             print(run.id)
             return DONE
-        return _see_through(run, mesh, path, found.config, as_json=as_json)
+        return see_through(run, mesh, path, found.config, as_json=as_json)
     finally:
         found.close()
 
@@ -113,16 +115,23 @@ def _crew_file(found: Place, run_id: str, verb: str) -> str:
     return str(path)
 
 
-def _see_through(run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool) -> int:
-    """A worker of our own under supervision, and the view, until the run ends or waits for a person."""
+def see_through(
+    run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool, view: View | None = None,
+    say: Callable[..., int | None] = answer,
+) -> int:  # fmt: skip
+    """A worker of our own under supervision, and the view, until the run ends or waits for a person.
+
+    Args:
+        say: what is done with the run's value; it may answer the exit code.
+    """
     quiet = sys.stderr.isatty() and not as_json
     commands = specs_of(config, {path: mesh.crew}, suspects="elsewhere")
     supervisor = Supervisor(
         commands, spares=spares_of(config, {path: mesh.crew}), drain_s=DRAIN_S if len(commands) == 1 else 2 * DRAIN_S,
-        on_death=giver_back(config, mesh.crew.broker_queues()), output=subprocess.DEVNULL if quiet else None,
+        on_death=giver_back(config, mesh.crew.broker_queues()), output=subprocess.DEVNULL if quiet else STDERR,
     )  # fmt: skip
     supervisor.start()
-    view = make_view(as_json=as_json)
+    view = view or make_view(as_json=as_json)
     try:
         ready_s = LOADED_S if mesh.crew.queues_in("device") else READY_S
         if drive(run.head()).status == "open" and not supervisor.wait_ready(ready_s):
@@ -131,8 +140,7 @@ def _see_through(run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_jso
         view.close()
         if waits:
             return _say_waiting(run)
-        answer(run.result(timeout_s=10), as_json=as_json)
-        return DONE
+        return say(run.result(timeout_s=10), as_json=as_json) or DONE
     except KeyboardInterrupt:
         view.close()
         print(f"\ninterrupted; the run is where it was: agentmesh runs resume {run.id}", file=sys.stderr)
@@ -238,6 +246,8 @@ def _leave(valkey: EmbeddedValkey | None) -> None:
 def _origin(path: str) -> str:
     """The crew file as `runs resume` can find it from any folder."""
     file, _, name = path.partition(":")
+    if not os.path.isfile(file):
+        return path  # a module
     return os.path.abspath(file) + (f":{name}" if name else "")
 
 

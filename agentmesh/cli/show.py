@@ -12,6 +12,7 @@ from rich.tree import Tree
 from agentmesh.cli.watching import Line, Picture, sentence
 from agentmesh.event import Event
 from agentmesh.ports import Token
+from agentmesh.schema import to_json
 
 MARKS = {"open": ("●", "cyan"), "done": ("✔", "green"), "failed": ("✘", "red"), "cancelled": ("■", "yellow")}
 SHOWN_TAIL = 70
@@ -124,4 +125,4 @@ def answer(value: Any, *, as_json: bool) -> None:
     """The run's value on the output: text as it is, anything else as JSON."""
     if as_json:
         return  # RunDone said it
-    print(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    print(value if isinstance(value, str) else json.dumps(to_json(value), indent=2, ensure_ascii=False), flush=True)

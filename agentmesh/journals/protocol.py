@@ -9,7 +9,7 @@ from typing import Any
 
 from agentmesh.journals.carrying import begun, carry, strike_carried, to_plan
 from agentmesh.journals.entries import SUSPECTS, VERSION_TRIES, VERSION_WAIT_MS, Rec, Store
-from agentmesh.journals.suspects import absolve, died, enter, heard, no_room
+from agentmesh.journals.suspects import absolve, enter, no_room
 
 Args = dict[str, Any]
 Reply = tuple[dict[str, Any], list[str]]
@@ -160,47 +160,6 @@ def spent(s: Store, run: str) -> str:
     return ""
 
 
-def renew(s: Store, a: Args) -> Reply:
-    """Deadlines pushed; answers the leases that are somebody else's now, or whose run was cancelled."""
-    lost = []
-    heard(s, a["worker"])
-    for unit, fence in a["leases"]:
-        letter, run, key = split(unit)
-        rec = s.rec(run, key)
-        mine = isinstance(rec, dict) and rec["st"] == "leased" and same_fence(rec, fence)
-        wanted = letter == "f" or (s.is_open(run) and not s.is_cancelled(run))
-        if mine and wanted:
-            s.t.zadd("leased", unit, s.now + a["ttl"])
-        else:
-            lost.append(unit)
-    return {"ok": 1}, lost
-
-
-def release(s: Store, a: Args) -> Reply:
-    """Everything the worker held becomes a queued entry at once; and what it may have taken from the broker is sent again."""
-    units = s.t.smembers(f"wl:{a['worker']}")
-    if a.get("below"):
-        units += [unit for unit in s.t.zupto("leased", 1 << 52, 1 << 31) if is_below(s, unit, a["worker"])]
-    for unit in units:
-        _, run, key = split(unit)
-        rec = s.rec(run, key)
-        if isinstance(rec, dict) and rec["st"] == "leased" and f"{rec['w']}/".startswith(f"{a['worker']}/"):
-            if a.get("crashed"):
-                died(s, unit, run, key, rec, len(units), seen=True)
-            else:
-                s.give_back(unit, run, key, rec, crashed=False)
-    for queue in a.get("queues", ()):
-        s.t.hset("qsnap", queue, f"{s.t.hget('qmax', queue) or 0} {s.now}")
-    return {"ok": 1, "count": len(units)}, NOTHING
-
-
-def is_below(s: Store, unit: str, worker: str) -> bool:
-    """Whether a process of this worker's pool holds the unit: such a one is named `WORKER/PID`."""
-    _, run, key = split(unit)
-    rec = s.rec(run, key)
-    return isinstance(rec, dict) and rec.get("w", "").startswith(f"{worker}/")
-
-
 def same_fence(rec: Rec, fence: int) -> bool:
     """Whether the fence is still the newest."""
     return bool(rec["f"] == fence)
@@ -342,8 +301,6 @@ def plan_step(s: Store, run: str, p: Args, g: Args | None) -> None:
 VERBS: dict[str, Callable[[Store, Args], Reply]] = {
     "begin": begin,
     "claim": claim,
-    "renew": renew,
-    "release": release,
     "commit": commit,
     "plan": plan,
     "hold": hold,

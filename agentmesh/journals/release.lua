@@ -14,6 +14,7 @@ for _, unit in ipairs(units) do
     if A.crashed == 1 then died(unit, run, key, r, #units, true) else give_back(unit, run, key, r) end
   end
 end
+if hget('meta', 'sweeper') == A.worker then hset('meta', 'sweeper_until', int(NOW)) end -- whoever comes next sweeps
 for _, queue in ipairs(A.queues) do
   hset('qsnap', queue, int(hnum('qmax', queue)) .. ' ' .. int(NOW))
 end

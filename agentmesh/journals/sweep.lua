@@ -16,7 +16,7 @@ local queues -- those that there are once leases and timers have been seen to
 -- the broker's lists are in this very store
 local function look()
   local looked = hnum('meta', 'looked')
-  if NOW < looked or NOW > looked + SWEEPER_MS then redis.call('DEL', P .. 'empty') end
+  if NOW < looked or NOW > looked + SWEEPER_MS + 1000 then redis.call('DEL', P .. 'empty') end
   hset('meta', 'looked', int(NOW))
   for _, queue in ipairs(queues) do
     local since = hnum('empty', queue)

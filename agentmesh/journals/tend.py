@@ -1,14 +1,15 @@
-"""The verbs that keep what the others began: tell (a person's word), sweep (time's), told (the canvas knows).
+"""The verbs that keep what the others began: renew, release, tell (a person's word), sweep (time's), told (the canvas knows).
 
 The other half of the protocol; the same rules as protocol.py.
 """
 
 from agentmesh.journals.entries import Rec, Store
-from agentmesh.journals.protocol import NOTHING, VERBS, Args, Reply, refuse, split
-from agentmesh.journals.suspects import absolve, died, forget_silent, silent
+from agentmesh.journals.protocol import NOTHING, VERBS, Args, Reply, refuse, same_fence, split
+from agentmesh.journals.suspects import absolve, died, forget_silent, heard, silent
 
 SWEEPER_MS = 3000
 EMPTY_MS = 1000
+LOOK_MS = SWEEPER_MS + 1000  # a dead sweeper's turn must end before the next one looks
 REST_MS = 2000  # how far ahead a sweep looks
 SILENT_MS = 86_400_000
 RESOLVABLE = {"Approved": ("approve",), "Denied": ("approve",), "StepResolved": ("in_doubt", "quarantined")}
@@ -85,6 +86,49 @@ def raise_limits(s: Store, run: str, a: Args) -> None:
     s.advance(root)
 
 
+def renew(s: Store, a: Args) -> Reply:
+    """Deadlines pushed; answers the leases that are somebody else's now, or whose run was cancelled."""
+    lost = []
+    heard(s, a["worker"])
+    for unit, fence in a["leases"]:
+        letter, run, key = split(unit)
+        rec = s.rec(run, key)
+        mine = isinstance(rec, dict) and rec["st"] == "leased" and same_fence(rec, fence)
+        wanted = letter == "f" or (s.is_open(run) and not s.is_cancelled(run))
+        if mine and wanted:
+            s.t.zadd("leased", unit, s.now + a["ttl"])
+        else:
+            lost.append(unit)
+    return {"ok": 1}, lost
+
+
+def release(s: Store, a: Args) -> Reply:
+    """Everything the worker held becomes a queued entry at once; and what it may have taken from the broker is sent again."""
+    units = s.t.smembers(f"wl:{a['worker']}")
+    if a.get("below"):
+        units += [unit for unit in s.t.zupto("leased", 1 << 52, 1 << 31) if is_below(s, unit, a["worker"])]
+    for unit in units:
+        _, run, key = split(unit)
+        rec = s.rec(run, key)
+        if isinstance(rec, dict) and rec["st"] == "leased" and f"{rec['w']}/".startswith(f"{a['worker']}/"):
+            if a.get("crashed"):
+                died(s, unit, run, key, rec, len(units), seen=True)
+            else:
+                s.give_back(unit, run, key, rec, crashed=False)
+    if s.t.hget("meta", "sweeper") == a["worker"]:
+        s.t.hset("meta", "sweeper_until", s.now)  # it was the sweeper: whoever comes next is
+    for queue in a.get("queues", ()):
+        s.t.hset("qsnap", queue, f"{s.t.hget('qmax', queue) or 0} {s.now}")
+    return {"ok": 1, "count": len(units)}, NOTHING
+
+
+def is_below(s: Store, unit: str, worker: str) -> bool:
+    """Whether a process of this worker's pool holds the unit: such a one is named `WORKER/PID`."""
+    _, run, key = split(unit)
+    rec = s.rec(run, key)
+    return isinstance(rec, dict) and rec.get("w", "").startswith(f"{worker}/")
+
+
 def told(s: Store, a: Args) -> Reply:
     """The canvas has its result: the run's last entry goes."""
     rec = s.rec(a["run"], "f")
@@ -125,7 +169,7 @@ def sweep(s: Store, a: Args) -> Reply:
 def long_empty(s: Store) -> set[str]:
     """The broker's lists, in this very store, that were empty at every look for a second."""
     looked = s.t.hget("meta", "looked") or 0
-    if not looked <= s.now <= looked + SWEEPER_MS:  # nobody looked meanwhile, or the clock was set back
+    if not looked <= s.now <= looked + LOOK_MS:  # nobody looked meanwhile, or the clock was set back
         for queue in s.t.smembers("queues"):
             s.t.hdel("empty", queue)
     s.t.hset("meta", "looked", s.now)
@@ -261,4 +305,4 @@ def cancelled_error(child: str) -> str:
     return f'{{"type":"DelegateFailed","message":"run {child} was cancelled","child":"{child}"}}'
 
 
-ALL = {**VERBS, "tell": tell, "sweep": sweep, "told": told}
+ALL = {**VERBS, "renew": renew, "release": release, "tell": tell, "sweep": sweep, "told": told}

@@ -286,6 +286,11 @@ class Chaos:
             error, self._error = self._error, None
             raise RuntimeError(f"the chaos itself failed: {error!r}") from error
 
+    @property
+    def over(self) -> bool:
+        """Whether it strikes no more: it was stopped, or a fault could not be done."""
+        return self._over.is_set()
+
     def struck(self, kind: type[Fault] | type[object]) -> int:
         """How often a kind of fault struck."""
         return sum(s.fault == kind.__name__ for s in self.log)
@@ -310,6 +315,7 @@ class Chaos:
                 what = fault.strike(rng)
             except Exception as e:
                 self._error = self._error or e
+                self._over.set()  # the others stop too: `stop` says why
                 return
             if what:
                 struck += 1

@@ -100,7 +100,7 @@ def test_waiting_for_a_person(shell: Shell) -> None:
 
 
 def test_ctrl_c_leaves_the_run_resumable(shell: Shell) -> None:
-    shell.server._latency_s = 1.0
+    shell.server._latency_s = 3.0  # a busy machine must hear the signal before the answers come
     process = shell.start("run", "crew.py", "tea", "--id", "c1")
     while shell.server.in_flight < 3:
         time.sleep(0.01)

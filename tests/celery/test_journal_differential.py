@@ -107,7 +107,7 @@ class Scramble:
 
     def step(self) -> None:
         """One verb; now and then the last one once more."""
-        self.now += self.rng.choice([0, 1, 40, 700, 2_500, 4_000, -300])
+        self.now += self.rng.choice([0, 1, 40, 700, 2_500, 4_100, -300])
         queue = self.rng.choice(BROKER)
         if self.tables.lists[queue]:
             self.tables.lists[queue].clear()

@@ -32,7 +32,7 @@ def journal() -> Watched:
 
 @pytest.fixture
 def tender(journal: Watched, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sweep, "IDLE_S", 60.0)
+    monkeypatch.setattr(sweep, "IDLE", 3_000)
     monkeypatch.setattr("agentmesh.journals.tend.REST_MS", 90_000)
     made = Tender(engines=[], journal=journal, worker="w", queues=["q"], lengths=None, ttl_s=600.0, sweep_s=0.02)
     yield made

@@ -29,8 +29,8 @@ HEAVY = (
     "typer",
 )
 # in-function imports keep `agentmesh` light; these rooms may have them
-MAY_IMPORT_LATE = ("agentmesh/boot.py", "agentmesh/cli/main.py", "agentmesh/cli/models.py", "agentmesh/models/pull.py",
-                   "agentmesh/models/index.py", "agentmesh/models/named.py")  # fmt: skip
+MAY_IMPORT_LATE = ("agentmesh/boot.py", "agentmesh/cli/main.py", "agentmesh/cli/models.py", "agentmesh/cli/rag.py",
+                   "agentmesh/models/pull.py", "agentmesh/models/index.py", "agentmesh/models/named.py")  # fmt: skip
 
 
 def module_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The one door to LangChain: its chat models and tools become ours. Its types never reach a journal."""
+"""LangChain's chat models and tools become ours. Its types never reach a journal."""
 
 import inspect
 import json

@@ -1,0 +1,206 @@
+"""`agentmesh rag add` and `sync`: an ingest under supervised workers, shown as it goes."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from agentmesh.boot import load_crew, place
+from agentmesh.cli.asking import retriever
+from agentmesh.cli.exits import DONE, FAILED
+from agentmesh.cli.run import see_through
+from agentmesh.cli.show import JsonView, View
+from agentmesh.config import load
+from agentmesh.errors import DefinitionError
+from agentmesh.event import Event, RunStarted, StepDone, StepPlanned
+from agentmesh.mesh import Mesh
+from agentmesh.models.named import Models
+from agentmesh.ports import Token
+from agentmesh.rag.ingest import Added
+from agentmesh.retriever import check_paths
+
+CREW = "agentmesh.rag.ingest"
+LINE_S = 1.0  # between two lines where the output is no terminal
+SHOWN = 20  # failures that are printed
+STEPS = ("plan_ingest", "parse_pack", "embed_batch", "index_batch")
+
+
+def add_documents(
+    paths: list[str], *, store: Path | None, embed: str, glob: str, label: str, size: int, overlap: int, meta: list[str],
+    broker: str, run_id: str, as_json: bool, file: Path | None, sync: bool = False, force: bool = False,
+) -> int:  # fmt: skip
+    """Begin an ingest and see it to its end; 1 where a document could not be added."""
+    wanted = retriever(store, embed, file)
+    agent, asked = wanted.ingest(
+        paths, glob=glob, label=label, size=size, overlap=overlap, metadata=_metadata(meta), sync=sync, force=force
+    )
+    check_paths(asked)
+    config, valkey = place(load(file=file, broker=broker or None))
+    try:
+        mesh = Mesh(load_crew(CREW), config=config, models=Models())
+        mesh.check()
+        run = mesh.start(agent, asked, id=run_id, stream=True, origin=CREW)
+        view: View = JsonView() if as_json else Terminal() if sys.stderr.isatty() else Lines()
+        return see_through(run, mesh, CREW, config, as_json=as_json, view=view, say=say_added)
+    finally:
+        if valkey is not None:
+            valkey.leave()
+
+
+def say_added(added: Added, *, as_json: bool) -> int:
+    """What came of it on the output, each failure on the error stream; the exit code."""
+    if not as_json:
+        told = [f"{added.documents} documents added, {added.chunks} passages", f"{added.skipped} unchanged"]
+        told += [f"{added.removed} removed"] if added.removed else []
+        told += [f"{len(added.failed)} not added"] if added.failed else []
+        print(" · ".join(told), flush=True)
+        for failure in added.failed[:SHOWN]:
+            print(f"not added: {failure.source}: {failure.why}", file=sys.stderr)
+        if len(added.failed) > SHOWN:
+            print(f"… and {len(added.failed) - SHOWN} more; --json names all", file=sys.stderr)
+    return FAILED if added.failed else DONE
+
+
+def _metadata(meta: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in meta:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise DefinitionError(f"--meta {text!r} must be NAME=VALUE, such as year=2026")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+# ---- where it stands -------------------------------------------------------------------------
+@dataclass(slots=True)
+class Standing:
+    """One pack, or what is known of it."""
+
+    bytes: int = 0
+    chunks: int = 0
+    embedded: int = 0
+    parsed: bool = False
+
+
+@dataclass(slots=True)
+class Course:
+    """How far an ingest is, made from its events and from what its steps say."""
+
+    documents: int = 0
+    bytes: int = 0
+    skipped: int = 0
+    done: int = 0
+    chunks: int = 0
+    failed: int = 0
+    planned: bool = False
+    steps: dict[tuple[str, int], str] = field(default_factory=dict)
+    packs: dict[str, Standing] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    def event(self, run_id: str, event: Event) -> None:
+        """Take one more event in."""
+        if isinstance(event, RunStarted) and event.agent == "Pack":
+            self.packs[run_id] = Standing()
+        elif isinstance(event, StepPlanned):
+            self.steps[run_id, event.n] = event.name
+        elif isinstance(event, StepDone) and isinstance(event.value, dict):
+            self._step(self.steps.get((run_id, event.n), ""), run_id, event.value)
+
+    def _step(self, name: str, run_id: str, value: dict[str, Any]) -> None:
+        if name in STEPS:
+            self.failed += len(value.get("failed", ()))
+        if name == "plan_ingest":
+            self.planned, self.began = True, time.monotonic()
+            self.documents, self.bytes, self.skipped = value["documents"], value["bytes"], value["skipped"]
+        elif name == "parse_pack":
+            pack = self.packs[run_id]
+            pack.parsed, pack.bytes, pack.chunks = True, value["bytes"], sum(b["chunks"] for b in value["batches"])
+        elif name == "index_batch":
+            self.done += value["documents"]
+            self.chunks += value["chunks"]
+
+    def token(self, token: Token) -> None:
+        """What an embedding step says of itself: `200/600 chunks`."""
+        done = token.text.partition("/")[0]
+        if token.kind == "progress" and token.run_id in self.packs and done.isdigit():
+            self.packs[token.run_id].embedded = int(done)
+
+    @property
+    def share(self) -> float:
+        """Of the work that is done: by bytes, within a pack by chunks."""
+        if not self.bytes:
+            return 1.0 if self.planned else 0.0
+        through = sum(
+            p.bytes * (min(1.0, p.embedded / p.chunks) if p.chunks else 1) for p in self.packs.values() if p.parsed
+        )
+        return min(1.0, through / self.bytes)
+
+    def __str__(self) -> str:
+        if not self.planned:
+            return "listing …"
+        spent = max(1e-3, time.monotonic() - self.began)
+        embedded = max(self.chunks, sum(p.embedded for p in self.packs.values()))
+        told = [f"{self.done}/{self.documents} documents", f"{embedded} passages", f"{embedded / spent:.0f}/s"]
+        if 0.01 < self.share < 1:
+            told.append(f"{spent * (1 - self.share) / self.share:.0f} s left")
+        told += [f"{self.skipped} unchanged"] if self.skipped else []
+        told += [f"{self.failed} failed"] if self.failed else []
+        return " · ".join(told)
+
+
+class Lines:
+    """A plain line a second, on the error stream."""
+
+    def __init__(self) -> None:
+        self.course, self._said, self._last = Course(), time.monotonic(), ""
+
+    def event(self, run_id: str, event: Event) -> None:
+        """Take it in."""
+        self.course.event(run_id, event)
+        self._say()
+
+    def token(self, token: Token) -> None:
+        """Take it in."""
+        self.course.token(token)
+        self._say()
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """The last line."""
+        self._say(last=True)
+
+    def _say(self, *, last: bool = False) -> None:
+        line = str(self.course)
+        if (last or time.monotonic() - self._said >= LINE_S) and line != self._last:
+            self._said, self._last = time.monotonic(), line
+            print(line, file=sys.stderr, flush=True)
+
+
+class Terminal(Lines):
+    """A bar, redrawn in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        columns = BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.description}")
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task: TaskID = self._bar.add_task("listing …", total=1.0)
+        self._bar.start()
+
+    def _say(self, *, last: bool = False) -> None:
+        self._bar.update(self._task, completed=self.course.share, description=str(self.course))
+
+    def close(self) -> None:
+        """Leave the bar standing."""
+        self._say(last=True)
+        self._bar.stop()

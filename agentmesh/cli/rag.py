@@ -1,0 +1,141 @@
+"""`agentmesh rag`: its commands, their options and help. Each body is one call into its own module."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentmesh.cli.state import State
+
+rag = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Documents in, passages out: a store that many processes share.",
+    epilog="Examples:  agentmesh rag add docs/  ·  agentmesh rag search 'parental leave'  ·  agentmesh rag stats",
+)  # fmt: skip
+
+Store = Annotated[Path | None, typer.Option(help="The store's folder; .agentmesh/rag when left out.", metavar="DIR")]
+Embed = Annotated[
+    str, typer.Option(help="wordllama, local:NAME, openai:NAME or a server's URL; what the store has.", metavar="NAME")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help="Folders and files.")]
+Glob = Annotated[str, typer.Option(help="Which files of the folders, such as '*.md' or 'guides/**/*.md'.")]
+Label = Annotated[str, typer.Option(help="What the sources' names begin with; each folder's name when left out.")]
+Size = Annotated[int, typer.Option(help="Characters in a passage, at most.")]
+Overlap = Annotated[int, typer.Option(help="Characters that it shares with the one before.")]
+Meta = Annotated[list[str] | None, typer.Option(help="Metadata of every passage, such as year=2026.", metavar="K=V")]
+Mode = Annotated[str, typer.Option(help="hybrid, dense or text.")]
+Where = Annotated[str, typer.Option(help='A filter as JSON, such as \'{"year": {"$gte": 2024}}\'.', metavar="JSON")]
+Broker = Annotated[str, typer.Option(help="Celery broker URL; left out, an embedded Valkey is used.", metavar="URL")]
+Id = Annotated[str, typer.Option(help="The run's id; the same id takes up the run that is there.")]
+K = Annotated[int, typer.Option("-k", help="How many passages.")]
+
+
+@rag.command("add", epilog="Examples:  agentmesh rag add docs/  ·  agentmesh rag add a.pdf notes/ --meta year=2026")
+def rag_add(
+    paths: Paths, store: Store = None, embed: Embed = "", glob: Glob = "", label: Label = "", size: Size = 1000,
+    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", id: Id = "", json: Json = False,
+) -> None:  # fmt: skip
+    """Index what is new or changed. Ctrl-C leaves the run resumable."""
+    from agentmesh.cli.adding import add_documents
+
+    raise typer.Exit(add_documents(
+        paths, store=store, embed=embed, glob=glob, label=label, size=size, overlap=overlap, meta=meta or [],
+        broker=broker, run_id=id, as_json=json, file=State.config,
+    ))  # fmt: skip
+
+
+@rag.command("sync", epilog="Examples:  agentmesh rag sync docs/  ·  agentmesh rag sync docs/ --force")
+def rag_sync(
+    paths: Paths, store: Store = None, embed: Embed = "", glob: Glob = "", label: Label = "", size: Size = 1000,
+    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", id: Id = "", json: Json = False,
+    force: Annotated[bool, typer.Option("--force", help="Also when more than half vanished.")] = False,
+) -> None:  # fmt: skip
+    """`add`, and what vanished from these folders leaves the store."""
+    from agentmesh.cli.adding import add_documents
+
+    raise typer.Exit(add_documents(
+        paths, store=store, embed=embed, glob=glob, label=label, size=size, overlap=overlap, meta=meta or [],
+        broker=broker, run_id=id, as_json=json, file=State.config, sync=True, force=force,
+    ))  # fmt: skip
+
+
+@rag.command(
+    "search", epilog="Examples:  agentmesh rag search 'parental leave' -k 3  ·  agentmesh rag search C++ --mode text"
+)
+def rag_search(
+    text: Annotated[str, typer.Argument(help="What to look for.")], k: K = 5, mode: Mode = "hybrid", where: Where = "",
+    diverse: Annotated[float, typer.Option(help="0 to 1: how far passages that repeat each other stand back.")] = 0.0,
+    store: Store = None, embed: Embed = "", json: Json = False,
+) -> None:  # fmt: skip
+    """The passages that fit best, best first."""
+    from agentmesh.cli.asking import search
+
+    raise typer.Exit(search(
+        text, k=k, mode=mode, where=where, diverse=diverse, store=store, embed=embed, as_json=json, file=State.config
+    ))  # fmt: skip
+
+
+@rag.command("stats")
+def rag_stats(store: Store = None, json: Json = False) -> None:
+    """How much there is, of what, and by which embedder."""
+    from agentmesh.cli.asking import stats
+
+    raise typer.Exit(stats(store=store, as_json=json, file=State.config))
+
+
+@rag.command("verify")
+def rag_verify(store: Store = None) -> None:
+    """Read everything and compare checksums; names each damaged file."""
+    from agentmesh.cli.asking import verify
+
+    raise typer.Exit(verify(store=store, file=State.config))
+
+
+@rag.command("compact")
+def rag_compact(store: Store = None) -> None:
+    """Merge small segments into large ones; ingests do it by themselves."""
+    from agentmesh.cli.asking import compact
+
+    raise typer.Exit(compact(store=store, file=State.config))
+
+
+@rag.command("reembed", epilog="Examples:  agentmesh rag reembed --embed local:BAAI/bge-small-en-v1.5")
+def rag_reembed(
+    embed: Annotated[str, typer.Option(help="The new embedder.", metavar="NAME")], store: Store = None
+) -> None:
+    """Give the stored passages the vectors of another embedder; searches go on meanwhile."""
+    from agentmesh.cli.asking import reembed
+
+    raise typer.Exit(reembed(embed, store=store, file=State.config))
+
+
+@rag.command(
+    "eval",
+    epilog='A line of the file:  {"question": "Who is paid?", "source": "handbook/pay.md", "contains": "all staff"}',
+)
+def rag_eval(
+    questions: Annotated[Path, typer.Argument(help="One JSON object a line: question, source, contains.")],
+    k: Annotated[list[int] | None, typer.Option("-k", help="Ranks to count recall at; 1 3 5 10 when left out.")] = None,
+    mode: Mode = "hybrid", store: Store = None, embed: Embed = "", json: Json = False,
+) -> None:  # fmt: skip
+    """How often questions find the passage that answers them: recall and mean reciprocal rank."""
+    from agentmesh.cli.asking import evaluate
+
+    raise typer.Exit(evaluate(
+        questions, k=k or [1, 3, 5, 10], mode=mode, store=store, embed=embed, as_json=json, file=State.config
+    ))  # fmt: skip
+
+
+@rag.command("import-langchain", epilog="Examples:  agentmesh rag import-langchain old_index/ --trust-pickle")
+def rag_import(
+    folder: Annotated[Path, typer.Argument(help="A folder that LangChain's FAISS.save_local made.")],
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Its docstore is a pickle: read it.")] = False,
+    name: Annotated[str, typer.Option(help="Of its files.")] = "index",
+    store: Store = None, embed: Embed = "",
+) -> None:  # fmt: skip
+    """Take over the passages and vectors of an old LangChain folder."""
+    from agentmesh.cli.asking import import_langchain
+
+    raise typer.Exit(import_langchain(
+        folder, name=name, trust_pickle=trust_pickle, store=store, embed=embed, file=State.config
+    ))  # fmt: skip

@@ -1,0 +1,40 @@
+"""The one door to LangChain: its models, tools, loaders, splitters and embeddings become ours, our store becomes its.
+
+`FaissVectorStore` brings FAISS, and is imported when it is first named.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from agentmesh.langchain.chat import answer_of, as_model, as_tool, from_langchain, to_langchain
+
+if TYPE_CHECKING:
+    from agentmesh.langchain.documents import as_embeddings, as_splitter, load_with
+    from agentmesh.langchain.old import import_folder
+    from agentmesh.langchain.vectorstore import FaissVectorStore
+
+__all__ = [
+    "FaissVectorStore",
+    "answer_of",
+    "as_embeddings",
+    "as_model",
+    "as_splitter",
+    "as_tool",
+    "from_langchain",
+    "import_folder",
+    "load_with",
+    "to_langchain",
+]
+_LAZY = {
+    "FaissVectorStore": "vectorstore",
+    "as_embeddings": "documents",
+    "as_splitter": "documents",
+    "import_folder": "old",
+    "load_with": "documents",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"agentmesh.langchain.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'agentmesh.langchain' has no attribute {name!r}")

@@ -1,0 +1,108 @@
+"""LangChain's loaders, splitters and embeddings as ours, and our embedders as its."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from langchain_core.document_loaders import BaseLoader
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.embeddings import Embeddings
+
+from agentmesh.errors import DefinitionError, DocumentError
+from agentmesh.rag.chunk import Chunk, Document, Value, sound
+from agentmesh.rag.embed import Embedder
+
+
+class _Embeddings(Embeddings):
+    """One of our embedders, as LangChain asks it."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self.embedder = embedder
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        vectors: list[list[float]] = self.embedder.documents(texts).tolist()
+        return vectors
+
+    def embed_query(self, text: str) -> list[float]:
+        vector: list[float] = self.embedder.query(text).tolist()
+        return vector
+
+
+def as_embeddings(embedder: Embedder) -> Embeddings:
+    """An embedder as LangChain's Embeddings; one that was LangChain's is itself again."""
+    theirs = getattr(embedder, "embeddings", None)
+    return theirs if isinstance(theirs, Embeddings) else _Embeddings(embedder)
+
+
+def load_with(loader: BaseLoader) -> Iterator[tuple[str, Document]]:
+    """What a LangChain loader loads: each document's source and itself, ready for `split` and `replace`.
+
+    Documents of one source, such as the pages of a PDF, are given one after the other as `source`, `source#2`, ….
+
+    Raises:
+        DocumentError: the loader raised.
+    """
+    if not isinstance(loader, BaseLoader):
+        raise DefinitionError(f"load_with takes a LangChain loader, not {type(loader).__name__}")
+    seen: dict[str, int] = {}
+    found = iter(loader.lazy_load())
+    while True:
+        try:
+            document = next(found, None)
+        except Exception as e:
+            # a loader is any code; what it could not read is told as our own loaders tell it
+            raise DocumentError(f"{type(loader).__name__} raised {type(e).__name__}: {e}") from e
+        if document is None:
+            return
+        source = str(document.metadata.get("source") or type(loader).__name__)
+        seen[source] = seen.get(source, 0) + 1
+        name = source if seen[source] == 1 else f"{source}#{seen[source]}"
+        yield name, Document(sound(document.page_content), metadata=plain(document.metadata))
+
+
+def as_splitter(splitter: Any) -> Callable[..., list[Chunk]]:
+    """A LangChain text splitter in the place of `split`: called with a document and its source.
+
+    Raises (when called):
+        DocumentError: the splitter changed the text, so that a chunk has no place in it.
+    """
+    if not callable(getattr(splitter, "split_text", None)):
+        raise DefinitionError(f"as_splitter takes a LangChain text splitter, not {type(splitter).__name__}")
+
+    def split(document: Document, source: str, *, metadata: Mapping[str, Value] | None = None) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        at = 0
+        for piece in splitter.split_text(document.text):
+            text = piece.page_content if isinstance(piece, LangChainDocument) else piece
+            start = document.text.find(text, at)
+            if start < 0:
+                raise DocumentError(
+                    f"{type(splitter).__name__} changed the text of {source!r}: {text[:40]!r} is not in it; "
+                    "use a splitter that only cuts",
+                    source=source,
+                )
+            at = start + 1
+            told = {**document.metadata, **(metadata or {})}
+            if isinstance(piece, LangChainDocument):
+                told = {**plain(piece.metadata), **told}
+            chunks.append(Chunk(f"{source}#{start}", text, source, start, metadata=told))
+        return chunks
+
+    return split
+
+
+def plain(metadata: Mapping[str, Any]) -> dict[str, Value]:
+    """The fields that a store can keep and filter by."""
+    return {str(k): v for k, v in metadata.items() if is_value(v) and not str(k).startswith(("$", "\0"))}
+
+
+def is_value(value: Any) -> bool:
+    """Whether a store keeps it as it is."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if isinstance(value, float):
+        return not math.isnan(value)
+    if isinstance(value, list):
+        return all(isinstance(v, str) for v in value)
+    return isinstance(value, str | datetime)

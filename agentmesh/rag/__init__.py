@@ -1,0 +1,1 @@
+"""Documents in, quoted passages out. Knows nothing of journals, models or Celery."""

@@ -1,0 +1,1 @@
+"""The kinds of embedders, one a file; none imports another."""

@@ -1,0 +1,179 @@
+"""A transformers encoder on this machine: BERT and its kin, E5, BGE, MiniLM. torch is imported here.
+
+Shapes: b texts in a batch, t tokens of the longest, d the width.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from agentmesh.errors import ConfigError, EmbedderError, ExtraMissing
+from agentmesh.models.cache import is_installed, model_folder
+from agentmesh.rag.embed import Base, Floats, trained_prefixes
+
+try:
+    import numpy as np
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+except ImportError as e:
+    raise ExtraMissing(f"a local encoder needs {e.name}: pip install 'agentmesh-celery[local,rag]'") from None
+
+BATCH_TOKENS = 4096  # padding included; sorted batches of 2,048 to 4,096 were the fastest (mixed lengths, two threads)
+LONGEST_TOKENS = 512  # where the model does not say
+PIECE = 4096  # texts tokenised at a time
+POOLINGS = ("mean", "cls", "lasttoken")
+
+
+class Encoder(Base):
+    """Vectors of a transformers encoder; bf16 where the processor has it, pooled in fp32.
+
+    Args:
+        model: a folder, a model of agentmesh's cache, or a name in the hub's own cache. Nothing is fetched.
+        pooling: mean, cls or lasttoken; what the model's folder says when left out, else mean.
+        prefixes: before a query and before a document; what the folder or the name says when left out.
+
+    Raises:
+        ConfigError: there is no such model here, or it is no plain encoder.
+    """
+
+    def __init__(
+        self, model: str, *, pooling: str | None = None, prefixes: tuple[str, str] | None = None, device: str = ""
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.name = f"local:{model}"
+        self._where = _place(model)
+        self.pooling = pooling or _said_pooling(self._where)
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"{model!r} pools by {self.pooling!r}; an encoder here pools by {', '.join(POOLINGS)}")
+        self.prefixes = prefixes or _said_prefixes(self._where, model)
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._parts: tuple[Any, Any, int] | None = None
+
+    def count(self, text: str) -> int:
+        """How many tokens a text is."""
+        tokenizer, _, _ = self._loaded()
+        with self._lock:
+            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _loaded(self) -> tuple[Any, Any, int]:
+        with self._lock:
+            if self._parts is None:
+                transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+                try:
+                    tokenizer = AutoTokenizer.from_pretrained(self._where, local_files_only=True)
+                    model = AutoModel.from_pretrained(
+                        self._where, local_files_only=True, use_safetensors=True, dtype=_dtype(self._device)
+                    )
+                except (OSError, ValueError) as e:
+                    first = str(e).splitlines()[0] if str(e) else type(e).__name__
+                    raise ConfigError(
+                        f"{self.name!r} cannot be loaded ({first}); name a folder with a model, "
+                        "or fetch one with `agentmesh models pull ORG/MODEL`"
+                    ) from None
+                if tokenizer.pad_token is None:
+                    tokenizer.pad_token = tokenizer.eos_token
+                tokenizer.padding_side = "right"  # the pooling below counts on it
+                self._parts = tokenizer, model.to(self._device).eval(), _longest(self._where, tokenizer, model)
+            return self._parts
+
+    def _embed(self, texts: list[str]) -> Any:
+        tokenizer, model, longest = self._loaded()
+        out: Floats | None = None
+        for first in range(0, len(texts), PIECE):
+            piece = texts[first : first + PIECE]
+            with self._lock:  # a fast tokenizer's truncation is a setting of the object
+                tokens = tokenizer(piece, truncation=True, max_length=longest)["input_ids"]
+            for batch in _batches([len(t) for t in tokens]):
+                vectors = self._forward(model, [tokens[i] for i in batch], tokenizer.pad_token_id or 0)
+                if out is None:
+                    out = np.empty((len(texts), vectors.shape[1]), np.float32)
+                out[[first + i for i in batch]] = vectors
+        return out
+
+    def _forward(self, model: Any, tokens: list[list[int]], pad: int) -> Floats:
+        lengths = torch.tensor([len(t) for t in tokens])
+        if not int(lengths.min()):
+            raise EmbedderError(f"{self.name!r} makes no token of a text; leave empty texts out")
+        ids = torch.full((len(tokens), int(lengths.max())), pad)  # (b, t)
+        for row, one in zip(ids, tokens, strict=True):
+            row[: len(one)] = torch.tensor(one)
+        mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]  # (b, t)
+        ids, mask, lengths = (x.to(self._device) for x in (ids, mask, lengths))
+        with torch.inference_mode():
+            hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()  # (b, t, d)
+            if self.pooling == "cls":
+                pooled = hidden[:, 0]  # (b, d)
+            elif self.pooling == "lasttoken":
+                pooled = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # (b, d)
+            else:
+                pooled = (hidden * mask[..., None]).sum(1) / lengths[:, None]  # (b, t, d) -> (b, d)
+        vectors: Floats = pooled.cpu().numpy()
+        return vectors
+
+    def _identity(self) -> dict[str, str]:
+        said = _read(Path(self._where) / "agentmesh.json").get("source", "") if Path(self._where).is_dir() else ""
+        return {"name": self.name, "revision": str(said), "pooling": self.pooling}
+
+
+def _place(model: str) -> str:
+    if Path(model).expanduser().is_dir():
+        return str(Path(model).expanduser())
+    if not model or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ConfigError(f"there is no folder {model!r} with an encoder")
+    return str(model_folder(model)) if is_installed(model) else model
+
+
+def _batches(lengths: list[int]) -> Iterator[list[int]]:
+    """Positions of texts, the longest first, so that what does not fit fails at once and little is padded."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _dtype(device: str) -> torch.dtype:
+    if device != "cpu":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    avx = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if amx() or avx() else torch.float32
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _said_pooling(where: str) -> str:
+    """What sentence-transformers wrote beside the model."""
+    said = _read(Path(where) / "1_Pooling" / "config.json")
+    if modes := [k for k, v in said.items() if k.startswith("pooling_mode_") and v is True]:
+        name = "+".join(m.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for m in modes)
+        return "lasttoken" if name == "last" else name
+    return "mean"
+
+
+def _said_prefixes(where: str, name: str) -> tuple[str, str]:
+    prompts = _read(Path(where) / "config_sentence_transformers.json").get("prompts") or {}
+    if isinstance(prompts, dict) and (query := prompts.get("query")):
+        return str(query), str(prompts.get("document") or prompts.get("passage") or "")
+    return trained_prefixes(name)
+
+
+def _longest(where: str, tokenizer: Any, model: Any) -> int:
+    said = _read(Path(where) / "sentence_bert_config.json").get("max_seq_length")
+    limits = [said, tokenizer.model_max_length]
+    if positions := getattr(model.config, "max_position_embeddings", None):
+        offset = 2 if "roberta" in str(getattr(model.config, "model_type", "")) else 0  # its positions begin behind pad
+        limits.append(positions - offset)
+    known = [int(x) for x in limits if isinstance(x, int) and 0 < x < 1_000_000]
+    return min(known, default=LONGEST_TOKENS)

@@ -1,0 +1,126 @@
+"""Documents into a store, as steps that survive their workers: plan, then packs side by side, each parse, embed, index.
+
+`agentmesh worker agentmesh.rag.ingest` serves these steps; `--queue embed` where the GPU is.
+"""
+
+from pydantic import BaseModel
+
+from agentmesh.agent import Agent
+from agentmesh.crew import Crew
+from agentmesh.errors import RunFailed, StepError
+from agentmesh.queue import Queue
+from agentmesh.rag.indexing import embed_batch, index_batch
+from agentmesh.rag.plan import Asked, How
+from agentmesh.rag.reports import Batch, Failure
+from agentmesh.rag.steps import blame, check_embedder, compact, parse_pack, plan_ingest, remove_vanished, tidy
+from agentmesh.step import Context
+
+WINDOW = 8  # packs in flight: what lies in parts at once
+
+
+class Packed(BaseModel):
+    """What became of one pack."""
+
+    documents: int = 0
+    chunks: int = 0
+    bytes: int = 0
+    failed: list[Failure] = []
+
+
+class Added(BaseModel):
+    """What became of an ingest.
+
+    Args:
+        documents: indexed now, new or changed.
+        skipped: those that the store had as they are.
+        removed: those that vanished, with `sync`.
+        failed: those that are not in the store as they are on disk, each with its reason.
+    """
+
+    documents: int = 0
+    chunks: int = 0
+    skipped: int = 0
+    removed: int = 0
+    failed: list[Failure] = []
+
+
+class Pack(Agent[Packed]):
+    """One pack of documents: parse, then embed and index batch by batch."""
+
+    store: str = ""
+    embed: str = ""
+    parts: str = ""
+    how: How = How()
+
+    def flow(self, task: str, ctx: Context) -> Packed:
+        """What fails is told and stops nothing else."""
+        try:
+            parsed = ctx.do(parse_pack.on(self.store, self.parts, task, self.how))
+        except StepError as e:
+            failed = ctx.do(blame.on(self.store, self.parts, task, e.message))
+            return Packed(failed=failed)
+        packed = Packed(bytes=parsed.bytes, failed=parsed.failed)
+        for batch in parsed.batches:
+            try:
+                self._index(batch, packed, ctx)
+            except StepError as e:
+                failed = ctx.do(blame.on(self.store, self.parts, batch.part, e.message))
+                packed.failed += failed
+        return packed
+
+    def _index(self, batch: Batch, packed: Packed, ctx: Context) -> None:
+        embedded = ctx.do(embed_batch.on(self.store, self.parts, batch.part, self.embed))
+        without = [failure.source for failure in embedded.failed]
+        indexed = ctx.do(index_batch.on(self.store, self.parts, batch.part, embedded.part, self.embed, without))
+        packed.documents += indexed.documents
+        packed.chunks += indexed.chunks
+        packed.failed += [*embedded.failed, *indexed.failed]
+
+
+class Ingest(Agent[Added]):
+    """Adds what is new or changed to a store; a model is not asked.
+
+    Args:
+        store: the store's folder, absolute.
+        embed: the embedder's name; the store's own when left out, and in a new store `wordllama`.
+        window: packs in flight at once.
+    """
+
+    team = (Pack(),)
+    store: str = ""
+    embed: str = ""
+    how: How = How()
+    window: int = WINDOW
+
+    def flow(self, task: Asked, ctx: Context) -> Added:
+        """Plan; packs in a window; then what vanished."""
+        planned = ctx.do(plan_ingest.on(self.store, task, self.how))
+        if planned.packs:
+            planned.refused = ctx.do(check_embedder.on(self.store, self.embed))
+            if planned.refused:
+                ctx.do(tidy.on(self.store, planned.parts))
+        if planned.refused:
+            raise RunFailed(planned.refused)
+        pack = Pack(store=self.store, embed=self.embed, parts=planned.parts, how=self.how)
+        ended = ctx.gather([pack.on(name) for name in planned.packs], window=self.window, errors=True)
+        added = Added(skipped=planned.skipped, failed=planned.failed)
+        for name, one in zip(planned.packs, ended, strict=True):
+            if isinstance(one, StepError):
+                added.failed.append(Failure(source=f"pack {name}", why=one.message))
+                continue
+            added.documents += one.documents
+            added.chunks += one.chunks
+            added.failed += one.failed
+        if planned.vanished:
+            added.removed = ctx.do(remove_vanished.on(self.store, planned.parts, planned.vanished))
+        if planned.packs or planned.vanished:
+            ctx.do(tidy.on(self.store, planned.parts))
+            try:
+                ctx.do(compact.on(self.store))
+            except StepError:  # a store searches as well without; the next ingest tries again
+                return added
+        return added
+
+
+QUEUES = (Queue("index"), Queue("parse", pool="prefork"), Queue("embed", concurrency=16))
+crew = Crew(Ingest(), name="rag", queues=QUEUES)

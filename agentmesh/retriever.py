@@ -1,0 +1,272 @@
+"""Documents in, passages out: a store, an embedder and an ingest behind one name.
+
+It stands above `boot`, because adding documents is a run like any other.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel
+
+from agentmesh.boot import start
+from agentmesh.crew import Crew
+from agentmesh.errors import DefinitionError, MeshError
+from agentmesh.rag.chunk import Chunk, Hit, Value
+from agentmesh.rag.embed import Embedder
+from agentmesh.rag.embed import embedder as make_embedder
+from agentmesh.rag.fuse import mmr
+from agentmesh.rag.here import HERE, embedder_for, lend, store_of
+from agentmesh.rag.ingest import QUEUES, WINDOW, Added, Ingest
+from agentmesh.rag.parts import plain
+from agentmesh.rag.plan import Asked, How
+from agentmesh.rag.scores import Scores, evaluate
+from agentmesh.rag.store import FaissStore
+from agentmesh.run import Run
+from agentmesh.tool import Tool, tool
+
+Mode = Literal["hybrid", "dense", "text"]
+Where = Mapping[str, Any]
+MODES = ("hybrid", "dense", "text")
+MMR_OF = 4  # times k: how many of the best maximal marginal relevance chooses among
+
+
+class Passage(BaseModel):
+    """A passage as a model sees it: `text` is `[start:start + len(text)]` of the document `source`."""
+
+    source: str
+    start: int
+    text: str
+    heading: str = ""
+
+
+class Retriever:
+    """A folder of passages: `add` documents, `search` them, give agents its `tool`.
+
+    Opening reads nothing; the store and the embedder are loaded at the first use, in each process by itself.
+    """
+
+    def __init__(self, path: str | Path, *, embed: Any = "", bound: Sequence[Where] = ()) -> None:
+        self.path = os.path.abspath(path)
+        self._embed, self._bound = embed, tuple(bound)
+
+    @classmethod
+    def open(cls, path: str | Path, *, embed: Any = "") -> "Retriever":
+        """The store in a folder, which need not exist yet.
+
+        Args:
+            embed: `wordllama` (offline), `local:NAME`, `openai:NAME`, a server's URL, or an object: LangChain's
+                `Embeddings` or one of your own. Left out, it is the store's own, and in a new store `wordllama`.
+        """
+        return cls(path, embed=embed)
+
+    def __repr__(self) -> str:
+        return f"Retriever({self.path!r})"
+
+    # ---- in ------------------------------------------------------------------------------------
+    def add(
+        self, paths: str | Path | Iterable[str | Path], *, glob: str = "", label: str = "", size: int = 1000,
+        overlap: int = 150, encoding: str = "utf-8", metadata: Mapping[str, Value] | None = None,
+        sync: bool = False, force: bool = False, window: int = WINDOW, id: str = "", timeout_s: float | None = None,
+    ) -> Added:  # fmt: skip
+        """Index what is new or changed in folders and files, as Celery steps; comes back when the run has ended.
+
+        Args:
+            glob: which files of the folders, such as `**/*.md`; every kind that a loader knows when left out.
+            label: what the sources' names begin with; each folder's own name when left out.
+            size: characters in a passage, at most; `overlap` is what it shares with the one before.
+            metadata: of every passage, for `where`.
+            sync: documents that vanished from these folders leave the store.
+            force: also when a folder is empty, or more than half of it vanished.
+            window: packs of documents in flight at once.
+            id: of the run; the same id takes up the run that is there.
+
+        Raises:
+            DefinitionError: a path that is not there, or an argument that is none.
+            RunFailed: nothing was done; it says why. What cannot be read is in `Added.failed`.
+        """
+        run = self.start_adding(
+            paths, glob=glob, label=label, size=size, overlap=overlap, encoding=encoding, metadata=metadata, sync=sync,
+            force=force, window=window, id=id,
+        )  # fmt: skip
+        return run.result(timeout_s=timeout_s)
+
+    def start_adding(self, paths: str | Path | Iterable[str | Path], *, id: str = "", **how: Any) -> Run[Added]:
+        """`add` without waiting: a handle to its run."""
+        agent, asked = self.ingest(paths, **how)
+        check_paths(asked)
+        name = "rag" if not agent.embed.startswith(HERE) else f"rag-{agent.embed.removeprefix(HERE)}"
+        crew = Crew(agent, name=name, queues=QUEUES)
+        return cast(Run[Added], start(crew, asked, id=id))
+
+    def ingest(
+        self, paths: str | Path | Iterable[str | Path], *, glob: str = "", label: str = "", size: int = 1000,
+        overlap: int = 150, encoding: str = "utf-8", metadata: Mapping[str, Value] | None = None, sync: bool = False,
+        force: bool = False, window: int = WINDOW,
+    ) -> tuple[Ingest, Asked]:  # fmt: skip
+        """The agent and its task that `add` runs, for a flow of your own: `ctx.do(agent.on(task))`. Touches no disk.
+
+        Raises:
+            DefinitionError: an argument that is none.
+        """
+        if self._bound:
+            raise DefinitionError(
+                "a retriever with a filter only searches: add through the one it was made from, with metadata={…}"
+            )
+        if size < 1 or not 0 <= overlap < size:
+            raise DefinitionError(f"size={size}, overlap={overlap}: size must be at least 1, and overlap less than it")
+        if window < 1:
+            raise DefinitionError(f"window={window} must be at least 1")
+        given = [paths] if isinstance(paths, str | Path) else list(paths)
+        absolute = [os.path.abspath(p) for p in given]
+        how = How(size=size, overlap=overlap, encoding=encoding, metadata=plain(metadata or {}))
+        agent = Ingest(store=self.path, embed=self._embed_name(), how=how, window=window)
+        return agent, Asked(paths=absolute, glob=glob, label=label, sync=sync, force=force)
+
+    def sync(self, paths: str | Path | Iterable[str | Path], **how: Any) -> Added:
+        """`add`, and what vanished from these folders leaves the store."""
+        return self.add(paths, sync=True, **how)
+
+    def remove(self, sources: str | Iterable[str]) -> int:
+        """Take documents out, by their sources' names; how many passages went."""
+        wanted = [sources] if isinstance(sources, str) else list(sources)
+        return self._store().remove(wanted).removed
+
+    # ---- out -----------------------------------------------------------------------------------
+    def search(
+        self, text: str, k: int = 5, *, mode: Mode = "hybrid", where: Where | None = None, diverse: float = 0.0
+    ) -> list[Hit]:  # fmt: skip
+        """The k best passages, best first; fewer only where fewer pass the filter.
+
+        Args:
+            k: at least 1.
+            mode: `dense` by meaning, `text` by words, `hybrid` by both.
+            where: Mongo's words over metadata and `source`: `{"year": {"$gte": 2024}}`.
+            diverse: 0 takes the nearest; above it, at most 1, passages that repeat each other stand back
+                (maximal marginal relevance).
+
+        Raises:
+            DefinitionError: an argument that is none.
+            StoreError: the store cannot answer: an unknown filter, a damaged file, another embedder.
+        """
+        if k < 1:
+            raise DefinitionError(f"search(k={k}): k must be at least 1")
+        if mode not in MODES:
+            raise DefinitionError(f"search(mode={mode!r}): there are {', '.join(MODES)}")
+        if not 0 <= diverse <= 1:
+            raise DefinitionError(f"search(diverse={diverse}) must be 0 to 1")
+        if not self.count(where):
+            return []
+        vector = self.embedder().query(text)
+        store, many = self._store(self.embedder()), k * MMR_OF if diverse else k
+        if mode == "text":
+            hits = store.search_text(text, many, where=where, vector=vector)
+        elif mode == "dense":
+            hits = store.search(vector, many, where=where)
+        else:
+            hits = store.search_hybrid(text, vector, many, where=where)
+        if not diverse or len(hits) <= k:
+            return hits[:k]
+        chosen = mmr(vector, store.vectors([h.id for h in hits]), k, relevance=1 - diverse)
+        return [hits[i] for i in chosen]
+
+    def where(self, where: Where | None = None, **equal: Any) -> "Retriever":
+        """The same store seen through a filter, which nobody who is given it sees or widens: `where(tenant="a")`."""
+        return Retriever(self.path, embed=self._embed, bound=(*self._bound, {**(where or {}), **equal}))
+
+    def tool(
+        self, *, k: int = 5, name: str = "search", about: str = "", mode: Mode = "hybrid"
+    ) -> Tool[[str], list[Passage]]:
+        """A tool for agents: a question in, the k best passages out.
+
+        Args:
+            about: what the documents are, for the model: "the staff handbook".
+        """
+
+        def search(query: str) -> list[Passage]:
+            return [
+                Passage(source=h.source, start=h.start, text=h.text, heading=" > ".join(h.heading))
+                for h in self.search(query, k, mode=mode)
+            ]
+
+        search.__doc__ = f"Find passages of {about or 'the documents'} that bear on a question.\n\nArgs:\n    query: what to look for."
+        return tool(name=name)(search)
+
+    def get(self, ids: Sequence[str]) -> list[Chunk | None]:
+        """Passages by id; None where there is none."""
+        return self._store().get(ids)
+
+    def count(self, where: Where | None = None) -> int:
+        """How many passages there are."""
+        return self._store().count(where)
+
+    def sources(self) -> Mapping[str, Any]:
+        """Each document's digest, its number of passages and what else is known of it."""
+        return self._store().sources()
+
+    def embedder(self) -> Embedder:
+        """What makes the vectors of questions; loaded at its first use."""
+        return embedder_for(self.path, self._embed) if isinstance(self._embed, str) else make_embedder(self._embed)
+
+    # ---- upkeep --------------------------------------------------------------------------------
+    def reembed(self, embed: Any, *, progress: Callable[[int, int], None] | None = None) -> "Retriever":
+        """The same passages with the vectors of another embedder, made in this process; cut off, it goes on where it was.
+
+        Searches and ingests go on with the old vectors until all new ones are there. Answers the retriever for them.
+
+        Args:
+            progress: told how many passages are done, and of how many.
+        """
+        other = Retriever(self.path, embed=embed)
+        by = other.embedder()
+        store = (
+            self._store() if self._bound else FaissStore(self.path)
+        )  # its own: afterwards it expects the new embedder
+        store.reembed(by.documents, identity=by.identity, progress=progress)
+        return other
+
+    def eval(
+        self,
+        questions: str | Path | Iterable[Mapping[str, Any]],
+        *,
+        k: Sequence[int] = (1, 3, 5, 10),
+        mode: Mode = "hybrid",
+    ) -> Scores:
+        """How often questions find the passage that answers them.
+
+        Args:
+            questions: a file with one JSON object a line, or such objects: `question`, and `source` (or `sources`: any
+                of them), with `contains` where the passage must hold these words.
+
+        Raises:
+            DefinitionError: a line without these.
+        """
+        return evaluate(lambda text, most: self.search(text, most, mode=mode), questions, k)
+
+    # ---- parts ---------------------------------------------------------------------------------
+    def _embed_name(self) -> str:
+        """What names the embedder to a worker; an object is lent, to workers of this process."""
+        return self._embed if isinstance(self._embed, str) else make_embedder(self._embed).name or lend(self._embed)
+
+    def _store(self, by: Embedder | None = None) -> FaissStore:
+        store = store_of(self.path, by.identity if by is not None else None)
+        for where in self._bound:
+            store = store.bound(where)
+        return store
+
+
+def check_paths(asked: Asked) -> None:
+    """Nothing, where all paths of an ingest are there.
+
+    Raises:
+        DefinitionError: one is not, or a file is to be synced.
+    """
+    for path in asked.paths:
+        if not os.path.exists(path):
+            raise DefinitionError(f"there is no folder or file {path!r}; name one that is there, for the workers too")
+        if asked.sync and not os.path.isdir(path):
+            raise DefinitionError(f"sync compares folders with the store, and {path!r} is a file; name its folder")
+
+
+__all__ = ["Added", "Hit", "MeshError", "Mode", "Passage", "Retriever", "Scores"]

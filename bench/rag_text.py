@@ -1,0 +1,75 @@
+"""Search by words and hybrid search beside dense search, over one store: `python bench/rag_text.py [rows]`.
+
+Words come from a Zipf distribution as in real text; vectors are random: neither changes what a search costs.
+"""
+
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from common import machine
+
+from agentmesh.rag.chunk import Chunk
+from agentmesh.rag.store import FaissStore
+
+D, WORDS, CHUNK_WORDS, K, ASKED, BATCH = 384, 50_000, 150, 10, 300, 5_000
+
+
+def p50_ms(ask: Callable[[int], object]) -> float:
+    """The median of many single searches."""
+    took = []
+    for i in range(ASKED):
+        began = time.perf_counter()
+        ask(i)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took) * 1e3
+
+
+def main(n: int) -> None:
+    """Fills a store, merges it, asks."""
+    rng = np.random.default_rng(7)
+    words = np.array([f"word{i}" for i in range(WORDS)])
+    path = Path(tempfile.mkdtemp(prefix="agentmesh-bench-"))
+    store = FaissStore(path)
+    began = time.perf_counter()
+    for first in range(0, n, BATCH):
+        size = min(BATCH, n - first)
+        texts = [" ".join(words[row]) for row in (rng.zipf(1.2, (size, CHUNK_WORDS)) - 1) % WORDS]
+        chunks = [Chunk(f"c{first + i}", t, "s", metadata={"part": (first + i) % 50}) for i, t in enumerate(texts)]
+        store.upsert(chunks, rng.standard_normal((size, D)).astype(np.float32))
+    filled = time.perf_counter()
+    store.compact(everything=True)
+    merged_s = time.perf_counter() - filled
+    print(machine())
+    print(
+        f"{n} chunks of {CHUNK_WORDS} words: filled in {filled - began:.1f} s, merged with an index in {merged_s:.1f} s"
+    )
+
+    vectors = rng.standard_normal((ASKED, D)).astype(np.float32)
+    # a question: two frequent words and two rarer ones
+    asked = [" ".join(words[[*rng.integers(0, 200, 2), *rng.integers(200, 20_000, 2)]]) for _ in range(ASKED)]
+    store = FaissStore(path)
+    began = time.perf_counter()
+    store.search(vectors[0], K)
+    opened = time.perf_counter()
+    store.search_text(asked[0], K)
+    words_ms = (time.perf_counter() - opened) * 1e3
+    print(f"first dense search {(opened - began) * 1e3:.0f} ms, then the first by words {words_ms:.0f} ms")
+    for said, where in (("no filter", None), ("2 % pass", {"part": 7}), ("10 % pass", {"part": {"$lt": 5}})):
+        dense = p50_ms(lambda i, w=where: store.search(vectors[i], K, where=w))
+        by_words = p50_ms(lambda i, w=where: store.search_text(asked[i], K, where=w))
+        both = p50_ms(lambda i, w=where: store.search_hybrid(asked[i], vectors[i], K, where=w))
+        print(
+            f"p50 of {K}, {said:9}: dense {dense:5.2f} ms, words {by_words:5.2f} ms, hybrid {both:5.2f} ms,"
+            f" {both - dense:5.2f} ms above dense"
+        )
+    shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100_000)

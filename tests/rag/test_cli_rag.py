@@ -1,0 +1,157 @@
+"""`agentmesh rag` as a user runs it: an embedded Valkey in a folder of the test's own, real worker processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmesh import Crew, DefinitionError
+from agentmesh.boot import load_crew
+from agentmesh.cli.main import main
+from agentmesh.rag.store import FaissStore
+from agentmesh.retriever import Retriever
+from agentmesh.testing import FakeMesh
+
+DOCS = {
+    "leave.md": "# Leave\n\nParents have sixteen weeks of paid leave.\n",
+    "sub/pay.md": "# Pay\n\nWages are paid on the last working day.\n",
+    "tea.txt": "Tea is made in the kitchen at four.",
+    "bad.md": b"\xff\xfe\xff",
+}
+
+
+class Shell:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.err = folder, ""
+        self.env = {**os.environ, "AGENTMESH_LEASE_S": "3"}
+
+    def argv(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "agentmesh.cli.main", *args]
+
+    def __call__(self, *args: str, code: int = 0) -> str:
+        done = subprocess.run(
+            self.argv(*args), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        self.err = done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def test_add_search_and_look_after(shell: Shell, write: Any) -> None:
+    write("docs", DOCS)
+    assert shell("rag", "add", "docs", code=1) == "3 documents added, 3 passages · 0 unchanged · 1 not added\n"
+    assert "3/4 documents · 3 passages" in shell.err
+    assert "· 1 failed" in shell.err
+    assert "not added: docs/bad.md: 'bad.md'" in shell.err
+    out = shell("rag", "search", "when are wages paid", "-k", "1")
+    assert out.splitlines()[0].endswith("docs/sub/pay.md:0  Pay")
+    assert "Wages are paid on the last working day." in out
+    for gone in ("bad.md", "tea.txt"):
+        (shell.folder / "docs" / gone).unlink()
+    events = [json.loads(line) for line in shell("rag", "sync", "docs", "--json").splitlines()]
+    assert events[-1]["value"] == {"documents": 0, "chunks": 0, "skipped": 2, "removed": 1, "failed": []}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`here("rag", …, code=2)` runs a command that needs no worker in this process; its error stream."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*args: str, code: int) -> str:
+        monkeypatch.setattr(sys, "argv", ["agentmesh", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == code, err
+        return str(out + err)
+
+    return command
+
+
+def test_wrong_use_says_what_is_wrong(here: Any, write: Any, tmp_path: Path) -> None:
+    none = "error: there is no store in '.agentmesh/rag'\nhelp: make one: agentmesh rag add FOLDER\n"
+    for command in (["search", "x"], ["stats"], ["verify"], ["compact"], ["reembed", "--embed", "x"], ["eval", "q"]):
+        assert here("rag", *command, code=2) == none
+    assert "there is no folder or file" in here("rag", "add", "nowhere", code=2)
+    docs = write("docs", {"a.md": "tea"})
+    assert "is a file" in here("rag", "sync", "docs/a.md", code=2)
+    assert "--meta 'year' must be NAME=VALUE" in here("rag", "add", "docs", "--meta", "year", code=2)
+    assert "overlap less than it" in here("rag", "add", "docs", "--size", "5", "--overlap", "9", code=2)
+    assert "add --trust-pickle" in here("rag", "import-langchain", "docs", code=2)
+    agent, asked = Retriever.open(tmp_path / "kb").ingest(docs, metadata={"year": 2026})
+    FakeMesh(Crew(agent)).run(asked)
+    search = ("rag", "search", "tea", "--store", "kb")
+    assert "k must be at least 1" in here(*search, "-k", "0", code=2)
+    assert "is not JSON" in here(*search, "--where", "{", code=2)
+    assert "must be an object" in here(*search, "--where", "[]", code=2)
+    assert "yaer" in here(*search, "--where", '{"yaer": 2026}', code=1)
+    assert "$near" in here(*search, "--where", '{"year": {"$near": 1}}', code=1)
+    assert "there are hybrid, dense, text" in here(*search, "--mode", "fuzzy", code=2)
+    assert "there is no embedder 'wordlama'" in here(*search, "--embed", "wordlama", code=4)
+    assert "nothing was found" in here(*search, "--where", '{"year": 2025}', code=1)
+    assert "docs/a.md:0" in here(*search, "--where", '{"year": 2026}', code=0)
+
+
+def test_ctrl_c_leaves_an_ingest_resumable(shell: Shell, write: Any) -> None:
+    write("docs", {f"{i:03}.md": f"text number {i}" for i in range(200)})
+    argv = shell.argv("rag", "add", "docs", "--id", "c1", "--json")
+    process = subprocess.Popen(
+        argv,
+        cwd=shell.folder,
+        env=shell.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    assert process.stdout is not None
+    assert "RunStarted" in process.stdout.readline()
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    if process.returncode == 0:
+        pytest.skip("the ingest was through before the interrupt")
+    assert process.returncode == 130
+    assert "agentmesh runs resume c1" in err
+    assert json.loads(shell("runs", "resume", "c1"))["documents"] == 200
+    assert len(FaissStore(shell.folder / ".agentmesh" / "rag").sources()) == 200
+
+
+def test_a_store_is_looked_after(here: Any, write: Any, tmp_path: Path) -> None:
+    agent, asked = Retriever.open(tmp_path / ".agentmesh" / "rag").ingest(write("docs", dict(list(DOCS.items())[:3])))
+    FakeMesh(Crew(agent)).run(asked)
+    assert json.loads(here("rag", "stats", "--json", code=0))["chunks"] == 3
+    assert here("rag", "verify", code=0) == "every file is whole\n"
+    assert "chunks" in here("rag", "compact", code=0)
+    assert "3 passages now have the vectors of wordllama\n" in here("rag", "reembed", "--embed", "wordllama", code=0)
+    found = [json.loads(f) for f in here("rag", "search", "tea", "--json", "--mode", "text", code=0).splitlines()]
+    assert [f["source"] for f in found] == ["docs/tea.txt"]
+    (tmp_path / "q.jsonl").write_text('{"question": "when are wages paid", "source": "docs/sub/pay.md"}\n')
+    assert here("rag", "eval", "q.jsonl", "-k", "1", code=0) == "1 questions · recall@1 1.000 · MRR 1.000\n"
+    segment = sorted((tmp_path / ".agentmesh" / "rag").glob("g*/*.seg"))[-1]
+    segment.write_bytes(segment.read_bytes()[:-9])
+    assert segment.name in here("rag", "verify", code=1)
+
+
+def test_each_command_has_help(here: Any) -> None:
+    for command in ([], ["add"], ["sync"], ["search"], ["stats"], ["eval"], ["import-langchain"]):
+        assert "Usage:" in here("rag", *command, "--help", code=0)
+
+
+def test_an_installed_module_is_a_crew_file_too() -> None:
+    assert load_crew("agentmesh.rag.ingest").name == "rag"
+    assert list(load_crew("agentmesh.rag.ingest:crew").agents) == ["Ingest", "Pack"]
+    for missing in ("agentmesh.rag.nothing", "no.such.module", "crew", "agentmesh.rag.ingest.py"):
+        with pytest.raises(DefinitionError, match=f"there is no file '{missing}'"):
+            load_crew(missing)

@@ -1,0 +1,273 @@
+"""An ingest from its plan to its commits: over the memory journal, with the real steps and a real store."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmesh import Agent, Context, Crew, EmbedderError, RunFailed, ToolContext
+from agentmesh.event import StepPlanned
+from agentmesh.rag import steps
+from agentmesh.rag.here import lend, store_of
+from agentmesh.rag.indexing import embed_batch, index_batch
+from agentmesh.rag.ingest import Added, Ingest
+from agentmesh.rag.plan import Asked, How
+from agentmesh.rag.reports import Indexed
+from agentmesh.rag.steps import parse_pack, plan_ingest, tidy
+from agentmesh.rag.store import FaissStore
+from agentmesh.retriever import Retriever
+from agentmesh.testing import FakeMesh
+
+
+class Scene:
+    """A store, an embedder of this process, and a mesh without servers."""
+
+    def __init__(self, folder: Path, embedder: Any) -> None:
+        self.retriever = Retriever.open(folder / "store", embed=embedder)
+        self.store = FaissStore(folder / "store")
+
+    def add(self, *paths: Path, **how: Any) -> Added:
+        agent, asked = self.retriever.ingest(paths, **how)
+        self.run = FakeMesh(Crew(agent)).start(asked)
+        added = self.run.result(timeout_s=0)
+        assert isinstance(added, Added)
+        return added
+
+    def sources(self) -> dict[str, int]:
+        return {source: facts.chunks for source, facts in self.store.sources().items()}
+
+    def texts(self) -> dict[str, str]:
+        return {chunk.source: chunk.text for chunks in self.store.iterate() for chunk in chunks}
+
+
+@pytest.fixture
+def scene(tmp_path: Path, by_words: Any) -> Scene:
+    return Scene(tmp_path, by_words)
+
+
+def counts(added: Added) -> tuple[int, int, int, int]:
+    return added.documents, added.skipped, added.removed, len(added.failed)
+
+
+def test_what_is_new_or_changed_is_added_and_the_rest_is_skipped(scene: Scene, write: Any, by_words: Any) -> None:
+    docs = write("docs", {"a.md": "# Tea\n\nHot.", "b/c.txt": "cold milk", "d.bin": b"\0\1"})
+    assert counts(scene.add(docs)) == (2, 0, 0, 0)
+    assert scene.sources() == {"docs/a.md": 1, "docs/b/c.txt": 1}
+    embedded = len(by_words.calls)
+    assert counts(scene.add(docs)) == (0, 2, 0, 0)
+    assert len(by_words.calls) == embedded  # nothing was embedded
+    write("docs", {"a.md": "# Tea\n\nLukewarm."})
+    assert counts(scene.add(docs)) == (1, 1, 0, 0)
+    assert "Lukewarm" in scene.texts()["docs/a.md"]
+    assert scene.sources() == {"docs/a.md": 1, "docs/b/c.txt": 1}
+    assert counts(scene.add(docs, size=5, overlap=0)) == (2, 0, 0, 0)  # cut in another way: anew
+    assert scene.sources()["docs/b/c.txt"] == 2
+    assert list((scene.store.path / "parts").iterdir()) == []
+
+
+def test_a_document_that_cannot_be_read_is_named_and_stops_no_other(scene: Scene, write: Any) -> None:
+    docs = write("docs", {"a.md": "tea", "bad.md": b"\xff\xfe\xff", "blank.md": " \n", "z.md": "milk"})
+    added = scene.add(docs)
+    assert (added.documents, sorted(scene.sources())) == (2, ["docs/a.md", "docs/z.md"])
+    assert {f.source: f.why for f in added.failed} == {
+        "docs/bad.md": added.failed[0].why,
+        "docs/blank.md": "'blank.md' holds no text",
+    }
+    assert "bad.md" in added.failed[0].why
+
+
+def test_a_file_that_is_gone_when_it_is_read_is_named(scene: Scene, write: Any, tmp_path: Path) -> None:
+    docs, store = write("docs", {"a.md": "tea"}), str(tmp_path / "store")
+    asked, how = Asked(paths=[str(docs)]), How()
+    planned = plan_ingest(store, asked, how, ToolContext(key="r/1"))
+    (docs / "a.md").unlink()
+    parsed = parse_pack(store, planned.parts, planned.packs[0], how)
+    assert (parsed.batches, [f.why for f in parsed.failed]) == (
+        [],
+        ["the file cannot be read (No such file or directory)"],
+    )
+
+
+def test_sync_removes_what_vanished_below_the_root_alone(scene: Scene, write: Any) -> None:
+    docs = write("docs", {f"{i}.md": f"text {i}" for i in range(5)})
+    other = write("other", {"z.md": "kept"})
+    scene.add(docs, other)
+    (docs / "0.md").unlink()
+    assert counts(scene.add(docs)) == (0, 4, 0, 0)
+    assert "docs/0.md" in scene.sources()
+    assert counts(scene.add(docs, sync=True)) == (0, 4, 1, 0)
+    assert sorted(scene.sources()) == ["docs/1.md", "docs/2.md", "docs/3.md", "docs/4.md", "other/z.md"]
+
+
+def test_sync_refuses_when_most_or_all_of_a_folder_vanished(scene: Scene, write: Any) -> None:
+    docs = write("docs", {f"{i}.md": f"text {i}" for i in range(5)})
+    scene.add(docs)
+    for i in range(3):
+        (docs / f"{i}.md").unlink()
+    with pytest.raises(RunFailed, match="3 of 5 documents vanished from .*; nothing was removed"):
+        scene.add(docs, sync=True)
+    for i in range(3, 5):
+        (docs / f"{i}.md").unlink()
+    with pytest.raises(RunFailed, match="holds no document any more and the store has 5 of it; nothing was removed"):
+        scene.add(docs, sync=True)
+    assert len(scene.sources()) == 5
+    assert counts(scene.add(docs, sync=True, force=True)) == (0, 0, 5, 0)
+    assert scene.sources() == {}
+
+
+def test_what_cannot_be_begun_says_why(scene: Scene, write: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunFailed, match="there is no document in .*empty that a loader knows"):
+        scene.add(tmp_path / "empty")
+    docs = write("docs", {"a.md": "tea"})
+    with pytest.raises(RunFailed, match=r"there is no document in .*docs that fits '\*.pdf'"):
+        scene.add(docs, glob="*.pdf")
+    with pytest.raises(RunFailed, match="there is no folder or file '/nowhere' here"):
+        scene.add(Path("/nowhere"))
+    scene.add(docs)
+    with pytest.raises(RunFailed, match="'docs/a.md' is in this store from .*name this folder by another label"):
+        scene.add(write("else/docs", {"a.md": "other tea"}))
+    assert counts(scene.add(tmp_path / "else/docs", label="mine")) == (1, 0, 0, 0)
+
+
+def test_another_embedder_is_refused_before_anything_is_parsed(
+    scene: Scene, write: Any, tmp_path: Path, by_words: Any
+) -> None:
+    scene.add(write("docs", {"a.md": "tea"}))
+    write("docs", {"b.md": "milk"})
+    other = Scene(tmp_path, type(by_words)(32))
+    with pytest.raises(RunFailed, match="reembed"):
+        other.add(tmp_path / "docs")
+    assert [e.name for e in other.run.events() if isinstance(e, StepPlanned)] == [
+        "plan_ingest",
+        "check_embedder",
+        "tidy",
+    ]
+    assert list((scene.store.path / "parts").iterdir()) == []
+    assert sorted(scene.sources()) == ["docs/a.md"]
+
+
+def test_metadata_is_of_every_chunk(scene: Scene, write: Any) -> None:
+    scene.add(write("docs", {"a.md": "tea"}), metadata={"tenant": "a", "tags": ["x"]})
+    assert scene.store.count({"tenant": "a"}) == 1
+    assert scene.store.count({"tenant": "b"}) == 0
+    assert counts(scene.add(scene.store.path.parent / "docs", metadata={"tenant": "b"})) == (1, 0, 0, 0)
+    assert scene.store.count({"tenant": "b"}) == 1
+
+
+def test_a_large_document_goes_in_several_commits_and_is_seen_whole(
+    scene: Scene, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "BATCH_CHUNKS", 4)
+    docs = write(
+        "docs", {"a.md": "one", "big.md": "\n\n".join(f"paragraph {i} of it" for i in range(10)), "c.md": "two"}
+    )
+    added = scene.add(docs, size=20, overlap=0)
+    assert (added.documents, added.failed) == (3, [])
+    assert scene.sources()["docs/big.md"] == added.chunks - 2 == 10
+    assert scene.store.version > 2
+    assert scene.store.count() == 12
+
+
+def test_many_packs_go_in_a_window(scene: Scene, write: Any, monkeypatch: pytest.MonkeyPatch, by_words: Any) -> None:
+    monkeypatch.setattr("agentmesh.rag.plan.PACK_DOCUMENTS", 3)
+    docs = write("docs", {f"{i:02}.md": f"text number {i}" for i in range(20)})
+    assert counts(scene.add(docs, window=2)) == (20, 0, 0, 0)
+    assert len(scene.sources()) == 20
+    assert max(by_words.calls) <= 6  # what two packs hold
+
+
+class Flaky:
+    """Fails for one word for good, and for another the first time."""
+
+    name, remote = "", False
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.identity, self.d = inner, inner.identity, inner.d
+        self.failed = False
+
+    def documents(self, texts: Any) -> Any:
+        if any("poison" in t for t in texts):
+            raise EmbedderError("no vector for it")
+        if any("later" in t for t in texts) and not self.failed:
+            self.failed = True
+            raise EmbedderError("too many requests", after_s=0.01)
+        return self._inner.documents(texts)
+
+    def query(self, text: str) -> Any:
+        return self._inner.query(text)
+
+
+def test_a_text_that_the_embedder_refuses_costs_its_document_alone(tmp_path: Path, write: Any, by_words: Any) -> None:
+    scene = Scene(tmp_path, Flaky(by_words))
+    added = scene.add(write("docs", {"a.md": "tea", "b.md": "poison", "c.md": "milk later"}))
+    assert (added.documents, [(f.source, f.why) for f in added.failed]) == (2, [("docs/b.md", "no vector for it")])
+    assert sorted(scene.sources()) == ["docs/a.md", "docs/c.md"]
+    alone = Scene(tmp_path / "2", Flaky(by_words))
+    assert [f.source for f in alone.add(write("2/docs", {"b.md": "poison"})).failed] == ["docs/b.md"]
+
+
+def test_a_passage_without_a_known_word_stands_where_its_document_stands(scene: Scene, write: Any) -> None:
+    added = scene.add(write("docs", {"a.txt": "cold tea\n\n" + "=" * 16, "b.txt": "====="}), size=20, overlap=0)
+    assert (added.documents, added.chunks) == (1, 2)
+    assert [(f.source, f.why) for f in added.failed] == [("docs/b.txt", "the embedder knows no word of it")]
+    first, second = scene.store.vectors(scene.store.ids())
+    assert first @ second > 0.999
+
+
+# ---- repeated and late steps ---------------------------------------------------------------------
+class Batched:
+    """One document, ready to be indexed."""
+
+    def __init__(self, docs: Path, store: Path, by_words: Any, key: str) -> None:
+        self.store, self.embed, self.key = str(store), lend(by_words), key
+        how = How()
+        planned = plan_ingest(self.store, Asked(paths=[str(docs)]), how, ToolContext(key=f"{key}/1"))
+        self.parts = planned.parts
+        (self.batch,) = parse_pack(self.store, self.parts, planned.packs[0], how).batches
+        self.vectors = embed_batch(self.store, self.parts, self.batch.part, self.embed).part
+
+    def index(self) -> Indexed:
+        context = ToolContext(key=f"{self.key}/3/3")
+        return index_batch(self.store, self.parts, self.batch.part, self.vectors, self.embed, [], context)
+
+
+def test_an_index_step_that_is_repeated_changes_nothing(tmp_path: Path, write: Any, by_words: Any) -> None:
+    batched = Batched(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
+    assert batched.index() == batched.index() == Indexed(documents=1, chunks=1)
+    assert store_of(batched.store).version == 1
+    tidy(batched.store, batched.parts)
+    assert os.listdir(tmp_path / "store" / "parts") == []
+
+
+def test_a_late_index_step_does_not_overwrite_newer_text(tmp_path: Path, write: Any, by_words: Any) -> None:
+    docs = write("docs", {"a.md": "old tea"})
+    late = Batched(docs, tmp_path / "store", by_words, "r1")
+    write("docs", {"a.md": "new tea, hot"})
+    newer = Batched(docs, tmp_path / "store", by_words, "r2")
+    assert newer.index().documents == 1
+    indexed = late.index()
+    assert (indexed.documents, indexed.chunks) == (0, 0)
+    assert [f.source for f in indexed.failed] == ["docs/a.md"]
+    (chunks,) = FaissStore(tmp_path / "store").iterate()
+    assert [c.text for c in chunks] == ["new tea, hot"]
+
+
+def test_two_ingests_of_one_folder_do_not_mind_each_other(tmp_path: Path, write: Any, by_words: Any) -> None:
+    docs = write("docs", {"a.md": "tea"})
+    first, second = (Batched(docs, tmp_path / "store", by_words, key) for key in ("r1", "r2"))
+    assert first.index().documents == 1
+    assert second.index().failed == []
+    assert FaissStore(tmp_path / "store").count() == 1
+
+
+def test_an_ingest_is_a_step_of_a_users_own_flow(tmp_path: Path, write: Any, by_words: Any) -> None:
+    docs, kept = write("docs", {"a.md": "tea"}), Retriever.open(tmp_path / "store", embed=by_words)
+
+    class Mine(Agent[int]):
+        def flow(self, task: str, ctx: Context) -> int:
+            ingest, asked = kept.ingest(task)
+            return ctx.do(ingest.on(asked)).documents
+
+    assert FakeMesh(Crew(Mine(), Ingest())).run(str(docs)) == 1

@@ -1,0 +1,115 @@
+"""A librarian says what the documents say, quotes them word for word, and admits that they say nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmesh import Crew
+from agentmesh.retriever import Passage, Retriever
+from agentmesh.testing import FakeMesh, says
+from agentmesh_agents import Answer, Librarian
+from agentmesh_agents.librarian import answer_from, checked, locate
+from agentmesh_tools.retrieve import Consulted, Quote, in_store, sentences, stands
+
+PAY = "# Pay\n\nWages are paid on the last working day. Overtime is paid in the month after.\n"
+LEAVE = "# Leave\n\n| who | how long |\n|---|---|\n| parents | sixteen weeks of paid leave |\n\nIs leave paid? Yes."
+
+
+@pytest.fixture
+def store(tmp_path: Path, write: Any) -> str:
+    docs = write("docs", {"pay.md": PAY, "leave.md": LEAVE})
+    agent, asked = Retriever.open(tmp_path / "kb", embed="wordllama").ingest(docs)
+    FakeMesh(Crew(agent)).run(asked)
+    return str(tmp_path / "kb")
+
+
+def ask(store: str, question: str, *replies: Any, **fields: Any) -> Answer:
+    return FakeMesh(Crew(Librarian(store=store, **fields)), model=[says(r) for r in replies]).run(question)
+
+
+def test_an_answer_rests_on_quotes_that_are_in_the_documents(store: str) -> None:
+    answer = ask(store, "When are wages paid?", "Wages are paid on the last working day [1].")
+    assert answer.found
+    assert answer.text == "Wages are paid on the last working day [1]."
+    (quote,) = answer.quotes
+    assert (quote.source, PAY[quote.start : quote.end]) == ("docs/pay.md", quote.text)
+    assert quote.text == "Wages are paid on the last working day."
+    assert "docs/pay.md:" in answer.page()
+
+
+@pytest.mark.parametrize(
+    "invented",
+    [
+        "Wages are paid by the king of Spain every leap year.",
+        "The handbook says “wages are paid in gold coins” [1].",
+        "The answer to the question is:",
+        "",
+    ],
+)
+def test_what_the_quotes_do_not_bear_out_is_left_out(store: str, invented: str) -> None:
+    answer = ask(store, "When are wages paid?", invented)
+    assert answer.text == "The documents say:"
+    assert answer.quotes[0].text == "Wages are paid on the last working day."
+
+
+def test_citations_that_do_not_exist_go_and_the_rest_is_numbered_anew(store: str) -> None:
+    said = "Overtime is paid in the month after [2] [9]. Wages are paid on the last working day."
+    answer = ask(store, "When are wages and overtime paid?", said)
+    assert "[9]" not in answer.text
+    assert answer.text.startswith("Overtime is paid in the month after [1].")
+    assert len(answer.quotes) == 1
+
+
+def test_what_the_model_quotes_itself_is_found_in_the_documents(store: str) -> None:
+    answer = ask(store, "How long is leave for parents?", "Parents have “sixteen  weeks of paid leave” [1].")
+    assert [LEAVE[q.start : q.end] == q.text for q in answer.quotes] == [True] * len(answer.quotes)
+    assert any(q.text == "sixteen weeks of paid leave" for q in answer.quotes)
+
+
+def test_nothing_was_found_is_an_answer_without_asking_a_model(store: str, tmp_path: Path) -> None:
+    for where in (store, str(tmp_path / "empty")):
+        answer = ask(where, "Who won the world cup in 1998?")
+        assert (answer.found, answer.quotes) == (False, [])
+        assert answer.page() == "The documents say nothing about this."
+    assert not ask(store, "When are wages paid?", "Not found.").found
+
+
+def test_the_tool_ranks_sentences_and_hides_its_filter(store: str) -> None:
+    consulted = in_store(store, k=2)("when are wages paid")
+    assert consulted.quotes[0].text == "Wages are paid on the last working day."
+    assert checked(consulted) == consulted.quotes
+    assert all(not q.text.endswith("?") for q in consulted.quotes)
+    assert list(in_store(store, where={"source": "docs/leave.md"}).spec.parameters["properties"]) == ["question"]
+    assert {p.source for p in in_store(store, where={"source": "docs/leave.md"})("wages").passages} == {"docs/leave.md"}
+
+
+def test_a_quote_that_does_not_stand_is_dropped() -> None:
+    passage = Passage(source="a.md", start=100, text="One sentence of a text. Another sentence of it.")
+    good = list(sentences(passage))
+    assert [(q.start, q.end, q.text) for q in good] == [
+        (100, 123, "One sentence of a text."),
+        (124, 147, "Another sentence of it."),
+    ]
+    bad = [
+        good[0].model_copy(update={"start": 101, "end": 124}),
+        good[0].model_copy(update={"source": "b.md"}),
+        good[0].model_copy(update={"text": "One sentence of a test."}),
+        Quote(text="One", source="a.md", start=0, end=3),
+    ]
+    assert checked(Consulted(passages=[passage], quotes=[*good, *bad])) == good
+    assert not any(stands(q, passage) for q in bad)
+    assert locate("sentence of\n a  TEXT", [passage]) == Quote(
+        text="sentence of a text", source="a.md", start=104, end=122
+    )
+    assert locate("...", [passage]) is None
+
+
+def test_other_scripts_have_sentences_too() -> None:
+    passage = Passage(
+        source="z.md",
+        start=0,
+        text="员工每年有十五天的带薪年假和五天病假可以使用。工资在每月最后一个工作日支付给员工。",
+    )
+    assert [passage.text[q.start : q.end] == q.text for q in sentences(passage)] == [True, True]
+    assert answer_from("", list(sentences(passage)), [passage], borne=0.6).quotes[0].text.endswith("。")

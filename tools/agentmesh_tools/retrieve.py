@@ -1,0 +1,139 @@
+"""Looking up a store of passages, and picking from each the sentences that bear on a question, with their places."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from agentmesh import Tool, tool
+from agentmesh.retriever import Passage, Retriever
+
+# A sentence ends at its mark before a space, at a full-width mark, or with its line: tables and lists are lines.
+SENTENCE = re.compile(r"[^\n。！？]+?(?:[.!?][\"')\]]*(?=\s|$)|[。！？]|(?=\n)|$)")
+WORD = re.compile(r"[^\W_]{2,}")
+SHORTEST, LONGEST = 20, 1200  # bytes of a sentence that can be quoted: a Chinese one has few characters
+WORDS_COUNT = 0.5  # what shared words add to a sentence's cosine, at most
+COMMON = frozenset(
+    re.findall(
+        r"\w+",
+        """a about all also an and any are as at be been but by can could did do does for from had has have how if in into is
+        it its like may more most much my no not of on or our out should so such than that the their them then there these
+        they this to up us use used using was we were what when where which who why will with would you your""",
+    )
+)
+
+
+class Quote(BaseModel):
+    """Words of a document: `text` is `[start:end]` of the text of `source`."""
+
+    text: str
+    source: str
+    start: int
+    end: int
+
+
+class Consulted(BaseModel):
+    """What a store has on a question.
+
+    Args:
+        passages: best first.
+        quotes: their sentences, best first.
+        score: how near the best sentence is: its cosine, and up to 0.5 for the words that it shares with the question.
+    """
+
+    passages: list[Passage] = []
+    quotes: list[Quote] = []
+    score: float = 0.0
+
+
+def in_store(
+    store: str, *, embed: str = "", k: int = 5, where: Mapping[str, Any] | None = None
+) -> Tool[[str], Consulted]:
+    """`consult` for one store; a filter is neither seen nor widened by whoever asks.
+
+    Args:
+        store: the folder; it need not exist before the tool is called.
+        k: how many passages.
+    """
+    retriever = Retriever.open(store, embed=embed)
+    if where:
+        retriever = retriever.where(where)
+
+    @tool
+    def consult(question: str) -> Consulted:
+        """The passages that bear on a question, and their sentences that do.
+
+        Args:
+            question: what to look for.
+        """
+        passages = [
+            Passage(source=h.source, start=h.start, text=h.text, heading=" > ".join(h.heading))
+            for h in retriever.search(question, k)
+        ]
+        found = {(q.source, q.start): q for p in passages for q in sentences(p)}
+        quotes = [q for q in found.values() if not _asks(q.text, question)]
+        if not quotes:
+            return Consulted(passages=passages)
+        scores = _scores(question, quotes, retriever)
+        order = np.argsort(-scores, kind="stable")
+        return Consulted(passages=passages, quotes=[quotes[i] for i in order], score=float(scores[order[0]]))
+
+    return consult
+
+
+def _scores(question: str, quotes: list[Quote], retriever: Retriever) -> Any:
+    """(n,) of the quotes: cosine to the question, and the share of its words that they hold; a word that all hold is little."""
+    embedder = retriever.embedder()
+    cosines = embedder.documents([q.text for q in quotes]) @ embedder.query(question)  # (n, d) x (d,) -> (n,)
+    asked, held = words(question), [words(q.text) for q in quotes]
+    weight = {w: math.log1p(len(held) / (1 + sum(w in h for h in held))) for w in asked}
+    whole = sum(weight.values()) or 1.0
+    return cosines + WORDS_COUNT * np.array([sum(weight[w] for w in asked & h) / whole for h in held])
+
+
+def _asks(text: str, question: str) -> bool:
+    """Whether a sentence holds a question, or repeats this one: it answers nothing."""
+    return "?" in text or "？" in text or question.strip(" ?？").lower() in text.lower()
+
+
+def sentences(passage: Passage) -> Iterator[Quote]:
+    """The sentences and lines of a passage, each with its place in the document."""
+    for found in SENTENCE.finditer(passage.text):
+        text = found.group().strip(" \t#>|*-")
+        if SHORTEST <= len(text.encode()) <= LONGEST and words(text):
+            start = passage.start + found.start() + found.group().index(text)
+            yield Quote(text=text, source=passage.source, start=start, end=start + len(text))
+
+
+def sequence(text: str) -> list[str]:
+    """The words that carry meaning, in their order, without their endings."""
+    return [stem(w) for w in WORD.findall(text.lower()) if w not in COMMON]
+
+
+def words(text: str) -> set[str]:
+    """The words that carry meaning, without their endings."""
+    return set(sequence(text))
+
+
+def stem(word: str) -> str:
+    """A word without the commonest English endings; enough to compare, not to read.
+
+    >>> stem("queues"), stem("journaled"), stem("is")
+    ('queue', 'journal', 'is')
+    """
+    for end, least in (("ies", 3), ("ing", 4), ("ed", 4), ("s", 3)):
+        if word.endswith(end) and len(word) - len(end) >= least and not word.endswith("ss"):
+            return word[: -len(end)] + ("y" if end == "ies" else "")
+    return word
+
+
+def stands(quote: Quote, passage: Passage) -> bool:
+    """Whether the document has these words at this place, as far as the passage shows it."""
+    at = quote.start - passage.start
+    return (
+        quote.source == passage.source and at >= 0 and quote.end == quote.start + len(quote.text)
+        and passage.text[at : at + len(quote.text)] == quote.text
+    )  # fmt: skip
