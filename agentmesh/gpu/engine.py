@@ -305,7 +305,7 @@ def _is_cuda(error: Exception) -> bool:
 
 
 def _settle(future: "Future[Done]", answer: Done | None = None, *, error: Exception | None = None) -> None:
-    if not future.set_running_or_notify_cancel():
+    if future.done() or not future.set_running_or_notify_cancel():
         return
     if error is not None:
         future.set_exception(error)

@@ -69,7 +69,6 @@ class LocalModel:
             done = await asyncio.wrap_future(loaded.engine.submit(request, telling.hear if listens else None))
             telling.finish(done.tokens)
         except EngineDown as e:
-            self._loaded = None
             raise RetryLater(ModelError(f"the engine of {self.name!r} went down: {e}"), AGAIN_S) from None
         finally:
             over.set()  # a cancelled asker hears nothing more
@@ -131,6 +130,9 @@ class LocalModel:
         with self._lock:
             if self._loaded is None or not self._loaded.engine.alive:
                 self.check()
+                if self._loaded is not None:
+                    self._loaded.engine.close()  # before the weights are loaded again, it lets go of its own
+                    self._loaded = None
                 self._loaded = load(model_folder(self.name), self.name, self._shape, hopeless=self._hopeless)
             return self._loaded
 
