@@ -28,6 +28,7 @@ log = logging.getLogger("agentmesh.gpu")
 AGAIN = 70  # sysexits' "internal software error"; the supervisor starts another
 HUNG_S = 60.0  # with work in hand and no step: renewing leases alone would keep its steps for ever
 LOOK_S = 1.0
+CANCELLED_S = 1.0  # how long a cancelled run's answer may go on to be computed
 TELL_S = 10.0
 
 
@@ -53,6 +54,8 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
         admits = Lanes(lanes, engine.admits, concurrency)
         worker = mesh.worker(queues=served[crew.name], concurrency=concurrency, admits=admits)
         workers.append(worker.start())
+        if mesh.site.tender is not None:
+            mesh.site.tender.renew_most_s = CANCELLED_S
         if spec.get("beat") and crew.schedules:
             start_beat(mesh.app)
     spare_collector()
