@@ -23,13 +23,14 @@ from agentmesh.journal import Journal
 from agentmesh.message import Message
 from agentmesh.models.named import Models
 from agentmesh.run import Run
-from agentmesh.step import INSIDE
+from agentmesh.step import INSIDE, Ask
 
 if TYPE_CHECKING:
     from agentmesh.celery.valkey import EmbeddedValkey
     from agentmesh.config import Config
     from agentmesh.mesh import InProcess, Mesh
     from agentmesh.ports import Counts
+    from agentmesh.serve.listen import Listener
     from agentmesh.sight import Sight
 
 Out = TypeVar("Out")
@@ -42,7 +43,12 @@ def check_models(crew: Crew, config: "Config") -> None:
         ConfigError: a provider, a key, a package or a model's files are missing.
     """
     models = Models()
-    for wanted in {str(a.model or crew.model or config.model) for a in crew.agents.values() if _asks(a, crew)}:
+    asking = [
+        (a, crew.servers_of(Ask(a.name, a.model or "", queue=a.queue))) for a in crew.agents.values() if _asks(a, crew)
+    ]
+    for servers in {s for _, s in asking if s is not None}:
+        models(servers)
+    for wanted in {str(a.model or crew.model or config.model) for a, servers in asking if servers is None}:
         model, name = models(wanted)
         if hasattr(model, "check"):
             model.check(name)
@@ -81,6 +87,22 @@ def metrics_page(
             f"--metrics needs {e.name}, which is not installed: pip install 'agentmesh-celery[metrics]'"
         ) from None
     return exposition(folder, counts, workers)
+
+
+def listener(host: str, port: int, key_env: str) -> "Listener":
+    """What serves a mesh over HTTP at this address.
+
+    Raises:
+        ExtraMissing: starlette or uvicorn are not installed.
+        ConfigError: the address cannot be had, or needs a key.
+    """
+    try:
+        from agentmesh.serve.listen import Listener
+    except ImportError as e:
+        raise ExtraMissing(
+            f"`agentmesh serve` needs {e.name}, which is not installed: pip install 'agentmesh-celery[serve]'"
+        ) from None
+    return Listener(host, port, key_env)
 
 
 def export_traces() -> None:

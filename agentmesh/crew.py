@@ -13,7 +13,8 @@ from typing import Any
 from agentmesh.agent import Agent
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
 from agentmesh.limits import Limits
-from agentmesh.queue import Queue, Suspects
+from agentmesh.question import Asked
+from agentmesh.queue import Queue, Servers, Suspects
 from agentmesh.schedule import Schedule
 from agentmesh.tool import Tool
 
@@ -72,6 +73,10 @@ class Crew:
             )
         if not isinstance(agent, Agent):
             raise DefinitionError(f"crew {self.name!r} was given {agent!r}, which is no Agent")
+        if agent.name == Asked.name:
+            raise NameTaken(
+                f"crew {self.name!r} has an agent named {agent.name!r}, which every crew has; choose another name"
+            )
         known = self.agents.get(agent.name)
         if known is not None and type(known) is not type(agent) and not _re_executed(known, agent):
             raise NameTaken(
@@ -95,7 +100,7 @@ class Crew:
         first: dict[str, Queue] = {}
         for queue in self.queues.values():
             other = first.setdefault(queue.model, queue)
-            if queue.model and queue.devices != other.devices:
+            if queue.on_device and other.on_device and queue.devices != other.devices:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
                     f"{other.devices!r} and {queue.devices!r}; the same processes serve both, so write the same in each"
@@ -135,6 +140,8 @@ class Crew:
         Raises:
             UnknownName: the crew has none.
         """
+        if name == Asked.name:
+            return Asked()
         if name not in self.agents:
             known = ", ".join(self.agents)
             raise UnknownName(
@@ -156,10 +163,24 @@ class Crew:
                     return queue.name
         return self.queue
 
+    def servers_of(self, step: Any) -> Servers | None:
+        """The model servers in front of which an Ask's queue stands, if it does."""
+        model = getattr(step, "model", None) or self.model
+        return None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step)].servers
+
+    def models(self, default: str) -> list[str]:
+        """The names of the models that the crew names, or that its agents ask; `default` is for agents that name none."""
+        named = [m for m in (self.model, *(a.model for a in self.agents.values())) if isinstance(m, str)]
+        if self.model is None and any(a.model is None and type(a).flow is Agent.flow for a in self.agents.values()):
+            named.append(default)
+        return list(dict.fromkeys(named))
+
     def queues_in(self, pool: str, only: Iterable[str] = ()) -> list[str]:
         """Of these queues, or of all, the ones that a worker of this pool serves; `device` are those with a model."""
         wanted = list(only) or self.queues
-        pools = {name: "device" if queue.model else queue.pool for name, queue in self.queues.items() if name in wanted}
+        pools = {
+            name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in wanted
+        }
         return [name for name, of in pools.items() if of == pool]
 
     def broker_queue(self, queue: str) -> str:
@@ -168,7 +189,7 @@ class Crew:
 
     def apart(self, queue: str) -> bool:
         """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
-        return queue in self.queues and not self.queues[queue].model
+        return queue in self.queues and not self.queues[queue].on_device
 
     def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "too") -> list[str]:
         """The broker's names of these queues, or of all, each with the queue of its suspects.

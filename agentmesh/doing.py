@@ -65,13 +65,15 @@ class Doer:
     Args:
         model_of: `provider:name` or an object, to a Model and the name it knows.
         threads: how many `def` tools run at once in this process.
+        servers_of: the model servers that a step's queue names, or None; `model_of` takes them in a model's place.
         executor: runs them instead, where `threading` is not what it was.
     """
 
     def __init__(
         self, *, model_of: Callable[[Any], tuple[Model, str]], model: Any, deps: Any = None, threads: int = 64,
-        executor: Executor | None = None,
+        executor: Executor | None = None, servers_of: Callable[[Ask], Any] = lambda step: None,
     ) -> None:  # fmt: skip
+        self._servers_of = servers_of
         self._model_of, self._model, self._deps = model_of, model, deps
         self._threads = executor or ThreadPoolExecutor(threads, thread_name_prefix="agentmesh-tool")
 
@@ -89,7 +91,10 @@ class Doer:
     # ---- models --------------------------------------------------------------------------------
     async def _ask(self, step: Ask, at: Attempt) -> tuple[Event, Charge]:
         try:
-            model, name = self._model_of(step.model or self._model)
+            wanted, servers = step.model or self._model, self._servers_of(step)
+            model, name = self._model_of(servers or wanted)
+            if servers:
+                name = str(wanted).partition(":")[2]
             prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
             answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
         except RetryLater as e:
@@ -105,7 +110,8 @@ class Doer:
             strange = ModelError(f"the model of `{step.name}` raised {type(e).__name__}: {e}")
             return self._again(step, at, strange, step.retries), {}
         usage = answer.usage
-        done = StepDone(n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number)
+        cut = "length" if answer.finish == "length" else ""
+        done = StepDone(n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number, finish=cut)
         return done, {"turns": 1, "tokens": usage.tokens, "usd": usage.cost_usd}
 
     # ---- tools ---------------------------------------------------------------------------------

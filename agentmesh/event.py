@@ -61,6 +61,7 @@ class StepDone(Event):
     value: Any = None
     usage: Mapping[str, float] = field(default_factory=dict)
     attempt: int = 1
+    finish: str = ""  # `length`: the model's answer was cut off there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

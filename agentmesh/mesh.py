@@ -192,7 +192,9 @@ class Mesh:
 
     def _make_site(self, pid: int, eager: bool) -> Site:
         model, name = self.crew.model or self.config.model, self.name_of(pid)
-        doer = Doer(model_of=self._models, model=model, deps=self.crew.deps, executor=threads(64))
+        doer = Doer(
+            model_of=self._models, servers_of=self.crew.servers_of, model=model, deps=self.crew.deps, executor=threads(64)
+        )  # fmt: skip
         watched = Watched(doer, self._sights, model)
         if eager:
             return eager_site(self.crew, watched, name, watched.ended)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from agentmesh.errors import DefinitionError
 
@@ -16,6 +17,19 @@ UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
 
 @dataclass(frozen=True, slots=True)
+class Servers:
+    """OpenAI-compatible servers that answer the model calls of a queue.
+
+    Args:
+        urls: their base URLs.
+        key_env: the environment variable that holds their key; "" sends none.
+    """
+
+    urls: tuple[str, ...]
+    key_env: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Queue:
     """Where steps wait for workers.
 
@@ -24,6 +38,8 @@ class Queue:
             with a model 256, if the engine has room for them.
         rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
         model: the local model this queue's workers load; steps on `local:MODEL` go here.
+        url: base URLs of OpenAI-compatible servers (vLLM, SGLang, llama-server), which then answer this queue's model calls.
+        key_env: the environment variable that holds those servers' key; "" sends none.
         pool: "asyncio" for what waits; "prefork" for `def` tools that compute: a process each, killed when it will not stop.
         devices: with a model: one worker process for each of these GPUs; "all" is every one, or one process on the CPU.
         gpu_memory: with a model: the part of a GPU's free memory that prompts and answers may take, in (0, 1].
@@ -41,28 +57,32 @@ class Queue:
     gpu_memory: float = 0.85
     max_batch_tokens: int = 0
     lane: Literal["realtime", "high", "low"] = "high"
+    url: str | Sequence[str] = ()
+    key_env: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise DefinitionError(f"queue name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
         if self.pool not in POOLS:
             raise DefinitionError(f"queue {self.name!r}: pool={self.pool!r} must be 'asyncio' or 'prefork'")
+        self._check_servers()
         if self.concurrency < 0:
             raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must not be negative")
         self._check_device()
         if self.concurrency == 0:
-            usual = 256 if self.model else 100 if self.pool == "asyncio" else os.cpu_count() or 1
+            usual = 256 if self.on_device else 100 if self.pool == "asyncio" else os.cpu_count() or 1
             object.__setattr__(self, "concurrency", usual)
         self.pace()
 
     def _check_device(self) -> None:
         where = f"queue {self.name!r}"
         given = self.devices, self.gpu_memory, self.max_batch_tokens, self.lane
-        if not self.model and given != ("all", 0.85, 0, "high"):
+        if not self.on_device and given != ("all", 0.85, 0, "high"):
             raise DefinitionError(
-                f"{where}: devices, gpu_memory, max_batch_tokens and lane are for a queue with a model; add model='NAME'"
+                f"{where}: devices, gpu_memory, max_batch_tokens and lane are for a queue whose workers load a model; add "
+                "model='NAME', and leave out url"
             )
-        if self.model and self.pool == "prefork":
+        if self.on_device and self.pool == "prefork":
             raise DefinitionError(
                 f"{where}: a queue with a model is never prefork: a forked process cannot use the device that its parent "
                 "opened, and each would load the weights again; leave `pool` out"
@@ -82,6 +102,32 @@ class Queue:
         if self.max_batch_tokens < 0:
             raise DefinitionError(f"{where}: max_batch_tokens={self.max_batch_tokens} must not be negative")
 
+    def _check_servers(self) -> None:
+        urls = [self.url] if isinstance(self.url, str) else list(self.url)
+        for url in urls:
+            parts = urlsplit(url) if isinstance(url, str) else None
+            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+                raise DefinitionError(f"queue {self.name!r}: url has {url!r}; write it like 'http://gpu1:8000/v1'")
+        if urls and self.pool != "asyncio":
+            raise DefinitionError(
+                f"queue {self.name!r}: url= is for waiting and pool='prefork' for computing; leave out one"
+            )
+        if self.key_env and not urls:
+            raise DefinitionError(
+                f"queue {self.name!r}: key_env={self.key_env!r} is for the servers of url=; name some"
+            )
+        object.__setattr__(self, "url", tuple(dict.fromkeys(map(_with_path, urls))))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its workers load its model themselves."""
+        return bool(self.model and not self.url)
+
+    @property
+    def servers(self) -> Servers | None:
+        """Who answers this queue's model calls, where that is not its workers themselves."""
+        return Servers(tuple(self.url), self.key_env) if self.url else None
+
     def pace(self) -> tuple[int, int] | None:
         """Milliseconds between two steps, and how many may go at once; None without a rate."""
         if not self.rate:
@@ -91,3 +137,9 @@ class Queue:
             raise DefinitionError(f"queue {self.name!r}: rate={self.rate!r} must be like '5/s', '100/m' or '1000/h'")
         gap = max(1, UNITS_MS[unit] // int(amount))
         return gap, max(1, min(int(amount), 1000 // gap))
+
+
+def _with_path(url: str) -> str:
+    """`http://gpu1:8000` is `http://gpu1:8000/v1`."""
+    bare = url.rstrip("/")
+    return bare if urlsplit(bare).path else f"{bare}/v1"

@@ -85,9 +85,9 @@ async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal
     Raises:
         RunError: there is no such run, it is open or done, it is a sub-agent's, or another crew's.
     """
-    newest = await _newest(journal, run_id)
-    old = newest.id
-    _check(newest, crew)
+    last = await newest(journal, run_id)
+    old = last.id
+    _check(last, crew)
     first, _, k = old.partition("~")
     new = f"{first}~{int(k or 1) + 1}"
     events = await journal.events(old)
@@ -106,7 +106,7 @@ async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal
     return new
 
 
-async def _newest(journal: Journal, run_id: str) -> RunHead:
+async def newest(journal: Journal, run_id: str) -> RunHead:
     """The run, or the last retry of it that there is."""
     head = await journal.head(run_id)
     if head is None:

@@ -23,11 +23,13 @@ from agentmesh.config import Config, load
 from agentmesh.errors import MeshError
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.models.cache import installed
+from agentmesh.models.fleet import Fleet
 
 EXTRAS = {
     "local": ("torch", "transformers", "safetensors", "gguf"),
     "rag": ("faiss", "numpy"),
     "langchain": ("langchain_core",),
+    "serve": ("starlette", "uvicorn"),
     "notebook": ("ipykernel",),
 }
 CLASHES = {"agents": "openai-agents", "tools": "a package of that name"}
@@ -162,6 +164,16 @@ def _models(config: Config) -> Iterator[Finding]:
     )
 
 
+async def _model_servers(queue: str, fleet: Fleet) -> list[Finding]:
+    found = await fleet.examine()
+    await fleet.close()
+    return [
+        Finding(not ails, f"queue {queue!r}: model server {url} {'answers' if not ails else f'does not answer ({ails})'}",
+                "start it, or take it out of the queue's url" if ails else "")
+        for url, ails in found.items()
+    ]  # fmt: skip
+
+
 def _crew(path: str, config: Config) -> Iterator[Finding]:
     try:
         crew = load_crew(path)
@@ -169,6 +181,9 @@ def _crew(path: str, config: Config) -> Iterator[Finding]:
             True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.broker_queues())}"
         )
         check_models(crew, config)
+        for queue in crew.queues.values():
+            if queue.servers is not None:
+                yield from drive(_model_servers(queue.name, Fleet(queue.servers)))
         yield Finding(True, "its models can be reached from here")
         if is_amqp(config.broker):
             with suppress(*BROKEN):  # that it does not answer is said above

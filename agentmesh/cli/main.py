@@ -111,6 +111,38 @@ def worker(
     )
 
 
+@app.command(
+    epilog="Examples:  agentmesh serve crew.py  ·  agentmesh serve crew.py --host 0.0.0.0 --key-env AGENTMESH_KEY"
+)
+def serve(
+    crew: Annotated[
+        str, typer.Argument(metavar="CREW", help="A Python file that makes a Crew; its agents and models are served.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; another than loopback needs --key-env.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
+    key_env: Annotated[
+        str, typer.Option(help="The environment variable that holds the key clients must show.", metavar="NAME")
+    ] = "",
+    embed: Annotated[
+        list[str] | None, typer.Option(help="Serve this embedder too, such as wordllama or local:NAME.", metavar="NAME")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Worker processes; 0 where workers run elsewhere.", min=0)] = 1,
+    broker: Broker = "",
+    model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
+) -> None:
+    """Serve a crew's agents and models to any client of OpenAI's API; each request is a run."""
+    from agentmesh.cli.serve import serve_crew
+
+    raise typer.Exit(
+        serve_crew(
+            crew, host=host, port=port, key_env=key_env, embed=embed or [], processes=processes, broker=broker, model=model,
+            file=State.config,
+        )
+    )  # fmt: skip
+
+
 @app.command()
 def doctor(crew: Annotated[str, typer.Argument(help="A crew file to check too.")] = "", broker: Broker = "") -> None:
     """Look at everything a run needs; each finding comes with its mend."""

@@ -49,7 +49,7 @@ def run_crew(
     try:
         mesh = Mesh(crew, config=config, models=Models())
         mesh.check()
-        run = mesh.start(crew.lead, given, id=run_id, stream=not detach, origin=_origin(path))
+        run = mesh.start(crew.lead, given, id=run_id, stream=not detach, origin=origin_of(path))
         if detach:
             _leave_a_worker(path, asked, run.id)
             print(run.id)
@@ -243,7 +243,7 @@ def _leave(valkey: EmbeddedValkey | None) -> None:
         valkey.leave()
 
 
-def _origin(path: str) -> str:
+def origin_of(path: str) -> str:
     """The crew file as `runs resume` can find it from any folder."""
     file, _, name = path.partition(":")
     if not os.path.isfile(file):

@@ -68,7 +68,7 @@ def run_workers(
     loaded = {path: load_crew(path) for path in crews}  # what is wrong with a file is said once, here
     served = [q for crew in loaded.values() for q in crew.broker_queues(queues)]
     config, valkey = place(config)
-    where = _where(config, valkey)
+    at_place = where(config, valkey)
     commands = specs_of(
         config, loaded, queues=queues, concurrency=concurrency, processes=processes, log=form, beat=beat, events=events,
         suspects="elsewhere",
@@ -85,11 +85,11 @@ def run_workers(
         at = _serve(stack, metrics, config, supervisor, counts_in) if metrics else ""
         hands = f"{processes} × {concurrency or 'as declared'}"
         print(f"crews {', '.join(c.name for c in loaded.values())} · queues {', '.join(served)} · {hands} "
-              f"· {where} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{at}", flush=True)  # fmt: skip
+              f"· {at_place} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{at}", flush=True)  # fmt: skip
         return supervisor.run()
 
 
-def _where(config: Config, valkey: EmbeddedValkey | None) -> str:
+def where(config: Config, valkey: EmbeddedValkey | None) -> str:
     """Where messages and journal are, without passwords."""
     if valkey is not None and config.broker == valkey.broker_url:
         return "broker and journal the embedded Valkey"
@@ -127,6 +127,11 @@ def _serve(stack: ExitStack, metrics: str, config: Config, supervisor: Superviso
     endpoint = Endpoint((host, port), page=page, health=health)
     stack.callback(endpoint.close)
     return f" · metrics http://{host}:{endpoint.port}/metrics"
+
+
+def answers(journal: Journal) -> bool:
+    """Whether the journal's server does."""
+    return drive(_counts(journal)) is not None
 
 
 async def _counts(journal: Journal) -> Counts | None:

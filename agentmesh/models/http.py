@@ -25,12 +25,20 @@ DRAIN_S = 0.5  # for the few bytes after [DONE], without which the connection co
 TOO_LONG = re.compile(r"context_length_exceeded|context (size|window|length)|too many tokens", re.I)
 
 
-class _Passing(Exception):
-    """Something that asking again may mend."""
+class Passing(Exception):
+    """Something that asking again may mend.
 
-    def __init__(self, error: ModelError, after_s: float | None = None) -> None:
+    Attributes:
+        down: the connection was refused or broke off: the server may be gone.
+        sent: the server may have begun to work on it.
+        said: it had begun to answer; a new attempt of the step retracts that.
+    """
+
+    def __init__(
+        self, error: ModelError, after_s: float | None = None, *, down: bool = False, sent: bool = True
+    ) -> None:
         super().__init__(error.message)
-        self.error, self.after_s = error, after_s
+        self.error, self.after_s, self.down, self.sent, self.said = error, after_s, down, sent, False
 
 
 class _Wait(wait_base):
@@ -44,7 +52,7 @@ class _Wait(wait_base):
 
     def __call__(self, retry_state: RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None
-        if isinstance(error, _Passing) and error.after_s is not None:
+        if isinstance(error, Passing) and error.after_s is not None:
             return error.after_s
         return float(self._jitter(retry_state))
 
@@ -54,7 +62,8 @@ class HttpModel:
 
     Args:
         base_url: OPENAI_BASE_URL when left out, else OpenAI's.
-        api_key: OPENAI_API_KEY when left out; only OpenAI itself insists on one.
+        api_key: OPENAI_API_KEY when left out, "" for none; only OpenAI itself insists on one.
+        set_by: where URL and key come from, for sentences that say what to mend.
         tries: attempts within one step, as long as the waits between them stay under 5 s.
 
     Raises:
@@ -63,15 +72,16 @@ class HttpModel:
 
     def __init__(
         self, *, base_url: str | None = None, api_key: str | None = None, timeout_s: float = 600.0, tries: int = 5,
-        connections: int = 1000,
+        connections: int = 1000, set_by: tuple[str, str] = ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
     ) -> None:  # fmt: skip
+        self._url_by, self._key_by = set_by
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
         address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError(
                 f"OPENAI_BASE_URL is {self.base_url!r}, which is no URL; write it like 'http://localhost:8000/v1'"
             )
-        key = (api_key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
         if not key and address.hostname == urlsplit(OPENAI).hostname:
             raise ConfigError(
                 "there is no OPENAI_API_KEY in the environment; set it, or set OPENAI_BASE_URL to a server without keys"
@@ -88,15 +98,15 @@ class HttpModel:
         sent = body(prompt, stream=on_token is not None)
         began_s = time.monotonic()
         try:
-            return await self._once(prompt, sent, on_token)  # nearly always enough, and tenacity is not free
-        except _Passing as e:
+            return await self._post(prompt, sent, on_token)  # nearly always enough, and tenacity is not free
+        except Passing as e:
             self._hand_over(e)
             failed = e
         if self._tries > 1:
             await asyncio.sleep(random.uniform(0, FIRST_WAIT_S) if failed.after_s is None else failed.after_s)
             try:
                 return await self._again(prompt, sent, on_token)
-            except _Passing as e:
+            except Passing as e:
                 failed = e
         tried = f"({self._tries} {'try' if self._tries == 1 else 'tries'}) within {time.monotonic() - began_s:.1f} s"
         raise RetryLater(ModelError(f"{failed.error.message} {tried}"), LONGEST_WAIT_S) from None
@@ -106,20 +116,49 @@ class HttpModel:
             stop=stop_after_attempt(self._tries - 1),
             wait=_Wait(),
             reraise=True,
-            retry=retry_if_exception_type(_Passing),
+            retry=retry_if_exception_type(Passing),
         ):
             with attempt:
                 try:
-                    return await self._once(prompt, sent, on_token)
-                except _Passing as e:
+                    return await self._post(prompt, sent, on_token)
+                except Passing as e:
                     self._hand_over(e)
                     raise
         raise AssertionError("unreachable")
 
-    def _hand_over(self, failed: _Passing) -> None:
-        """A long wait becomes the journal's."""
+    def _hand_over(self, failed: Passing) -> None:
+        """What was said before it broke off, or a long wait, becomes the journal's."""
+        if failed.said:
+            raise RetryLater(failed.error, 0.0) from None
         if failed.after_s is not None and failed.after_s > LONGEST_WAIT_S:
             raise RetryLater(failed.error, failed.after_s) from None
+
+    async def once(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
+        """One attempt, for who knows other servers.
+
+        Raises:
+            Passing: asking again may mend it.
+            ModelError: it would not.
+        """
+        return await self._post(prompt, body(prompt, stream=on_token is not None), on_token)
+
+    async def ails(self, timeout_s: float) -> str:
+        """Why the server cannot be asked now, or nothing: by GET /health, and where it has none by GET /v1/models.
+
+        Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html, llama.cpp's and SGLang's servers
+        """
+        session, limit = await self._session(), aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            for url in (f"{self.base_url.removesuffix('/v1')}/health", f"{self.base_url}/models"):
+                async with session.get(url, headers=self._headers, timeout=limit) as response:
+                    if response.status < 400:
+                        return ""
+                    status = response.status
+                    if status >= 500:
+                        break
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as e:
+            return str(e) or f"no answer in {timeout_s:g} s"
+        return f"{url} answered {status}"
 
     async def close(self) -> None:
         """See ports.Model."""
@@ -144,7 +183,7 @@ class HttpModel:
         await anext(life)
         return session
 
-    async def _once(self, prompt: Prompt, sent: bytes, on_token: Callable[[str], None] | None) -> Answer:
+    async def _post(self, prompt: Prompt, sent: bytes, on_token: Callable[[str], None] | None) -> Answer:
         session, assembly = await self._session(), Assembly()
         try:
             async with session.post(self._url, data=sent, headers=self._headers) as response:
@@ -153,15 +192,15 @@ class HttpModel:
                 if on_token is not None and response.content_type != "application/json":
                     return await self._streamed(response, assembly, on_token)
                 answer = self._whole(await response.read())
-        except _Passing as e:
-            if assembly.said:  # a new attempt of the step retracts what was said
-                raise RetryLater(e.error, 0.0) from None
+        except Passing as e:
+            e.said = assembly.said
             raise
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as e:
-            error = ModelError(self._broken(e))
-            if assembly.said:
-                raise RetryLater(error, 0.0) from None
-            raise _Passing(error) from None
+            refused = isinstance(e, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            slow = isinstance(e, TimeoutError) and not refused
+            passing = Passing(ModelError(self._broken(e)), down=not slow, sent=not refused)
+            passing.said = assembly.said
+            raise passing from None
         if on_token is not None and answer.message.text:  # a server that does not stream
             on_token(answer.message.text)
         return answer
@@ -177,7 +216,7 @@ class HttpModel:
             if pieces.done:
                 break
         if assembly.finish is None:
-            raise _Passing(ModelError(f"the stream from {self.base_url} ended in the middle of an answer"))
+            raise Passing(ModelError(f"the stream from {self.base_url} ended in the middle of an answer"))
         if not response.content.at_eof():
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, ConnectionError):
                 async with asyncio.timeout(DRAIN_S):
@@ -190,10 +229,10 @@ class HttpModel:
             piece = loads(data)
             if piece.get("error"):
                 reason = said_by(data.decode(errors="replace"), self._key)
-                raise _Passing(ModelError(f"{self.base_url} broke off its answer: {reason}"))
+                raise Passing(ModelError(f"{self.base_url} broke off its answer: {reason}"))
             return assembly.add(piece)
         except NOT_AN_ANSWER:
-            raise _Passing(ModelError(
+            raise Passing(ModelError(
                 f"the stream from {self.base_url} is no chat completion: {data[:200].decode(errors='replace')!r}"
             )) from None  # fmt: skip
 
@@ -209,7 +248,7 @@ class HttpModel:
     def _refusal(self, prompt: Prompt, response: aiohttp.ClientResponse, text: str) -> Exception:
         status, said = response.status, said_by(text, self._key)
         if status in (401, 403):
-            return ModelRefused(f"{self.base_url} refused the key ({status}: {said}); check OPENAI_API_KEY")
+            return ModelRefused(f"{self.base_url} refused the key ({status}: {said}); check {self._key_by}")
         if status == 404:
             return ModelRefused(
                 f"{self.base_url} has no model {prompt.model!r} (404: {said}); check its name and the URL"
@@ -222,14 +261,14 @@ class HttpModel:
             return ModelRefused(f"{self.base_url} says that the account's quota is used up: {said}")
         if status in (408, 409, 429) or status >= 500:
             wait_s = retry_after_s(response.headers.get("Retry-After"))
-            return _Passing(ModelError(f"{self.base_url} answered {status}: {said}"), wait_s)
+            return Passing(ModelError(f"{self.base_url} answered {status}: {said}"), wait_s)
         return ModelRefused(f"{self.base_url} refused the request ({status}): {said}")
 
     def _broken(self, error: Exception) -> str:
         """What a failed connection means."""
         reason = str(error) or type(error).__name__
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-            return f"no model answers at {self.base_url} ({reason}); start the server, or set OPENAI_BASE_URL to yours"
+            return f"no model answers at {self.base_url} ({reason}); start the server, or set {self._url_by} to yours"
         if isinstance(error, TimeoutError):
             return f"{self.base_url} did not end its answer in {self._timeout_s:g} s; ask for less, or raise timeout_s"
         return f"the connection to {self.base_url} broke off ({reason}); see that server's log"

@@ -6,6 +6,7 @@ from typing import Any
 
 from agentmesh.errors import ConfigError, ExtraMissing, did_you_mean
 from agentmesh.ports import Model
+from agentmesh.queue import Servers
 
 PROVIDERS = ("openai", "local")
 
@@ -14,7 +15,7 @@ class Models:
     """`provider:name` to a Model, each made once a process; a forked child makes its own."""
 
     def __init__(self) -> None:
-        self._made: dict[str, Model] = {}
+        self._made: dict[str | Servers, Model] = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
@@ -26,9 +27,14 @@ class Models:
         """
         if hasattr(wanted, "ask"):
             return wanted, type(wanted).__name__
-        provider, _, name = str(wanted).partition(":")
         if self._pid != os.getpid():
             self._made, self._lock, self._pid = {}, threading.Lock(), os.getpid()
+        if isinstance(wanted, Servers):
+            with self._lock:
+                if wanted not in self._made:
+                    self._made[wanted] = _make_fleet(wanted)
+                return self._made[wanted], ""
+        provider, _, name = str(wanted).partition(":")
         with self._lock:
             key = "openai" if provider == "openai" else wanted
             if key not in self._made:
@@ -39,6 +45,13 @@ class Models:
         """Give back what the models hold on the running loop."""
         for model in list(self._made.values()):
             await model.close()
+
+
+def _make_fleet(servers: Servers) -> Model:
+    from agentmesh.models.fleet import Fleet
+
+    fleet: Model = Fleet(servers)
+    return fleet
 
 
 def _make_model(provider: str, name: str, wanted: str) -> Model:

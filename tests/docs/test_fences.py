@@ -37,7 +37,17 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_command_lines_help_is_quick_to_find() -> None:
-    for args in ([], ["run"], ["worker"], ["runs"], ["runs", "resume"], ["models"], ["models", "pull"], ["doctor"]):
+    for args in (
+        [],
+        ["run"],
+        ["worker"],
+        ["runs"],
+        ["runs", "resume"],
+        ["models"],
+        ["models", "pull"],
+        ["serve"],
+        ["doctor"],
+    ):
         argv = [sys.executable, "-m", "agentmesh.cli.main", *args, "--help"]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
         assert done.returncode == 0

@@ -211,7 +211,7 @@ def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPa
             {"model": "m", "pool": "prefork"},
             "a queue with a model is never prefork: a forked process cannot use the device",
         ),
-        ({"devices": [0]}, "devices, gpu_memory, max_batch_tokens and lane are for a queue with a model"),
+        ({"devices": [0]}, "devices, gpu_memory, max_batch_tokens and lane are for a queue whose workers load a model"),
         ({"model": "m", "devices": []}, r"devices=\(\) must be 'all' or GPU numbers"),
         ({"model": "m", "devices": [1, 1]}, r"devices=\(1, 1\) must be"),
         ({"model": "m", "gpu_memory": 85}, "gpu_memory=85 must be a part of the whole, such as 0.85"),

@@ -1,0 +1,189 @@
+"""Several OpenAI-compatible servers as one Model: least in flight first, the unhealthy ones out until they answer again."""
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from agentmesh.errors import ConfigError, ModelError
+from agentmesh.models.http import HttpModel, Passing
+from agentmesh.ports import Answer, Prompt, RetryLater
+from agentmesh.queue import Servers
+
+log = logging.getLogger("agentmesh.models")
+
+LOOK_S = 2.0  # how often servers are looked at while anything is asked
+ANSWER_S = 5.0  # how long a look may take: a server with its hands full may be slow to say so
+MISSES = 3  # looks in a row without an answer, after which what the server has in hand is given up
+AWAY_S = 5.0  # when a question is put again that no server could take
+
+
+@dataclass(slots=True, eq=False)
+class _Server:
+    """A server as this process sees it."""
+
+    model: HttpModel
+    in_flight: int = 0
+    last: int = 0  # when it was last chosen, as a count
+    ails: str = ""  # why it is out
+    missed: int = 0
+    given_up: "asyncio.Future[None] | None" = None  # done when what it has in hand is given up
+
+
+class Fleet:
+    """A Model in front of servers that all know the same models.
+
+    A question that a server never took goes to another at once. One that was cut off is the journal's to retry, and goes
+    to another then: so a prompt that kills servers kills no more of them than its step has retries.
+
+    Raises:
+        ConfigError: the variable that should hold the key is empty.
+    """
+
+    def __init__(self, servers: Servers) -> None:
+        key = os.environ.get(servers.key_env, "").strip() if servers.key_env else ""
+        if servers.key_env and not key:
+            raise ConfigError(
+                f"key_env names {servers.key_env}, which is not set; export it with the key of {', '.join(servers.urls)}"
+            )
+        self._urls, self._key = servers.urls, key
+        self._set_by = "the queue's url", servers.key_env or "the queue's key_env"
+        self._views: WeakKeyDictionary[asyncio.AbstractEventLoop, _View] = WeakKeyDictionary()
+
+    async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
+        """See ports.Model."""
+        return await self._view().ask(prompt, on_token)
+
+    async def examine(self) -> dict[str, str]:
+        """Each server's URL, and why it cannot be asked now, or nothing."""
+        view = self._view()
+        await view.look()
+        return {s.model.base_url: s.ails for s in view.servers}
+
+    def _view(self) -> "_View":
+        loop = asyncio.get_running_loop()
+        if loop not in self._views:
+            models = [HttpModel(base_url=url, api_key=self._key, set_by=self._set_by) for url in self._urls]
+            self._views[loop] = _View(models)
+        return self._views[loop]
+
+    async def close(self) -> None:
+        """See ports.Model."""
+        view = self._views.pop(asyncio.get_running_loop(), None)
+        if view is not None:
+            await view.close()
+
+
+class _View:
+    """The servers as one event loop sees them."""
+
+    def __init__(self, models: list[HttpModel]) -> None:
+        self.servers = [_Server(model) for model in models]
+        self._turns = itertools.count(1)
+        self._asking = 0
+        self._looking: asyncio.Task[None] | None = None
+        self._look: asyncio.Task[None] | None = None
+
+    async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None) -> Answer:
+        self._asking += 1
+        try:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._keep_looking())
+            return await self._ask(prompt, on_token)
+        finally:
+            self._asking -= 1
+
+    async def _ask(self, prompt: Prompt, on_token: Callable[[str], None] | None) -> Answer:
+        tried: list[_Server] = []
+        waits: list[float] = []
+        while (server := await self._next(tried)) is not None:
+            tried.append(server)
+            try:
+                return await self._put(server, prompt, on_token)
+            except Passing as e:
+                if e.down:
+                    _turned(server, e.error.message)
+                if e.said or (e.down and e.sent):
+                    raise RetryLater(e.error, 0.0) from None
+                waits.append(AWAY_S if e.after_s is None else e.after_s)
+                failed = e.error
+        if waits and not all(s.ails for s in self.servers):
+            raise RetryLater(failed, min(waits)) from None
+        reasons = "; ".join(f"{s.model.base_url}: {s.ails}" for s in self.servers if s.ails)
+        raise RetryLater(
+            ModelError(f"none of {len(self.servers)} model servers answers ({reasons}); start one"), AWAY_S
+        )
+
+    async def _next(self, tried: list[_Server]) -> _Server | None:
+        """The healthy one with the least in flight, of equals the one that has rested longest."""
+        if all(s.ails for s in self.servers):  # a connection may break off for less; whoever asks now looks together
+            if self._look is None or self._look.done():
+                self._look = asyncio.create_task(self.look())
+            await asyncio.shield(self._look)
+        able = [s for s in self.servers if not s.ails and s not in tried]
+        return min(able, key=lambda s: (s.in_flight, s.last)) if able else None
+
+    async def _put(self, server: _Server, prompt: Prompt, on_token: Callable[[str], None] | None) -> Answer:
+        """The server's answer, unless it is given up before it comes."""
+        if server.given_up is None:
+            server.given_up = asyncio.get_running_loop().create_future()
+        server.in_flight += 1
+        server.last = next(self._turns)
+        said = False
+
+        def tell(text: str) -> None:
+            nonlocal said
+            said = True
+            if on_token is not None:
+                on_token(text)
+
+        asked = asyncio.ensure_future(server.model.once(prompt, tell if on_token is not None else None))
+        try:
+            ends: list[asyncio.Future[Any]] = [asked, server.given_up]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                return asked.result()
+            gone = Passing(
+                ModelError(f"{server.model.base_url} was given up while it worked: {server.ails}"), down=True
+            )
+            gone.said = said
+            raise gone
+        finally:
+            server.in_flight -= 1
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    # ---- health --------------------------------------------------------------------------------
+    async def _keep_looking(self) -> None:
+        while self._asking:
+            await self.look()
+            await asyncio.sleep(LOOK_S)
+
+    async def look(self) -> None:
+        await asyncio.gather(*[self._look_at(s) for s in self.servers])
+
+    async def _look_at(self, server: _Server) -> None:
+        _turned(server, await server.model.ails(ANSWER_S))
+        server.missed = server.missed + 1 if server.ails else 0
+        if server.missed >= MISSES and server.given_up is not None:
+            server.given_up.set_result(None)
+            server.given_up = None
+
+    async def close(self) -> None:
+        looks = [task for task in (self._looking, self._look) if task is not None]
+        for task in looks:
+            task.cancel()
+        await asyncio.gather(*looks, return_exceptions=True)
+        for server in self.servers:
+            await server.model.close()
+
+
+def _turned(server: _Server, ails: str) -> None:
+    """It is out or back now, or as it was."""
+    if bool(ails) != bool(server.ails):
+        log.warning("model server %s is %s", server.model.base_url, f"out: {ails}" if ails else "back")
+    server.ails = ails

@@ -1,0 +1,40 @@
+"""A bare question to a model as a run of its own: what `agentmesh serve` makes of a request that names no agent."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from agentmesh.agent import Agent
+from agentmesh.message import Message, ToolSpec
+from agentmesh.step import Ask, Context
+
+
+class Question(BaseModel):
+    """All that a model is told.
+
+    Args:
+        model: `provider:name`.
+        output: JSON Schema of the answer's text, or None.
+        options: temperature, max_tokens, stop: given to the model as they are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    messages: tuple[Message, ...]
+    tools: tuple[ToolSpec, ...] = ()
+    output: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = {}
+
+
+class Asked(Agent):
+    """Puts a question as it is, once. Every crew has it beside its own agents; its tools are for whoever asked to call."""
+
+    name = "_asked"
+
+    def flow(self, task: Question, ctx: Context) -> str:
+        """One Ask; the run's value is the answer's text, the whole message is in the step's end."""
+        said = ctx.do(Ask(self.name, task.model, task.messages, task.tools, task.output, task.options))
+        ctx.messages = [*task.messages, said]
+        return said.text

@@ -1,0 +1,103 @@
+"""POST /v1/embeddings: texts to vectors, by embedders of this process. No run: nothing in it could be lost or held.
+
+Source: https://platform.openai.com/docs/api-reference/embeddings/create
+"""
+
+import asyncio
+import base64
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+from agentmesh.errors import MeshError, did_you_mean
+from agentmesh.serve.refusal import Refusal, refusal_of
+from agentmesh.serve.request import object_of
+
+if TYPE_CHECKING:
+    from agentmesh.rag.embed import Embedder, Floats
+
+KNOWN = ("model", "input", "encoding_format", "dimensions", "input_type", "user")
+MOST_TEXTS = 2048
+
+
+class Embeddings:
+    """Answers requests with these embedders, by the names that requests call them by.
+
+    One that computes in this process does one request at a time: it has all threads already.
+    """
+
+    def __init__(self, embedders: "Mapping[str, Embedder]") -> None:
+        self.embedders = dict(embedders)
+        self._turns = {name: asyncio.Lock() for name, one in self.embedders.items() if not one.remote}
+
+    async def answer(self, raw: bytes) -> dict[str, Any]:
+        """The response to a request's body.
+
+        Raises:
+            Refusal: the request is wrong, or the embedder failed.
+        """
+        asked = object_of(raw)
+        for name in asked:
+            if name not in KNOWN:
+                said = f"there is no parameter {name!r} here.{did_you_mean(name, KNOWN)}"
+                raise Refusal(400, said, "unknown_parameter", param=name)
+        model = asked.get("model")
+        if model not in self.embedders:
+            raise self._unknown(model)
+        texts = _texts(asked.get("input"))
+        form = _one_of(asked, "encoding_format", ("float", "base64"))
+        kind = _one_of(asked, "input_type", ("passage", "query"))
+        async with AsyncExitStack() as stack:
+            if model in self._turns:
+                await stack.enter_async_context(self._turns[model])
+            try:
+                rows = await asyncio.to_thread(_rows, self.embedders[model], texts, kind, asked.get("dimensions"))
+            except MeshError as e:
+                refusal = refusal_of(e)
+                raise Refusal(refusal.status, e.message, "embedder_error") from None
+        data = [
+            {"object": "embedding", "index": i, "embedding": _written(row, form)} for i, row in enumerate(rows)
+        ]  # fmt: skip
+        return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+
+    def _unknown(self, name: Any) -> Refusal:
+        there = (
+            f"there are {', '.join(self.embedders)}" if self.embedders else "none is served; start with --embed NAME"
+        )
+        hint = did_you_mean(str(name), self.embedders)
+        return Refusal(404, f"there is no embedder {name!r} here: {there}.{hint}", "model_not_found", param="model")
+
+
+def _rows(embedder: "Embedder", texts: list[str], kind: str, d: Any) -> "Floats | list[Floats]":
+    rows = embedder.documents(texts) if kind == "passage" else [embedder.query(text) for text in texts]
+    if d is not None and d != len(rows[0]):
+        said = f"dimensions is {d!r} and the vectors have {len(rows[0])}; leave it out"
+        raise Refusal(400, said, "invalid_value", param="dimensions")
+    return rows
+
+
+def _written(row: "Floats", form: str) -> list[float] | str:
+    return row.tolist() if form == "float" else base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
+def _texts(given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise Refusal(
+            400, "`input` must be text, or a list of texts; tokens are not taken", "invalid_value", param="input"
+        )
+    if not all(texts):
+        raise Refusal(400, f"input[{texts.index('')}] is empty", "invalid_value", param="input")
+    if len(texts) > MOST_TEXTS:
+        said = f"`input` has {len(texts)} texts; at most {MOST_TEXTS} a request"
+        raise Refusal(400, said, "invalid_value", param="input")
+    return texts
+
+
+def _one_of(asked: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
+    found = asked.get(name, known[0])
+    if found not in known:
+        raise Refusal(
+            400, f"{name} is {found!r}; it must be {' or '.join(map(repr, known))}", "invalid_value", param=name
+        )
+    return str(found)

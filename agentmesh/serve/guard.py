@@ -1,0 +1,75 @@
+"""Who may ask: the bearer of the key; without a key, programs of this machine that speak to it by its own name."""
+
+import hmac
+import ipaddress
+import os
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+from agentmesh.errors import ConfigError
+from agentmesh.serve.answering import Answering, Receive, Scope, Send, headers_of
+from agentmesh.serve.refusal import Refusal
+
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+OPEN = ("/health",)  # a probe has no key, and learns nothing but numbers
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host of this name."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def key_from(name: str, host: str) -> str:
+    """The key that clients must show, from the environment; none is "" on loopback.
+
+    Raises:
+        ConfigError: the variable is empty, or there is none for an address that others reach.
+    """
+    if name:
+        key = os.environ.get(name, "").strip()
+        if not key:
+            raise ConfigError(
+                f"--key-env names {name}, which is not set; export it with the key that clients must show"
+            )
+        return key
+    if not is_loopback(host):
+        raise ConfigError(
+            f"others reach --host {host}, and whoever asks spends your models; "
+            "name a variable that holds a key: --key-env AGENTMESH_KEY, or stay on 127.0.0.1"
+        )
+    return ""
+
+
+class Guard:
+    """Lets pass to `app` who may ask, and refuses the others.
+
+    Args:
+        key: that clients must show; "" asks for none and takes only requests to a loopback name: a web page that a
+            browser was tricked into sending here bears another.
+    """
+
+    def __init__(self, app: App, key: str) -> None:
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            try:
+                self._check(headers_of(scope))
+            except Refusal as refusal:
+                await Answering(send).refuse(refusal)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, headers: dict[str, str]) -> None:
+        if self._key:
+            scheme, _, shown = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), self._key):
+                raise Refusal(401, "the key is missing or wrong; send `Authorization: Bearer KEY`", "invalid_api_key")
+        elif not is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or ""):
+            raise Refusal(
+                403, f"host {headers.get('host')!r} is not this machine's own name; a server that others reach needs --key-env",
+                "host_refused",
+            )  # fmt: skip

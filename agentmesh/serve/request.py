@@ -1,0 +1,218 @@
+"""A chat request as clients write it, read into our words; what is wrong with it gets its own sentence. Pure.
+
+Source: https://platform.openai.com/docs/api-reference/chat/create
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agentmesh.errors import did_you_mean
+from agentmesh.message import Message, ToolCall, ToolSpec
+from agentmesh.schema import explain
+from agentmesh.serve.refusal import Refusal
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# It changes nothing here, and clients send it unasked.
+IGNORED = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+})  # fmt: skip
+READ = frozenset({"model", "messages", "tools", "response_format", "stream", "stream_options", "n", "logprobs"})
+WORDS_OF_CHOICE = ("none", "auto", "required")
+
+
+class Options(BaseModel):
+    """What is given to the model as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: int | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    logit_bias: dict[str, float] | None = None
+    parallel_tool_calls: bool | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A chat request in our words."""
+
+    model: str
+    messages: Sequence[Message]
+    tools: Sequence[ToolSpec] = ()
+    output: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    stream: bool = False
+    usage_in_stream: bool = False
+
+
+def object_of(raw: bytes) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        Refusal: it is none.
+    """
+    try:
+        data = json.loads(raw, parse_constant=_no_number)
+    except (ValueError, RecursionError) as e:
+        raise Refusal(400, f"the body is not JSON: {e}", "invalid_json") from None
+    if not isinstance(data, dict):
+        raise Refusal(400, f"the body is a JSON {type(data).__name__}; it must be an object", "invalid_json")
+    return {k: v for k, v in data.items() if v is not None}
+
+
+def chat_of(raw: bytes) -> Chat:
+    """The request.
+
+    Raises:
+        Refusal: with the sentence that says what is wrong.
+    """
+    data = object_of(raw)
+    known = {*READ, *IGNORED, *Options.model_fields}
+    for name in data:
+        if name not in known:
+            _wrong(name, f"there is no parameter {name!r} here.{did_you_mean(name, known)}", "unknown_parameter")
+    if data.get("n", 1) != 1:
+        _wrong("n", f"n is {data['n']!r}; each request gets one answer here: leave it out")
+    if data.get("logprobs"):
+        _wrong("logprobs", "logprobs are not given here; leave it out")
+    model = data.get("model")
+    if not isinstance(model, str) or not model:
+        _wrong("model", "the request names no model; GET /v1/models lists them")
+    tools = _tools(data.get("tools", []))
+    options = _options(data, tools)
+    output = _output(data.get("response_format", {}), options)
+    return Chat(
+        model, _messages(data.get("messages")), tools, output, options, _flag(data, "stream"),
+        _flag(_object(data, "stream_options"), "include_usage"),
+    )  # fmt: skip
+
+
+def _options(data: dict[str, Any], tools: Sequence[ToolSpec]) -> dict[str, Any]:
+    try:
+        found = Options(**{k: v for k, v in data.items() if k in Options.model_fields})
+    except ValidationError as e:
+        raise Refusal(400, explain(e), "invalid_value", param=str(e.errors()[0]["loc"][0])) from None
+    choice = found.tool_choice
+    if isinstance(choice, str) and choice not in WORDS_OF_CHOICE:
+        _wrong("tool_choice", f"tool_choice is {choice!r}; it must be 'none', 'auto', 'required', or name a function")
+    if isinstance(choice, dict):
+        wanted = choice["function"].get("name") if isinstance(choice.get("function"), dict) else None
+        if wanted not in [t.name for t in tools]:
+            _wrong("tool_choice", f"tool_choice names the function {wanted!r}, which is not among `tools`")
+    if choice == "required" and not tools:
+        _wrong("tool_choice", "tool_choice is 'required' and there are no `tools`; send some, or leave it out")
+    return found.model_dump(exclude_none=True)
+
+
+def _output(wanted: Any, options: dict[str, Any]) -> Mapping[str, Any] | None:
+    kind = wanted.get("type", "text") if isinstance(wanted, dict) else None
+    if kind == "json_schema":
+        schema = wanted["json_schema"].get("schema") if isinstance(wanted.get("json_schema"), dict) else None
+        if not isinstance(schema, dict):
+            _wrong("response_format", "response_format is a json_schema without `json_schema.schema`, a JSON Schema")
+        return schema
+    if kind == "json_object":
+        options["response_format"] = {"type": "json_object"}
+    elif kind != "text":
+        _wrong("response_format", f"response_format {wanted!r} must have type 'text', 'json_object' or 'json_schema'")
+    return None
+
+
+def _tools(given: Any) -> list[ToolSpec]:
+    if not isinstance(given, list):
+        _wrong("tools", "`tools` must be a list")
+    found = []
+    for i, one in enumerate(given):
+        function = one.get("function") if isinstance(one, dict) and one.get("type", "function") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            _wrong(f"tools[{i}]", f"tools[{i}] must be a function with a name: other kinds of tools are not here")
+        parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        if not isinstance(parameters, dict):
+            _wrong(f"tools[{i}]", f"tools[{i}]: `parameters` must be a JSON Schema object")
+        found.append(ToolSpec(function["name"], str(function.get("description") or ""), parameters))
+    return found
+
+
+def _messages(given: Any) -> list[Message]:
+    if not isinstance(given, list) or not given:
+        _wrong("messages", "`messages` must be a list with at least one message")
+    return [_message(f"messages[{i}]", one) for i, one in enumerate(given)]
+
+
+def _message(where: str, one: Any) -> Message:
+    role = one.get("role") if isinstance(one, dict) else None
+    if role not in ROLES:
+        _wrong(where, f"{where} has role {role!r}; it must be one of {', '.join(ROLES)}")
+    text = _text(where, one.get("content"))
+    if role == "tool":
+        call = one.get("tool_call_id")
+        if not isinstance(call, str) or not call:
+            _wrong(where, f"{where} is of role 'tool' and has no `tool_call_id`: say which call it answers")
+        return Message("tool", text, tool_call_id=call)
+    if role == "assistant":
+        calls = tuple(_call(where, c) for c in one.get("tool_calls") or ())
+        return Message("assistant", text or str(one.get("refusal") or ""), calls)
+    if one.get("content") is None:
+        _wrong(where, f"{where} has no `content`")
+    return Message("user" if role == "user" else "system", text)
+
+
+def _text(where: str, content: Any) -> str:
+    """Text, or its parts put together; images and sounds are not taken."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            _wrong(where, f"{where} has content of type {kind!r}; only text is taken here")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _call(where: str, given: Any) -> ToolCall:
+    function = given.get("function") if isinstance(given, dict) else None
+    if not isinstance(function, dict):
+        _wrong(where, f"{where} has a tool call without a `function`")
+    said = [given.get("id"), function.get("name"), function.get("arguments", "")]
+    texts = [text for text in said if isinstance(text, str)]
+    if len(texts) < len(said):
+        _wrong(where, f"{where} has a tool call whose `id`, `function.name` or `function.arguments` is not text")
+    return ToolCall(*texts)
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _object(data: dict[str, Any], name: str) -> dict[str, Any]:
+    found = data.get(name, {})
+    if not isinstance(found, dict):
+        _wrong(name, f"`{name}` must be an object")
+    return dict(found)
+
+
+def _flag(data: dict[str, Any], name: str) -> bool:
+    found = data.get(name) or False
+    if not isinstance(found, bool):
+        _wrong(name, f"{name} is {found!r}; it must be true or false")
+    return bool(found)
+
+
+def _wrong(param: str, message: str, code: str = "invalid_value") -> NoReturn:
+    raise Refusal(400, message, code, param=param)
