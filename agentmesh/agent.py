@@ -129,11 +129,16 @@ class Agent(Generic[Out]):
                 corrected = True
                 messages.append(user(f"{e.message}. Answer again, with the corrected JSON alone."))
 
-    def ask(self, messages: Sequence[Message]) -> Ask:
-        """The step that asks this agent's model, with its instructions, tools and team."""
+    def ask(self, messages: Sequence[Message], *, plain: bool = False) -> Ask:
+        """The step that asks this agent's model, with its instructions, tools and team.
+
+        Args:
+            plain: for words; else the answer is held to the agent's output type.
+        """
         head = (system(self.instructions),) if self.instructions else ()
+        schema = None if plain else self.schema()
         return Ask(
-            self.name, self.model or "", (*head, *messages), self.specs(), self.schema(), dict(self.options),
+            self.name, self.model or "", (*head, *messages), self.specs(), schema, dict(self.options),
             self.queue, self.retries, self.timeout_s,
         )  # fmt: skip
 

@@ -52,6 +52,7 @@ class Crew:
         self.queues = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
         if len(self.queues) < len(queues):
             raise NameTaken(f"crew {self.name!r} has two queues of one name: {', '.join(q.name for q in queues)}")
+        self._check_devices()
         self.agents: dict[str, Agent[Any]] = {}
         self.tools: dict[str, Tool[..., Any]] = {}
         for agent in (lead, *agents, *(s.agent for s in schedules)):
@@ -93,6 +94,17 @@ class Crew:
             self._check_queue(f"tool `{tool.name}`", tool.queue)
         for member in agent.team:
             self._add(member)
+
+    def _check_devices(self) -> None:
+        """The queues of a model are served by the same processes."""
+        first: dict[str, Queue] = {}
+        for queue in self.queues.values():
+            other = first.setdefault(queue.model, queue)
+            if queue.on_device and other.on_device and queue.devices != other.devices:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
+                    f"{other.devices!r} and {queue.devices!r}; the same processes serve both, so write the same in each"
+                )
 
     def _check_queue(self, who: str, queue: str) -> None:
         if queue and queue not in self.queues:
@@ -164,9 +176,12 @@ class Crew:
         return list(dict.fromkeys(named))
 
     def queues_in(self, pool: str, only: Iterable[str] = ()) -> list[str]:
-        """Of these queues, or of all, the ones that a worker of this pool serves."""
+        """Of these queues, or of all, the ones that a worker of this pool serves; `device` are those with a model."""
         wanted = list(only) or self.queues
-        return [name for name, queue in self.queues.items() if queue.pool == pool and name in wanted]
+        pools = {
+            name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in wanted
+        }
+        return [name for name, of in pools.items() if of == pool]
 
     def broker_queue(self, queue: str) -> str:
         """The broker's name of a queue."""
@@ -174,7 +189,7 @@ class Crew:
 
     def apart(self, queue: str) -> bool:
         """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
-        return queue in self.queues and not (self.queues[queue].model and not self.queues[queue].servers)
+        return queue in self.queues and not self.queues[queue].on_device
 
     def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "too") -> list[str]:
         """The broker's names of these queues, or of all, each with the queue of its suspects.

@@ -1,11 +1,11 @@
-"""The live stream of one attempt: tokens and progress, gathered for 30 ms and sent together. Never the journal."""
+"""The live stream of one attempt: tokens and progress, gathered and sent together each 30 ms. Never the journal."""
 
 import asyncio
 import threading
 from typing import Literal
 
 from agentmesh.journal import Journal
-from agentmesh.ports import Token
+from agentmesh.ports import Thought, Token
 
 FLUSH_S = 0.03
 
@@ -24,8 +24,8 @@ class Live:
         self._flushing: asyncio.Task[None] | None = None
 
     def text(self, piece: str) -> None:
-        """A piece of the model's text."""
-        self._say("text", piece)
+        """A piece of the model's text, or of its reasoning."""
+        self._say("thought" if isinstance(piece, Thought) else "text", piece)
 
     def progress(self, line: str) -> None:
         """A line of a tool's progress."""
@@ -35,7 +35,7 @@ class Live:
         """What an earlier attempt of the step said is void."""
         self._say("retract", "")
 
-    def _say(self, kind: Literal["text", "progress", "retract"], text: str) -> None:
+    def _say(self, kind: Literal["text", "thought", "progress", "retract"], text: str) -> None:
         with self._lock:
             first = not self._said
             self._said.append(Token(self._run_id, self._n, self._attempt, kind, text))
@@ -47,7 +47,8 @@ class Live:
             self._flushing = self._loop.create_task(self._flush_soon())
 
     async def _flush_soon(self) -> None:
-        await asyncio.sleep(FLUSH_S)
+        # all attempts of the process at the same ticks: what they send is then one exchange with the server
+        await asyncio.sleep(FLUSH_S - self._loop.time() % FLUSH_S)
         await self._send()
 
     async def _send(self) -> None:

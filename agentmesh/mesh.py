@@ -18,7 +18,7 @@ from agentmesh.celery.app import QueueLengths, check_broker, journal_url, make_a
 from agentmesh.celery.beat import schedule
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.eager import eager_site, is_eager
-from agentmesh.celery.embedded import EmbeddedWorker
+from agentmesh.celery.embedded import Admits, EmbeddedWorker
 from agentmesh.celery.loop import drive, threads
 from agentmesh.celery.publish import publisher_of
 from agentmesh.celery.site import Site
@@ -265,11 +265,10 @@ class Mesh:
         if self.site.tender is not None and pid != os.getpid():
             self.site.tender.bury(self.name_of(pid))
 
-    def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0) -> "InProcess":
+    def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0, admits: Admits | None = None) -> "InProcess":
         """A worker in a thread of this process: `with mesh.worker(): …`."""
-        return InProcess(
-            self, self.crew.broker_queues(queues, suspects=self.suspects), concurrency or self._concurrency(queues)
-        )
+        names = self.crew.broker_queues(queues, suspects=self.suspects)
+        return InProcess(self, names, concurrency or self._concurrency(queues), admits)
 
     def _concurrency(self, queues: Sequence[str]) -> int:
         return sum(q.concurrency for name, q in self.crew.queues.items() if not queues or name in queues)
@@ -326,9 +325,9 @@ def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
 class InProcess:
     """A worker and its tender in this process, for a while; also usable as a context manager."""
 
-    def __init__(self, mesh: Mesh, queues: Sequence[str], concurrency: int) -> None:
+    def __init__(self, mesh: Mesh, queues: Sequence[str], concurrency: int, admits: Admits | None) -> None:
         self._mesh = mesh
-        self._worker = EmbeddedWorker(mesh.app, queues=queues, concurrency=concurrency)
+        self._worker = EmbeddedWorker(mesh.app, queues=queues, concurrency=concurrency, admits=admits)
 
     def start(self) -> "InProcess":
         """Returns when it consumes."""

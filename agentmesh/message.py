@@ -71,12 +71,13 @@ def answers(call: ToolCall, text: str) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer cost; unknown numbers are 0."""
+    """What an answer cost; unknown numbers are 0. `batch`: how many requests were computed together with it, at most."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
     cost_usd: float = 0.0
+    batch: int = 0
 
     @property
     def tokens(self) -> int:
@@ -89,19 +90,23 @@ class Usage:
             self.output_tokens + other.output_tokens,
             self.cached_tokens + other.cached_tokens,
             self.cost_usd + other.cost_usd,
+            max(self.batch, other.batch),
         )
 
     def to_json(self) -> dict[str, float]:
-        """Only what is not zero, in short names: in out cached usd."""
+        """Only what is not zero, in short names: in out cached usd batch."""
         given = {
             "in": self.input_tokens,
             "out": self.output_tokens,
             "cached": self.cached_tokens,
             "usd": self.cost_usd,
+            "batch": self.batch,
         }
         return {k: v for k, v in given.items() if v}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Usage":
         """The usage that `to_json` wrote."""
-        return cls(data.get("in", 0), data.get("out", 0), data.get("cached", 0), data.get("usd", 0.0))
+        return cls(
+            data.get("in", 0), data.get("out", 0), data.get("cached", 0), data.get("usd", 0.0), data.get("batch", 0)
+        )

@@ -42,6 +42,12 @@ class Answer:
     finish: Literal["stop", "length", "tool_calls"] = "stop"
 
 
+class Thought(str):
+    """A piece of a model's reasoning, told by `on_token`; not part of the answer and never sent back."""
+
+    __slots__ = ()
+
+
 class RetryLater(Exception):
     """An attempt failed and the next one should wait longer than a worker ought to: the step is retried."""
 
@@ -334,10 +340,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A live piece of a step's attempt: text, progress, or `retract`: what that attempt said before is void."""
+    """A live piece of a step's attempt: text, thought (reasoning), progress, or `retract`: what it said before is void."""
 
     run_id: str
     n: int
     attempt: int
-    kind: Literal["text", "progress", "retract"]
+    kind: Literal["text", "thought", "progress", "retract"]
     text: str

@@ -11,6 +11,7 @@ from agentmesh.errors import DefinitionError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 POOLS = ("asyncio", "prefork")
+LANES = ("realtime", "high", "low")
 Suspects = Literal["too", "elsewhere", "only"]  # what a worker does about the suspects of its queues
 UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
@@ -33,12 +34,18 @@ class Queue:
     """Where steps wait for workers.
 
     Args:
-        concurrency: steps at once in one worker: coroutines, or processes of a prefork pool; 0 is 100, or a process a core.
+        concurrency: steps at once in one worker: coroutines, or processes of a prefork pool; 0 is 100, or a process a core;
+            with a model 256, if the engine has room for them.
         rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
         model: the local model this queue's workers load; steps on `local:MODEL` go here.
         url: base URLs of OpenAI-compatible servers (vLLM, SGLang, llama-server), which then answer this queue's model calls.
         key_env: the environment variable that holds those servers' key; "" sends none.
         pool: "asyncio" for what waits; "prefork" for `def` tools that compute: a process each, killed when it will not stop.
+        devices: with a model: one worker process for each of these GPUs; "all" is every one, or one process on the CPU.
+        gpu_memory: with a model: the part of a GPU's free memory that prompts and answers may take, in (0, 1].
+        max_batch_tokens: with a model: new tokens of one step of the engine; 0 is 2,048, on a CPU 256.
+        lane: with a model: "realtime" comes first and has places kept for it, "low" comes after "high"; between several
+            queues of one model.
     """
 
     name: str
@@ -46,6 +53,10 @@ class Queue:
     rate: str = ""
     model: str = ""
     pool: Literal["asyncio", "prefork"] = "asyncio"
+    devices: Literal["all"] | Sequence[int] = "all"
+    gpu_memory: float = 0.85
+    max_batch_tokens: int = 0
+    lane: Literal["realtime", "high", "low"] = "high"
     url: str | Sequence[str] = ()
     key_env: str = ""
 
@@ -57,9 +68,39 @@ class Queue:
         self._check_servers()
         if self.concurrency < 0:
             raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must not be negative")
+        self._check_device()
         if self.concurrency == 0:
-            object.__setattr__(self, "concurrency", 100 if self.pool == "asyncio" else os.cpu_count() or 1)
+            usual = 256 if self.on_device else 100 if self.pool == "asyncio" else os.cpu_count() or 1
+            object.__setattr__(self, "concurrency", usual)
         self.pace()
+
+    def _check_device(self) -> None:
+        where = f"queue {self.name!r}"
+        given = self.devices, self.gpu_memory, self.max_batch_tokens, self.lane
+        if not self.on_device and given != ("all", 0.85, 0, "high"):
+            raise DefinitionError(
+                f"{where}: devices, gpu_memory, max_batch_tokens and lane are for a queue whose workers load a model; add "
+                "model='NAME', and leave out url"
+            )
+        if self.on_device and self.pool == "prefork":
+            raise DefinitionError(
+                f"{where}: a queue with a model is never prefork: a forked process cannot use the device that its parent "
+                "opened, and each would load the weights again; leave `pool` out"
+            )
+        if not isinstance(self.devices, str):
+            object.__setattr__(self, "devices", tuple(self.devices))
+        known = self.devices == "all" or (
+            self.devices and len(set(self.devices)) == len(self.devices)
+            and all(isinstance(d, int) and d >= 0 for d in self.devices)
+        )  # fmt: skip
+        if not known:
+            raise DefinitionError(f"{where}: devices={self.devices!r} must be 'all' or GPU numbers, such as [0, 1]")
+        if self.lane not in LANES:
+            raise DefinitionError(f"{where}: lane={self.lane!r} must be one of {', '.join(LANES)}")
+        if not 0 < self.gpu_memory <= 1:
+            raise DefinitionError(f"{where}: gpu_memory={self.gpu_memory} must be a part of the whole, such as 0.85")
+        if self.max_batch_tokens < 0:
+            raise DefinitionError(f"{where}: max_batch_tokens={self.max_batch_tokens} must not be negative")
 
     def _check_servers(self) -> None:
         urls = [self.url] if isinstance(self.url, str) else list(self.url)
@@ -76,6 +117,11 @@ class Queue:
                 f"queue {self.name!r}: key_env={self.key_env!r} is for the servers of url=; name some"
             )
         object.__setattr__(self, "url", tuple(dict.fromkeys(map(_with_path, urls))))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its workers load its model themselves."""
+        return bool(self.model and not self.url)
 
     @property
     def servers(self) -> Servers | None:

@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 
 from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
 from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
-from agentmesh.celery.transport import take_many
+from agentmesh.celery.transport import Room, take_many
 
 logger = get_logger("agentmesh.consumer")
 
@@ -33,6 +33,8 @@ def thread_loop(
     consumer.consume()
     obj.on_ready()
     prefetch: Any = getattr(consumer.channel, "qos", None)  # AMQP has none: there the broker counts
+    if isinstance(prefetch, Room):
+        prefetch.admits = getattr(obj.controller, "admits", None)
     while blueprint.state == RUN and obj.connection:
         if qos.prev != qos.value:
             qos.update()

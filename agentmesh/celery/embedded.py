@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -21,6 +21,7 @@ from agentmesh.errors import ConfigError, ServiceDown
 
 logger = get_logger("agentmesh.embedded")
 
+Admits = Callable[[int], int]
 READY_S = 10.0
 AGAIN_S = 0.2  # a worker that ended by itself is made again after this, doubled up to AGAIN_MOST_S
 AGAIN_MOST_S = 5.0
@@ -30,7 +31,8 @@ class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
     is_tended = True  # by the mesh that made it
 
     # celery.apps.worker.Worker would take stdout, the root logger and the signals; WorkController takes none of them.
-    def __init__(self, app: Any, *, name: str, queues: Sequence[str], concurrency: int) -> None:
+    def __init__(self, app: Any, *, name: str, queues: Sequence[str], concurrency: int, admits: Admits | None) -> None:
+        self.admits = admits
         self.ready = threading.Event()
         self.cause: BaseException | None = None
         super().__init__(
@@ -77,9 +79,13 @@ class EmbeddedWorker:
         queues: names of the broker's queues.
         concurrency: how many steps may be in flight.
         name: the worker's node name; a unique one when empty.
+        admits: how many more steps there is room for, given how many are in hand; on Redis. None is `concurrency` alone.
     """
 
-    def __init__(self, app: Any, *, queues: Sequence[str], concurrency: int = 100, name: str = "") -> None:
+    def __init__(
+        self, app: Any, *, queues: Sequence[str], concurrency: int = 100, name: str = "", admits: Admits | None = None
+    ) -> None:  # fmt: skip
+        self._admits = admits
         self._app, self._queues, self._concurrency = app, tuple(queues), concurrency
         self.name = name or f"embedded-{os.getpid()}-{uuid.uuid4().hex[:6]}@{socket.gethostname()}"
         self._leaving = threading.Event()
@@ -138,7 +144,9 @@ class EmbeddedWorker:
         self._thread = self._worker = None
 
     def _make(self) -> _Worker:
-        return _Worker(self._app, name=self.name, queues=self._queues, concurrency=self._concurrency)
+        return _Worker(
+            self._app, name=self.name, queues=self._queues, concurrency=self._concurrency, admits=self._admits
+        )
 
     def _live(self, worker: _Worker) -> None:
         again_s = AGAIN_S

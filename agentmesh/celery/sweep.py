@@ -42,6 +42,8 @@ class Tender:
         sweep_s: infinite in a pool's child, whose parent sweeps.
     """
 
+    renew_most_s = math.inf  # a worker whose steps are dear hears of a cancelled run within so long
+
     def __init__(
         self, *, engines: Sequence[Engine], journal: Journal, worker: str, queues: Sequence[str],
         lengths: Lengths | None, ttl_s: float, sweep_s: float,
@@ -86,7 +88,7 @@ class Tender:
                 await self._bury()
                 if now >= renew_at:
                     await self._renew()
-                    renew_at = now + self._ttl_s * 0.3
+                    renew_at = now + min(self._ttl_s * 0.3, self.renew_most_s)
                 if self._stirred:
                     self._stirred, sweep_at = False, min(sweep_at, now + self._sweep_s)
                 if now >= sweep_at:

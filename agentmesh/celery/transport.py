@@ -6,20 +6,49 @@ same blocking pop, and under load one for many. Redis 7 and any Valkey have it, 
 Source: https://redis.io/docs/latest/commands/blmpop/
 """
 
+from collections.abc import Callable
 from queue import Empty
 from time import monotonic
 from typing import Any
 
-from kombu.transport import redis
+from kombu.transport import redis, virtual
 from kombu.utils import json
+
+from agentmesh.celery.lanes import Lanes
 
 kombu: Any = redis  # kombu's functions have no types
 loads: Any = json.loads
 MOST = 100  # at once: more would make one worker's first message wait for the parsing of its last
 
 
+base: Any = virtual.QoS
+
+
+class Room(base):  # type: ignore[misc]  # no types
+    """Counts what was taken and not acked; whoever has something scarcer than places says how many more may come."""
+
+    admits: Callable[[int], int] | None = None  # gets how many are in hand
+
+    def can_consume(self) -> bool:
+        """Whether one more may be taken."""
+        return self.can_consume_max_estimate() != 0
+
+    def can_consume_max_estimate(self) -> int | None:
+        """How many more may be taken; None is any number."""
+        most: int | None = super().can_consume_max_estimate()
+        if self.admits is None:
+            return most
+        more = max(0, self.admits(len(self._delivered) - len(self._dirty)))
+        return more if most is None else min(most, more)
+
+
 class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
     """A channel whose blocking pop brings up to `MOST` messages, never more than the prefetch count leaves room for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.ack_emulation:
+            self.QoS: Any = Room
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         if self.global_keyprefix:  # kombu knows where the keys stand in the commands it uses itself, and in no others
@@ -28,12 +57,15 @@ class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        keys = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
         room = self.qos.can_consume_max_estimate()
+        wait_s = (self.brpop_timeout if timeout is None else timeout) or 0
+        lanes = getattr(self.qos, "admits", None)
+        if isinstance(lanes, Lanes):
+            queues, room, wait_s = lanes.order(queues, room, wait_s)
+        keys = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
         count = MOST if room is None else max(1, min(MOST, room))
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
-        wait_s = (self.brpop_timeout if timeout is None else timeout) or 0
         self.client.connection.send_command("BLMPOP", wait_s, len(keys), *keys, "RIGHT", "COUNT", count)
 
     def _brpop_read(self, **options: Any) -> bool:

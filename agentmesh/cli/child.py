@@ -22,6 +22,7 @@ from agentmesh.celery.beat import start_beat
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.celery.seat import Command
+from agentmesh.cli.devices import device_env, devices_of
 from agentmesh.cli.exits import exit_code, say_error
 from agentmesh.config import Config
 from agentmesh.crew import Crew
@@ -41,15 +42,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     set_up(spec.get("log", ""), worker=name)
     config = Config(**spec["config"])
     leave_with_parent(config.drain_s)
-    over = threading.Event()
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        if over.is_set():
-            sys.exit(128 + number)
-        over.set()
-
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's: it drains us with SIGTERM
+    over = told_to_stop()
     models = Models()
     workers: list[InProcess] = []
     watched: list[tuple[Mesh, list[str]]] = []
@@ -77,6 +70,20 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
         worker.stop(grace_s=config.drain_s)
     drive(models.close())
     return 0
+
+
+def told_to_stop() -> threading.Event:
+    """Set by the first SIGTERM; the second leaves at once."""
+    over = threading.Event()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if over.is_set():
+            sys.exit(128 + number)
+        over.set()
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's: it drains us with SIGTERM
+    return over
 
 
 def spare_collector() -> None:
@@ -108,6 +115,7 @@ def waiting(mesh: Mesh, queues: Sequence[str]) -> bool:
 def spec_of(
     config: Config, *, crews: list[str], queues: list[str], concurrency: int, beat: bool = False,
     log: Form | Literal[""] = "", events: bool = False, suspects: Suspects = "too", pool: str = "asyncio",
+    model: str = "", env: Mapping[str, str] | None = None,
 ) -> Command:  # fmt: skip
     """The command that starts a worker for this pool's queues among these, or among all."""
     spec = {
@@ -117,19 +125,21 @@ def spec_of(
         "beat": beat,
         "events": events,
         "suspects": suspects,
+        "model": model,
         "config": config.model_dump(mode="json"),
     }
     if log:
         spec["log"] = log
-    program = "agentmesh.cli.pooled" if pool == "prefork" else "agentmesh.cli.child"
-    return Command((sys.executable, "-m", program), {SPEC_IN: json.dumps(spec)})
+    program = {"asyncio": "child", "prefork": "pooled", "device": "device"}[pool]
+    return Command((sys.executable, "-m", f"agentmesh.cli.{program}"), {**(env or {}), SPEC_IN: json.dumps(spec)})
 
 
 def specs_of(
     config: Config, crews: Mapping[str, Crew], *, queues: Sequence[str] = (), concurrency: int = 0, processes: int = 1,
     beat: bool = False, log: Form | Literal[""] = "", events: bool = False, suspects: Suspects = "too",
 ) -> list[Command]:  # fmt: skip
-    """The commands of the workers for these crews, by the paths of their files: one for each pool their queues name.
+    """The commands of the workers for these crews, by the paths of their files: one for each pool their queues name, and
+    one for each model and device.
 
     Args:
         concurrency: of the asyncio workers; of the prefork worker where there is no other.
@@ -143,7 +153,23 @@ def specs_of(
             concurrency=concurrency if pool == found[0] else 0, suspects=suspects, pool=pool,
         )  # fmt: skip
         commands += [command] * (processes if pool == "asyncio" else 1)
+    for (model, device), paths in _on_devices(crews, queues).items():
+        commands.append(spec_of(
+            config, crews=paths, queues=list(queues), beat=beat and not commands, log=log, events=events,
+            concurrency=0 if found else concurrency, suspects=suspects, pool="device", model=model, env=device_env(device),
+        ))  # fmt: skip
     return commands
+
+
+def _on_devices(crews: Mapping[str, Crew], queues: Sequence[str]) -> dict[tuple[str, str], list[str]]:
+    """Which crews' files want a worker for which model on which device."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path, crew in crews.items():
+        for name in crew.queues_in("device", queues):
+            for device in devices_of(crew.queues[name]):
+                paths = found.setdefault((crew.queues[name].model, device), [])
+                paths += [path] if path not in paths else []
+    return found
 
 
 def taken_spec() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from agentmesh.run import Run
 from agentmesh.schema import from_json
 
 READY_S = 60.0
+LOADED_S = 900.0  # where a worker loads a model first
 STUCK_LOOKS = 3
 STDERR = 2  # of workers too: the answer alone goes to the output
 DRAIN_S = 2.0  # twice that where processes of a pool end too
@@ -132,8 +133,9 @@ def see_through(
     supervisor.start()
     view = view or make_view(as_json=as_json)
     try:
-        if drive(run.head()).status == "open" and not supervisor.wait_ready(READY_S):
-            raise ServiceDown(f"the worker did not get ready in {READY_S:.0f} s; see why with: agentmesh worker {path}")
+        ready_s = LOADED_S if mesh.crew.queues_in("device") else READY_S
+        if drive(run.head()).status == "open" and not supervisor.wait_ready(ready_s):
+            raise ServiceDown(f"the worker did not get ready in {ready_s:.0f} s; see why with: agentmesh worker {path}")
         waits = asyncio.run(_show(run, view))
         view.close()
         if waits:

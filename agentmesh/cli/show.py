@@ -101,7 +101,8 @@ class TreeView:
         text = Text(f"{mark} {line.agent}", style=colour)
         text.append(f"  {line.ended}/{line.planned}", style="dim")
         if line.tokens:
-            text.append(f"  {line.tokens} tok", style="dim")
+            together = f" ({line.batch} at once)" if line.batch > 1 else ""
+            text.append(f"  {line.tokens} tok{together}", style="dim")
         if line.ended_ms:
             text.append(f"  {(line.ended_ms - line.started_ms) / 1000:.1f} s", style="dim")
         if line.retries:

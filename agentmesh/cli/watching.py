@@ -47,6 +47,7 @@ class Line:
     ended: int = 0
     doing: dict[int, str] = field(default_factory=dict)
     tokens: int = 0
+    batch: int = 0
     turns: int = 0
     retries: int = 0
     status: str = "open"
@@ -81,6 +82,7 @@ class Picture:
             line.ended += 1
             line.doing.pop(event.n, None)
             line.tokens += int(event.usage.get("in", 0) + event.usage.get("out", 0))
+            line.batch = max(line.batch, int(event.usage.get("batch", 0)))
             line.turns += 1 if event.usage else 0
         elif isinstance(event, StepRetried):
             line.retries += 1
@@ -110,7 +112,9 @@ def sentence(run_id: str, event: Event) -> str:
     elif isinstance(event, StepPlanned):
         parts.append(f"{event.kind} {event.name}" + (f" (gather {event.gather})" if event.gather else ""))
     elif isinstance(event, StepDone):
-        used = f"  [{int(event.usage['in'] + event.usage.get('out', 0))} tokens]" if event.usage.get("in") else ""
+        together = f", {int(event.usage['batch'])} at once" if event.usage.get("batch", 0) > 1 else ""
+        tokens = int(event.usage.get("in", 0) + event.usage.get("out", 0))
+        used = f"  [{tokens} tokens{together}]" if event.usage.get("in") else ""
         parts.append(_short(event.value) + used)
     elif isinstance(event, RunDone):
         parts.append(_short(event.value))

@@ -1,4 +1,4 @@
-"""Tool calls as text, in the format most open models were taught: `<tool_call>{...}</tool_call>`. Pure translation.
+"""Tool calls as text: `<tool_call>{...}</tool_call>` as most open models were taught, JSON in a fence, or bare. Translates only.
 
 Source: https://github.com/NousResearch/Hermes-Function-Calling
 """
@@ -13,6 +13,8 @@ from agentmesh.ports import Prompt
 from agentmesh.schema import dumps
 
 CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
+FENCED = re.compile(r"```(?:json|tool_call)?\s*\n(.*?)\n\s*```", re.DOTALL)
+BARE = re.compile(r"\A\s*([\[{].*[\]}])\s*\Z", re.DOTALL)
 TOOLS_TEXT = (
     "You may call these tools:\n{tools}\n"
     'To call one, answer with <tool_call>{{"name": NAME, "arguments": {{...}}}}</tool_call> and nothing else.'
@@ -22,8 +24,12 @@ OUTPUT_TEXT = "Answer with JSON alone that meets this JSON Schema:\n{schema}"
 Turn = dict[str, Any]
 
 
-def conversation(prompt: Prompt, *, template: str) -> tuple[list[Turn], list[Turn] | None]:
-    """Messages and tools for a chat template: tools by themselves where it writes them in this format, else as text."""
+def conversation(prompt: Prompt, *, template: str, takes_system: bool = True) -> tuple[list[Turn], list[Turn] | None]:
+    """Messages and tools for a chat template: tools by themselves where it writes them in this format, else as text.
+
+    Args:
+        takes_system: whether the template has a place for a system turn; else the first user's turn begins with it.
+    """
     native = bool(prompt.tools) and "tools" in template and "<tool_call>" in template
     messages = [_native(m) if native else _plain(m) for m in prompt.messages]
     told = []
@@ -31,31 +37,56 @@ def conversation(prompt: Prompt, *, template: str) -> tuple[list[Turn], list[Tur
         told.append(TOOLS_TEXT.format(tools="\n".join(dumps(_function(t)) for t in prompt.tools)))
     if prompt.output is not None:
         told.append(OUTPUT_TEXT.format(schema=dumps(dict(prompt.output))))
-    if told:
-        if messages and messages[0]["role"] == "system":
-            told.insert(0, messages.pop(0)["content"])
+    if messages and messages[0]["role"] == "system" and (told or not takes_system):
+        told.insert(0, messages.pop(0)["content"])
+    if told and takes_system:
         messages.insert(0, {"role": "system", "content": "\n\n".join(told)})
+    elif told and messages and messages[0]["role"] == "user":
+        messages[0] = {"role": "user", "content": "\n\n".join([*told, messages[0]["content"]])}
+    elif told:
+        messages.insert(0, {"role": "user", "content": "\n\n".join(told)})
     return messages, [{"type": "function", "function": _function(t)} for t in prompt.tools] if native else None
 
 
 def calls_of(text: str, tools: Sequence[ToolSpec], *, turn: int) -> tuple[str, tuple[ToolCall, ...]]:
     """The text without its tool calls, and these; one that is no JSON stays text.
 
+    Without tags, JSON in a fence or alone counts where it names one of the tools.
+
     Args:
         turn: makes the calls' ids unlike those of other turns.
     """
     if not tools:
         return text, ()
-    calls: list[ToolCall] = []
-    for found in CALL.findall(text):
-        try:
-            asked = json.loads(found)
-            name, arguments = str(asked["name"]), asked.get("arguments", {})
-        except (ValueError, KeyError):
+    names = {t.name for t in tools}
+    calls = [call for found in CALL.findall(text) for call in _read(found, turn)]
+    if calls:
+        return CALL.sub("", text).strip(), _numbered(calls)
+    for pattern in (FENCED, BARE):
+        calls = [call for found in pattern.findall(text) for call in _read(found, turn) if call.name in names]
+        if calls:
+            return pattern.sub("", text).strip(), _numbered(calls)
+    return text, ()
+
+
+def _read(found: str, turn: int) -> list[ToolCall]:
+    """The calls that a piece of JSON is, one or a list of them; none if it is something else."""
+    try:
+        given = json.loads(found)
+    except ValueError:
+        return []
+    calls = []
+    for asked in given if isinstance(given, list) else [given]:
+        if not isinstance(asked, dict) or "name" not in asked:
             continue
+        arguments = asked.get("arguments", asked.get("parameters", {}))  # Llama's word
         written = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        calls.append(ToolCall(f"call_{turn}_{len(calls)}", name, written))
-    return (CALL.sub("", text).strip() if calls else text), tuple(calls)
+        calls.append(ToolCall(f"call_{turn}_", str(asked["name"]), written))
+    return calls
+
+
+def _numbered(calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(f"{c.id}{i}", c.name, c.arguments) for i, c in enumerate(calls))
 
 
 def _function(spec: ToolSpec) -> Turn:

@@ -1,39 +1,28 @@
-"""`local:NAME`: a model of the cache through transformers and torch, in this process; one request at a time."""
+"""`local:NAME`: a model of the cache through transformers and torch, in this process; all who ask at once share batches."""
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
-from transformers.utils import logging as transformers_logging
-
-from agentmesh.errors import ConfigError, ContextTooLong, GpuOutOfMemory
+from agentmesh.errors import ConfigError, ContextTooLong, ModelError
+from agentmesh.gpu.batching import Shape
+from agentmesh.gpu.engine import Engine
+from agentmesh.gpu.grammar import Constraint, grammar_of
+from agentmesh.gpu.load import Loaded, load
+from agentmesh.gpu.request import Done, EngineDown, Request
+from agentmesh.gpu.text import THINK, Piece, Telling
 from agentmesh.message import Message, Usage
 from agentmesh.models.cache import is_installed, model_folder
 from agentmesh.models.hermes import calls_of, conversation
-from agentmesh.ports import Answer, Prompt
+from agentmesh.ports import Answer, Prompt, RetryLater, Thought
+
+log = logging.getLogger("agentmesh.gpu")
 
 MAX_TOKENS = 256
-HALF_CHARACTER = "\ufffd"  # what the first bytes of a character decode to
-
-
-class _Loaded(NamedTuple):
-    model: Any
-    tokenizer: Any
-    context_tokens: int
-
-
-def best_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware, else float32."""
-    if device == "cuda":
-        return torch.bfloat16
-    # torch names the best vector unit, not AMX or AVX512_BF16: ask for those by their own name
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if probe() or amx() else torch.float32
+AGAIN_S = 1.0
 
 
 class LocalModel:
@@ -45,12 +34,14 @@ class LocalModel:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
+        self._shape: Shape | None = None
+        self._hopeless: Callable[[Exception], None] | None = None
         self._lock = threading.Lock()
         self._thread = self._new_thread()
 
     def _new_thread(self) -> ThreadPoolExecutor:
-        # its own: asks that wait for their turn must not sit in the threads of everybody else's to_thread
+        # its own: asks that wait for the weights must not sit in the threads of everybody else's to_thread
         return ThreadPoolExecutor(1, thread_name_prefix=f"agentmesh-{self.name}")
 
     def check(self, name: str = "") -> None:
@@ -67,71 +58,120 @@ class LocalModel:
         """See ports.Model."""
         loop, over = asyncio.get_running_loop(), threading.Event()
 
-        def tell(text: str) -> None:
-            if on_token is not None and text and not over.is_set():
-                loop.call_soon_threadsafe(on_token, text)
+        def tell(piece: Piece) -> None:
+            if on_token is not None and not over.is_set():
+                said = Thought(piece.text) if piece.kind == "thought" else piece.text
+                loop.call_soon_threadsafe(on_token, said)
 
         try:
-            asked = loop.run_in_executor(self._thread, self._answer, prompt, over, tell if on_token else None)
-            return await asked
+            loaded, request, telling = await loop.run_in_executor(self._thread, self._begun, prompt, tell)
+            listens = on_token is not None or bool(_strings(prompt.options.get("stop")))
+            done = await asyncio.wrap_future(loaded.engine.submit(request, telling.hear if listens else None))
+            telling.finish(done.tokens)
+        except EngineDown as e:
+            raise RetryLater(ModelError(f"the engine of {self.name!r} went down: {e}"), AGAIN_S) from None
         finally:
-            over.set()  # a cancelled asker: the thread stops at its next token
+            over.set()  # a cancelled asker hears nothing more
+        return _answer(prompt, request, telling, done)
+
+    def prepare(
+        self, *, memory: float = 0.85, batch_tokens: int = 0, requests: int = 0,
+        hopeless: Callable[[Exception], None] | None = None,
+    ) -> Engine:  # fmt: skip
+        """Load it for a worker of its own and answer one token, so that the first step does not wait for that.
+
+        Args:
+            memory: the part of the device's free memory for prompts and answers.
+            batch_tokens, requests: of one step of the engine; 0 is chosen by the device.
+            hopeless: called when the process had better end and be started again.
+
+        Raises:
+            ConfigError: it is not here, or damaged, or there is no memory for it.
+        """
+        self._shape = Shape(memory=memory, batch_tokens=batch_tokens, batch_requests=requests)
+        self._hopeless = hopeless
+        try:
+            engine = self.load().engine
+        except (MemoryError, ValueError) as e:
+            raise ConfigError(
+                f"there is no memory for model {self.name!r} and its prompts ({e}); lower max_batch_tokens, raise "
+                "gpu_memory, or take a smaller model"
+            ) from None
+        engine.submit(Request((0,), 1)).result()
+        return engine
 
     async def close(self) -> None:
         """Let go of the weights; another ask would load them again."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self._thread, self._loaded = self._new_thread(), None
+        loaded, self._thread, self._loaded = self._loaded, self._new_thread(), None
+        if loaded is not None:
+            await asyncio.to_thread(loaded.engine.close)
 
     @property
     def context_tokens(self) -> int:
         """How many tokens prompt and answer may have together."""
-        return self._load().context_tokens
+        return self.load().context_tokens
 
     def count(self, text: str) -> int:
         """How many tokens a text is."""
-        return len(self._load().tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(self.load().tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether prompt and answer have room in the model's context."""
-        loaded = self._load()
-        return len(_encoded(loaded.tokenizer, prompt)) + _wanted(prompt) <= loaded.context_tokens
+        loaded = self.load()
+        return len(encoded(loaded, prompt)) + _wanted(prompt) <= loaded.context_tokens
 
-    # ---- parts ---------------------------------------------------------------------------------
-    def _load(self) -> _Loaded:
+    def load(self) -> Loaded:
+        """The model, loaded the first time it is needed.
+
+        Raises:
+            ConfigError: it is not here, or damaged.
+        """
         with self._lock:
-            if self._loaded is None:
+            if self._loaded is None or not self._loaded.engine.alive:
                 self.check()
-                transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-                folder = str(model_folder(self.name))
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, dtype=best_dtype(device)
-                )
-                room = int(model.config.get_text_config().max_position_embeddings)
-                self._loaded = _Loaded(model.to(device).eval(), tokenizer, room)
+                if self._loaded is not None:
+                    self._loaded.engine.close()  # before the weights are loaded again, it lets go of its own
+                    self._loaded = None
+                self._loaded = load(model_folder(self.name), self.name, self._shape, hopeless=self._hopeless)
             return self._loaded
 
-    def _answer(self, prompt: Prompt, over: threading.Event, tell: Callable[[str], None] | None) -> Answer:
-        loaded = self._load()
-        ids, wanted = _encoded(loaded.tokenizer, prompt), _wanted(prompt)
+    def _begun(self, prompt: Prompt, tell: Callable[[Piece], None]) -> tuple[Loaded, Request, Telling]:
+        loaded, options = self.load(), prompt.options
+        text = rendered(loaded, prompt)
+        ids, wanted = _ids(loaded, text), _wanted(prompt)
         if len(ids) + wanted > loaded.context_tokens:
             raise ContextTooLong(
                 f"the prompt has {len(ids)} tokens and asks for {wanted} more; "
                 f"{self.name!r} takes {loaded.context_tokens} together: send less"
             )
-        if over.is_set():  # nobody waits for what would be said
-            raise asyncio.CancelledError
-        stop = _Stop(loaded.tokenizer, len(ids), over, tell, _strings(prompt.options.get("stop")))
-        try:
-            said = _generate(loaded, ids, wanted, prompt.options, stop)
-        except torch.OutOfMemoryError as e:
-            raise GpuOutOfMemory(f"no room on the device for {len(ids)} + {wanted} tokens: {e}; send less") from None
-        text, calls = calls_of(stop.end(said), prompt.tools, turn=len(prompt.messages))
-        usage = Usage(len(ids), len(said))
-        if calls:
-            return Answer(Message("assistant", text, calls), usage, "tool_calls")
-        return Answer(Message("assistant", text), usage, "stop" if stop.ended or len(said) < wanted else "length")
+        thinking = text.rstrip().endswith(THINK)
+        drawn = {k: options[k] for k in ("seed", "top_k", "top_p") if options.get(k) is not None}
+        request = Request(
+            tuple(ids), wanted, frozenset() if options.get("ignore_eos") else loaded.ends, float(options.get("temperature") or 0.0),
+            constraint=_constraint(loaded, prompt, thinking=thinking), **drawn,
+        )  # fmt: skip
+        stops = _strings(options.get("stop"))
+        return loaded, request, Telling(loaded.tokenizer, stops=stops, thinking=thinking, tell=tell)
+
+
+def rendered(loaded: Loaded, prompt: Prompt) -> str:
+    """The prompt as the model's own chat template writes it."""
+    template = str(loaded.tokenizer.chat_template)
+    messages, tools = conversation(prompt, template=template, takes_system=loaded.takes_system)
+    text: str = loaded.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def encoded(loaded: Loaded, prompt: Prompt) -> list[int]:
+    """The prompt as token ids."""
+    return _ids(loaded, rendered(loaded, prompt))
+
+
+def _ids(loaded: Loaded, text: str) -> list[int]:
+    # verbose: a prompt that is too long is our error to raise, not the tokenizer's to warn about
+    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _wanted(prompt: Prompt) -> int:
@@ -142,83 +182,27 @@ def _strings(given: Any) -> list[str]:
     return [given] if isinstance(given, str) else list(given or ())
 
 
-def _encoded(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The prompt as token ids, by the model's own chat template."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"model {prompt.model!r} has no chat template: choose one that was trained to chat (-Instruct)"
-        )
-    messages, tools = conversation(prompt, template=str(tokenizer.chat_template))
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-    # verbose: a prompt that is too long is our error to raise, not the tokenizer's to warn about
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def _choice(prompt: Prompt) -> str:
+    """`auto`, `required`, `none`, or the tool that must be called."""
+    given = prompt.options.get("tool_choice") or "auto"
+    return str(given["function"]["name"] if isinstance(given, dict) else given)
 
 
-def _generate(loaded: _Loaded, ids: list[int], wanted: int, options: Mapping[str, Any], stop: "_Stop") -> list[int]:
-    temperature = float(options.get("temperature") or 0.0)
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_p": float(options.get("top_p") or 1.0), "top_k": 0}
-        if options.get("seed") is not None:
-            torch.manual_seed(int(options["seed"]))
-    given = torch.tensor([ids], device=loaded.model.device)  # (1, t)
-    with torch.inference_mode():
-        out = loaded.model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=wanted,
-            stopping_criteria=StoppingCriteriaList([stop]),
-            pad_token_id=loaded.tokenizer.eos_token_id,
-            **how,
-        )
-    said: list[int] = out[0, len(ids) :].tolist()
-    return said
+def _constraint(loaded: Loaded, prompt: Prompt, *, thinking: bool) -> Constraint | None:
+    tags = loaded.grammars.tags_are_tokens
+    grammar = grammar_of(prompt.tools, prompt.output, _choice(prompt), tags_are_tokens=tags)
+    if not grammar:
+        return None
+    try:
+        return loaded.grammars.constraint(grammar, thinking=thinking)
+    except ValueError as e:
+        log.warning("no grammar for this answer, the model is only told: %s", e)
+        return None
 
 
-class _Stop(StoppingCriteria):
-    """Looks at each new token: passes its text on, and ends on a stop string or when nobody waits any more."""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        start: int,
-        over: threading.Event,
-        tell: Callable[[str], None] | None,
-        stops: Sequence[str],
-    ) -> None:
-        self._tokenizer, self._start, self._over = tokenizer, start, over
-        self._tell, self._stops, self._told = tell, stops, 0
-        self.ended = False  # on a stop string
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        if self._tell is not None or self._stops:
-            text = self._text(input_ids[0, self._start :].tolist())
-            self._pass_on(text[: len(text) - self._held(text)])
-        ended = self.ended or self._over.is_set()
-        return torch.full((input_ids.shape[0],), ended, dtype=torch.bool, device=input_ids.device)
-
-    def end(self, ids: list[int]) -> str:
-        """What was said, up to the first stop string; all of it is passed on now."""
-        text = self._text(ids)
-        self._pass_on(text)
-        return text
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        for stop in self._stops:
-            text, found, _ = text.partition(stop)
-            self.ended = self.ended or bool(found)
-        return text
-
-    def _held(self, text: str) -> int:
-        """How many characters at the end may still become a stop string, or are half of one character."""
-        if self.ended:
-            return 0
-        held = [n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        return max([*held, len(text) - len(text.rstrip(HALF_CHARACTER))])
-
-    def _pass_on(self, text: str) -> None:
-        if self._tell is not None and len(text) > self._told:
-            self._tell(text[self._told :])
-            self._told = len(text)
+def _answer(prompt: Prompt, request: Request, telling: Telling, done: Done) -> Answer:
+    text, calls = calls_of(telling.text, prompt.tools, turn=len(prompt.messages))
+    usage = Usage(len(request.tokens), len(done.tokens), done.cached_tokens, batch=done.batch)
+    if calls:
+        return Answer(Message("assistant", text, calls), usage, "tool_calls")
+    return Answer(Message("assistant", text), usage, "stop" if telling.ended else done.finish)

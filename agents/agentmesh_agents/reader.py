@@ -45,9 +45,9 @@ class Reader(Agent[Note]):
     def _note(self, text: str, ctx: Context) -> str:
         wish = f" that bears on: {self.question}" if self.question else ""
         asked = f"Write one sentence that says what this text tells{wish}\n\nText:\n{text}\n\nOne sentence:"
-        said = first_line(ctx.do(self.ask([user(asked)])).text)
+        said = first_line(ctx.do(self.ask([user(asked)], plain=True)).text)
         if not said:  # a small model may answer nothing: ask once more, then let the text speak
-            said = first_line(ctx.do(self.ask([user(f"{text}\n\nSummarise this in one sentence.")])).text)
+            said = first_line(ctx.do(self.ask([user(f"{text}\n\nSummarise this in one sentence.")], plain=True)).text)
         return said or f"(its own words) {first_sentence(text)}"
 
 

@@ -25,7 +25,7 @@ class Writer(Agent[Page]):
     def flow(self, task: list[Note], ctx: Context) -> Page:
         """A paragraph for each group of notes that fits the model, side by side; then the notes themselves, cited."""
         groups = _groups(task, self.group_chars)
-        asked = [self.ask([user(self._request(group))]) for group in groups]
+        asked = [self.ask([user(self._request(group))], plain=True) for group in groups]
         paragraphs = [first_paragraph(said.text) for said in ctx.gather(asked)]
         parts = [f"# {self.question or 'Briefing'}", *[p for p in paragraphs if p], "## What each source says"]
         parts += [f"- **{note.source}**: {' '.join(note.lines)}" for note in task]

@@ -199,7 +199,9 @@ def test_many_ask_at_once_and_each_gets_its_own(tiny: LocalModel) -> None:
         await tiny.close()
         return list(together)
 
-    assert asyncio.run(go()) == [ask(tiny, p) for p in prompts]
+    together = asyncio.run(go())
+    assert [a.message for a in together] == [ask(tiny, p).message for p in prompts]
+    assert max(a.usage.batch for a in together) == len(prompts)
 
 
 def test_what_is_not_here_says_how_to_get_it(

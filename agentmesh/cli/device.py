@@ -1,0 +1,113 @@
+"""The worker process of one model on one device: `python -m agentmesh.cli.device --worker-name N --ready-fd FD`.
+
+What it shall do is said as to `child.py`. It loads the model before it consumes, takes no more steps than the engine has
+room for, and leaves with code 70 when it had better be started again.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from agentmesh.boot import counting, export_traces, load_crew
+from agentmesh.celery.beat import start_beat
+from agentmesh.celery.lanes import Lanes
+from agentmesh.celery.loop import drive
+from agentmesh.celery.offspring import announce_ready, leave_with_parent
+from agentmesh.cli.child import as_program, spare_collector, told_to_stop
+from agentmesh.config import Config
+from agentmesh.logs import Logged, set_up
+from agentmesh.mesh import InProcess, Mesh
+from agentmesh.models.named import Models
+from agentmesh.queue import Queue
+
+log = logging.getLogger("agentmesh.gpu")
+
+AGAIN = 70  # sysexits' "internal software error"; the supervisor starts another
+HUNG_S = 60.0  # with work in hand and no step: renewing leases alone would keep its steps for ever
+LOOK_S = 1.0
+CANCELLED_S = 1.0  # how long a cancelled run's answer may go on to be computed
+TELL_S = 10.0
+
+
+def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
+    """Work until told to stop: SIGTERM drains."""
+    set_up(spec.get("log", ""), worker=name)
+    config = Config(**spec["config"])
+    leave_with_parent(config.drain_s)
+    over, models, workers = told_to_stop(), Models(), list[InProcess]()
+    crews = [load_crew(path) for path in spec["crews"]]
+    export_traces()
+    served = {
+        c.name: [q for q in c.queues_in("device", spec["queues"]) if c.queues[q].model == spec["model"]] for c in crews
+    }
+    queues = [crew.queues[q] for crew in crews for q in served[crew.name]]
+    concurrency = spec["concurrency"] or max(q.concurrency for q in queues)
+    engine = _prepared(models, spec["model"], queues, concurrency)
+    sights = [Logged(), *counting()]
+    for crew in crews:
+        mesh = Mesh(crew, config=config, models=models, worker=name, sights=sights, suspects=spec["suspects"])
+        mesh.app.conf.worker_send_task_events = bool(spec.get("events"))
+        lanes = {crew.broker_queue(q): crew.queues[q].lane for q in served[crew.name]}
+        admits = Lanes(lanes, engine.admits, concurrency)
+        worker = mesh.worker(queues=served[crew.name], concurrency=concurrency, admits=admits)
+        workers.append(worker.start())
+        if mesh.site.tender is not None:
+            mesh.site.tender.renew_most_s = CANCELLED_S
+        if spec.get("beat") and crew.schedules:
+            start_beat(mesh.app)
+    spare_collector()
+    if ready_fd is not None:
+        announce_ready(ready_fd)
+    _watch(engine, spec["model"], over)
+    for worker in workers:
+        worker.stop(grace_s=config.drain_s)
+    drive(models.close())
+    return 0
+
+
+def _prepared(models: Models, model: str, queues: list[Queue], requests: int) -> Any:
+    """The engine, loaded and warm; where two queues of a model differ, the smaller wish counts."""
+    local: Any = models(f"local:{model}")[0]
+    wishes = [q.max_batch_tokens for q in queues if q.max_batch_tokens]
+    began = time.monotonic()
+    engine = local.prepare(
+        memory=min(q.gpu_memory for q in queues),
+        batch_tokens=min(wishes, default=0),
+        requests=requests,
+        hopeless=_leave,
+    )
+    room, took = engine.room, time.monotonic() - began
+    log.info("%s is loaded in %.1f s; its cache holds %d tokens", model, took, room.cache_tokens)
+    return engine
+
+
+def _leave(error: Exception) -> None:
+    log.error("this worker leaves and is started again: %s: %s", type(error).__name__, error)
+    logging.shutdown()
+    os._exit(AGAIN)  # whatever is in the device's hands cannot be waited for
+
+
+def _watch(engine: Any, model: str, over: threading.Event) -> None:
+    """Until told to stop: leave when the engine hangs, and say how it does."""
+    last, told = engine.gauge, time.monotonic()
+    while not over.wait(LOOK_S):
+        if (hung := engine.hung_s) > HUNG_S:
+            _leave(TimeoutError(f"the engine of {model!r} has made no step for {hung:.0f} s"))
+        if (took := time.monotonic() - told) >= TELL_S:
+            now, told = engine.gauge, time.monotonic()
+            if now.steps > last.steps:
+                log.info(
+                    "%s: %.1f requests a step, %.0f new tokens/s, %.0f %% of prompts cached, %d of %d pages free", model,
+                    (now.new_tokens - last.new_tokens) / (now.steps - last.steps),
+                    (now.new_tokens - last.new_tokens) / took,
+                    100 * (now.cached_tokens - last.cached_tokens) / max(1, now.prompt_tokens - last.prompt_tokens),
+                    now.free_pages, now.pages,
+                )  # fmt: skip
+            last = now
+
+
+if __name__ == "__main__":
+    sys.exit(as_program(main))

@@ -1,0 +1,313 @@
+"""Many prompts, one model, shared batches: transformers' continuous batching behind a guard that makes it safe to share.
+
+The library's loop dies of any exception and takes everybody's request with it. Here a dead loop is made anew and its
+requests begin again from their prompts; what died twice is tried in halves, so that only the culprit fails.
+"""
+
+import atexit
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from agentmesh.errors import GpuOutOfMemory, ModelError
+from agentmesh.gpu.batching import Batching, Shape
+from agentmesh.gpu.request import Done, EngineDown, Gauge, Request, Room
+from agentmesh.gpu.sampling import Sampler
+
+log = logging.getLogger("agentmesh.gpu")
+
+HALVINGS = 2  # of the tokens of a batch, when the device has no memory for it
+WAIT_S = 0.2  # how long the dispatcher waits for an output before it looks whether the loop lives
+TOGETHER = 2  # a loop's deaths before the requests in it are tried apart
+FIRST_NEED_TOKENS = 512.0  # what a request is taken to need before any has ended
+WEIGHT = 0.1  # of the last request in the running mean of what they need
+
+# Gets the answer's tokens so far; True is enough, and the answer ends there.
+Hear = Callable[[Sequence[int]], bool]
+
+
+@dataclass(eq=False, slots=True)
+class _Flight:
+    """A request on its way."""
+
+    request: Request
+    future: "Future[Done]"
+    hear: Hear | None
+    name: str = ""
+    deaths: int = 0
+
+
+class Engine:
+    """Answers requests; thread-safe.
+
+    Args:
+        model: a causal language model of transformers, loaded and on its device.
+        hopeless: called once with the reason when the engine cannot go on: a CUDA error, or no memory even for small
+            batches. What is in hand then fails with EngineDown.
+
+    Raises:
+        MemoryError, ValueError: the device has no room for a cache of this shape.
+    """
+
+    def __init__(
+        self, model: Any, shape: Shape | None = None, *, hopeless: Callable[[Exception], None] | None = None
+    ) -> None:
+        self._model, self._shape, self._hopeless = model, shape or Shape(), hopeless
+        self._names = itertools.count()
+        self._lock = threading.RLock()
+        self._flights: dict[str, _Flight] = {}  # in the loop
+        self._parked: deque[_Flight] = deque()  # handed in while suspects are tried
+        self._apart: deque[list[_Flight]] = deque()  # groups of suspects still to be tried, each alone in the loop
+        self._deaths = self._halved = 0
+        self._need_tokens = FIRST_NEED_TOKENS  # prompt, without what was cached, and answer
+        self._since_s = time.monotonic()  # since when there has been work without a break
+        self._down: Exception | None = None
+        self._closed = False
+        self._sampler = Sampler()
+        self._batching = Batching(model, self._shape, self._sampler)
+        self._batching.start()
+        self.room: Room = self._batching.room()
+        self._dispatcher = threading.Thread(target=self._dispatch, daemon=True, name="agentmesh-dispatcher")
+        self._dispatcher.start()
+        atexit.register(self.close)  # an interpreter that ends under a running loop may abort
+
+    # ---- for everybody -------------------------------------------------------------------------
+    def submit(self, request: Request, hear: Hear | None = None) -> "Future[Done]":
+        """The answer, later; cancelling the future frees its place in the batch.
+
+        Args:
+            hear: called on the engine's dispatcher after each step with all tokens so far.
+
+        Raises:
+            ContextTooLong, ModelError: it can never fit, and why.
+            EngineDown: the engine is closed or cannot go on.
+        """
+        self.room.check(request)
+        flight = _Flight(request, Future(), hear)
+        with self._lock:
+            if not self._flights:
+                self._since_s = time.monotonic()
+            if self._down is not None or self._closed:
+                raise EngineDown(str(self._down or "the engine is closed"))
+            if self._apart or any(f.deaths >= TOGETHER for f in self._flights.values()):
+                self._parked.append(flight)
+            else:
+                self._launch(flight)
+        flight.future.add_done_callback(lambda future: self._left(flight) if future.cancelled() else None)
+        return flight.future
+
+    @property
+    def gauge(self) -> Gauge:
+        """How it stands."""
+        with self._lock:
+            gauge = self._batching.gauge(self._deaths)
+            waiting = gauge.waiting + len(self._parked) + sum(map(len, self._apart))
+            return replace(gauge, waiting=waiting, idle=not (self._flights or self._parked or self._apart))
+
+    def admits(self, in_hand: int) -> int:
+        """How many more requests there is room for; one always, where there are none.
+
+        Args:
+            in_hand: requests that are in the engine or on their way to it.
+        """
+        gauge, need = self.gauge, max(1.0, self._need_tokens / self.room.page_tokens)
+        taken = max(gauge.pages - gauge.free_pages, in_hand * need)
+        more = min(int((gauge.pages - taken) / need), self._batching.shape.batch_requests - in_hand)
+        return max(more, 0 if in_hand else 1)
+
+    @property
+    def hung_s(self) -> float:
+        """For how long it has had work and not made a step."""
+        gauge = self.gauge
+        return 0.0 if gauge.idle else time.monotonic() - max(gauge.stepped_s, self._since_s)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._down is None and not self._closed
+
+    def close(self) -> None:
+        """Stop; what is in hand fails with EngineDown."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            batching = self._batching
+        atexit.unregister(self.close)
+        batching.end()
+        if threading.current_thread() is not self._dispatcher:
+            self._dispatcher.join()
+        self._fail_all(EngineDown("the engine was closed"))
+
+    # ---- under the lock ------------------------------------------------------------------------
+    def _launch(self, flight: _Flight) -> None:
+        if flight.future.done():
+            return
+        flight.name = f"r{next(self._names)}"
+        self._flights[flight.name] = flight
+        self._sampler.add(flight.name, flight.request)
+        request = flight.request
+        self._batching.begin(
+            flight.name, request.tokens, request.most_tokens, sorted(request.ends), tell=flight.hear is not None
+        )  # refused: the loop is dead, and the dispatcher takes up all flights when it sees that
+
+    def _left(self, flight: _Flight) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            if self._flights.pop(flight.name, None) is not None:
+                self._batching.cancel_request(flight.name)
+                self._sampler.forget(flight.name)
+                self._next_group()
+
+    def _next_group(self) -> None:
+        """When the loop is empty: the next suspects, or everybody who waited for them."""
+        while not self._flights and self._apart:
+            for flight in self._apart.popleft():
+                self._launch(flight)
+        if not self._apart and not any(f.deaths >= TOGETHER for f in self._flights.values()):
+            while self._parked:
+                self._launch(self._parked.popleft())
+
+    # ---- the dispatcher ------------------------------------------------------------------------
+    def _dispatch(self) -> None:
+        try:
+            self._deliver()
+        except Exception as e:  # nobody would ever hear of anything again
+            log.exception("the engine's dispatcher failed")
+            self._give_up(e, [])
+
+    def _deliver(self) -> None:
+        while not self._closed and self._down is None:
+            batching, alive = self._batching, self._batching.is_running()  # asked first: the last words are heard too
+            for output in batching.outputs(WAIT_S if alive else 0.0):
+                if output.error is None:
+                    self._heard(output)
+            if not alive and not self._closed:
+                self._revive(batching.error)
+
+    def _heard(self, output: Any) -> None:
+        flight = self._flights.get(output.request_id)
+        if flight is None:
+            return
+        tokens, over = output.generated_tokens, output.is_finished()
+        ended = bool(tokens) and tokens[-1] in flight.request.ends
+        said = tuple(tokens[:-1] if ended else tokens)
+        enough = False
+        if flight.hear is not None:
+            try:
+                enough = flight.hear(said)
+            except Exception as e:
+                self._resolve(flight, e, over=over)
+                return
+        if over or enough:
+            self._resolve(flight, said, over=over, finish="stop" if ended or enough else "length")
+
+    def _resolve(self, flight: _Flight, what: Any, *, over: bool, finish: Any = "stop") -> None:
+        with self._lock:
+            if self._flights.pop(flight.name, None) is None:
+                return
+            if not over:
+                self._batching.cancel_request(flight.name)
+            cached, batch, logprobs = self._sampler.forget(flight.name)
+            self._next_group()
+        if isinstance(what, Exception):
+            _settle(flight.future, error=what)
+        else:
+            need = len(flight.request.tokens) - cached + len(what)
+            self._need_tokens += WEIGHT * (need - self._need_tokens)
+            _settle(flight.future, Done(what, finish, logprobs[: len(what)], cached, batch))
+
+    # ---- after a death -------------------------------------------------------------------------
+    def _revive(self, error: Exception) -> None:
+        """The loop is dead: make another, and let its requests begin again."""
+        with self._lock:
+            self._deaths += 1
+            victims = [f for f in self._flights.values() if not f.future.done()]
+            self._flights.clear()
+            for flight in victims:
+                self._sampler.forget(flight.name)
+            no_memory = isinstance(error, torch.OutOfMemoryError)
+            log.warning(
+                "the engine's loop ended with %d requests in it: %s: %s", len(victims), type(error).__name__, error
+            )
+            culprit: _Flight | None = None
+            if no_memory and self._halved < HALVINGS:
+                self._halved += 1
+                self._shape = replace(self._batching.shape, batch_tokens=max(1, self._batching.shape.batch_tokens // 2))
+                log.warning("batches have at most %d tokens from now on", self._shape.batch_tokens)
+                self._apart.appendleft(victims)
+            elif _is_cuda(error) or (no_memory and self._hopeless is not None):
+                self._give_up(error, victims)
+                return
+            elif len(victims) == 1 and victims[0].deaths + 1 >= TOGETHER:
+                culprit = victims[0]
+            else:
+                self._apart.extendleft(reversed(_groups(victims)))
+            try:
+                self._batching.end()
+                self._batching = Batching(self._model, self._shape, self._sampler)
+                self._batching.start()
+                self.room = self._batching.room()
+            except Exception as e:
+                self._give_up(e, victims)
+                return
+            self._next_group()
+        if culprit is not None:
+            kind = GpuOutOfMemory if no_memory else ModelError
+            tokens = len(culprit.request.tokens)
+            _settle(culprit.future, error=kind(
+                f"this request of {tokens} + {culprit.request.most_tokens} tokens ends the engine's loop, alone as in "
+                f"company ({type(error).__name__}: {error}); send another prompt, or a shorter one"
+            ))  # fmt: skip
+
+    def _give_up(self, error: Exception, victims: list[_Flight]) -> None:
+        self._down = error
+        log.error("the engine cannot go on: %s: %s", type(error).__name__, error)
+        if (
+            self._hopeless is not None
+        ):  # before anybody hears of it: a worker that leaves now gives its steps back whole
+            self._hopeless(error)
+        for flight in victims:
+            _settle(flight.future, error=EngineDown(f"{type(error).__name__}: {error}"))
+        self._fail_all(EngineDown(f"{type(error).__name__}: {error}"))
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._lock:
+            left = [*self._flights.values(), *self._parked, *itertools.chain.from_iterable(self._apart)]
+            self._flights.clear()
+            self._parked.clear()
+            self._apart.clear()
+        for flight in left:
+            _settle(flight.future, error=error)
+
+
+def _groups(victims: list[_Flight]) -> list[list[_Flight]]:
+    """How those who were in a dead loop are tried again: together after the first death, then in halves."""
+    for flight in victims:
+        flight.deaths += 1
+    again = [f for f in victims if f.deaths >= TOGETHER]
+    fresh = [f for f in victims if f.deaths < TOGETHER]
+    half = -(-len(again) // 2)
+    return [group for group in (again[:half], again[half:], fresh) if group]
+
+
+def _is_cuda(error: Exception) -> bool:
+    """After an error of the device itself nothing in this process can use it again."""
+    return not isinstance(error, torch.OutOfMemoryError) and "CUDA" in str(error)
+
+
+def _settle(future: "Future[Done]", answer: Done | None = None, *, error: Exception | None = None) -> None:
+    if future.done() or not future.set_running_or_notify_cancel():
+        return
+    if error is not None:
+        future.set_exception(error)
+    elif answer is not None:
+        future.set_result(answer)

@@ -1,0 +1,97 @@
+"""A model of the cache on its device, and what its tokenizer's template can say."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2.exceptions import TemplateError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from agentmesh.errors import ConfigError
+from agentmesh.gpu.batching import Shape
+from agentmesh.gpu.engine import Engine
+from agentmesh.gpu.grammar import Grammars
+
+_LOADING = threading.Lock()  # transformers' loader is not made for two threads
+
+
+class Loaded(NamedTuple):
+    """A model that answers.
+
+    Args:
+        ends: ids that end an answer.
+        takes_system: whether the chat template has a place for a system turn.
+    """
+
+    engine: Engine
+    tokenizer: Any
+    grammars: Grammars
+    ends: frozenset[int]
+    context_tokens: int
+    takes_system: bool
+
+
+def best_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the processor multiplies it in hardware, else float32."""
+    if device == "cuda":
+        return torch.bfloat16
+    # torch names the best vector unit, not AMX or AVX512_BF16: ask for those by their own name
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if probe() or amx() else torch.float32
+
+
+def load(
+    folder: Path, name: str, shape: Shape | None = None, *, hopeless: Callable[[Exception], None] | None = None
+) -> Loaded:
+    """The model of a folder, with an engine around it.
+
+    Raises:
+        ConfigError: the files are damaged, or the model has no chat template.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _LOADING:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, dtype=best_dtype(device)
+            )
+        except Exception as e:  # a damaged file raises whatever its reader raises
+            raise ConfigError(
+                f"local model {name!r} cannot be loaded ({type(e).__name__}: {e}); delete the folder {str(folder)!r}, "
+                f"then agentmesh models pull {name}"
+            ) from None
+    if not tokenizer.chat_template:
+        raise ConfigError(f"model {name!r} has no chat template: choose one that was trained to chat (-Instruct)")
+    if _odd_attention(model):
+        raise ConfigError(
+            f"model {name!r} caps its attention scores or has attention sinks, which the engine does not do; choose another, "
+            "or a server that does, as `openai:NAME` with OPENAI_BASE_URL"
+        )
+    model = model.to(device).eval()
+    engine = Engine(model, shape, hopeless=hopeless)
+    given = model.generation_config.eos_token_id
+    ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
+    return Loaded(
+        engine, tokenizer, Grammars(tokenizer, engine.room.vocabulary, ends), frozenset(ends), engine.room.context_tokens,
+        _takes_system(tokenizer),
+    )  # fmt: skip
+
+
+def _odd_attention(model: Any) -> bool:
+    config = model.config.get_text_config()
+    return getattr(config, "attn_logit_softcapping", None) is not None or any(
+        name.endswith(".sinks") for name, _ in model.named_parameters()
+    )
+
+
+def _takes_system(tokenizer: Any) -> bool:
+    turns = [{"role": "system", "content": "abcdefg"}, {"role": "user", "content": "hijk"}]
+    try:
+        return "abcdefg" in tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        return False

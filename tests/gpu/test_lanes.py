@@ -1,0 +1,106 @@
+"""Lanes: who is asked first, what is kept free, and that an urgent step does not wait for a full low lane."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agentmesh import Agent, Context, Crew, Queue
+from agentmesh.celery.lanes import LOOK_S, TURNS, Lanes
+from agentmesh.config import Config
+from agentmesh.mesh import Mesh
+from agentmesh.message import Message, user
+from agentmesh.ports import Answer, Prompt
+from agentmesh.testing.servers import ValkeyServer, a_server
+
+THREE = {"a": "low", "b": "realtime", "c": "high"}
+PLACES, STEP_S = 4, 0.05
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Any]:
+    with a_server(ValkeyServer) as server:
+        yield server
+
+
+def test_realtime_comes_first_and_low_is_not_starved() -> None:
+    lanes = Lanes(THREE, lambda in_hand: 40 - in_hand, 40)
+    assert (lanes.reserved, lanes(10)) == (2, 30)
+    orders = [lanes.order(["a", "b", "c"], 30, 1.0) for _ in range(TURNS)]
+    assert orders[:-1] == [(["b", "c", "a"], 28, 1.0)] * (TURNS - 1)
+    assert orders[-1] == (["b", "a", "c"], 28, 1.0)
+
+
+def test_the_last_places_are_for_the_realtime_lane_alone() -> None:
+    lanes = Lanes(THREE, lambda in_hand: 40 - in_hand, 40)
+    assert lanes.order(["a", "b", "b.suspects", "c"], 2, 1.0) == (["b", "b.suspects"], 2, LOOK_S)
+
+
+def test_without_a_realtime_lane_nothing_is_kept() -> None:
+    for named in ({"a": "low", "c": "high"}, {"b": "realtime"}):
+        lanes = Lanes(named, lambda in_hand: 1, 40)
+        assert lanes.reserved == 0
+        assert set(lanes.order(list(named), 1, 1.0)[0]) == set(named)
+
+
+class Slow:
+    """A model that takes its time, and notes who asked when."""
+
+    def __init__(self) -> None:
+        self.now, self.most, self.begun = 0, 0, list[tuple[str, float]]()
+        self.busy = threading.Event()
+
+    async def ask(self, prompt: Prompt, on_token: Any = None) -> Answer:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.begun.append((prompt.messages[-1].text, time.monotonic()))
+        if len(self.begun) > 3 * PLACES:
+            self.busy.set()
+        await asyncio.sleep(STEP_S)
+        self.now -= 1
+        return Answer(Message("assistant", "yes"))
+
+
+class Patient(Agent):
+    """Asks for much, without haste."""
+
+    queue = "night"
+
+    def flow(self, task: str, ctx: Context) -> str:
+        """All at once."""
+        ctx.gather(self.ask([user(f"low {i}")]) for i in range(int(task)))
+        return "done"
+
+
+class Urgent(Agent):
+    """Asks once, and somebody waits."""
+
+    queue = "talk"
+
+    def flow(self, task: str, ctx: Context) -> str:
+        """Once."""
+        return ctx.do(self.ask([user("now")])).text
+
+
+def test_an_urgent_step_does_not_wait_for_a_full_low_lane(valkey: Any) -> None:
+    queues = [Queue("main"), Queue("night", model="m", lane="low"), Queue("talk", model="m", lane="realtime")]
+    crew = Crew(Patient(), Urgent(), name="lanes", model="local:m", queues=queues)
+    model = Slow()
+    mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))
+    lanes = Lanes({crew.broker_queue(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand, PLACES)
+    with mesh.worker(queues=["main"]), mesh.worker(queues=["night", "talk"], admits=lanes):
+        patient = mesh.start(crew.agents["Patient"], "160")
+        assert model.busy.wait(30)
+        published = time.monotonic()
+        assert mesh.run(crew.agents["Urgent"], "", timeout_s=30) == "yes"
+        (began,) = [at for text, at in model.begun if text == "now"]
+        waited_s = began - published
+        patient.cancel()
+    mesh.close()
+    assert waited_s < 160 / PLACES * STEP_S / 2  # a plain queue would have had it wait for all of them
+    assert len(model.begun) < 160
+    assert model.most <= PLACES
+    assert lanes.reserved == 1
