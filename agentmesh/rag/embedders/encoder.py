@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import agentmesh.gpu  # noqa: F401  # says how OpenMP's threads wait, before torch is here
 from agentmesh.errors import ConfigError, EmbedderError, ExtraMissing
 from agentmesh.models.cache import is_installed, model_folder
 from agentmesh.rag.embed import Base, Floats, trained_prefixes
