@@ -183,7 +183,7 @@ def plain_row(given: argparse.Namespace) -> tuple[Tally, Chaos]:
 
         with chaos:
             more = lambda: _more(chaos, given, began)  # noqa: E731
-            results = play(start, given.runs, given.at_once, more, chaos.stop, PLAIN_STORM_S)
+            results = play(start, min(given.runs, PLAIN_RUNS), given.at_once, more, chaos.stop, PLAIN_STORM_S)
         tally = Tally(runs=len(results), wall_s=time.monotonic() - began)
         for task, result in results.items():
             tally.hung += isinstance(result, TimeoutError)
