@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from agentmesh.errors import StoreDamaged
 from agentmesh.rag.columns import Array, merge
-from agentmesh.rag.folder import Folder, Span, name_of, sync, whole, writing
+from agentmesh.rag.folder import Folder, Span, name_of, sync, writing
 from agentmesh.rag.index import Floats
 from agentmesh.rag.ivf import IVF_ROWS, build_ivf
 from agentmesh.rag.segment import KEYS, Segment, SegmentWriter
@@ -137,7 +137,7 @@ def _before(segments: list[Segment], first: int, d: int) -> tuple[State, list[Se
 
 
 def _read(folder: Folder) -> list[Segment]:
-    found, missing = whole(folder.spans())
+    found, missing = folder.whole()
     if missing:
         raise StoreDamaged(
             f"{name_of(missing[0])} of {folder.path} is missing; nothing was merged", file=name_of(missing[0])

@@ -25,6 +25,7 @@ from agentmesh.errors import StoreError, StoreFull, StoreVersion
 
 Span = tuple[int, int]
 NAME = re.compile(r"(\d{10})(?:-(\d{10}))?\.seg")
+LISTINGS = 20  # with a gap, before it is believed
 KEEP_S = 3600.0  # how long a replaced file stays, so that `at` reaches back
 STAY_S = 60.0  # how long it stays in its place, so that a laggard's link to a number that was given still fails
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -118,6 +119,20 @@ class Folder:
                         a = int(match[1])
                         found[a, int(match[2] or a)] = Path(entry.path)
         return found
+
+    def whole(self) -> tuple[list[Span], list[Span]]:
+        """The chain of segments, and the numbers that are missing inside it.
+
+        A listing is not one moment: while others commit it can show a file and miss an older one. A number is given only
+        when the one before it is there, so that a gap that is none closes when one looks again.
+        """
+        found, missing = whole(self.spans())
+        for _ in range(LISTINGS):
+            if not missing:
+                break
+            time.sleep(0.005)
+            found, missing = whole(self.spans())
+        return found, missing
 
     def mtime_ns(self) -> int:
         """Changes when a file appears or goes; 0 for a folder that is not there."""

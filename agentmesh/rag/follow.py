@@ -18,7 +18,6 @@ from agentmesh.rag.folder import (
     chain,
     current,
     name_of,
-    whole,
 )
 from agentmesh.rag.segment import Segment
 from agentmesh.rag.state import State
@@ -70,6 +69,10 @@ class Follower:
         with self.lock:
             self._identity = identity
             self.refresh()
+
+    def hurry(self) -> None:
+        """The next search asks the disk, however short ago the last one did."""
+        self._checked = float("-inf")
 
     def latest(self) -> View:
         """What a search sees now: others' commits of at least `POLL_S` ago, and all of one's own."""
@@ -162,12 +165,7 @@ class Follower:
         """The whole folder: what is there is taken over where it was merged."""
         assert self.folder is not None
         listed, mtime_ns = time.monotonic(), self.folder.mtime_ns()
-        found, missing = whole(self.folder.spans())
-        for _ in range(3):
-            if not missing:
-                break
-            time.sleep(0.005)  # a listing is not one moment: it can show a file and miss an older one
-            found, missing = whole(self.folder.spans())
+        found, missing = self.folder.whole()
         if self.state is None or found[: len(self._chain)] != self._chain:
             self.state, self._chain = State(self.about["d"]), []
         state = self.state

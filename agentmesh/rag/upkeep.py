@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from agentmesh.errors import StoreDamaged, StoreError, StoreVersion
 from agentmesh.rag.compact import GROWTH
 from agentmesh.rag.core import Core
-from agentmesh.rag.folder import name_of, sync, whole, writing
+from agentmesh.rag.folder import name_of, sync, writing
 from agentmesh.rag.segment import Segment
 from agentmesh.rag.view import View
 
@@ -68,14 +68,15 @@ def verify(core: Core) -> list[str]:
         folder = core.folder
     if folder is None:
         return []
-    spans = folder.spans()
-    found, missing = whole(spans)
+    found, missing = folder.whole()
     problems = [f"{name_of(gap)} of {folder.path} is missing" for gap in missing]
     for span in found:
         try:
-            problems += list(Segment.open(spans[span], *span).problems())
+            problems += list(Segment.open(folder.file(span), *span).problems())
         except StoreDamaged as e:
             problems.append(str(e))
+        except FileNotFoundError:  # merged away since it was listed
+            continue
     return problems
 
 
