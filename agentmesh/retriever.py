@@ -17,7 +17,7 @@ from agentmesh.rag.chunk import Chunk, Hit, Value
 from agentmesh.rag.embed import Embedder
 from agentmesh.rag.embed import embedder as make_embedder
 from agentmesh.rag.fuse import mmr
-from agentmesh.rag.here import HERE, embedder_for, hurry, lend, store_of
+from agentmesh.rag.here import HERE, embedder_for, lend, store_of
 from agentmesh.rag.ingest import QUEUES, WINDOW, Added, Ingest
 from agentmesh.rag.parts import plain
 from agentmesh.rag.plan import Asked, How
@@ -223,7 +223,6 @@ class Retriever:
         # a store of its own: afterwards it expects the new embedder
         store = self._store() if self._bound else FaissStore(self.path)
         store.reembed(by.documents, identity=by.identity, progress=progress)
-        hurry(self.path)
         return other
 
     def eval(

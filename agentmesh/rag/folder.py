@@ -26,6 +26,7 @@ from agentmesh.errors import StoreError, StoreFull, StoreVersion
 Span = tuple[int, int]
 NAME = re.compile(r"(\d{10})(?:-(\d{10}))?\.seg")
 LISTINGS = 20  # with a gap, before it is believed
+PUBLISHED: dict[Path, int] = {}  # by store: another number than before says that this process has published something
 KEEP_S = 3600.0  # how long a replaced file stays, so that `at` reaches back
 STAY_S = 60.0  # how long it stays in its place, so that a laggard's link to a number that was given still fails
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -189,6 +190,7 @@ class Folder:
             os.link(temporary, self.file(span))
         except FileExistsError:
             return False
+        PUBLISHED[self.path.parent] = PUBLISHED.get(self.path.parent, 0) + 1
         return True
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from agentmesh.errors import EmbedderMismatch, StoreDamaged, StoreError, StoreVe
 from agentmesh.rag.delta import Delta
 from agentmesh.rag.embed import Identity
 from agentmesh.rag.folder import (
+    PUBLISHED,
     Folder,
     Span,
     chain,
@@ -24,6 +25,7 @@ from agentmesh.rag.state import State
 from agentmesh.rag.view import Part, View
 
 POLL_S = 0.02  # a search looks for others' commits at most this often
+MOMENT_S = 0.05
 LIST_S = 1.0  # merges are looked for at most this often; commits are asked for by their number
 FRESH_S = 30.0  # longer asleep than this, a number may have been given, merged and cleaned away (folder.STAY_S)
 TRIES = 20
@@ -51,6 +53,7 @@ class Follower:
         self._opened: dict[Span, Segment] = {}
         self._view = EMPTY
         self._mtime_ns = -1
+        self._published = 0
         self._unchecked = False  # its embedder, of a generation that a seal led to
         self._checked = self._listed = float("-inf")
 
@@ -70,20 +73,20 @@ class Follower:
             self._identity = identity
             self.refresh()
 
-    def hurry(self) -> None:
-        """The next search asks the disk, however short ago the last one did."""
-        self._checked = float("-inf")
-
     def latest(self) -> View:
-        """What a search sees now: others' commits of at least `POLL_S` ago, and all of one's own."""
+        """What a search sees now: other processes' commits of at least `POLL_S` ago, and all of this one's."""
         if self._pid != os.getpid():
             self._reset()  # a forked child shares nothing with its parent, least of all a lock that is held
         known = self._view is not EMPTY
-        if known and time.monotonic() - self._checked < POLL_S:
+        published = PUBLISHED.get(self.path, 0)
+        if known and published == self._published and time.monotonic() - self._checked < POLL_S:
             return self._view
-        if self.lock.acquire(blocking=not known):  # whoever holds it is reading the same files
+        # whoever holds it is reading the same files, but may have begun before this process's last commit
+        wait_s = -1 if not known else MOMENT_S if published != self._published else 0
+        if self.lock.acquire(timeout=wait_s) if wait_s else self.lock.acquire(blocking=False):
             try:
                 self.refresh()
+                self._published = published
             finally:
                 self.lock.release()
         return self._view

@@ -57,13 +57,6 @@ def shared(by: Embedder) -> Shared:
         return _SHARED[key]
 
 
-def hurry(path: str) -> None:
-    """The stores that are open on a folder here see at once what was just done to it."""
-    for (_, there, _), store in list(_STORES.items()):
-        if there == path:
-            store.hurry()
-
-
 def store_of(path: str, identity: Any = None) -> FaissStore:
     """The store of a folder; one a process and identity."""
     key = os.getpid(), path, identity

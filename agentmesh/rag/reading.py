@@ -60,10 +60,6 @@ class Reading:
         self._core.latest()
         return self._core.identity
 
-    def hurry(self) -> None:
-        """The next search sees every commit of this moment; else one of another store's may take 20 ms to be seen."""
-        self._core.hurry()
-
     @property
     def version(self) -> int:
         """The number of the newest commit; 0 for a store that has none."""

@@ -106,7 +106,7 @@ def test_ctrl_c_leaves_the_run_resumable(shell: Shell) -> None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "agentmesh runs resume c1" in err
     shell.server._latency_s = 0.0
     assert shell("runs", "resume", "c1") == "TEA / TEA 0, TEA 1, TEA 2\n"
