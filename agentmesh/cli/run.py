@@ -34,7 +34,7 @@ READY_S = 60.0
 LOADED_S = 900.0  # where a worker loads a model first
 STUCK_LOOKS = 3
 STDERR = 2  # of workers too: the answer alone goes to the output
-DRAIN_S = 2.0  # twice that where processes of a pool end too
+DRAIN_S = 3.0  # a worker with a model in it takes two to leave; twice that where processes of a pool end too
 
 
 def run_crew(
