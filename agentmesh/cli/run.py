@@ -126,8 +126,9 @@ def see_through(
     """
     quiet = sys.stderr.isatty() and not as_json
     commands = specs_of(config, {path: mesh.crew}, suspects="elsewhere")
+    drain_s = DRAIN_S if len(commands) == 1 else 2 * DRAIN_S
     supervisor = Supervisor(
-        commands, spares=spares_of(config, {path: mesh.crew}), drain_s=DRAIN_S if len(commands) == 1 else 2 * DRAIN_S,
+        commands, spares=spares_of(config, {path: mesh.crew}), drain_s=drain_s,
         on_death=giver_back(config, mesh.crew.broker_queues()), output=subprocess.DEVNULL if quiet else STDERR,
     )  # fmt: skip
     supervisor.start()
@@ -152,7 +153,7 @@ def see_through(
     finally:
         view.close()
         supervisor.stop()
-        supervisor.join(5)
+        supervisor.join(drain_s + 3)  # what does not drain is killed, and given back
         mesh.close()
 
 
