@@ -83,7 +83,7 @@ class Follower:
             return self._view
         # whoever holds it is reading the same files, but may have begun before this process's last commit
         wait_s = -1 if not known else MOMENT_S if published != self._published else 0
-        if self.lock.acquire(timeout=wait_s) if wait_s else self.lock.acquire(blocking=False):
+        if self.lock.acquire(timeout=wait_s):
             try:
                 self.refresh()
                 self._published = published
