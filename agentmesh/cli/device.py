@@ -57,7 +57,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     ]
     names = [n for c in crews if served[c.name] for n in c.broker_queues(served[c.name], suspects=spec["suspects"])]
     lanes = {c.broker_queue(q): c.queues[q].lane for c in crews for q in served[c.name]}
-    admits = Lanes(lanes, engine.admits, concurrency)
+    admits = Lanes(lanes, engine.admits)
     # one for all crews: what there is room for, and whose turn it is, is the engine's and not a crew's
     worker = InProcess(meshes, [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]).start()
     for mesh in meshes:
