@@ -18,8 +18,8 @@ from agentmesh.celery.app import QueueLengths, check_broker, journal_url, make_a
 from agentmesh.celery.beat import schedule
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.eager import eager_site, is_eager
-from agentmesh.celery.embedded import Admits, EmbeddedWorker
-from agentmesh.celery.inprocess import InProcess
+from agentmesh.celery.embedded import Admits
+from agentmesh.celery.inprocess import InProcess, embedded
 from agentmesh.celery.loop import drive, threads
 from agentmesh.celery.publish import publisher_of
 from agentmesh.celery.site import Site
@@ -267,13 +267,14 @@ class Mesh:
             self.site.tender.bury(self.name_of(pid))
 
     def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0, admits: Admits | None = None) -> InProcess:
-        """A worker in a thread of this process: `with mesh.worker(): …`."""
-        names = self.crew.broker_queues(queues, suspects=self.suspects)
-        most = concurrency or self._concurrency(queues)
-        return InProcess([self], [EmbeddedWorker(self.app, queues=names, concurrency=most, admits=admits)])
+        """A worker in a thread of this process: `with mesh.worker(): …`.
 
-    def _concurrency(self, queues: Sequence[str]) -> int:
-        return sum(q.concurrency for name, q in self.crew.queues.items() if not queues or name in queues)
+        Args:
+            concurrency: of its queues together, and of each group in front of the same servers; 0 is as declared.
+            admits: how many more steps there is room for, given how many are in hand; all queues share it then.
+        """
+        workers = embedded(self.app, self.crew, queues, concurrency=concurrency, suspects=self.suspects, admits=admits)
+        return InProcess([self], workers)
 
     def close(self) -> None:
         """Give back connections; the mesh may be used again."""

@@ -1,13 +1,16 @@
 """A worker in this process, for a while: consumers in threads of theirs, and the tenders of the meshes they work for."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from typing import Any, Self
 
-from agentmesh.celery.embedded import EmbeddedWorker
+from agentmesh.celery.embedded import Admits, EmbeddedWorker
+from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
 from agentmesh.celery.tasks import Home
+from agentmesh.crew import Crew
+from agentmesh.queue import Suspects
 
 
 class InProcess:
@@ -47,3 +50,30 @@ class InProcess:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+
+def embedded(
+    app: Any, crew: Crew, queues: Sequence[str] = (), *, concurrency: int = 0, suspects: Suspects = "too",
+    admits: Admits | None = None,
+) -> list[EmbeddedWorker]:  # fmt: skip
+    """The workers of a crew's queues: one, and one more for each group of queues that stand in front of the same servers.
+
+    Args:
+        concurrency: of each; 0 is as the queues say.
+        admits: what all of them share; then it is one worker.
+    """
+    made = []
+    for group in [list(queues)] if admits is not None else crew.groups(queues):
+        declared = [crew.queues[name] for name in group or crew.queues]
+        of_servers = admits is None and bool(declared[0].url)
+        most = concurrency or (max if of_servers else sum)(q.concurrency for q in declared)
+        named = crew.broker_queues(group, suspects=suspects)
+        if named:
+            lanes = {crew.broker_queue(q.name): q.lane for q in declared}
+            room = _lanes(lanes, most) if of_servers and len({*lanes.values()}) > 1 else admits
+            made.append(EmbeddedWorker(app, queues=named, concurrency=most, admits=room))
+    return made
+
+
+def _lanes(lanes: Mapping[str, str], places: int) -> Lanes:
+    return Lanes(lanes, lambda in_hand: places - in_hand)
