@@ -15,6 +15,7 @@ from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import ResponseError
 
 from agentmesh.celery.admission import Admission
+from agentmesh.celery.lanes import LOOK_S
 from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
 from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
 from agentmesh.celery.transport import Room, take_many
@@ -36,6 +37,7 @@ def thread_loop(
     prefetch: Any = getattr(consumer.channel, "qos", None)  # AMQP has none: there the broker counts
     if isinstance(prefetch, Room):
         prefetch.admits = getattr(obj.controller, "admits", None)
+        prefetch.in_pool = lambda: obj.pool.in_flight
     while blueprint.state == RUN and obj.connection:
         if qos.prev != qos.value:
             qos.update()
@@ -46,7 +48,10 @@ def thread_loop(
             if not prefetch.can_consume():
                 obj.pool.room.wait(POLL_S)
         try:
-            connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else IDLE_S)
+            if isinstance(prefetch, Room) and prefetch.narrow:
+                look_for_urgent(obj, connection, prefetch)
+            else:
+                connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else IDLE_S)
         except TimeoutError:
             pass
         except ResponseError as e:
@@ -60,25 +65,43 @@ def thread_loop(
                 raise
 
 
+def look_for_urgent(obj: Any, connection: Any, prefetch: Room) -> None:
+    """Take what there is in the realtime lane; if nothing, wait a moment for that, or until a step's end makes room."""
+    obj.pool.room.clear()
+    prefetch.at_once = True
+    try:
+        connection.drain_events(timeout=0)
+    except TimeoutError:
+        if prefetch.narrow:
+            obj.pool.room.wait(LOOK_S)
+    finally:
+        prefetch.at_once = False
+
+
 class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
-    """Celery's step that begins to consume; on RabbitMQ from quorum queues that we declare, whatever the app's conf says."""
+    """Celery's step that begins to consume: from this worker's queues, since the app's registry knows those of the last one.
+
+    On RabbitMQ they are quorum queues that we declare, whatever the app's conf says.
+    """
 
     name = Tasks.name  # in its place
 
     def start(self, c: Any) -> None:
         """Begin to consume."""
         names = getattr(c.controller, "own_queues", None)
-        if names is None or not on_rabbit(c.app):
+        if names is None:
             super().start(c)
             return
         c.update_strategies()
-        declare(c.connection, names)
-        c.qos_global = False  # quorum queues know no other
+        rabbit = on_rabbit(c.app)
+        if rabbit:
+            declare(c.connection, names)
+        c.qos_global = False  # quorum queues know no other, and on Redis it is all the same
         prefetch = (c.unacked.prefetch if c.unacked is not None else 0) or c.initial_prefetch_count
         c.connection.default_channel.basic_qos(0, prefetch, False)
         c.task_consumer = c.app.amqp.Consumer(
-            c.connection, queues=[own_queue(q) for q in names], accept=["json"], auto_declare=False,
-            on_decode_error=c.on_decode_error,
+            c.connection, queues=[own_queue(q) if rabbit else c.app.amqp.queues[q] for q in names], accept=["json"],
+            auto_declare=not rabbit, on_decode_error=c.on_decode_error,
         )  # fmt: skip
         counted: Any = QoS  # kombu has no types for it
         c.qos = counted(

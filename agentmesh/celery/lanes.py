@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 RESERVED = 16  # of so many places one is kept for the realtime lane, at least one
 TURNS = 8  # in one of so many turns the low lane comes first, and in another one the high lane
-LOOK_S = 0.05  # how long only the realtime lane is asked before it is seen whether there is room for the others again
+LOOK_S = 0.02  # how long only the realtime lane is asked before it is seen whether there is room for the others again
 RANKS = {"realtime": 0, "high": 1, "low": 2}
 
 
@@ -34,13 +34,17 @@ class Lanes:
         """
         return max(1, self._places // RESERVED) if self._keeps and self._places > 1 else 0
 
+    def kept(self, urgent: int) -> int:
+        """How many of the places left over are kept, with so many of the realtime lane in hand."""
+        return max(0, self.reserved - urgent)
+
     def order(self, queues: Sequence[str], room: int, wait_s: float, urgent: int) -> tuple[list[str], int, float]:
         """The queues to ask, the first that has something is taken from; at most how many; and how long to wait for one.
 
         Args:
             urgent: how many of the realtime lane are in hand; for those no place is kept any more.
         """
-        kept = max(0, self.reserved - urgent)
+        kept = self.kept(urgent)
         if room <= kept:
             return [q for q in queues if self.is_urgent(q)], room, LOOK_S
         self._turn += 1

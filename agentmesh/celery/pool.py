@@ -105,9 +105,14 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         self.room = threading.Event()  # set at each end, for a consumer that waits with its prefetch full
 
     @property
+    def in_flight(self) -> int:
+        """How many go on."""
+        return len(self._running) + len(self._on_threads)
+
+    @property
     def full(self) -> bool:
         """Whether as many are in flight as may be."""
-        return len(self._running) + len(self._on_threads) >= (self.limit or 1)
+        return self.in_flight >= (self.limit or 1)
 
     def on_start(self) -> None:
         """Take the process's loop; after a fork the pid is another one."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from kombu.transport import redis, virtual
 from kombu.utils import json
+from redis.exceptions import ConnectionError
 
 from agentmesh.celery.lanes import Lanes
 
@@ -28,7 +29,9 @@ class Room(base):  # type: ignore[misc]  # no types
     """Counts what was taken and not acked; whoever has something scarcer than places says how many more may come."""
 
     admits: Callable[[int], int] | None = None  # gets how many are in hand
+    in_pool: Callable[[], int] = staticmethod(lambda: 0)  # how many go on, also of an earlier connection
     arriving = ""  # the queue of the messages that are being read
+    at_once = False  # whether the next pop comes back with what is there, and waits for nothing
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,6 +49,14 @@ class Room(base):  # type: ignore[misc]  # no types
         self._urgent = {tag for tag in self._urgent if tag in self._delivered and tag not in self._dirty}
         return len(self._urgent)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether what room there is is kept for the realtime lane."""
+        if not isinstance(self.admits, Lanes):
+            return False
+        room = self.can_consume_max_estimate()
+        return room is not None and 0 < room <= self.admits.kept(self.urgent)
+
     def can_consume(self) -> bool:
         """Whether one more may be taken."""
         return self.can_consume_max_estimate() != 0
@@ -55,7 +66,7 @@ class Room(base):  # type: ignore[misc]  # no types
         most: int | None = super().can_consume_max_estimate()
         if self.admits is None:
             return most
-        more = max(0, self.admits(len(self._delivered) - len(self._dirty)))
+        more = max(0, self.admits(max(len(self._delivered) - len(self._dirty), self.in_pool())))
         return more if most is None else min(most, more)
 
 
@@ -81,9 +92,26 @@ class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
             queues, room, wait_s = lanes.order(queues, room, wait_s, self.qos.urgent)
         keys = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
         count = MOST if room is None else max(1, min(MOST, room))
+        if getattr(self.qos, "at_once", False):
+            self._pop_at_once(keys, count)
+            return
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
         self.client.connection.send_command("BLMPOP", wait_s, len(keys), *keys, "RIGHT", "COUNT", count)
+
+    def _pop_at_once(self, keys: list[str], count: int) -> None:
+        """Without a wait in the server: a pop there that nothing comes for may end a tenth of a second late."""
+        connection = self.client.connection
+        try:
+            connection.send_command("LMPOP", len(keys), *keys, "RIGHT", "COUNT", count)
+            if not connection.can_read(timeout=self.health_check_interval or None):
+                raise ConnectionError("the broker does not answer")
+            found = self.client.parse_response(connection, "LMPOP")
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        if found:
+            self._deliver_all(found)
 
     def _brpop_read(self, **options: Any) -> bool:
         if self.global_keyprefix:
@@ -96,15 +124,18 @@ class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
                 raise
             if not found:
                 raise Empty
-            queue = _text(found[0]).rsplit(self.sep, 1)[0]
-            self._queue_cycle.rotate(queue)
-            self.qos.arriving = queue
-            for item in found[1]:
-                self.connection._deliver(loads(_text(item)), queue)
+            self._deliver_all(found)
             return True
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
+
+    def _deliver_all(self, found: Any) -> None:
+        queue = _text(found[0]).rsplit(self.sep, 1)[0]
+        self._queue_cycle.rotate(queue)
+        self.qos.arriving = queue
+        for item in found[1]:
+            self.connection._deliver(loads(_text(item)), queue)
 
 
 class ManyTransport(kombu.Transport):  # type: ignore[misc]  # no types

@@ -185,6 +185,23 @@ def test_on_rabbitmq_what_waits_too_long_to_be_let_in_is_sent_again(
     assert model.most == 1
 
 
+def test_all_groups_go_on_when_the_broker_was_away(valkey: Any, eventually: Eventually) -> None:
+    """They share an app, whose registry knows the queues of the last one alone; and what goes on is counted on."""
+    crew, model = load_crew(CREW), Holding()
+    config = Config(broker=valkey.broker_url, journal=valkey.url, sweep_s=0.2)
+    mesh = Mesh(crew, config=config, models=lambda wanted: (model, "m"))
+    with mesh.worker():
+        runs = [mesh.start(crew.agents["Patient"], 2 * PLACES), mesh.start(crew.agents["Urgent"], 1)]
+        eventually(lambda: model.waiting == PLACES)
+        valkey.kill()
+        valkey.restart()
+        again = mesh.start(crew.agents["Urgent"], 2)
+        model.go.set()
+        assert [run.result(timeout_s=30) for run in (*runs, again)] == [2 * PLACES, 1, 2]
+    mesh.close()
+    assert model.most == PLACES
+
+
 class Anyone(Agent):
     """Somebody."""
 
