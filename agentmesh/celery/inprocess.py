@@ -28,10 +28,17 @@ class InProcess:
         """Returns when it consumes."""
         for home in self._homes:
             home.check()
-        for home in self._homes:
-            home.tend()  # all queues: it may be the one sweeper, also for workers that serve others
-        for worker in self._workers:
-            worker.start()
+        try:
+            for home in self._homes:
+                home.tend()  # all queues: it may be the one sweeper, also for workers that serve others
+            for worker in self._workers:
+                worker.start()
+        except BaseException:
+            for worker in self._workers:
+                worker.stop(grace_s=0.0)
+            for home in self._homes:
+                home.untend()
+            raise
         return self
 
     def stop(self, *, grace_s: float = 5.0) -> None:
