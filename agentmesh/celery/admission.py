@@ -4,7 +4,6 @@ RabbitMQ cannot be asked for the next message of the first queue that has one. S
 un-acked; it is acked when it is let in, and then the next one comes. The rest stays in the broker, for whoever has room.
 """
 
-import contextlib
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -65,12 +64,3 @@ class Admission(Unacked):
     def _ended(self, act: Any, args: Any, kwargs: Any) -> None:
         if self._in_hand.pop(act.__self__, None) is None:
             self._settle(act, args, kwargs)
-
-    def keep_alive(self) -> None:
-        """While the pool drains; what waited to be let in goes back first."""
-        with contextlib.suppress(Exception):  # the broker is away, and has it again
-            while self._parked:
-                message = self._parked.popleft()
-                del self._held[message.delivery_tag]
-                message.requeue()
-        super().keep_alive()

@@ -31,9 +31,11 @@ class Unacked:
         self._held: dict[int, tuple[float, Any]] = {}
         self._parked: deque[Any] = deque()  # more than the pool has room for: after a reconnect, or an early ack
         self._ticked = 0.0
+        self._leaving = False
 
     def begin(self, handle: Callable[[Any], None]) -> Callable[[Any], None]:
         """On a new connection nothing is held; answers what takes each message."""
+        self._leaving = False
         self._held.clear()
         self._parked.clear()
         self._handle = handle
@@ -44,7 +46,7 @@ class Unacked:
     def received(self, message: Any) -> None:
         """Hand a message on, or park it."""
         self._held[message.delivery_tag] = monotonic(), message
-        if self._parked or self._consumer.pool.full:
+        if self._leaving or self._parked or self._consumer.pool.full:
             self._parked.append(message)
         else:
             self._handle(message)
@@ -86,11 +88,26 @@ class Unacked:
         while self._parked and not self._consumer.pool.full:
             self._handle(self._parked.popleft())
 
+    def leave(self, consumer: Any) -> None:
+        """Take nothing more: the pool drains now, and each ack would bring a message."""
+        self._leaving = True
+        with contextlib.suppress(Exception):  # the broker is away
+            for tag in consumer._active_tags.values():
+                consumer.channel.basic_cancel(tag, nowait=True)  # its answer could be long in coming
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """What was not begun."""
+        while self._parked:
+            message = self._parked.popleft()
+            del self._held[message.delivery_tag]
+            message.requeue()
+
     def keep_alive(self) -> None:
-        """While the pool drains: acks and heartbeats, and no new messages."""
+        """While the pool drains: acks and heartbeats."""
         with contextlib.suppress(Exception):  # the broker is away: what is not acked comes again, and is refused
-            self._parked.clear()
             take_all(self._consumer.connection)
+            self._give_back()  # what was on its way when we left
             self.turn()
 
 
@@ -110,3 +127,4 @@ def rabbit_loop(obj: Any, connection: Any, consumer: Any, blueprint: Any, *_: An
             except OSError:
                 if blueprint.state == RUN:
                     raise
+    unacked.leave(consumer)

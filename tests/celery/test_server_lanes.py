@@ -15,6 +15,8 @@ from kombu.transport.pyamqp import Message as BrokerMessage
 from agentmesh import Agent, Crew, DefinitionError, Queue
 from agentmesh.boot import load_crew
 from agentmesh.celery import rabbitloop
+from agentmesh.celery.embedded import EmbeddedWorker
+from agentmesh.celery.inprocess import InProcess
 from agentmesh.celery.rabbit import examine
 from agentmesh.config import Config
 from agentmesh.event import StepDone
@@ -111,10 +113,10 @@ class Holding:
     """A model that answers when it is told to, and counts who waits."""
 
     def __init__(self) -> None:
-        self.waiting, self.most, self.go = 0, 0, threading.Event()
+        self.waiting, self.most, self.asked, self.go = 0, 0, 0, threading.Event()
 
     async def ask(self, prompt: Prompt, on_token: Any = None) -> Answer:
-        self.waiting += 1
+        self.asked, self.waiting = self.asked + 1, self.waiting + 1
         self.most = max(self.most, self.waiting)
         while not self.go.is_set():
             await asyncio.sleep(0.01)
@@ -200,6 +202,31 @@ def test_all_groups_go_on_when_the_broker_was_away(valkey: Any, eventually: Even
         assert [run.result(timeout_s=30) for run in (*runs, again)] == [2 * PLACES, 1, 2]
     mesh.close()
     assert model.most == PLACES
+
+
+@pytest.mark.parametrize("admits", [None, lambda in_hand: 2 - in_hand])
+def test_on_rabbitmq_a_worker_that_leaves_begins_nothing_more(
+    rabbitmq: Any, valkey: Any, eventually: Eventually, admits: Any
+) -> None:
+    crew, model, many = load_crew(CREW), Holding(), 8
+    mesh = Mesh(crew, config=Config(broker=rabbitmq.url, journal=valkey.url), models=lambda wanted: (model, "m"))
+    night = crew.broker_queue("night")
+    leaving = InProcess([mesh], [EmbeddedWorker(mesh.app, queues=[night], concurrency=2, admits=admits)])
+    with mesh.worker(queues=["main"]):
+        leaving.start()
+        run = mesh.start(crew.lead, many)
+        eventually(lambda: model.waiting == 2)
+        stopping = threading.Thread(target=leaving.stop)
+        stopping.start()
+        # what it had not begun is there for others while it drains
+        eventually(lambda: examine(mesh.app, [night]).messages == {night: many - 2})
+        model.go.set()
+        stopping.join()
+        assert model.asked == 2
+        with mesh.worker(queues=["night"]):
+            assert run.result(timeout_s=30) == many
+    mesh.close()
+    assert model.asked == many
 
 
 class Anyone(Agent):
