@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "agentmesh_paged"
@@ -106,8 +105,3 @@ def _mask(new: int, seen: int, window: int | None, device: torch.device) -> torc
     """Each new token sees what is before it and itself, at most `window` of them; bool (new, seen)."""
     mask = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
     return mask if window is None else mask.triu(seen - new - window + 1)
-
-
-def register() -> None:
-    """Make it known to transformers under NAME."""
-    AttentionInterface.register(NAME, paged_attention)
