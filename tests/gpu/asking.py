@@ -69,4 +69,4 @@ def break_the_model() -> None:
 if FAULT and "agentmesh.cli.device" in " ".join(sys.orig_argv):
     break_the_model()
 
-crew = Crew(Many(), Asker(), Long(), name="asking", queues=[Queue("main"), Queue("gpu", model="tiny")])
+crew = Crew(Many(), Asker(), Long(), name="asking", queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)])

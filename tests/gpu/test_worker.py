@@ -31,6 +31,7 @@ from agentmesh.queue import Queue
 from agentmesh.testing.servers import ValkeyServer, a_server
 from agentmesh.testing.tiny import made_tokenizer, saved
 
+pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
 WAIT_S = 60
 
