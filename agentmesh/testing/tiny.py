@@ -49,7 +49,7 @@ def one_by_one(model: Any, tokens: list[int], most_tokens: int) -> list[int]:
     said: list[int] = []
     with torch.inference_mode():
         for _ in range(most_tokens):
-            logits = model(torch.tensor([tokens + said])).logits[0, -1].float()
+            logits = model(torch.tensor([tokens + said], device=model.device)).logits[0, -1].float()
             said.append(int(logits.argmax()))
     return said
 
