@@ -66,7 +66,7 @@ class EngineReport:
         if (silent := now_s - self.at_s) > STUCK_S:
             return f"{where} has said nothing for {silent:.0f} s"
         if self.stuck_s > STUCK_S:
-            return f"{where} has {self.in_hand} steps in hand and its engine has made no step for {self.stuck_s:.0f} s"
+            return f"{where} has work in hand ({self.in_hand} steps) and its engine has made no step for {self.stuck_s:.0f} s"
         return ""
 
 
