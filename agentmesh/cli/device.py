@@ -17,6 +17,7 @@ from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.cli.child import as_program, spare_collector, told_to_stop
+from agentmesh.cli.embedding import embedding, prepared
 from agentmesh.config import Config
 from agentmesh.logs import Logged, set_up
 from agentmesh.mesh import InProcess, Mesh
@@ -45,6 +46,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     }
     queues = [crew.queues[q] for crew in crews for q in served[crew.name]]
     concurrency = spec["concurrency"] or max(q.concurrency for q in queues)
+    embeds = prepared(queues, _leave)  # before the engine, which takes what it leaves
     engine = _prepared(models, spec["model"], queues, concurrency)
     sights = [Logged(), *counting()]
     for crew in crews:
@@ -58,6 +60,9 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
             mesh.site.tender.renew_most_s = CANCELLED_S
         if spec.get("beat") and crew.schedules:
             start_beat(mesh.app)
+    if embeds:
+        beside = embedding(config, models, name=name, sights=sights, suspects=spec["suspects"])
+        workers.append(beside.start())
     spare_collector()
     if ready_fd is not None:
         announce_ready(ready_fd)

@@ -226,11 +226,11 @@ class Batched:
         planned = plan_ingest(self.store, Asked(paths=[str(docs)]), how, ToolContext(key=f"{key}/1"))
         self.parts = planned.parts
         (self.batch,) = parse_pack(self.store, self.parts, planned.packs[0], how).batches
-        self.vectors = embed_batch(self.store, self.parts, self.batch.part, self.embed).part
+        self.embedded = embed_batch(self.store, self.parts, self.batch.part, self.embed)
 
     def index(self) -> Indexed:
         context = ToolContext(key=f"{self.key}/3/3")
-        return index_batch(self.store, self.parts, self.batch.part, self.vectors, self.embed, [], context)
+        return index_batch(self.store, self.parts, self.batch.part, self.embedded.part, self.embedded.by, [], context)
 
 
 def test_an_index_step_that_is_repeated_changes_nothing(tmp_path: Path, write: Any, by_words: Any) -> None:
