@@ -52,14 +52,17 @@ class Engine:
         model: a causal language model of transformers, loaded and on its device.
         hopeless: called once with the reason when the engine cannot go on: a CUDA error, or no memory even for small
             batches. What is in hand then fails with EngineDown.
+        batching: makes the loop; `testing.slots` has one without a model.
 
     Raises:
         MemoryError, ValueError: the device has no room for a cache of this shape.
     """
 
     def __init__(
-        self, model: Any, shape: Shape | None = None, *, hopeless: Callable[[Exception], None] | None = None
-    ) -> None:
+        self, model: Any, shape: Shape | None = None, *, hopeless: Callable[[Exception], None] | None = None,
+        batching: Callable[[Any, Shape, Sampler], Any] = Batching,
+    ) -> None:  # fmt: skip
+        self._make_batching = batching
         self._model, self._shape, self._hopeless = model, shape or Shape(), hopeless
         self._names = itertools.count()
         self._lock = threading.RLock()
@@ -72,7 +75,7 @@ class Engine:
         self._down: Exception | None = None
         self._closed = False
         self._sampler = Sampler()
-        self._batching = Batching(model, self._shape, self._sampler)
+        self._batching = batching(model, self._shape, self._sampler)
         self._batching.start()
         self.room: Room = self._batching.room()
         self._dispatcher = threading.Thread(target=self._dispatch, daemon=True, name="agentmesh-dispatcher")
@@ -253,7 +256,7 @@ class Engine:
                 self._apart.extendleft(reversed(_groups(victims)))
             try:
                 self._batching.end()
-                self._batching = Batching(self._model, self._shape, self._sampler)
+                self._batching = self._make_batching(self._model, self._shape, self._sampler)
                 self._batching.start()
                 self.room = self._batching.room()
             except Exception as e:
