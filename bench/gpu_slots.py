@@ -8,6 +8,7 @@ of one token, beside the same worker whose model answers at once.
 """
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -55,7 +56,7 @@ def utilisation(notes: Path, slots: int, workers: int, since_s: float) -> float:
     begins, until = min(one[0][0] for one in rows), max(one[i][0] for one, i in zip(rows, last, strict=True))
     taken = 0.0
     for one in rows:
-        for before, after in zip(one, one[1:], strict=False):
+        for before, after in itertools.pairwise(one):
             taken += after[1] * (after[0] - before[0]) if after[0] <= until else 0.0
     return taken / ((until - begins) * slots * workers)
 

@@ -75,7 +75,7 @@ class Engine:
         self._down: Exception | None = None
         self._closed = False
         self._sampler = Sampler()
-        self._batching = batching(model, self._shape, self._sampler)
+        self._batching: Batching = batching(model, self._shape, self._sampler)
         self._batching.start()
         self.room: Room = self._batching.room()
         self._dispatcher = threading.Thread(target=self._dispatch, daemon=True, name="agentmesh-dispatcher")
