@@ -88,3 +88,16 @@ def _begun() -> tuple[Any, Any, Any]:
     engine: Any = mesh.engines[0]
     engine.journal = Late(engine.journal)
     return run, engine, engine.journal
+
+
+@tool
+def kind(value: Any) -> str:
+    """Says what it was given."""
+    return type(value).__name__
+
+
+def test_calls_that_are_alike_are_kept_apart_by_type() -> None:
+    told = [kind.on(v).arguments["value"] for v in (1, 1.0, True, "1", None)]
+    assert [type(v) for v in told] == [int, float, bool, str, type(None)]
+    assert kind.on(value=1) is kind.on(value=1)  # a replay asks again
+    assert kind.on("x" * 1000) is not kind.on("x" * 1000)
