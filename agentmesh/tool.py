@@ -73,7 +73,9 @@ class Tool(Generic[P, R]):
             ToolSignatureError: the arguments do not fit, or are not JSON.
         """
         small = all(_is_small(a) for a in args) and all(_is_small(a) for a in kwargs.values())
-        return _known(self, *args, **kwargs) if small else _called(self, args, kwargs)
+        if small:
+            return _known(self, *args, **kwargs)  # type: ignore[arg-type]  # what is small is hashable
+        return _called(self, args, kwargs)
 
     def asked(self, arguments: str) -> Call[R]:
         """The step that calls this tool with the JSON a model wrote.
