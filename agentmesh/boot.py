@@ -26,9 +26,10 @@ from agentmesh.run import Run
 from agentmesh.step import INSIDE, Ask
 
 if TYPE_CHECKING:
+    from agentmesh.celery.inprocess import InProcess
     from agentmesh.celery.valkey import EmbeddedValkey
     from agentmesh.config import Config
-    from agentmesh.mesh import InProcess, Mesh
+    from agentmesh.mesh import Mesh
     from agentmesh.ports import Counts
     from agentmesh.serve.listen import Listener
     from agentmesh.sight import Sight

@@ -12,14 +12,17 @@ import time
 from typing import Any
 
 from agentmesh.boot import counting, export_traces, load_crew
+from agentmesh.celery.app import make_app
 from agentmesh.celery.beat import start_beat
+from agentmesh.celery.embedded import EmbeddedWorker
+from agentmesh.celery.inprocess import InProcess
 from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.cli.child import as_program, spare_collector, told_to_stop
 from agentmesh.config import Config
 from agentmesh.logs import Logged, set_up
-from agentmesh.mesh import InProcess, Mesh
+from agentmesh.mesh import Mesh
 from agentmesh.models.named import Models
 from agentmesh.queue import Queue
 
@@ -37,7 +40,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     set_up(spec.get("log", ""), worker=name)
     config = Config(**spec["config"])
     leave_with_parent(config.drain_s)
-    over, models, workers = told_to_stop(), Models(), list[InProcess]()
+    over, models = told_to_stop(), Models()
     crews = [load_crew(path) for path in spec["crews"]]
     export_traces()
     served = {
@@ -46,24 +49,27 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     queues = [crew.queues[q] for crew in crews for q in served[crew.name]]
     concurrency = spec["concurrency"] or max(q.concurrency for q in queues)
     engine = _prepared(models, spec["model"], queues, concurrency)
-    sights = [Logged(), *counting()]
-    for crew in crews:
-        mesh = Mesh(crew, config=config, models=models, worker=name, sights=sights, suspects=spec["suspects"])
-        mesh.app.conf.worker_send_task_events = bool(spec.get("events"))
-        lanes = {crew.broker_queue(q): crew.queues[q].lane for q in served[crew.name]}
-        admits = Lanes(lanes, engine.admits, concurrency)
-        worker = mesh.worker(queues=served[crew.name], concurrency=concurrency, admits=admits)
-        workers.append(worker.start())
+    sights, app = [Logged(), *counting()], make_app(config.broker)
+    app.conf.worker_send_task_events = bool(spec.get("events"))
+    meshes = [
+        Mesh(c, app=app, config=config, models=models, worker=name, sights=sights, suspects=spec["suspects"])
+        for c in crews
+    ]
+    names = [n for c in crews if served[c.name] for n in c.broker_queues(served[c.name], suspects=spec["suspects"])]
+    lanes = {c.broker_queue(q): c.queues[q].lane for c in crews for q in served[c.name]}
+    admits = Lanes(lanes, engine.admits)
+    # one for all crews: what there is room for, and whose turn it is, is the engine's and not a crew's
+    worker = InProcess(meshes, [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]).start()
+    for mesh in meshes:
         if mesh.site.tender is not None:
             mesh.site.tender.renew_most_s = CANCELLED_S
-        if spec.get("beat") and crew.schedules:
-            start_beat(mesh.app)
+    if spec.get("beat") and any(crew.schedules for crew in crews):
+        start_beat(app)
     spare_collector()
     if ready_fd is not None:
         announce_ready(ready_fd)
     _watch(engine, spec["model"], over)
-    for worker in workers:
-        worker.stop(grace_s=config.drain_s)
+    worker.stop(grace_s=config.drain_s)
     drive(models.close())
     return 0
 

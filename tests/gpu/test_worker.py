@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from agentmesh.boot import load_crew
+from agentmesh.celery.app import make_app
+from agentmesh.celery.embedded import EmbeddedWorker
+from agentmesh.celery.inprocess import InProcess
 from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.sweep import Tender
@@ -32,6 +35,7 @@ from agentmesh.testing.servers import ValkeyServer, a_server
 from agentmesh.testing.tiny import made_tokenizer, saved
 
 CREW = str(Path(__file__).parent / "asking.py")
+OTHER = Path(__file__).parent / "asking_too.py"
 WAIT_S = 60
 
 
@@ -61,7 +65,7 @@ class Work:
 
 
 @contextmanager
-def working(valkey: Any, folder: Path, fault: str = "") -> Iterator[Work]:
+def working(valkey: Any, folder: Path, fault: str = "", crews: Sequence[str] = (CREW,)) -> Iterator[Work]:
     config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=20.0, sweep_s=0.2, drain_s=3)
     crew = load_crew(CREW)
     mesh = Mesh(crew, config=config)
@@ -74,7 +78,7 @@ def working(valkey: Any, folder: Path, fault: str = "") -> Iterator[Work]:
     }
     with (folder / "worker.log").open("wb") as out:
         supervisor = Supervisor(
-            specs_of(config, {CREW: crew}, suspects="elsewhere", log="text"), drain_s=4, output=out, env=env,
+            specs_of(config, {c: load_crew(c) for c in crews}, suspects="elsewhere", log="text"), drain_s=4, output=out, env=env,
             on_death=giver_back(config, crew.broker_queues()),
         )  # fmt: skip
         supervisor.start()
@@ -211,7 +215,8 @@ def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPa
             {"model": "m", "pool": "prefork"},
             "a queue with a model is never prefork: a forked process cannot use the device",
         ),
-        ({"devices": [0]}, "devices, gpu_memory, max_batch_tokens and lane are for a queue whose workers load a model"),
+        ({"devices": [0]}, "devices, gpu_memory and max_batch_tokens are for a queue whose workers load a model"),
+        ({"lane": "low"}, "lane='low' is between queues of one model; add model='NAME', or url= of its servers"),
         ({"model": "m", "devices": []}, r"devices=\(\) must be 'all' or GPU numbers"),
         ({"model": "m", "devices": [1, 1]}, r"devices=\(1, 1\) must be"),
         ({"model": "m", "gpu_memory": 85}, "gpu_memory=85 must be a part of the whole, such as 0.85"),
@@ -244,6 +249,35 @@ def test_a_worker_takes_no_more_than_is_admitted(valkey: Any, tmp_path: Path) ->
     mesh.close()
     assert len(said) == 20
     assert max(most) == 3
+
+
+def test_crews_of_one_device_worker_count_together(valkey: Any) -> None:
+    config = Config(broker=valkey.broker_url, journal=valkey.url)
+    app, most = make_app(config.broker), list[int]()
+    model = _Counting(most)
+    loaded = [load_crew(CREW), load_crew(str(OTHER))]
+    meshes = [Mesh(crew, app=app, config=config, models=lambda wanted: (model, "tiny")) for crew in loaded]
+    gpu = [name for crew in loaded for name in crew.broker_queues(["gpu"])]
+    shared = EmbeddedWorker(app, queues=gpu, admits=lambda in_hand: 3 - in_hand)
+    with meshes[0].worker(queues=["main"]), meshes[1].worker(queues=["main"]), InProcess(meshes, [shared]):
+        runs = [mesh.start(mesh.crew.lead, words(20)) for mesh in meshes]
+        assert [len(run.result(timeout_s=WAIT_S)) for run in runs] == [20, 20]
+    for mesh in meshes:
+        mesh.close()
+    assert max(most) == 3
+    assert len(most) == 40
+
+
+def test_one_process_a_device_serves_two_crews(valkey: Any, tmp_path: Path) -> None:
+    with working(valkey, tmp_path, crews=[CREW, str(OTHER)]) as work:
+        assert len(work.supervisor.pids) == 2
+        other = Mesh(load_crew(str(OTHER)), config=work.mesh.config)
+        runs = [work.start("Many", words(12)), other.start(other.crew.lead, words(12))]
+        for run in runs:
+            said = run.result(timeout_s=WAIT_S)
+            assert [len(said), sum(s.startswith("failed") for s in said)] == [12, 0]
+        other.close()
+        assert work.log.count("tiny is loaded in") == 1
 
 
 class _Counting:
