@@ -19,6 +19,7 @@ import torch
 
 from agentmesh.errors import GpuOutOfMemory, ModelError
 from agentmesh.gpu.batching import Batching, Shape
+from agentmesh.gpu.memory import Memory, memory_of
 from agentmesh.gpu.request import Done, EngineDown, Gauge, Request, Room
 from agentmesh.gpu.sampling import Sampler
 
@@ -113,7 +114,18 @@ class Engine:
         with self._lock:
             gauge = self._batching.gauge(self._deaths)
             waiting = gauge.waiting + len(self._parked) + sum(map(len, self._apart))
-            return replace(gauge, waiting=waiting, idle=not (self._flights or self._parked or self._apart))
+            idle, most = not (self._flights or self._parked or self._apart), self._batching.shape.batch_tokens
+            return replace(gauge, waiting=waiting, idle=idle, batch_tokens=most)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the machine's processor."""
+        return bool(self._model.device.type == "cpu")
+
+    @property
+    def memory(self) -> Memory:
+        """What its device holds."""
+        return memory_of(self._model.device)
 
     def admits(self, in_hand: int) -> int:
         """How many more requests there is room for; one always, where there are none.
