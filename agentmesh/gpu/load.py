@@ -67,11 +67,6 @@ def load(
             ) from None
     if not tokenizer.chat_template:
         raise ConfigError(f"model {name!r} has no chat template: choose one that was trained to chat (-Instruct)")
-    if _odd_attention(model):
-        raise ConfigError(
-            f"model {name!r} caps its attention scores or has attention sinks, which the engine does not do; choose another, "
-            "or a server that does, as `openai:NAME` with OPENAI_BASE_URL"
-        )
     model = model.to(device).eval()
     engine = Engine(model, shape, hopeless=hopeless)
     given = model.generation_config.eos_token_id
@@ -80,13 +75,6 @@ def load(
         engine, tokenizer, Grammars(tokenizer, engine.room.vocabulary, ends), frozenset(ends), engine.room.context_tokens,
         _takes_system(tokenizer),
     )  # fmt: skip
-
-
-def _odd_attention(model: Any) -> bool:
-    config = model.config.get_text_config()
-    return getattr(config, "attn_logit_softcapping", None) is not None or any(
-        name.endswith(".sinks") for name, _ in model.named_parameters()
-    )
 
 
 def _takes_system(tokenizer: Any) -> bool:

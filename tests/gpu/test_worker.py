@@ -237,7 +237,7 @@ def test_a_poisonous_prompt_fails_alone_and_kills_no_process(valkey: Any, tmp_pa
     assert made_tokenizer()("@")["input_ids"] == [3 + 31]
     with working(valkey, tmp_path, "poison") as work:
         before = work.device_pid
-        said = work.start("Many", f"{words(30)} a@@@b {words(3)}").result(timeout_s=WAIT_S)
+        said = work.start("Many", f"{words(30)} a@@@b {words(33)}").result(timeout_s=WAIT_S)
         assert [i for i, s in enumerate(said) if s.startswith("failed")] == [30]
         assert said[30] == "failed: DelegateFailed"
         assert work.device_pid == before
