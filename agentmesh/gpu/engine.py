@@ -140,9 +140,9 @@ class Engine:
 
     @property
     def hung_s(self) -> float:
-        """For how long it has had work and not made a step."""
-        gauge = self.gauge
-        return 0.0 if gauge.idle else time.monotonic() - max(gauge.stepped_s, self._since_s)
+        """For how long it has had work and made no step, or its device has been in the hands of one batch of an encoder."""
+        gauge, held_s = self.gauge, self._batching.held_s
+        return held_s if gauge.idle else max(held_s, time.monotonic() - max(gauge.stepped_s, self._since_s))
 
     @property
     def alive(self) -> bool:
