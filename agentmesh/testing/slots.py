@@ -14,7 +14,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from agentmesh.gpu.batching import Shape
 from agentmesh.gpu.engine import Engine
@@ -81,6 +84,8 @@ class SlotBatching:
         self._thread = threading.Thread(target=self._run, daemon=True, name="agentmesh-slots")
 
     # ---- as Batching ---------------------------------------------------------------------------
+    held_s = 0.0
+
     def start(self) -> None:
         """Begin."""
         self._thread.start()
@@ -188,7 +193,7 @@ class SlotModel(local.LocalModel):
             if self._loaded is None or not self._loaded.engine.alive:
                 tokenizer = made_tokenizer()
                 engine = Engine(
-                    None, self._shape, hopeless=self._hopeless,
+                    SimpleNamespace(device=torch.device("cpu")), self._shape, hopeless=self._hopeless,
                     batching=lambda model, shape, sampler: SlotBatching(model, shape, sampler, **self.options),
                 )  # fmt: skip
                 self._loaded = Loaded(
