@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -112,6 +113,13 @@ class Crew:
                     f"crew {self.name!r}: queues {beside.name!r} and {queue.name!r} of model {queue.model!r} have embed="
                     f"{beside.embed!r} and {queue.embed!r}; the same processes serve both, so name one encoder"
                 )
+        for one, two in combinations([q for q in self.queues.values() if q.url], 2):
+            shared = sorted({*one.url} & {*two.url})
+            if shared and {*one.url} != {*two.url} and one.lane != two.lane:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
+                    f"{', '.join(shared)}, but not all servers; lanes share their places, so write the same url in each"
+                )
 
     def _check_queue(self, who: str, queue: str) -> None:
         if queue and queue not in self.queues:
@@ -189,6 +197,15 @@ class Crew:
             name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in wanted
         }
         return [name for name, of in pools.items() if of == pool]
+
+    def groups(self, only: Iterable[str] = ()) -> list[list[str]]:
+        """These queues, or all, by the places in a worker that they share: those in front of the same servers have their own."""
+        found: dict[Any, list[str]] = {}
+        for name in list(only) or self.queues:
+            self._check_queue(f"crew {self.name!r}: --queue", name)
+            queue = self.queues[name]
+            found.setdefault((frozenset(queue.url), queue.model) if queue.url else None, []).append(name)
+        return list(found.values())
 
     def broker_queue(self, queue: str) -> str:
         """The broker's name of a queue."""

@@ -35,7 +35,8 @@ class Queue:
 
     Args:
         concurrency: steps at once in one worker: coroutines, or processes of a prefork pool; 0 is 100, or a process a core;
-            with a model 256, if the engine has room for them.
+            with a model 256, if the engine has room for them; with a url, in flight at its servers together. Queues of one
+            model in front of the same servers share their places: the largest number that one of them has.
         rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
         model: the local model this queue's workers load; steps on `local:MODEL` go here.
         url: base URLs of OpenAI-compatible servers (vLLM, SGLang, llama-server), which then answer this queue's model calls.
@@ -44,8 +45,8 @@ class Queue:
         devices: with a model: one worker process for each of these GPUs; "all" is every one, or one process on the CPU.
         gpu_memory: with a model: the part of a GPU's free memory that prompts and answers may take, in (0, 1].
         max_batch_tokens: with a model: new tokens of one step of the engine; 0 is 2,048, on a CPU 256.
-        lane: with a model: "realtime" comes first and has places kept for it, "low" comes after "high"; between several
-            queues of one model.
+        lane: with a model or a url: "realtime" comes first and has places kept for it, "low" comes after "high"; between
+            several queues of one model, or of one model in front of the same servers.
         embed: with a model: a `local:` encoder that the same processes run beside it, for the embed steps of ingests.
     """
 
@@ -79,11 +80,15 @@ class Queue:
 
     def _check_device(self) -> None:
         where = f"queue {self.name!r}"
-        given = self.devices, self.gpu_memory, self.max_batch_tokens, self.lane
-        if not self.on_device and given != ("all", 0.85, 0, "high"):
+        given = self.devices, self.gpu_memory, self.max_batch_tokens
+        if not self.on_device and given != ("all", 0.85, 0):
             raise DefinitionError(
-                f"{where}: devices, gpu_memory, max_batch_tokens and lane are for a queue whose workers load a model; add "
+                f"{where}: devices, gpu_memory and max_batch_tokens are for a queue whose workers load a model; add "
                 "model='NAME', and leave out url"
+            )
+        if self.lane != "high" and not (self.model or self.url):
+            raise DefinitionError(
+                f"{where}: lane={self.lane!r} is between queues of one model; add model='NAME', or url= of its servers"
             )
         if self.on_device and self.pool == "prefork":
             raise DefinitionError(

@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import Any
 
 from agentmesh.boot import load_crew
+from agentmesh.celery.inprocess import InProcess
 from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError
-from agentmesh.mesh import InProcess, Mesh
+from agentmesh.mesh import Mesh
 from agentmesh.models.named import Models
 from agentmesh.queue import Queue, Suspects
 from agentmesh.sight import Sight

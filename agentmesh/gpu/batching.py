@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api
 
-from agentmesh.gpu.attention import NAME, register
+from agentmesh.gpu.kernels import choose
 from agentmesh.gpu.request import Gauge, Room
 from agentmesh.gpu.sampling import Sampler
 from agentmesh.gpu.turns import turn_of
@@ -40,6 +40,7 @@ class Shape:
         memory: the part of the device's free memory that the cache may take, in (0, 1].
         batch_tokens: new tokens of one step, prompts' and answers' together.
         batch_requests: requests of one step.
+        attention: by transformers' name, for comparisons; "" is the best one that passes its trial.
     """
 
     pages: int = 0
@@ -47,6 +48,7 @@ class Shape:
     batch_tokens: int = 0
     batch_requests: int = 0
     memory: float = 0.85
+    attention: str = ""
 
 
 class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has other types than it declares
@@ -59,6 +61,7 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         self.idle = True
         self._turn, self._held = turn_of(str(model.device)), contextlib.ExitStack()
         on_cpu = model.device.type == "cpu"
+        self.attention, pages = choose(model, self.shape.page_tokens, shape.attention)
         config = ContinuousBatchingConfig(
             page_size=self.shape.page_tokens,
             num_blocks=self.shape.pages or None,
@@ -68,7 +71,7 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
             use_async_batching=False,  # the sampler looks at what was said before it says what may come next
             use_cuda_graph=False,
             auto_switch_to_flash=False,  # it would look for kernels on a hub
-            max_blocks_per_request=None if "flash" in str(model.config._attn_implementation) else 0,
+            max_blocks_per_request=None if pages else 0,
         )
         # -1: the end tokens are each request's own
         plain = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)  # type: ignore[no-untyped-call]
@@ -76,13 +79,7 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         self.logit_processor = sampler
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """On a CPU our own attention; elsewhere what the model was loaded with."""
-        if model.device.type != "cpu":
-            super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
-        elif model.config._attn_implementation != NAME:
-            register()
-            self._original_attn_impl = model.config._attn_implementation
-            model.set_attn_implementation(NAME)
+        """It is chosen already."""
 
     def start(self) -> None:
         """Begin; a daemon, so that a forgotten engine does not keep its process alive."""

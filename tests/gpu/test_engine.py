@@ -98,7 +98,9 @@ def test_greedy_in_bfloat16_differs_only_where_two_tokens_are_as_good_as_equal(m
             with torch.inference_mode():
                 scores = plain(torch.tensor([prompt + list(said.tokens[:at])])).logits[0, -1]
             likeliest = scores.float().max()
-            unit = 2.0 ** (torch.floor(torch.log2(likeliest.abs())) - 7)  # a bfloat16 has 8 bits of fraction
+            unit = 2.0 ** (
+                torch.floor(torch.log2(likeliest.abs())) - 7
+            )  # of the last place: a bfloat16 keeps 7 bits of fraction
             assert likeliest - scores.float()[token] <= 4 * unit
 
 
