@@ -20,6 +20,7 @@ from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.cli.child import as_program, spare_collector, told_to_stop
+from agentmesh.cli.embedding import embedding, prepared
 from agentmesh.cli.reporting import Reporting
 from agentmesh.config import Config
 from agentmesh.logs import Logged, set_up
@@ -48,6 +49,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     }
     queues = [crew.queues[q] for crew in crews for q in served[crew.name]]
     concurrency = spec["concurrency"] or max(q.concurrency for q in queues)
+    embeds = prepared(queues, _leave)  # before the engine, which takes what it leaves
     engine = _prepared(models, spec["model"], queues, concurrency)
     sights, app = [Logged(), *counting()], make_app(config.broker)
     app.conf.worker_send_task_events = bool(spec.get("events"))
@@ -65,13 +67,15 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
             mesh.site.tender.renew_most_s = CANCELLED_S
     if spec.get("beat") and any(crew.schedules for crew in crews):
         start_beat(app)
+    beside = embedding(config, models, name=name, sights=sights, suspects=spec["suspects"]).start() if embeds else None
     spare_collector()
     report = Reporting(engine, model=spec["model"], worker=name, in_hand=lambda: _in_hand(meshes), places=concurrency)
     report.start()
     if ready_fd is not None:
         announce_ready(ready_fd)
     _watch(engine, spec["model"], over)
-    worker.stop(grace_s=config.drain_s)
+    for one in filter(None, (worker, beside)):
+        one.stop(grace_s=config.drain_s)
     report.stop()
     drive(models.close())
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 from agentmesh.boot import check_models, listener, load_crew, place
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli.child import specs_of
+from agentmesh.cli.embedding import taken_by
 from agentmesh.cli.endpoint import Health
 from agentmesh.cli.exits import DONE, INTERRUPTED
 from agentmesh.cli.run import origin_of
@@ -79,7 +80,7 @@ def _embedders(names: Sequence[str]) -> dict[str, Any]:
 def _workers(config: Config, path: str, crew: Crew, processes: int, reports: str) -> Supervisor:
     supervisor = Supervisor(
         specs_of(config, {path: crew}, processes=processes, suspects="elsewhere"), drain_s=config.drain_s,
-        spares=spares_of(config, {path: crew}), on_death=giver_back(config, crew.broker_queues()),
+        spares=spares_of(config, {path: crew}), on_death=giver_back(config, taken_by([crew])),
         env={REPORTS_IN: reports},
     )  # fmt: skip
     supervisor.start()

@@ -15,6 +15,7 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import specs_of
+from agentmesh.cli.embedding import taken_by
 from agentmesh.cli.endpoint import Endpoint, Health, address
 from agentmesh.cli.spares import spares_of
 from agentmesh.config import Config, load
@@ -67,7 +68,7 @@ def run_workers(
     set_up(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
     loaded = {path: load_crew(path) for path in crews}  # what is wrong with a file is said once, here
-    served = [q for crew in loaded.values() for q in crew.broker_queues(queues)]
+    served = taken_by(loaded.values(), queues)
     config, valkey = place(config)
     at_place = where(config, valkey)
     commands = specs_of(
