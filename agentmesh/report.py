@@ -20,7 +20,7 @@ class EngineReport:
         worker: the process's name under its supervisor.
         device: `cpu`, or `cuda:` and what CUDA_VISIBLE_DEVICES says.
         at_s: when it was looked at, in the machine's monotonic time.
-        in_hand: steps that this process has; `places` is how many it may have at most.
+        in_hand: steps that this process has of the engine's queues; `places` is how many it may have at most.
         running: requests in the batch of the last step. waiting: handed to the engine and not yet in a batch.
         batch_requests: new tokens a step.
         cached_share: the part of the prompts' tokens that was in the cache.
