@@ -80,4 +80,6 @@ def break_the_model() -> None:
 if FAULT and "agentmesh.cli.device" in " ".join(sys.orig_argv):
     break_the_model()
 
-crew = Crew(Many(), Asker(), Long(), Sixty(), name="asking", queues=[Queue("main"), Queue("gpu", model="tiny")])
+crew = Crew(
+    Many(), Asker(), Long(), Sixty(), name="asking", queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)]
+)

@@ -60,10 +60,10 @@ def answers(model: Any, asked: list[list[int]], make_engine: MakeEngine, attenti
 
 @pytest.mark.parametrize("kind", ["softcap", "sinks"])
 def test_softcaps_and_sinks_are_what_the_model_s_own_attention_makes_of_them(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, kind: str
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, device: str, kind: str
 ) -> None:
     asked = [[3 + (7 * i + j * (i + 3)) % (VOCABULARY - 3) for j in range(6 + 9 * i)] for i in range(6)]
-    alone = odd_model(kind)
+    alone = odd_model(kind).to(device)
     expected = [by_generate(alone, p, 24) for p in asked]
     got = answers(odd_model(kind), asked, make_engine)
     assert got == expected

@@ -27,6 +27,7 @@ from agentmesh.run import Run
 from agentmesh.testing.servers import RabbitServer, ValkeyServer, a_server
 from agentmesh.testing.tiny import saved
 
+pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "surviving.py")
 WAIT_S = 60
 MANY = 64

@@ -38,6 +38,7 @@ from agentmesh.report import REPORTS_IN, EngineReport, put_report, reports_in
 from agentmesh.testing.servers import ValkeyServer, a_server
 from agentmesh.testing.tiny import made_tokenizer, saved
 
+pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
 OTHER = Path(__file__).parent / "asking_too.py"
 WAIT_S = 60

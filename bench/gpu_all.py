@@ -1,0 +1,158 @@
+"""All figures of the engine on one device, and its tests there: at most 8 minutes, and nothing is downloaded.
+
+    python bench/gpu_all.py [--shape 1b | tiny] [--minutes 8]
+
+The model is made: its weights are drawn on the device by seed. `--shape tiny` is for a CPU, to see that the script works.
+Figures are of this machine; compare the ratios.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import machine
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = 3
+
+
+def device_line(device: str) -> str:
+    """What it runs on."""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    if device == "cpu":
+        return f"{machine()}, {versions}"
+    argv = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader"]
+    said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip().splitlines()
+    ours = torch.cuda.get_device_properties(0)
+    name = said[0] if said else ours.name
+    return f"{name}, compute capability {ours.major}.{ours.minor}, CUDA {torch.version.cuda}, {versions}; {machine()}"
+
+
+@contextmanager
+def part(title: str, began: float) -> Iterator[None]:
+    """A heading; what goes wrong below it is said, and the next part follows."""
+    print(f"\n== {title} ({time.perf_counter() - began:.0f} s)", flush=True)
+    try:
+        yield
+    except Exception as e:
+        print(f"failed: {type(e).__name__}: {e}", flush=True)
+
+
+def kernels_tried(model: Any) -> None:
+    """Which attention kernels there are here and whether each says what the formula says."""
+    from agentmesh.gpu.kernels import kernels
+    from agentmesh.gpu.trial import Heads, difference, page_difference
+
+    heads = Heads.of(model)
+    print(f"{heads}, {model.dtype}")
+    for kernel in kernels(model.device):
+        told = difference(kernel, heads, model.device, model.dtype) or "right"
+        pages = (
+            f", pages: {page_difference(kernel, heads, 256, model.device, model.dtype) or 'right'}"
+            if kernel.pages
+            else ""
+        )
+        print(f"  {kernel.name:<20} {told}{pages}")
+
+
+def attentions(model: Any, steps: int, prompt_tokens: int, new_tokens: int, pages: int) -> None:
+    """The chosen attention beside the others there are: the same requests in engines of the same shape."""
+    from agentmesh.gpu.batching import Shape
+    from agentmesh.gpu.engine import Engine
+    from agentmesh.gpu.kernels import kernels
+    from agentmesh.gpu.request import Request
+
+    vocabulary = model.config.vocab_size
+    names = ["", *(k.name for k in kernels(model.device)), "sdpa"]
+    rates: dict[str, float] = {}
+    for name in names:
+        try:
+            engine = Engine(model, Shape(pages=pages, batch_requests=256, attention=name))
+        except Exception as e:
+            print(f"  {name:<28} {type(e).__name__}: {e}")
+            continue
+        took = []
+        try:
+            for seed in range(ROUNDS):  # the first one warms up
+                draw = torch.Generator().manual_seed(seed)
+                prompts = torch.randint(100, vocabulary, (steps, prompt_tokens), generator=draw).tolist()
+                began = time.perf_counter()
+                for future in [engine.submit(Request(tuple(p), new_tokens)) for p in prompts]:
+                    future.result(600)
+                took.append(time.perf_counter() - began)
+            rates[name] = steps * new_tokens / min(took)
+            shown = name or f"chosen: {engine._batching.attention}"
+            print(
+                f"  {shown:<28} {rates[name]:9.1f} new tokens/s, {steps} prompts of {prompt_tokens} tokens", flush=True
+            )
+        except Exception as e:
+            print(f"  {name:<28} {type(e).__name__}: {e}")
+        finally:
+            engine.close()
+    if "" in rates and "sdpa" in rates:
+        print(f"  the chosen one is {rates[''] / rates['sdpa']:.1f} x the library's sdpa")
+
+
+def tests(left_s: float) -> None:
+    """`pytest -m gpu`, as long as there is time."""
+    argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
+    env = {k: v for k, v in os.environ.items() if k != "AGENTMESH_CACHE"}
+    try:
+        done = subprocess.run(
+            argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=max(30.0, left_s), check=False
+        )
+        said = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR")) or " in " in x]
+        print("\n".join(said[-20:]))
+    except subprocess.TimeoutExpired as e:
+        told = e.stdout.decode() if isinstance(e.stdout, bytes) else ""
+        print(f"not done in the {left_s:.0f} s that were left: {' '.join(told.split())[-300:]}")
+
+
+def main() -> None:
+    """Print all of it."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=["1b", "tiny"], default="1b" if here == "cuda" else "tiny")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    given = parser.parse_args()
+    big, began = given.shape == "1b", time.perf_counter()
+    new_tokens, turns, usual = (64, 3, 16) if big else (8, 1, 4)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        os.environ |= {"AGENTMESH_CACHE": folder, "BENCH_MODEL": "made", "BENCH_NEW_TOKENS": str(new_tokens),
+                       "BENCH_MEMORY": "0.3", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+        import gpu_prefix
+        from gpu_made import made
+        from gpu_ways import compared, three_ways
+
+        print(device_line(here))
+        model, told = made(given.shape, here, Path(folder))
+        print(told, flush=True)
+        with part("agent steps", began), three_ways() as ways:
+            print(f"{new_tokens} new tokens a step; attention: {ways.engine._batching.attention}")
+            compared(ways, 32, turns, usual)
+            compared(ways, 128, turns - 1 or 1, 0, first_turn=100)
+        with part("a prefix of 1,500 tokens over many agents", began):
+            gpu_prefix.compared(model, 64 if big else 4, 1500, vocabulary=model.config.vocab_size)
+        with part("attention kernels here", began):
+            kernels_tried(model)
+        with part("the same requests with each attention", began):
+            attentions(model, 32 if big else 8, 512 if big else 64, new_tokens, 1024 if big else 200)
+        del model
+        if here == "cuda":
+            torch.cuda.empty_cache()
+        with part("pytest -m gpu", began):
+            tests(60 * given.minutes - (time.perf_counter() - began))
+    print(f"\nin {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
