@@ -139,20 +139,25 @@ def judged(said: dict[str, Any], at: Driver) -> Iterator[Finding]:
     elif at.cards:
         yield Finding(True, f"{build}, made for CUDA {said['cuda']}, sees {len(said['gpus'])} of {len(at.cards)} GPUs")
     else:
-        yield Finding(True, f"{build}, for the CPU: our own attention, in float32; weights in "
-                            + ("bfloat16" if said["bfloat16"] else "float32, for the processor has no bfloat16"))  # fmt: skip
-        return
-    for number, gpu in enumerate(said["gpus"]):
+        kind = "bfloat16" if said["bfloat16"] else "float32, for the processor has no bfloat16"
+        yield Finding(True, f"{build}, for the CPU: weights in {kind}; {_tried(said['attention'])}")
+    for number, gpu in enumerate(said["gpus"] if at.cards else ()):
         if gpu["fails"]:
             yield Finding(
                 False, f"{build} cannot compute on {gpu['name']}, its GPU {number} of compute capability {gpu['capability']}: "
                 f"{gpu['fails']}", f"take the build for it: pip uninstall torch, then: pip install torch --index-url {_index(at.cuda)}",
             )  # fmt: skip
-    if said["gpus"]:
-        yield Finding(
-            True, f"attention: flash_attn {said['flash'] or 'not installed'}, torch's varlen_attn "
-            f"{'here' if said['varlen'] else 'not in this torch'}, sdpa always",
-        )  # fmt: skip
+            continue
+        works = not all(gpu["attention"].values())
+        yield Finding(works, f"{gpu['name']}, torch's GPU {number}: {_tried(gpu['attention'])}",
+                      "" if works else "take another build of torch, or put a server behind the queue (url=)")  # fmt: skip
+
+
+def _tried(kernels: dict[str, str]) -> str:
+    """The first kernel that passed, and what is wrong with better ones; the engine tries them with its model's own heads."""
+    best = next((f"attention {name}" for name, fault in kernels.items() if not fault), "no attention works")
+    faults = "; ".join(f"{name}: {fault}" for name, fault in kernels.items() if fault)
+    return f"{best}{f' ({faults})' if faults else ''}"
 
 
 def _index(cuda: str) -> str:

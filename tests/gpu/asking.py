@@ -81,5 +81,6 @@ if FAULT and "agentmesh.cli.device" in " ".join(sys.orig_argv):
     break_the_model()
 
 crew = Crew(
-    Many(), Asker(), Long(), Sixty(), name="asking", queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)]
-)
+    Many(), Asker(), Long(), Sixty(), name="asking",
+    queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)],
+)  # fmt: skip

@@ -3,7 +3,10 @@
 import asyncio
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -163,7 +166,7 @@ def seen(valkey: Any, folder: Path, fault: str = "") -> Iterator[tuple[Work, str
     """A device worker and the URL of its supervisor's endpoint."""
     told = {COUNTS_IN: str(folder), REPORTS_IN: str(folder)}
     config = Config(broker=valkey.broker_url, journal=valkey.url)
-    with working(valkey, folder, fault, ASKING_HUNG_S="2.5", **told) as work, ExitStack() as stack:
+    with working(valkey, folder, fault, ASKING_HUNG_S="3.2", **told) as work, ExitStack() as stack:
         at = serve_metrics(stack, "0", config, work.supervisor, str(folder))
         yield work, at.removeprefix(" · metrics ").removesuffix("/metrics")
 
@@ -221,6 +224,21 @@ def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
         assert len(run.result(timeout_s=WAIT_S)) == 5
         os.kill(work.device_pid, signal.SIGSTOP)  # it neither dies nor says anything
         until(lambda: "has said nothing for" in get(f"{url}/health")[1])
+
+
+def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Path) -> None:
+    env = {"AGENTMESH_CACHE": str(saved(tmp_path)), "OMP_NUM_THREADS": "1", "AGENTMESH_BROKER": valkey.broker_url}
+    argv = [sys.executable, "-m", "agentmesh.cli.main", "serve", CREW, "--port", "0"]
+    served = subprocess.Popen(argv, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
+    try:
+        assert served.stderr is not None
+        (url,) = re.findall(r"(http://\S+)/v1 ", served.stderr.readline())
+        until(lambda: get(f"{url}/health")[0] == 200)
+        told = json.loads(get(f"{url}/health")[1])
+        assert (told["workers"], told["engines"]) == ({"wanted": 2, "ready": 2}, {"there": 1, "well": 1})
+    finally:
+        served.terminate()
+        served.communicate(timeout=WAIT_S)
 
 
 def test_a_report_of_another_version_is_read(tmp_path: Path) -> None:
