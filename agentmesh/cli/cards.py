@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentmesh.cli.devices import CPU, devices_of
@@ -179,8 +181,18 @@ def queue_findings(crew: Crew) -> Iterator[Finding]:
                 happened, _, mend = e.message.partition("; ")
                 yield Finding(False, happened, mend)
                 continue
-            if not is_installed(queue.model):
+            if not _has(queue.model):
                 yield Finding(False, f"queue {queue.name!r}: model {queue.model!r} is not here",
                               f"agentmesh models pull {queue.model}")  # fmt: skip
+            encoder = queue.embed.partition(":")[2]
+            if encoder and not (Path(encoder).expanduser().is_dir() or _has(encoder)):
+                yield Finding(True, f"queue {queue.name!r}: encoder {encoder!r} is not here",
+                              f"agentmesh models pull {encoder}, unless the hub's own cache has it")  # fmt: skip
             where = f"on each of GPU {', '.join(devices)}" if devices != [CPU] else "on the CPU"
             yield Finding(True, f"queue {queue.name!r}: a worker with model {queue.model!r} {where}")
+
+
+def _has(model: str) -> bool:
+    with suppress(ConfigError):  # no such name can be
+        return is_installed(model)
+    return False

@@ -214,7 +214,7 @@ def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
         before = work.device_pid
         work.fault.touch()
         run = work.start("Many", words(5))
-        until(lambda: "has 5 steps in hand and its engine has made no step for" in get(f"{url}/health")[1])
+        until(lambda: "has work in hand (5 steps) and its engine has made no step for" in get(f"{url}/health")[1])
         assert get(f"{url}/health/ready")[0] == 503
         until(lambda: '"why": ["1 of 2 workers consume"]' in get(f"{url}/health")[1])  # the dead worker's row is gone
         assert 'model="tiny"' not in get(f"{url}/metrics")[1]

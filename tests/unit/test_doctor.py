@@ -152,6 +152,8 @@ def test_queues_whose_devices_or_models_are_not_here(
     ]
     missing = "help queue 'gpu': model 'm' is not here -> agentmesh models pull m"
     assert of(Queue("gpu", model="m")) == [missing, "ok queue 'gpu': a worker with model 'm' on the CPU"]
+    beside = "ok queue 'gpu': encoder 'e' is not here -> agentmesh models pull e, unless the hub's own cache has it"
+    assert of(Queue("gpu", model="m", embed="local:e"))[1] == beside
     smi(SMI)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert of(Queue("gpu", model="m"))[1] == "ok queue 'gpu': a worker with model 'm' on each of GPU 0, 1"

@@ -24,7 +24,7 @@ def test_each_reason_is_told() -> None:
         "the journal's server does not answer",
         "2 of 3 workers consume",
         "the worker of 'm' on cuda:0 has said nothing for 11 s",
-        "the worker of 'm' on cuda:1 has 3 steps in hand and its engine has made no step for 12 s",
+        "the worker of 'm' on cuda:1 has work in hand (3 steps) and its engine has made no step for 12 s",
     ]
     assert now.numbers["engines"] == {"there": 3, "well": 1}
 
