@@ -8,6 +8,7 @@ Figures are of this machine; compare the ratios.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from common import machine
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
+GIB = 2**30
 
 
 def device_line(device: str) -> str:
@@ -30,11 +32,13 @@ def device_line(device: str) -> str:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     if device == "cpu":
         return f"{machine()}, {versions}"
-    argv = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader"]
-    said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip().splitlines()
-    ours = torch.cuda.get_device_properties(0)
-    name = said[0] if said else ours.name
-    return f"{name}, compute capability {ours.major}.{ours.minor}, CUDA {torch.version.cuda}, {versions}; {machine()}"
+    argv = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.split()[:1]
+    ours, free = torch.cuda.get_device_properties(0), torch.cuda.mem_get_info()[0] / GIB
+    return (
+        f"{ours.name}, {ours.total_memory / GIB:.0f} GiB of which {free:.0f} free, compute capability {ours.major}.{ours.minor}, "
+        f"driver {' '.join(driver) or '?'}, CUDA {torch.version.cuda}, {versions}; {machine()}"
+    )
 
 
 @contextmanager
@@ -106,15 +110,15 @@ def tests(left_s: float) -> None:
     """`pytest -m gpu`, as long as there is time."""
     argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     env = {k: v for k, v in os.environ.items() if k != "AGENTMESH_CACHE"}
+    process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        done = subprocess.run(
-            argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=max(30.0, left_s), check=False
-        )
-        said = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR")) or " in " in x]
-        print("\n".join(said[-20:]))
-    except subprocess.TimeoutExpired as e:
-        told = e.stdout.decode() if isinstance(e.stdout, bytes) else ""
-        print(f"not done in the {left_s:.0f} s that were left: {' '.join(told.split())[-300:]}")
+        out, _ = process.communicate(timeout=max(30.0, left_s))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it stops the servers that it started
+        out, _ = process.communicate(timeout=60)
+        print(f"not done in the {left_s:.0f} s that were left")
+    said = [x for x in out.splitlines() if x.startswith(("FAILED", "ERROR", "SKIPPED")) or " in " in x]
+    print("\n".join(said[-20:]))
 
 
 def main() -> None:
