@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api
@@ -141,6 +142,16 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         self._wake_up_loop.set()
         self._generation_thread.join(STOP_S)
         self.batch_processor = None
+        error: BaseException | None = self.background_thread_status.fatal_error
+        while error is not None:  # its frames hold the old cache, and a GPU has no room for another beside it
+            error.__traceback__, error = None, error.__context__
+
+    def _generation_step(self) -> None:
+        processor: Any = self.batch_processor
+        if (stream := processor.inputs_and_outputs.compute_stream) is not None:
+            # the library writes the inputs on another stream, and would not wait for the last of them
+            stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        super()._generation_step()
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
         goes_on = bool(super()._generation_loop_body(batch_processor, bootstrapping))
