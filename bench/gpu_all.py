@@ -8,6 +8,7 @@ Figures are of this machine; compare the ratios.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,6 +24,7 @@ from common import machine
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
+GIB = 2**30
 
 
 def device_line(device: str) -> str:
@@ -30,11 +32,13 @@ def device_line(device: str) -> str:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     if device == "cpu":
         return f"{machine()}, {versions}"
-    argv = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader"]
-    said = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip().splitlines()
-    ours = torch.cuda.get_device_properties(0)
-    name = said[0] if said else ours.name
-    return f"{name}, compute capability {ours.major}.{ours.minor}, CUDA {torch.version.cuda}, {versions}; {machine()}"
+    argv = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.split()[:1]
+    ours, free = torch.cuda.get_device_properties(0), torch.cuda.mem_get_info()[0] / GIB
+    return (
+        f"{ours.name}, {ours.total_memory / GIB:.0f} GiB of which {free:.0f} free, compute capability {ours.major}.{ours.minor}, "
+        f"driver {' '.join(driver) or '?'}, CUDA {torch.version.cuda}, {versions}; {machine()}"
+    )
 
 
 @contextmanager
@@ -64,57 +68,65 @@ def kernels_tried(model: Any) -> None:
         print(f"  {kernel.name:<20} {told}{pages}")
 
 
-def attentions(model: Any, steps: int, prompt_tokens: int, new_tokens: int, pages: int) -> None:
-    """The chosen attention beside the others there are: the same requests in engines of the same shape."""
+class Asked(NamedTuple):
+    """How many random prompts of how many tokens, what is wanted of each, and the pages of the cache."""
+
+    steps: int
+    prompt_tokens: int
+    new_tokens: int
+    pages: int
+
+
+def rate(model: Any, asked: Asked, attention: str = "", **how: Any) -> tuple[float, str]:
+    """New tokens a second of a fresh engine, the best of some rounds, and its attention."""
     from agentmesh.gpu.batching import Shape
     from agentmesh.gpu.engine import Engine
-    from agentmesh.gpu.kernels import kernels
     from agentmesh.gpu.request import Request
 
-    vocabulary = model.config.vocab_size
-    names = ["", *(k.name for k in kernels(model.device)), "sdpa"]
-    rates: dict[str, float] = {}
-    for name in names:
+    engine, took = Engine(model, Shape(pages=asked.pages, batch_requests=256, attention=attention)), list[float]()
+    try:
+        for seed in range(ROUNDS):  # the first one warms up
+            draw = torch.Generator().manual_seed(seed)
+            prompts = torch.randint(100, model.config.vocab_size, (asked.steps, asked.prompt_tokens), generator=draw)
+            began = time.perf_counter()
+            for future in [engine.submit(Request(tuple(p), asked.new_tokens, **how)) for p in prompts.tolist()]:
+                future.result(600)
+            took.append(time.perf_counter() - began)
+        return asked.steps * asked.new_tokens / min(took), engine._batching.attention
+    finally:
+        engine.close()
+
+
+def attentions(model: Any, asked: Asked) -> None:
+    """The chosen attention beside the others there are, and what drawing costs beside taking the likeliest token."""
+    from agentmesh.gpu.kernels import kernels
+
+    print(f"{asked.steps} prompts of {asked.prompt_tokens} tokens, {asked.new_tokens} new tokens each")
+    best, chosen = rate(model, asked)
+    print(f"  {f'chosen: {chosen}':<28} {best:9.1f} new tokens/s", flush=True)
+    for name in [*(k.name for k in kernels(model.device) if k.name != chosen), "sdpa"]:
         try:
-            engine = Engine(model, Shape(pages=pages, batch_requests=256, attention=name))
+            other, _ = rate(model, asked, name)
+            print(f"  {name:<28} {other:9.1f} new tokens/s, the chosen one is {best / other:.1f} x", flush=True)
         except Exception as e:
-            print(f"  {name:<28} {type(e).__name__}: {e}")
-            continue
-        took = []
-        try:
-            for seed in range(ROUNDS):  # the first one warms up
-                draw = torch.Generator().manual_seed(seed)
-                prompts = torch.randint(100, vocabulary, (steps, prompt_tokens), generator=draw).tolist()
-                began = time.perf_counter()
-                for future in [engine.submit(Request(tuple(p), new_tokens)) for p in prompts]:
-                    future.result(600)
-                took.append(time.perf_counter() - began)
-            rates[name] = steps * new_tokens / min(took)
-            shown = name or f"chosen: {engine._batching.attention}"
-            print(
-                f"  {shown:<28} {rates[name]:9.1f} new tokens/s, {steps} prompts of {prompt_tokens} tokens", flush=True
-            )
-        except Exception as e:
-            print(f"  {name:<28} {type(e).__name__}: {e}")
-        finally:
-            engine.close()
-    if "" in rates and "sdpa" in rates:
-        print(f"  the chosen one is {rates[''] / rates['sdpa']:.1f} x the library's sdpa")
+            print(f"  {name:<28} {type(e).__name__}: {str(e)[:200]}")
+    drawn, _ = rate(model, asked, temperature=0.8, top_p=0.95, seed=1)
+    print(f"  {'drawn, with top_p':<28} {drawn:9.1f} new tokens/s, {drawn / best:.0%} of the likeliest tokens'")
 
 
 def tests(left_s: float) -> None:
     """`pytest -m gpu`, as long as there is time."""
     argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     env = {k: v for k, v in os.environ.items() if k != "AGENTMESH_CACHE"}
+    process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        done = subprocess.run(
-            argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=max(30.0, left_s), check=False
-        )
-        said = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR")) or " in " in x]
-        print("\n".join(said[-20:]))
-    except subprocess.TimeoutExpired as e:
-        told = e.stdout.decode() if isinstance(e.stdout, bytes) else ""
-        print(f"not done in the {left_s:.0f} s that were left: {' '.join(told.split())[-300:]}")
+        out, _ = process.communicate(timeout=max(30.0, left_s))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it stops the servers that it started
+        out, _ = process.communicate(timeout=60)
+        print(f"not done in the {left_s:.0f} s that were left")
+    said = [x for x in out.splitlines() if x.startswith(("FAILED", "ERROR", "SKIPPED")) or " in " in x]
+    print("\n".join(said[-20:]))
 
 
 def main() -> None:
@@ -145,7 +157,7 @@ def main() -> None:
         with part("attention kernels here", began):
             kernels_tried(model)
         with part("the same requests with each attention", began):
-            attentions(model, 32 if big else 8, 512 if big else 64, new_tokens, 1024 if big else 200)
+            attentions(model, Asked(32, 512, new_tokens, 1024) if big else Asked(8, 64, new_tokens, 200))
         del model
         if here == "cuda":
             torch.cuda.empty_cache()
