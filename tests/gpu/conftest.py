@@ -12,8 +12,10 @@ from agentmesh.gpu.engine import Engine
 from agentmesh.testing.tiny import made_model
 
 torch.set_num_threads(1)  # two threads for so small a model wait for each other more than they compute
-WHERE = ["cpu"]
+WHERE, GPUS = ["cpu"], list[str]()
 if torch.cuda.is_available():
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    GPUS = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     torch.cuda.init()  # before a test hides the GPU from the processes it starts
     WHERE.append(pytest.param("cuda", marks=pytest.mark.gpu))  # type: ignore[arg-type]
 SMALL = Shape(pages=80, page_tokens=16, batch_tokens=64, batch_requests=32)
@@ -23,11 +25,18 @@ SMALL = Shape(pages=80, page_tokens=16, batch_tokens=64, batch_requests=32)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the test's models are, those of its worker processes too; of several GPUs it is the first."""
     if request.param == "cuda":
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
-    elif len(WHERE) > 1:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPUS[0])
+    elif GPUS:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return str(request.param)
+
+
+@pytest.fixture
+def gpus(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that takes two GPUs where there are two."""
+    if device == "cuda":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(GPUS[:2]))
 
 
 @pytest.fixture

@@ -1,25 +1,16 @@
 """What only a GPU can show; the rest of `pytest -m gpu` are the CPU's own tests, with the model on the device."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.worker import giver_back
-from agentmesh.config import Config
 from agentmesh.gpu import attention, kernels
 from agentmesh.gpu.batching import Shape
 from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.request import Request
 from agentmesh.gpu.trial import Heads, difference, page_difference
-from agentmesh.mesh import Mesh
-from agentmesh.testing.servers import ValkeyServer, a_server
-from agentmesh.testing.tiny import made_model, saved
+from agentmesh.testing.tiny import made_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +18,6 @@ pytestmark = [
         not torch.cuda.is_available(), reason="no CUDA device is here, for these and all others of -m gpu"
     ),
 ]
-CREW = str(Path(__file__).parent / "surviving.py")
 WAIT_S = 60
 CUDA = torch.device("cuda")
 SHAPES = [
@@ -75,35 +65,3 @@ def test_memory_that_really_runs_out_halves_the_batch() -> None:
         assert (engine._batching.shape.batch_tokens, engine.gauge.deaths) == (16, 2)
     finally:
         engine.close()
-
-
-def test_two_processes_on_devices_share_the_work(tmp_path: Path) -> None:
-    """On two GPUs one each, else both on the one."""
-    count = min(2, torch.cuda.device_count())
-    with (
-        a_server(ValkeyServer) as server,
-        (tmp_path / "worker.log").open("wb") as out,
-        pytest.MonkeyPatch.context() as m,
-    ):
-        if count == 2 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            m.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        config, crew = Config(broker=server.broker_url, journal=server.url, lease_s=20.0, drain_s=3), load_crew(CREW)
-        commands = specs_of(config, {CREW: crew}, log="text")
-        commands += [commands[-1]] if count == 1 else []
-        mesh = Mesh(crew, config=config)
-        supervisor = Supervisor(
-            commands, drain_s=4, output=out, on_death=giver_back(config, crew.broker_queues()),
-            env={"AGENTMESH_CACHE": str(saved(tmp_path / "cache")), "SURVIVING": str(tmp_path / "it")},
-        )  # fmt: skip
-        supervisor.start()
-        try:
-            assert supervisor.wait_ready(WAIT_S)
-            assert mesh.run(crew.lead, 300, timeout_s=WAIT_S) == ["said"] * 300
-            workers = {line.rpartition("agentmesh.gpu")[0] for line in (tmp_path / "worker.log").read_text().splitlines()
-                       if "is loaded in" in line}  # fmt: skip
-            assert len(workers) == 2
-            assert len(supervisor.pids) == len(commands) == 3
-        finally:
-            supervisor.stop(now=True)
-            supervisor.join(10)
-            mesh.close()

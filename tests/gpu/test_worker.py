@@ -262,6 +262,20 @@ def test_a_poisonous_prompt_fails_alone_and_kills_no_process(valkey: Any, tmp_pa
         assert work.device_pid == before
 
 
+def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(valkey: Any, tmp_path: Path) -> None:
+    with working(valkey, tmp_path, "death") as work:
+        run = work.start("Many", f"{words(30)} a@@@b {words(33)}")
+        until(lambda: run.waiting_for)
+        (item,) = run.waiting_for
+        assert (item.run_id, item.why) == (f"{run.id}/31", "quarantined")
+        run.resolve(item, "failed")
+        said = run.result(timeout_s=WAIT_S)
+        assert [i for i, s in enumerate(said) if s.startswith("failed")] == [30]
+        for n in {*range(1, 65)} - {31}:
+            events = drive(work.mesh.journal.events(f"{run.id}/{n}"))
+            assert [type(e) for e in events if isinstance(e, StepDone | RunDone)] == [StepDone, RunDone]
+
+
 def test_a_cancelled_run_is_no_longer_computed(valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENTMESH_CACHE", str(saved(tmp_path)))
     models = Models()
