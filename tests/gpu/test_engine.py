@@ -293,7 +293,7 @@ def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engin
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: len(ids) > 16)
     engine = make_engine(Shape(pages=64, page_tokens=16, batch_tokens=64), model=model, hopeless=told.append)
     assert len(engine.submit(Request((5,) * 60, 4)).result(WAIT_S).tokens) == 4
-    assert (engine._batching.shape.batch_tokens, engine.gauge.deaths, told) == (16, 2, [])
+    assert (engine.gauge.batch_tokens, engine.gauge.deaths, told) == (16, 2, [])
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: True)
     with pytest.raises(EngineDown, match="OutOfMemoryError: CUDA out of memory"):
         engine.submit(Request((5,) * 60, 4)).result(WAIT_S)
