@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,12 +99,26 @@ class Crew:
     def _check_devices(self) -> None:
         """The queues of a model are served by the same processes."""
         first: dict[str, Queue] = {}
+        encoders: dict[str, Queue] = {}
         for queue in self.queues.values():
             other = first.setdefault(queue.model, queue)
             if queue.on_device and other.on_device and queue.devices != other.devices:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
                     f"{other.devices!r} and {queue.devices!r}; the same processes serve both, so write the same in each"
+                )
+            beside = encoders.setdefault(queue.model, queue) if queue.embed else queue
+            if queue.embed != beside.embed:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {beside.name!r} and {queue.name!r} of model {queue.model!r} have embed="
+                    f"{beside.embed!r} and {queue.embed!r}; the same processes serve both, so name one encoder"
+                )
+        for one, two in combinations([q for q in self.queues.values() if q.url], 2):
+            shared = sorted({*one.url} & {*two.url})
+            if shared and {*one.url} != {*two.url} and one.lane != two.lane:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
+                    f"{', '.join(shared)}, but not all servers; lanes share their places, so write the same url in each"
                 )
 
     def _check_queue(self, who: str, queue: str) -> None:
@@ -182,6 +197,15 @@ class Crew:
             name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in wanted
         }
         return [name for name, of in pools.items() if of == pool]
+
+    def groups(self, only: Iterable[str] = ()) -> list[list[str]]:
+        """These queues, or all, by the places in a worker that they share: those in front of the same servers have their own."""
+        found: dict[Any, list[str]] = {}
+        for name in list(only) or self.queues:
+            self._check_queue(f"crew {self.name!r}: --queue", name)
+            queue = self.queues[name]
+            found.setdefault((frozenset(queue.url), queue.model) if queue.url else None, []).append(name)
+        return list(found.values())
 
     def broker_queue(self, queue: str) -> str:
         """The broker's name of a queue."""

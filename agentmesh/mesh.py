@@ -18,7 +18,8 @@ from agentmesh.celery.app import QueueLengths, check_broker, journal_url, make_a
 from agentmesh.celery.beat import schedule
 from agentmesh.celery.dispatch import CeleryDispatch
 from agentmesh.celery.eager import eager_site, is_eager
-from agentmesh.celery.embedded import Admits, EmbeddedWorker
+from agentmesh.celery.embedded import Admits
+from agentmesh.celery.inprocess import InProcess, embedded
 from agentmesh.celery.loop import drive, threads
 from agentmesh.celery.publish import publisher_of
 from agentmesh.celery.site import Site
@@ -265,13 +266,15 @@ class Mesh:
         if self.site.tender is not None and pid != os.getpid():
             self.site.tender.bury(self.name_of(pid))
 
-    def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0, admits: Admits | None = None) -> "InProcess":
-        """A worker in a thread of this process: `with mesh.worker(): …`."""
-        names = self.crew.broker_queues(queues, suspects=self.suspects)
-        return InProcess(self, names, concurrency or self._concurrency(queues), admits)
+    def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0, admits: Admits | None = None) -> InProcess:
+        """A worker in a thread of this process: `with mesh.worker(): …`.
 
-    def _concurrency(self, queues: Sequence[str]) -> int:
-        return sum(q.concurrency for name, q in self.crew.queues.items() if not queues or name in queues)
+        Args:
+            concurrency: of its queues together, and of each group in front of the same servers; 0 is as declared.
+            admits: how many more steps there is room for, given how many are in hand; all queues share it then.
+        """
+        workers = embedded(self.app, self.crew, queues, concurrency=concurrency, suspects=self.suspects, admits=admits)
+        return InProcess([self], workers)
 
     def close(self) -> None:
         """Give back connections; the mesh may be used again."""
@@ -320,30 +323,3 @@ def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
         url, prefix=config.prefix, push=push, send=None if push else publisher_of(app),
         ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
     )  # fmt: skip
-
-
-class InProcess:
-    """A worker and its tender in this process, for a while; also usable as a context manager."""
-
-    def __init__(self, mesh: Mesh, queues: Sequence[str], concurrency: int, admits: Admits | None) -> None:
-        self._mesh = mesh
-        self._worker = EmbeddedWorker(mesh.app, queues=queues, concurrency=concurrency, admits=admits)
-
-    def start(self) -> "InProcess":
-        """Returns when it consumes."""
-        self._mesh.check()
-        self._mesh.tend()  # all queues: it may be the one sweeper, also for workers that serve others
-        self._worker.start()
-        return self
-
-    def stop(self, *, grace_s: float = 5.0) -> None:
-        """Stop consuming and let steps end for up to `grace_s`; what is cut off is given back."""
-        self._worker.stop(grace_s=grace_s)
-        self._mesh.untend()
-        drive(self._mesh.leave([os.getpid()]))
-
-    def __enter__(self) -> "InProcess":
-        return self.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()

@@ -35,7 +35,8 @@ class Queue:
 
     Args:
         concurrency: steps at once in one worker: coroutines, or processes of a prefork pool; 0 is 100, or a process a core;
-            with a model 256, if the engine has room for them.
+            with a model 256, if the engine has room for them; with a url, in flight at its servers together. Queues of one
+            model in front of the same servers share their places: the largest number that one of them has.
         rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
         model: the local model this queue's workers load; steps on `local:MODEL` go here.
         url: base URLs of OpenAI-compatible servers (vLLM, SGLang, llama-server), which then answer this queue's model calls.
@@ -44,8 +45,9 @@ class Queue:
         devices: with a model: one worker process for each of these GPUs; "all" is every one, or one process on the CPU.
         gpu_memory: with a model: the part of a GPU's free memory that prompts and answers may take, in (0, 1].
         max_batch_tokens: with a model: new tokens of one step of the engine; 0 is 2,048, on a CPU 256.
-        lane: with a model: "realtime" comes first and has places kept for it, "low" comes after "high"; between several
-            queues of one model.
+        lane: with a model or a url: "realtime" comes first and has places kept for it, "low" comes after "high"; between
+            several queues of one model, or of one model in front of the same servers.
+        embed: with a model: a `local:` encoder that the same processes run beside it, for the embed steps of ingests.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Queue:
     lane: Literal["realtime", "high", "low"] = "high"
     url: str | Sequence[str] = ()
     key_env: str = ""
+    embed: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -69,6 +72,7 @@ class Queue:
         if self.concurrency < 0:
             raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must not be negative")
         self._check_device()
+        self._check_embed()
         if self.concurrency == 0:
             usual = 256 if self.on_device else 100 if self.pool == "asyncio" else os.cpu_count() or 1
             object.__setattr__(self, "concurrency", usual)
@@ -76,11 +80,15 @@ class Queue:
 
     def _check_device(self) -> None:
         where = f"queue {self.name!r}"
-        given = self.devices, self.gpu_memory, self.max_batch_tokens, self.lane
-        if not self.on_device and given != ("all", 0.85, 0, "high"):
+        given = self.devices, self.gpu_memory, self.max_batch_tokens
+        if not self.on_device and given != ("all", 0.85, 0):
             raise DefinitionError(
-                f"{where}: devices, gpu_memory, max_batch_tokens and lane are for a queue whose workers load a model; add "
+                f"{where}: devices, gpu_memory and max_batch_tokens are for a queue whose workers load a model; add "
                 "model='NAME', and leave out url"
+            )
+        if self.lane != "high" and not (self.model or self.url):
+            raise DefinitionError(
+                f"{where}: lane={self.lane!r} is between queues of one model; add model='NAME', or url= of its servers"
             )
         if self.on_device and self.pool == "prefork":
             raise DefinitionError(
@@ -101,6 +109,21 @@ class Queue:
             raise DefinitionError(f"{where}: gpu_memory={self.gpu_memory} must be a part of the whole, such as 0.85")
         if self.max_batch_tokens < 0:
             raise DefinitionError(f"{where}: max_batch_tokens={self.max_batch_tokens} must not be negative")
+
+    def _check_embed(self) -> None:
+        if not self.embed:
+            return
+        where = f"queue {self.name!r}: embed={self.embed!r}"
+        if not self.on_device:
+            raise DefinitionError(
+                f"{where} is for a queue whose workers load a model: add model='NAME', and leave out url; without a model, "
+                "run `agentmesh worker agentmesh.rag.ingest --queue embed`"
+            )
+        provider, _, name = self.embed.partition(":")
+        if provider != "local" or not name:
+            raise DefinitionError(
+                f"{where} must be an encoder of this machine, such as 'local:intfloat/e5-small-v2'; others need no device"
+            )
 
     def _check_servers(self) -> None:
         urls = [self.url] if isinstance(self.url, str) else list(self.url)

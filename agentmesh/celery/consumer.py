@@ -14,6 +14,7 @@ from kombu.common import QoS
 from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import ResponseError
 
+from agentmesh.celery.admission import Admission
 from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
 from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
 from agentmesh.celery.transport import Room, take_many
@@ -73,7 +74,8 @@ class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
         c.update_strategies()
         declare(c.connection, names)
         c.qos_global = False  # quorum queues know no other
-        c.connection.default_channel.basic_qos(0, c.initial_prefetch_count, False)
+        prefetch = (c.unacked.prefetch if c.unacked is not None else 0) or c.initial_prefetch_count
+        c.connection.default_channel.basic_qos(0, prefetch, False)
         c.task_consumer = c.app.amqp.Consumer(
             c.connection, queues=[own_queue(q) for q in names], accept=["json"], auto_declare=False,
             on_decode_error=c.on_decode_error,
@@ -81,7 +83,7 @@ class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
         counted: Any = QoS  # kombu has no types for it
         c.qos = counted(
             lambda prefetch_count: c.task_consumer.qos(prefetch_count=prefetch_count, apply_global=False),
-            c.initial_prefetch_count,
+            prefetch,
         )
         c.qos.prev = c.qos.value  # it is set
 
@@ -112,7 +114,9 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         if self.hub is None:
             self.loop = thread_loop
             if on_rabbit(self.app):
-                self.loop, self.unacked = rabbit_loop, Unacked(self)
+                admits = getattr(self.controller, "admits", None)
+                self.loop = rabbit_loop
+                self.unacked = Unacked(self) if admits is None else Admission(self, admits)
                 self.pool.meanwhile = self.unacked.keep_alive
 
     def connection_for_read(self, heartbeat: float | None = None) -> Any:

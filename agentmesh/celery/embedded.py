@@ -79,7 +79,7 @@ class EmbeddedWorker:
         queues: names of the broker's queues.
         concurrency: how many steps may be in flight.
         name: the worker's node name; a unique one when empty.
-        admits: how many more steps there is room for, given how many are in hand; on Redis. None is `concurrency` alone.
+        admits: how many more steps there is room for, given how many are in hand. None is `concurrency` alone.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Lanes before one engine: which of a model's queues a worker asks for the next steps, and what it keeps free for whom."""
+"""Lanes before one engine: which of its queues a worker asks for the next steps, and what it keeps free for whom."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 RESERVED = 16  # of so many places one is kept for the realtime lane, at least one
-TURNS = 8  # in one of so many turns the low lane comes before the high one
+TURNS = 8  # in one of so many turns the low lane comes first, and in another one the high lane
 LOOK_S = 0.05  # how long only the realtime lane is asked before it is seen whether there is room for the others again
 RANKS = {"realtime": 0, "high": 1, "low": 2}
 
@@ -14,31 +14,43 @@ class Lanes:
     Args:
         lanes: `realtime`, `high` or `low` for each of the broker's queues.
         admits: how many more there is room for, given how many are in hand.
-        places: how many there can be at most.
     """
 
-    def __init__(self, lanes: Mapping[str, str], admits: Callable[[int], int], places: int) -> None:
-        self._lanes, self._admits, self._turn = dict(lanes), admits, 0
-        self.reserved = max(1, places // RESERVED) if {"realtime"} < set(self._lanes.values()) else 0
+    def __init__(self, lanes: Mapping[str, str], admits: Callable[[int], int]) -> None:
+        self._lanes, self._admits, self._turn, self._places = dict(lanes), admits, 0, 0
+        self._keeps = {"realtime"} < set(self._lanes.values())
 
     def __call__(self, in_hand: int) -> int:
         """How many more may be taken, the reserved places among them."""
-        return self._admits(in_hand)
+        more = max(0, self._admits(in_hand))
+        self._places = in_hand + more
+        return more
 
-    def order(self, queues: Sequence[str], room: int, wait_s: float) -> tuple[list[str], int, float]:
-        """The queues to ask, the first that has something is taken from; at most how many; and how long to wait for one."""
+    @property
+    def reserved(self) -> int:
+        """How many of the places that there were at the last look are kept for the realtime lane.
+
+        An engine has fewer places while it holds long prompts. Of a single place none is kept: nobody else would ever have it.
+        """
+        return max(1, self._places // RESERVED) if self._keeps and self._places > 1 else 0
+
+    def order(self, queues: Sequence[str], room: int, wait_s: float, urgent: int) -> tuple[list[str], int, float]:
+        """The queues to ask, the first that has something is taken from; at most how many; and how long to wait for one.
+
+        Args:
+            urgent: how many of the realtime lane are in hand; for those no place is kept any more.
+        """
+        kept = max(0, self.reserved - urgent)
+        if room <= kept:
+            return [q for q in queues if self.is_urgent(q)], room, LOOK_S
         self._turn += 1
-        low_first = self._turn % TURNS == 0
+        first = {0: "low", TURNS // 2: "high"}.get(self._turn % TURNS, "realtime")
+        ranked = sorted(queues, key=lambda queue: -1 if self._lane(queue) == first else RANKS[self._lane(queue)])
+        return ranked, room - kept, wait_s
 
-        def rank(queue: str) -> int:
-            place = RANKS[self._lane(queue)]
-            return 3 - place if low_first and place else place
-
-        if not self.reserved:
-            return sorted(queues, key=rank), room, wait_s
-        if room > self.reserved:
-            return sorted(queues, key=rank), room - self.reserved, wait_s
-        return [q for q in queues if self._lane(q) == "realtime"], room, LOOK_S
+    def is_urgent(self, queue: str) -> bool:
+        """Whether a queue is of the realtime lane."""
+        return self._lane(queue) == "realtime"
 
     def _lane(self, queue: str) -> str:
         return self._lanes.get(queue.removesuffix(".suspects"), "high")

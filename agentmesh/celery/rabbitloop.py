@@ -23,6 +23,8 @@ class Unacked:
     what keeps a step alive: that is the journal's lease. So after 45 s it is acked in any case.
     """
 
+    prefetch = 0  # how many messages RabbitMQ may send ahead of their acks; 0 is the worker's concurrency
+
     def __init__(self, consumer: Any) -> None:
         self._consumer = consumer
         self.bell = Bell()
@@ -37,14 +39,15 @@ class Unacked:
         self._handle = handle
         self._ring_at = max(1, self._consumer.initial_prefetch_count // 4)
 
-        def received(message: Any) -> None:
-            self._held[message.delivery_tag] = monotonic(), message
-            if self._parked or self._consumer.pool.full:
-                self._parked.append(message)
-            else:
-                handle(message)
+        return self.received
 
-        return received
+    def received(self, message: Any) -> None:
+        """Hand a message on, or park it."""
+        self._held[message.delivery_tag] = monotonic(), message
+        if self._parked or self._consumer.pool.full:
+            self._parked.append(message)
+        else:
+            self._handle(message)
 
     def settle(self, act: Any, args: Any, kwargs: Any) -> Any:
         """A message's ack or reject, from any thread: it goes out with the thread's next turn."""
@@ -64,8 +67,7 @@ class Unacked:
     def turn(self) -> None:
         """What is due between two looks at the broker."""
         self._consumer.perform_pending_operations()
-        while self._parked and not self._consumer.pool.full:
-            self._handle(self._parked.popleft())
+        self.hand_on()
         now = monotonic()
         if now - self._ticked < TICK_S:
             return
@@ -78,6 +80,11 @@ class Unacked:
                 self._parked.remove(message)  # nobody works on it: the outbox sends it again
             del self._held[tag]
             message.ack()
+
+    def hand_on(self) -> None:
+        """What was parked, as far as the pool has room."""
+        while self._parked and not self._consumer.pool.full:
+            self._handle(self._parked.popleft())
 
     def keep_alive(self) -> None:
         """While the pool drains: acks and heartbeats, and no new messages."""

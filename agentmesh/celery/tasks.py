@@ -23,6 +23,10 @@ class Home(Protocol):
 
     crew: Crew
 
+    def check(self) -> None:
+        """Whether broker and journal answer and are safe to use."""
+        ...
+
     def working(self) -> Engine:
         """This process's engine, whose leases are renewed from now on."""
         ...

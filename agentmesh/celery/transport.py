@@ -28,6 +28,23 @@ class Room(base):  # type: ignore[misc]  # no types
     """Counts what was taken and not acked; whoever has something scarcer than places says how many more may come."""
 
     admits: Callable[[int], int] | None = None  # gets how many are in hand
+    arriving = ""  # the queue of the messages that are being read
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._urgent: set[str] = set()  # tags of the realtime lane
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """A message was taken."""
+        super().append(message, delivery_tag)
+        if isinstance(self.admits, Lanes) and self.admits.is_urgent(self.arriving):
+            self._urgent.add(delivery_tag)
+
+    @property
+    def urgent(self) -> int:
+        """How many of the realtime lane were taken and not acked."""
+        self._urgent = {tag for tag in self._urgent if tag in self._delivered and tag not in self._dirty}
+        return len(self._urgent)
 
     def can_consume(self) -> bool:
         """Whether one more may be taken."""
@@ -61,7 +78,7 @@ class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
         wait_s = (self.brpop_timeout if timeout is None else timeout) or 0
         lanes = getattr(self.qos, "admits", None)
         if isinstance(lanes, Lanes):
-            queues, room, wait_s = lanes.order(queues, room, wait_s)
+            queues, room, wait_s = lanes.order(queues, room, wait_s, self.qos.urgent)
         keys = [self._q_for_pri(queue, priority) for priority in self.priority_steps for queue in queues]
         count = MOST if room is None else max(1, min(MOST, room))
         self._in_poll = self.client.connection
@@ -81,6 +98,7 @@ class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
                 raise Empty
             queue = _text(found[0]).rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
+            self.qos.arriving = queue
             for item in found[1]:
                 self.connection._deliver(loads(_text(item)), queue)
             return True

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from agentmesh.boot import counting, export_traces, load_crew
 from agentmesh.celery.beat import start_beat
+from agentmesh.celery.inprocess import InProcess
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.celery.seat import Command
@@ -28,7 +29,7 @@ from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.errors import MeshError
 from agentmesh.logs import Form, Logged, set_up
-from agentmesh.mesh import InProcess, Mesh
+from agentmesh.mesh import Mesh
 from agentmesh.models.named import Models
 from agentmesh.queue import POOLS, Suspects
 

@@ -19,6 +19,7 @@ import torch
 
 from agentmesh.errors import GpuOutOfMemory, ModelError
 from agentmesh.gpu.batching import Batching, Shape
+from agentmesh.gpu.memory import Memory, memory_of
 from agentmesh.gpu.request import Done, EngineDown, Gauge, Request, Room
 from agentmesh.gpu.sampling import Sampler
 
@@ -52,14 +53,17 @@ class Engine:
         model: a causal language model of transformers, loaded and on its device.
         hopeless: called once with the reason when the engine cannot go on: a CUDA error, or no memory even for small
             batches. What is in hand then fails with EngineDown.
+        batching: makes the loop; `testing.slots` has one without a model.
 
     Raises:
         MemoryError, ValueError: the device has no room for a cache of this shape.
     """
 
     def __init__(
-        self, model: Any, shape: Shape | None = None, *, hopeless: Callable[[Exception], None] | None = None
-    ) -> None:
+        self, model: Any, shape: Shape | None = None, *, hopeless: Callable[[Exception], None] | None = None,
+        batching: Callable[[Any, Shape, Sampler], Any] = Batching,
+    ) -> None:  # fmt: skip
+        self._make_batching = batching
         self._model, self._shape, self._hopeless = model, shape or Shape(), hopeless
         self._names = itertools.count()
         self._lock = threading.RLock()
@@ -72,7 +76,7 @@ class Engine:
         self._down: Exception | None = None
         self._closed = False
         self._sampler = Sampler()
-        self._batching = Batching(model, self._shape, self._sampler)
+        self._batching: Batching = batching(model, self._shape, self._sampler)
         self._batching.start()
         self.room: Room = self._batching.room()
         self._dispatcher = threading.Thread(target=self._dispatch, daemon=True, name="agentmesh-dispatcher")
@@ -110,7 +114,18 @@ class Engine:
         with self._lock:
             gauge = self._batching.gauge(self._deaths)
             waiting = gauge.waiting + len(self._parked) + sum(map(len, self._apart))
-            return replace(gauge, waiting=waiting, idle=not (self._flights or self._parked or self._apart))
+            idle, most = not (self._flights or self._parked or self._apart), self._batching.shape.batch_tokens
+            return replace(gauge, waiting=waiting, idle=idle, batch_tokens=most)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the machine's processor."""
+        return bool(self._model.device.type == "cpu")
+
+    @property
+    def memory(self) -> Memory:
+        """What its device holds."""
+        return memory_of(self._model.device)
 
     def admits(self, in_hand: int) -> int:
         """How many more requests there is room for; one always, where there are none.
@@ -125,9 +140,9 @@ class Engine:
 
     @property
     def hung_s(self) -> float:
-        """For how long it has had work and not made a step."""
-        gauge = self.gauge
-        return 0.0 if gauge.idle else time.monotonic() - max(gauge.stepped_s, self._since_s)
+        """For how long it has had work and made no step, or its device has been in the hands of one batch of an encoder."""
+        gauge, held_s = self.gauge, self._batching.held_s
+        return held_s if gauge.idle else max(held_s, time.monotonic() - max(gauge.stepped_s, self._since_s))
 
     @property
     def alive(self) -> bool:
@@ -253,7 +268,7 @@ class Engine:
                 self._apart.extendleft(reversed(_groups(victims)))
             try:
                 self._batching.end()
-                self._batching = Batching(self._model, self._shape, self._sampler)
+                self._batching = self._make_batching(self._model, self._shape, self._sampler)
                 self._batching.start()
                 self.room = self._batching.room()
             except Exception as e:

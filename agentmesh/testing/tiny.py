@@ -1,11 +1,11 @@
-"""A made model of two layers and random weights, made in no time, for tests of the engine; its tokens are bytes."""
+"""Made models of two layers and random weights, made in no time: a Llama whose tokens are bytes, a BERT whose are letters."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY, CONTEXT = 300, 1024
 END = 2
@@ -65,4 +65,21 @@ def saved(folder: Path, template: str = CHATML, more: tuple[str, ...] = ()) -> P
     made_model().save_pretrained(place)
     made_tokenizer(template, more).save_pretrained(place)
     (place / "agentmesh.json").write_text('{"name": "tiny", "source": "made"}')
+    return folder
+
+
+def saved_encoder(folder: Path) -> Path:
+    """A BERT of 32 numbers, for texts of at most 64 tokens, in a folder of its own."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), ":"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            max_position_embeddings=64,
+        )  # fmt: skip
+        made: Any = BertModel(config)
+        made.eval().save_pretrained(folder)
+    tokenizer: Any = BertTokenizer(vocab={w: i for i, w in enumerate(words)})
+    tokenizer.save_pretrained(folder)
     return folder

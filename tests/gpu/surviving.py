@@ -1,14 +1,12 @@
 """A crew whose answers are short, on a worker that can be held still: `test_survive.py` says what for.
 
 While the file SURVIVING.held is there, its engine makes no step; each request adds a byte to SURVIVING.asked; the engine's
-loop breaks at the first step after SURVIVING.fault came. SURVIVING_ENGINE=fake is an engine without a model.
+loop breaks at the first step after SURVIVING.fault came. SURVIVING_ENGINE=fake has slots and a clock for a model.
 """
 
 import os
 import sys
-import threading
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -43,36 +41,6 @@ class Long(Agent[str]):
         return ctx.do(self.ask([user(f"on {task}")], plain=True)).text
 
 
-class FakeEngine:
-    """Answers `#` for every token wanted, 20 ms after it was asked and not while it is held."""
-
-    alive, hung_s = True, 0.0
-
-    def __init__(self, model: Any, shape: Any = None, *, hopeless: Any = None) -> None:
-        from agentmesh.gpu.request import Gauge, Room
-
-        self.room, self.gauge = Room(2**20, 16, 1024, 300), Gauge()
-
-    def admits(self, in_hand: int) -> int:
-        return 256 - in_hand
-
-    def submit(self, request: Any, hear: Any = None) -> "Future[Any]":
-        from agentmesh.gpu.request import Done
-
-        answer: Future[Any] = Future()
-
-        def later() -> None:
-            wait()
-            if answer.set_running_or_notify_cancel():
-                answer.set_result(Done((3,) * request.most_tokens, "length"))
-
-        threading.Timer(0.02, later).start()
-        return answer
-
-    def close(self) -> None:
-        pass
-
-
 def wait() -> None:
     """For as long as the worker is held."""
     while HELD.exists():
@@ -83,10 +51,10 @@ def prepare_the_worker() -> None:
     """In the process of the device alone."""
     from transformers import LlamaForCausalLM
 
-    import agentmesh.gpu.load
+    from agentmesh.gpu.engine import Engine
+    from agentmesh.testing.slots import SlotBatching, install
 
-    engine: Any = FakeEngine if ENGINE == "fake" else agentmesh.gpu.load.Engine
-    submit, forward = engine.submit, LlamaForCausalLM.forward
+    submit, forward, step = Engine.submit, LlamaForCausalLM.forward, SlotBatching._step
 
     def counted(self: Any, *args: Any) -> Any:
         answer = submit(self, *args)
@@ -101,9 +69,15 @@ def prepare_the_worker() -> None:
             raise RuntimeError("a passing fault")
         return forward(self, *args, **kwargs)
 
-    engine.submit = counted
-    agentmesh.gpu.load.Engine = engine  # type: ignore[misc]
+    def held_step(self: Any) -> None:
+        wait()
+        step(self)
+
+    Engine.submit = counted  # type: ignore[method-assign]
     LlamaForCausalLM.forward = held  # type: ignore[method-assign]
+    SlotBatching._step = held_step  # type: ignore[method-assign]
+    if ENGINE == "fake":
+        install(step_s=0.02)
 
 
 if "agentmesh.cli.device" in " ".join(sys.orig_argv):

@@ -26,24 +26,47 @@ def valkey() -> Iterator[Any]:
         yield server
 
 
-def test_realtime_comes_first_and_low_is_not_starved() -> None:
-    lanes = Lanes(THREE, lambda in_hand: 40 - in_hand, 40)
-    assert (lanes.reserved, lanes(10)) == (2, 30)
-    orders = [lanes.order(["a", "b", "c"], 30, 1.0) for _ in range(TURNS)]
-    assert orders[:-1] == [(["b", "c", "a"], 28, 1.0)] * (TURNS - 1)
-    assert orders[-1] == (["b", "a", "c"], 28, 1.0)
+def with_places(named: dict[str, str], places: int, in_hand: int = 0) -> Lanes:
+    lanes = Lanes(named, lambda in_hand: places - in_hand)
+    assert lanes(in_hand) == places - in_hand
+    return lanes
+
+
+def test_realtime_comes_first_and_nobody_is_starved() -> None:
+    lanes = with_places(THREE, 40, in_hand=10)
+    orders = [lanes.order(["a", "b", "c"], 30, 1.0, 0) for _ in range(TURNS)]
+    assert {(most, wait_s) for _, most, wait_s in orders} == {(28, 1.0)}
+    first = ["".join(queues) for queues, _, _ in orders]
+    assert first == ["bca", "bca", "bca", "cba", "bca", "bca", "bca", "abc"]
 
 
 def test_the_last_places_are_for_the_realtime_lane_alone() -> None:
-    lanes = Lanes(THREE, lambda in_hand: 40 - in_hand, 40)
-    assert lanes.order(["a", "b", "b.suspects", "c"], 2, 1.0) == (["b", "b.suspects"], 2, LOOK_S)
+    lanes = with_places(THREE, 40)
+    assert lanes.order(["a", "b", "b.suspects", "c"], 2, 1.0, 0) == (["b", "b.suspects"], 2, LOOK_S)
+
+
+def test_a_realtime_lane_that_has_what_is_kept_for_it_waits_for_its_turn() -> None:
+    """Or a flood of urgent steps would take every place that becomes free, one by one."""
+    lanes = with_places(THREE, 40)
+    assert lanes.order(["a", "b", "c"], 1, 1.0, 1) == (["b"], 1, LOOK_S)
+    assert [lanes.order(["a", "b", "c"], 1, 1.0, 39)[0][0] for _ in range(TURNS)].count("b") == TURNS - 2
+
+
+def test_what_is_kept_is_a_part_of_the_places_there_are_now() -> None:
+    room = [64]
+    lanes = Lanes(THREE, lambda in_hand: room[0] - in_hand)
+    seen = []
+    for room[0], in_hand in ((64, 0), (64, 60), (20, 18), (8, 7), (2, 1), (1, 0)):
+        lanes(in_hand)
+        seen.append(lanes.reserved)
+    assert seen == [4, 4, 1, 1, 1, 0]
 
 
 def test_without_a_realtime_lane_nothing_is_kept() -> None:
     for named in ({"a": "low", "c": "high"}, {"b": "realtime"}):
-        lanes = Lanes(named, lambda in_hand: 1, 40)
+        lanes = with_places(named, 40, in_hand=39)
         assert lanes.reserved == 0
-        assert set(lanes.order(list(named), 1, 1.0)[0]) == set(named)
+        assert set(lanes.order(list(named), 1, 1.0, 0)[0]) == set(named)
 
 
 class Slow:
@@ -85,12 +108,21 @@ class Urgent(Agent):
         return ctx.do(self.ask([user("now")])).text
 
 
+class Flood(Urgent):
+    """Asks for much at once, and somebody waits."""
+
+    def flow(self, task: str, ctx: Context) -> str:
+        """All at once."""
+        ctx.gather(self.ask([user(f"now {i}")]) for i in range(int(task)))
+        return "done"
+
+
 def test_an_urgent_step_does_not_wait_for_a_full_low_lane(valkey: Any) -> None:
     queues = [Queue("main"), Queue("night", model="m", lane="low"), Queue("talk", model="m", lane="realtime")]
     crew = Crew(Patient(), Urgent(), name="lanes", model="local:m", queues=queues)
     model = Slow()
     mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))
-    lanes = Lanes({crew.broker_queue(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand, PLACES)
+    lanes = Lanes({crew.broker_queue(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand)
     with mesh.worker(queues=["main"]), mesh.worker(queues=["night", "talk"], admits=lanes):
         patient = mesh.start(crew.agents["Patient"], "160")
         assert model.busy.wait(30)
@@ -104,3 +136,19 @@ def test_an_urgent_step_does_not_wait_for_a_full_low_lane(valkey: Any) -> None:
     assert len(model.begun) < 160
     assert model.most <= PLACES
     assert lanes.reserved == 1
+
+
+def test_a_flood_of_urgent_steps_leaves_turns_to_the_others(valkey: Any) -> None:
+    queues = [Queue("main"), Queue("night", model="m", lane="low"), Queue("talk", model="m", lane="realtime")]
+    crew = Crew(Patient(), Flood(), name="flood", model="local:m", queues=queues)
+    model = Slow()
+    mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))
+    lanes = Lanes({crew.broker_queue(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand)
+    with mesh.worker(queues=["main"]), mesh.worker(queues=["night", "talk"], admits=lanes):
+        flood = mesh.start(crew.agents["Flood"], "160")
+        assert model.busy.wait(30)
+        mesh.run(crew.agents["Patient"], "4", timeout_s=30)
+        asked = [text for text, _ in model.begun]
+        assert len(asked) < 160
+        flood.cancel()
+    mesh.close()

@@ -110,7 +110,8 @@ def test_a_damaged_file_says_what_to_do(home: Home, tmp_path: Path) -> None:
     model = home()
     (tmp_path / "models" / "tiny" / "model.safetensors").write_bytes(b"not at all")
     with pytest.raises(
-        ConfigError, match=r"local model 'tiny' cannot be loaded .* delete the folder .*models pull tiny"
+        ConfigError,
+        match=r"local model 'tiny' of .* cannot be loaded .* agentmesh models rm tiny, then agentmesh models pull tiny",
     ):
         model.load()
 
