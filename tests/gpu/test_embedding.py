@@ -143,7 +143,8 @@ def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest
     monkeypatch.setattr(Encoder, "elsewhere", "")
     assert Encoder(str(tmp_path / "bert"))._device == "cuda"
     monkeypatch.setattr(Encoder, "prepare", lambda self, **given: None)
-    assert prepared([Queue("gpu", model="m", embed=encoder)], lambda error: None) == encoder
+    (served,) = prepared([Queue("gpu", model="m", embed=encoder)], lambda error: None)
+    assert served.name == "rag"
     assert Encoder(str(tmp_path / "bert"))._device == "cpu"
 
 
@@ -151,7 +152,7 @@ def test_an_encoder_that_is_not_here_is_said_before_a_model_is_loaded(monkeypatc
     monkeypatch.setattr(Encoder, "elsewhere", "")
     with pytest.raises(ConfigError, match="'local:no-such/encoder' cannot be loaded .* `agentmesh models pull"):
         prepared([Queue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
-    assert prepared([Queue("gpu", model="m")], lambda error: None) == ""
+    assert prepared([Queue("gpu", model="m")], lambda error: None) == []
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ BATCHES = 6  # that these texts are, alone
 
 @pytest.fixture(autouse=True)
 def _fresh_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_turns", {})
+    monkeypatch.setattr(turns, "_turns", {"cpu": Turn()})  # as on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,15 @@ def test_without_an_engine_batches_go_side_by_side() -> None:
     work()
     thread.join()
     assert not both.broken
+
+
+def test_on_a_cpu_nobody_waits_and_each_gpu_has_its_own_turns() -> None:
+    turns._turns.clear()
+    cpu, one, other = map(turn_of, ("cpu", "cuda:0", "cuda:1"))
+    cpu.engines.add(one)
+    with cpu.step(), one.step(), other.step(), cpu.step(), cpu.batch():
+        assert cpu.held_s == 0
+    assert cpu.step_s > 0  # batches are as short as steps all the same
 
 
 def test_how_long_a_step_takes_is_known_while_there_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
