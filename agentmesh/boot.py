@@ -46,7 +46,9 @@ def check_models(crew: Crew, config: "Config") -> None:
     """
     models = Models()
     asking = [
-        (a, crew.servers_of(Ask(a.name, a.model or "", queue=a.queue))) for a in crew.agents.values() if _asks(a, crew)
+        (a, crew.servers_of(Ask(a.name, a.model or "", queue=a.queue), config.model))
+        for a in crew.agents.values()
+        if _asks(a, crew)
     ]
     for servers in {s for _, s in asking if s is not None}:
         models(servers)

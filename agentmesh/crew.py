@@ -166,22 +166,28 @@ class Crew:
         agent = self.agents[name]
         return type(agent)(**fields) if fields else agent
 
-    def queue_of(self, step: Any) -> str:
-        """The crew's queue for a step: its own, its model's, or the first."""
+    def queue_of(self, step: Any, default: Any = None) -> str:
+        """The crew's queue for a step: its own, its model's, or the first.
+
+        Args:
+            default: the model of agents that name none, in a crew that names none.
+        """
         wanted: str = getattr(step, "queue", "") or getattr(getattr(step, "tool", None), "queue", "")
         if wanted in self.queues:
             return wanted
-        model = getattr(step, "model", None) or self.model
+        model = getattr(step, "model", None) or self.model or default
         if step.kind == "Ask" and isinstance(model, str) and model.startswith("local:"):
             for queue in self.queues.values():
                 if queue.model == model.partition(":")[2]:
                     return queue.name
         return self.queue
 
-    def servers_of(self, step: Any) -> Servers | None:
-        """The model servers in front of which an Ask's queue stands, if it does."""
+    def servers_of(self, step: Any, default: Any = None) -> Servers | None:
+        """The model servers in front of which an Ask's queue stands, if it does; `default` as for `queue_of`."""
         model = getattr(step, "model", None) or self.model
-        return None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step)].servers
+        return (
+            None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step, default)].servers
+        )
 
     def models(self, default: str) -> list[str]:
         """The names of the models that the crew names, or that its agents ask; `default` is for agents that name none."""

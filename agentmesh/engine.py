@@ -40,14 +40,15 @@ class Engine:
         worker: this process's name in leases.
         apart: suspects have a process of their own, which is not this one.
         ended: is told of each run that this process ends.
+        model: of agents that name none, in a crew that names none.
     """
 
     def __init__(
         self, *, crew: Crew, journal: Journal, dispatch: Dispatch, doer: Doing, worker: str,
-        ended: Callable[[History, Event], None] | None = None, apart: bool = False,
+        ended: Callable[[History, Event], None] | None = None, apart: bool = False, model: Any = None,
     ) -> None:  # fmt: skip
         self.crew, self.journal, self.worker = crew, journal, worker
-        self.planner = Planner(crew, dispatch)
+        self.planner = Planner(crew, dispatch, model)
         self._doer, self._ended, self._apart = doer, ended, apart
         self._tails = Tails()
         self.leases: dict[str, Lease] = {}

@@ -194,7 +194,8 @@ class Mesh:
     def _make_site(self, pid: int, eager: bool) -> Site:
         model, name = self.crew.model or self.config.model, self.name_of(pid)
         doer = Doer(
-            model_of=self._models, servers_of=self.crew.servers_of, model=model, deps=self.crew.deps, executor=threads(64)
+            model_of=self._models, servers_of=lambda step: self.crew.servers_of(step, model), model=model,
+            deps=self.crew.deps, executor=threads(64),
         )  # fmt: skip
         watched = Watched(doer, self._sights, model)
         if eager:
@@ -202,7 +203,7 @@ class Mesh:
         journal = make_journal(self.config, self.app, self.journal_url)
         engine = Engine(
             crew=self.crew, journal=journal, dispatch=self.dispatch, doer=watched, worker=name, ended=watched.ended,
-            apart=self.suspects == "elsewhere",
+            apart=self.suspects == "elsewhere", model=model,
         )  # fmt: skip
         client = Client(crew=self.crew, journal=journal, drive=drive, dispatch=self.dispatch)
         return Site(name, journal, client, engine, self.dispatch, engine.begin)

@@ -15,10 +15,15 @@ from agentmesh.step import Approve, Call, Delegate, Sleep, Step
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """Plans steps of one crew's runs."""
+    """Plans steps of one crew's runs.
+
+    Args:
+        model: of agents that name none, in a crew that names none; it may have a queue.
+    """
 
     crew: Crew
     dispatch: Dispatch
+    model: Any = None
 
     def next(self, history: History, outcome: Outcome) -> Next:
         """What to write after a replay; empty when everything waited for is planned already."""
@@ -52,7 +57,9 @@ class Planner:
         return Next(plans, waiting.gather)
 
     def _queue(self, step: Step[Any]) -> str:
-        return self.crew.queue if isinstance(step, Delegate | Approve | Sleep) else self.crew.queue_of(step)
+        if isinstance(step, Delegate | Approve | Sleep):
+            return self.crew.queue
+        return self.crew.queue_of(step, self.model)
 
     def _plan(self, history: History, n: int, step: Step[Any], first: int, wire: Any) -> Plan:
         shown = step.detail() if isinstance(step, Approve) or (isinstance(step, Call) and step.tool.approve) else None

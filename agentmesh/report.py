@@ -20,7 +20,7 @@ class EngineReport:
         worker: the process's name under its supervisor.
         device: `cpu`, or `cuda:` and what CUDA_VISIBLE_DEVICES says.
         at_s: when it was looked at, in the machine's monotonic time.
-        in_hand: steps that this process has; `places` is how many it may have at most.
+        in_hand: steps that this process has of the engine's queues; `places` is how many it may have at most.
         running: requests in the batch of the last step. waiting: handed to the engine and not yet in a batch.
         batch_requests: new tokens a step.
         cached_share: the part of the prompts' tokens that was in the cache.
@@ -66,7 +66,7 @@ class EngineReport:
         if (silent := now_s - self.at_s) > STUCK_S:
             return f"{where} has said nothing for {silent:.0f} s"
         if self.stuck_s > STUCK_S:
-            return f"{where} has {self.in_hand} steps in hand and its engine has made no step for {self.stuck_s:.0f} s"
+            return f"{where} has work in hand ({self.in_hand} steps) and its engine has made no step for {self.stuck_s:.0f} s"
         return ""
 
 

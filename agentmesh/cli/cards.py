@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentmesh.cli.devices import CPU, devices_of
@@ -139,20 +141,25 @@ def judged(said: dict[str, Any], at: Driver) -> Iterator[Finding]:
     elif at.cards:
         yield Finding(True, f"{build}, made for CUDA {said['cuda']}, sees {len(said['gpus'])} of {len(at.cards)} GPUs")
     else:
-        yield Finding(True, f"{build}, for the CPU: our own attention, in float32; weights in "
-                            + ("bfloat16" if said["bfloat16"] else "float32, for the processor has no bfloat16"))  # fmt: skip
-        return
-    for number, gpu in enumerate(said["gpus"]):
+        kind = "bfloat16" if said["bfloat16"] else "float32, for the processor has no bfloat16"
+        yield Finding(True, f"{build}, for the CPU: weights in {kind}; {_tried(said['attention'])}")
+    for number, gpu in enumerate(said["gpus"] if at.cards else ()):
         if gpu["fails"]:
             yield Finding(
                 False, f"{build} cannot compute on {gpu['name']}, its GPU {number} of compute capability {gpu['capability']}: "
                 f"{gpu['fails']}", f"take the build for it: pip uninstall torch, then: pip install torch --index-url {_index(at.cuda)}",
             )  # fmt: skip
-    if said["gpus"]:
-        yield Finding(
-            True, f"attention: flash_attn {said['flash'] or 'not installed'}, torch's varlen_attn "
-            f"{'here' if said['varlen'] else 'not in this torch'}, sdpa always",
-        )  # fmt: skip
+            continue
+        works = not all(gpu["attention"].values())
+        yield Finding(works, f"{gpu['name']}, torch's GPU {number}: {_tried(gpu['attention'])}",
+                      "" if works else "take another build of torch, or put a server behind the queue (url=)")  # fmt: skip
+
+
+def _tried(kernels: dict[str, str]) -> str:
+    """The first kernel that passed, and what is wrong with better ones; the engine tries them with its model's own heads."""
+    best = next((f"attention {name}" for name, fault in kernels.items() if not fault), "no attention works")
+    faults = "; ".join(f"{name}: {fault}" for name, fault in kernels.items() if fault)
+    return f"{best}{f' ({faults})' if faults else ''}"
 
 
 def _index(cuda: str) -> str:
@@ -174,8 +181,18 @@ def queue_findings(crew: Crew) -> Iterator[Finding]:
                 happened, _, mend = e.message.partition("; ")
                 yield Finding(False, happened, mend)
                 continue
-            if not is_installed(queue.model):
+            if not _has(queue.model):
                 yield Finding(False, f"queue {queue.name!r}: model {queue.model!r} is not here",
                               f"agentmesh models pull {queue.model}")  # fmt: skip
+            encoder = queue.embed.partition(":")[2]
+            if encoder and not (Path(encoder).expanduser().is_dir() or _has(encoder)):
+                yield Finding(True, f"queue {queue.name!r}: encoder {encoder!r} is not here",
+                              f"agentmesh models pull {encoder}, unless the hub's own cache has it")  # fmt: skip
             where = f"on each of GPU {', '.join(devices)}" if devices != [CPU] else "on the CPU"
             yield Finding(True, f"queue {queue.name!r}: a worker with model {queue.model!r} {where}")
+
+
+def _has(model: str) -> bool:
+    with suppress(ConfigError):  # no such name can be
+        return is_installed(model)
+    return False

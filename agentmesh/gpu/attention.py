@@ -10,6 +10,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "agentmesh_paged"
+SCORES = 2**24  # of one request that are in memory at once, 64 MiB a copy
 UNKNOWN = ("position_bias", "sinks", "block_indices")  # what models of other kinds add to or take from the scores
 
 
@@ -46,7 +47,7 @@ def paged_attention(
         k = slice(starts_k[i], starts_k[i + 1])
         one = query[:, :, q], key[:, :, k], value[:, :, k]
         if odd:
-            out[:, :, q] = plain(*one, scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
+            out[:, :, q] = _odd(*one, scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
         else:
             out[:, :, q] = _one(*one, scaling, sliding_window)
     return out.transpose(1, 2).contiguous(), None
@@ -79,6 +80,20 @@ def plain(
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().view(1, heads, 1, 1).expand(1, heads, new, 1)], -1)
     return scores.softmax(-1)[..., :seen] @ value
+
+
+def _odd(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, **how: Any
+) -> torch.Tensor:
+    """The formula, so many new tokens at a time that their scores need little memory; (1, h, new, e)."""
+    _, heads, new, _ = query.shape
+    before, step = key.shape[2] - new, max(1, SCORES // (heads * key.shape[2]))
+    parts = []
+    for i in range(0, new, step):
+        end = min(i + step, new)
+        seen = slice(before + end)  # what comes after is not for these
+        parts.append(plain(query[:, :, i:end], key[:, :, seen], value[:, :, seen], scaling, **how))
+    return torch.cat(parts, 2)
 
 
 def refuse_unknown(given: dict[str, Any]) -> None:

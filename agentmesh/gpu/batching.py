@@ -151,6 +151,9 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         self._generation_thread.join(STOP_S)
         self._turn.engines.discard(self)
         self.batch_processor = None
+        error: BaseException | None = self.background_thread_status.fatal_error
+        while error is not None:  # its frames hold the old cache, and a GPU has no room for another beside it
+            error.__traceback__, error = None, error.__context__
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
         with contextlib.ExitStack() as self._held:
@@ -162,6 +165,10 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
     def _generation_step(self) -> None:
         # from here until the tokens are on the host; what was prepared before went on beside an encoder's batch
         self._held.enter_context(self._turn.step())
+        processor: Any = self.batch_processor
+        if (stream := processor.inputs_and_outputs.compute_stream) is not None:
+            # the library writes the inputs on another stream, and would not wait for the last of them
+            stream.wait_stream(torch.cuda.current_stream(self.model.device))
         super()._generation_step()
 
 

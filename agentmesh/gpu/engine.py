@@ -284,7 +284,7 @@ class Engine:
             ))  # fmt: skip
 
     def _give_up(self, error: Exception, victims: list[_Flight]) -> None:
-        self._down = error
+        self._down = error.with_traceback(None)  # its frames would hold the cache
         log.error("the engine cannot go on: %s: %s", type(error).__name__, error)
         if (
             self._hopeless is not None

@@ -14,7 +14,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 from agentmesh.errors import ConfigError
 from agentmesh.gpu.attention import NAME, paged_attention, refuse_unknown
-from agentmesh.gpu.trial import Heads, Kernel, difference, page_difference
+from agentmesh.gpu.trial import Heads, Kernel, difference, in_short, page_difference
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -124,6 +124,6 @@ def _set(model: Any, kernel: Kernel) -> str:
     try:
         model.set_attn_implementation(kernel.name)
     except Exception as e:
-        return f"{type(e).__name__}: {e}"
+        return in_short(e)
     has = model.config._attn_implementation
     return "" if has == kernel.name else f"the model keeps {has}"

@@ -17,6 +17,7 @@ BLOCK_TOKENS = 256  # a page that flash attention reads by itself holds a multip
 # How far a kernel may be from the formula. Values are around 1, a wrong mask or scale is off by as much.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 STEEP = 1.7  # the check's scores are scaled by so much more than usual: one key too many is seen at once
+LONGEST_WHY = 200
 WINDOW = 16  # of the check, where the model has any
 # new and seen tokens of the check's requests: prompts, parts of prompts behind cached ones, one token behind many
 MIXED = ((1, 1), (1, 37), (5, 5), (17, 40), (1, 130), (70, 200), (130, 130))
@@ -80,7 +81,7 @@ def difference(kernel: Kernel, heads: Heads, device: torch.device, dtype: torch.
                 if fault := _compared(out, sample.expected, dtype):
                     return f"{fault} with a window of {window}" if window else fault
     except Exception as e:  # whatever a kernel does not take
-        return f"{type(e).__name__}: {e}"
+        return in_short(e)
     return ""
 
 
@@ -100,7 +101,7 @@ def page_difference(kernel: Kernel, heads: Heads, page_tokens: int, device: torc
             )  # fmt: skip
             return _compared(out, sample.expected, dtype)
     except Exception as e:
-        return f"{type(e).__name__}: {e}"
+        return in_short(e)
 
 
 class _Sample:
@@ -148,6 +149,12 @@ class _Sample:
                 for cache, whole in zip(caches, (self.key, self.value), strict=True):
                     cache[page, : end - place] = whole[0, :, begin + place : begin + end].transpose(0, 1)
         return caches[0], caches[1], table.to(self.key.device)
+
+
+def in_short(error: Exception) -> str:
+    """Of what torch says about a kernel it lacks the first line is for people."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:LONGEST_WHY]}"
 
 
 def _compared(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:

@@ -1,8 +1,8 @@
 """Whose turn it is on a GPU: an engine's steps and the batches of encoders, one at a time. Knows no torch.
 
-The kernels of two threads stand in one line there: nothing is gained, and neither knows when it will be through. So each
-waits for its turn; after a step a waiting batch goes, and after a batch a waiting step, however many wait. On a CPU they
-go side by side, for each leaves much of the cores idle (`bench/gpu_embed.py`).
+Two that compute there at once need their memory at once, and neither knows when it will be through. So each waits for its
+turn; after a step a waiting batch goes, and after a batch a waiting step, however many wait. On a CPU they go side by side,
+for each leaves much of the cores idle (`bench/gpu_embed.py`).
 """
 
 import os

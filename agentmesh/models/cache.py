@@ -61,7 +61,7 @@ def installed() -> list[Installed]:
     for origin in sorted((cache_folder() / "models").glob(f"[!.]*/{ORIGIN}")):  # a dot: still being built
         with contextlib.suppress(FileNotFoundError):  # somebody removes it now
             told = json.loads(origin.read_text())
-            size = sum(f.stat().st_size for f in origin.parent.iterdir() if f.is_file())
+            size = sum(f.stat().st_size for f in origin.parent.rglob("*") if f.is_file())
             found.append(Installed(told["name"], origin.parent, size, told["source"]))
     return found
 
@@ -91,9 +91,8 @@ def building(name: str, source: str, *, sha256: Mapping[str, str] | None = None)
         (folder / ORIGIN).write_text(
             json.dumps({"name": name, "source": source, "at": at, "sha256": dict(sha256 or {})})
         )
-        for file in folder.iterdir():
+        for file in (*folder.rglob("*"), folder):
             _sync(file)
-        _sync(folder)
         _put(folder, target)
         _sync(target.parent)
     finally:

@@ -30,6 +30,12 @@ WANTED = {
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.txt",
+    # how an encoder makes one vector of a text; without them it would be made another way, and nobody would notice
+    "1_Pooling/config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
 }
 UNKNOWN = 401
 WEIGHTS = "model.safetensors"
@@ -136,6 +142,7 @@ def _here(target: Path) -> int:
 
 def _put(file: Path, target: Path) -> None:
     """Also there: until the model is whole a kill must not cost the download."""
+    target.parent.mkdir(exist_ok=True)
     try:
         os.link(file, target)
     except OSError:  # a file system without links

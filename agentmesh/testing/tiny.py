@@ -28,11 +28,16 @@ def made_model(seed: int = 7, dtype: torch.dtype = torch.float32) -> Any:
         return made.to(dtype).eval()
 
 
-def made_tokenizer(template: str = CHATML, more: tuple[str, ...] = ()) -> Any:
-    """Tokens of single bytes; `more` are added tokens that are not special, as Qwen has its tags."""
+def made_tokenizer(template: str = CHATML, more: tuple[str, ...] = (), *, words: int = 0) -> Any:
+    """Tokens of single bytes; `more` are added tokens that are not special, as Qwen has its tags.
+
+    Args:
+        words: so many tokens more that no text is read as, and that a model of a larger vocabulary may say.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|end|>": 0, "<|im_start|>": 1, "<|im_end|>": END}
     vocabulary |= {c: i for i, c in enumerate(alphabet, 3)}
+    vocabulary |= {f"\u0120word{i}": i + len(alphabet) + 3 for i in range(words)}
     made = Tokenizer(models.BPE(vocabulary, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
@@ -49,7 +54,7 @@ def one_by_one(model: Any, tokens: list[int], most_tokens: int) -> list[int]:
     said: list[int] = []
     with torch.inference_mode():
         for _ in range(most_tokens):
-            logits = model(torch.tensor([tokens + said])).logits[0, -1].float()
+            logits = model(torch.tensor([tokens + said], device=model.device)).logits[0, -1].float()
             said.append(int(logits.argmax()))
     return said
 

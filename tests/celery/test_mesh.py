@@ -11,6 +11,7 @@ from celery import chord
 
 from agentmesh import Agent, ConfigError, Context, Crew, DefinitionError, Queue, RunError, ServiceDown, Sleep, tool
 from agentmesh.celery.gather import Gather
+from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says
 
@@ -155,3 +156,12 @@ def test_a_broker_that_is_away_is_named() -> None:
     mesh = Mesh(Crew(Echo(), name="x"), broker="redis://127.0.0.1:1/0")
     with pytest.raises(ServiceDown, match="no broker answers at redis://127.0.0.1:1/0"):
         mesh.check()
+
+
+def test_the_model_of_the_settings_is_asked_where_its_queue_is(valkey: Any) -> None:
+    crew = Crew(Echo(), name="settings", queues=[Queue("main"), Queue("gpu", model="m")])
+    config = Config(broker=valkey.broker_url, journal=valkey.url, model="local:m")
+    mesh = Mesh(crew, config=config, models=lambda wanted: (model(), "m"))
+    with mesh.worker(queues=["gpu"]):  # nobody serves `main`
+        assert mesh.run(Echo(), "hello", timeout_s=10) == "hello"
+    mesh.close()

@@ -88,6 +88,7 @@ def test_a_flood_of_urgent_steps_does_not_starve_the_low_lane(lanes: Lanes, even
     assert lanes.servers.most == PLACES
 
 
+@pytest.mark.parametrize("lanes", ["rabbitmq"], indirect=True)
 def test_workers_killed_with_steps_in_hand_lose_none(lanes: Lanes, eventually: Eventually) -> None:
     """The second death makes suspects of them: their queues are another process's, with the same lanes."""
     for server in lanes.servers.both:
@@ -133,7 +134,10 @@ def test_on_rabbitmq_what_there_is_no_room_for_waits_in_the_broker(
     with mesh.worker(queues=["main"]), admitted:
         run = mesh.start(crew.lead, many)
         eventually(lambda: model.waiting == 3 and examine(mesh.app, night).messages == {night[0]: many - 3 - 1})
-        room[0] = 5
+        rabbitmq.settle()
+        rabbitmq.kill()
+        rabbitmq.restart()
+        room[0] = 5  # the three of the connection that is gone are counted
         eventually(lambda: model.waiting == 5 and examine(mesh.app, night).messages == {night[0]: many - 5 - 1})
         with other.worker(queues=["night"], admits=lambda in_hand: 4 - in_hand):  # another device has room
             eventually(lambda: model.waiting == 5 + 4)
@@ -142,6 +146,24 @@ def test_on_rabbitmq_what_there_is_no_room_for_waits_in_the_broker(
     mesh.close()
     other.close()
     assert model.most == 9
+
+
+def test_on_rabbitmq_what_a_full_worker_holds_back_goes_to_one_with_room(
+    rabbitmq: Any, valkey: Any, eventually: Eventually
+) -> None:
+    crew, config = load_crew(CREW), Config(broker=rabbitmq.url, journal=valkey.url)
+    models = Holding(), Holding()
+    full, free = (Mesh(crew, config=config, models=lambda wanted, m=m: (m, "m")) for m in models)
+    with full.worker(queues=["main"]), full.worker(queues=["night"], admits=lambda in_hand: 1 - in_hand):
+        run = full.start(crew.lead, 2)
+        eventually(lambda: models[0].waiting == 1)
+        with free.worker(queues=["night"], admits=lambda in_hand: 1 - in_hand):
+            eventually(lambda: models[1].waiting == 1)
+            for model in models:
+                model.go.set()
+            assert run.result(timeout_s=30) == 2
+    full.close()
+    free.close()
 
 
 def test_on_rabbitmq_what_waits_too_long_to_be_let_in_is_sent_again(

@@ -4,6 +4,7 @@ A fault happens while the file ASKING_LOG.fault exists, which it removes first; 
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -58,9 +59,11 @@ def break_the_model() -> None:
     sys.modules["__main__"].HUNG_S = float(os.environ.get("ASKING_HUNG_S", "1"))  # type: ignore[attr-defined]  # of agentmesh.cli.device
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if FAULT == "poison":
+        if FAULT in ("poison", "death"):
             ids = kwargs["input_ids"][0].tolist()
             if any(ids[i : i + 3] == [AT, AT, AT] for i in range(len(ids))):
+                if FAULT == "death":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError("a bad prompt")
         elif FAULT == "slow":
             time.sleep(0.03)
@@ -77,4 +80,7 @@ def break_the_model() -> None:
 if FAULT and "agentmesh.cli.device" in " ".join(sys.orig_argv):
     break_the_model()
 
-crew = Crew(Many(), Asker(), Long(), Sixty(), name="asking", queues=[Queue("main"), Queue("gpu", model="tiny")])
+crew = Crew(
+    Many(), Asker(), Long(), Sixty(), name="asking",
+    queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)],
+)  # fmt: skip

@@ -83,4 +83,4 @@ def prepare_the_worker() -> None:
 if "agentmesh.cli.device" in " ".join(sys.orig_argv):
     prepare_the_worker()
 
-crew = Crew(Batch(), Long(), name="surviving", queues=[Queue("main"), Queue("gpu", model="tiny")])
+crew = Crew(Batch(), Long(), name="surviving", queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)])

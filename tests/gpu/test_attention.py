@@ -60,13 +60,15 @@ def answers(model: Any, asked: list[list[int]], make_engine: MakeEngine, attenti
 
 @pytest.mark.parametrize("kind", ["softcap", "sinks"])
 def test_softcaps_and_sinks_are_what_the_model_s_own_attention_makes_of_them(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, kind: str
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, device: str, kind: str
 ) -> None:
     asked = [[3 + (7 * i + j * (i + 3)) % (VOCABULARY - 3) for j in range(6 + 9 * i)] for i in range(6)]
-    alone = odd_model(kind)
+    alone = odd_model(kind).to(device)
     expected = [by_generate(alone, p, 24) for p in asked]
     got = answers(odd_model(kind), asked, make_engine)
     assert got == expected
+    monkeypatch.setattr(attention, "SCORES", 100)  # a few tokens at a time
+    assert answers(odd_model(kind), asked, make_engine) == expected
     monkeypatch.setattr(attention, "plain", without(attention.plain, kind))
     untried = answers(odd_model(kind), asked, make_engine, attention.NAME)
     assert untried != expected  # the models are made so that it matters
@@ -209,6 +211,22 @@ def test_torch_s_kernel_is_called_as_its_docs_say(monkeypatch: pytest.MonkeyPatc
     odd = bool(heads.softcap or heads.sinks)  # which go to ours
     told = difference(Kernel("varlen", kernels.varlen_attention), heads, CPU, torch.bfloat16)
     assert told == ("" if odd else "RuntimeError: no kernel image is available")
+
+
+def test_torch_takes_what_it_is_called_with() -> None:
+    """Its own operator on tensors without values, which are of any device."""
+    places: dict[str, Any] = {"device": "meta", "dtype": torch.int32}
+    query = torch.empty(1, 8, 10, 16, device="meta", dtype=torch.bfloat16)
+    key = torch.empty(1, 2, 30, 16, device="meta", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        out, _ = kernels.varlen_attention(
+            None, query, key, key, None, scaling=0.1, sliding_window=5, max_length_q=6, max_length_k=20,
+            cu_seq_lens_q=torch.empty(3, **places), cu_seq_lens_k=torch.empty(3, **places),
+        )  # fmt: skip
+    assert out.shape == (1, 10, 8, 16)
+    told = difference(Kernel("varlen", kernels.varlen_attention), EVERY[0], CPU, torch.bfloat16)
+    assert told.startswith("NotImplementedError: Could not run 'aten::_flash_attention_forward'")
+    assert len(told) < 250
 
 
 def flash_varlen(

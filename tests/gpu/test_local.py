@@ -30,6 +30,9 @@ THINKS = (
 Home = Callable[..., LocalModel]
 
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A model of a cache of its own, with this template."""

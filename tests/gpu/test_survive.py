@@ -1,5 +1,6 @@
 """What must survive on a queue with a model: real worker processes, real servers, real kills, 64 requests in flight."""
 
+import json
 import os
 import signal
 import time
@@ -27,6 +28,7 @@ from agentmesh.run import Run
 from agentmesh.testing.servers import RabbitServer, ValkeyServer, a_server
 from agentmesh.testing.tiny import saved
 
+pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "surviving.py")
 WAIT_S = 60
 MANY = 64
@@ -56,7 +58,7 @@ def rabbitmq() -> Iterator[Any]:
 class Scene:
     """The crew as a client sees it, its supervised workers, and the file that holds its engine still."""
 
-    def __init__(self, store: Any, broker: Any, folder: Path, engine: str) -> None:
+    def __init__(self, store: Any, broker: Any, folder: Path, engine: str, processes: int) -> None:
         self.config = Config(broker=broker.broker_url, journal=store.url, lease_s=20.0, sweep_s=0.2, drain_s=3)
         self.crew = load_crew(CREW)
         self.mesh = Mesh(self.crew, config=self.config)
@@ -64,8 +66,10 @@ class Scene:
         self.asked.touch()
         self.log = folder / "worker.log"
         self.out = self.log.open("wb")
+        commands = specs_of(self.config, {CREW: self.crew}, suspects="elsewhere", log="json")
+        commands += commands[-1:] * (1 + processes - len(commands))  # on one device, where there are no more
         self.supervisor = Supervisor(
-            specs_of(self.config, {CREW: self.crew}, suspects="elsewhere", log="text"), drain_s=4, output=self.out,
+            commands, drain_s=4, output=self.out,
             on_death=giver_back(self.config, self.crew.broker_queues()),
             env={"AGENTMESH_CACHE": str(saved(folder / "cache")), "SURVIVING": str(folder / "it"),
                  "SURVIVING_ENGINE": engine, "OMP_NUM_THREADS": "1"},
@@ -103,8 +107,8 @@ class Scene:
 
 
 @contextmanager
-def scene(store: Any, broker: Any, folder: Path, engine: str = "real") -> Iterator[Scene]:
-    it = Scene(store, broker, folder, engine)
+def scene(store: Any, broker: Any, folder: Path, engine: str = "real", processes: int = 1) -> Iterator[Scene]:
+    it = Scene(store, broker, folder, engine, processes)
     it.supervisor.start()
     try:
         assert it.supervisor.wait_ready(WAIT_S)
@@ -165,6 +169,23 @@ def test_the_broker_killed_with_sixty_four_in_flight(
         assert time.monotonic() - back < AGAIN_S
         assert it.device_pid == before  # nothing that was computed is computed again
         assert it.run(3) == ["said"] * 3
+
+
+@pytest.mark.usefixtures("gpus")
+def test_two_processes_share_a_queue(valkey: Any, tmp_path: Path) -> None:
+    """On two GPUs one each, else both on one device."""
+    with scene(valkey, valkey, tmp_path, processes=2) as it:
+
+        def done() -> Counter[str]:
+            lines = [
+                line for line in it.log.read_text().splitlines() if "Ask Batch done" in line and line.endswith("}")
+            ]
+            return Counter(json.loads(line)["worker"] for line in lines)
+
+        assert len(it.supervisor.pids) == 3
+        assert it.run(200) == ["said"] * 200
+        until(lambda: sum(done().values()) == 200)
+        assert len(done()) == 2
 
 
 def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(

@@ -3,7 +3,10 @@
 import asyncio
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -38,6 +41,7 @@ from agentmesh.report import REPORTS_IN, EngineReport, put_report, reports_in
 from agentmesh.testing.servers import ValkeyServer, a_server
 from agentmesh.testing.tiny import made_tokenizer, saved
 
+pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
 OTHER = Path(__file__).parent / "asking_too.py"
 WAIT_S = 60
@@ -162,7 +166,7 @@ def seen(valkey: Any, folder: Path, fault: str = "") -> Iterator[tuple[Work, str
     """A device worker and the URL of its supervisor's endpoint."""
     told = {COUNTS_IN: str(folder), REPORTS_IN: str(folder)}
     config = Config(broker=valkey.broker_url, journal=valkey.url)
-    with working(valkey, folder, fault, ASKING_HUNG_S="2.5", **told) as work, ExitStack() as stack:
+    with working(valkey, folder, fault, ASKING_HUNG_S="3.2", **told) as work, ExitStack() as stack:
         at = serve_metrics(stack, "0", config, work.supervisor, str(folder))
         yield work, at.removeprefix(" · metrics ").removesuffix("/metrics")
 
@@ -210,7 +214,7 @@ def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
         before = work.device_pid
         work.fault.touch()
         run = work.start("Many", words(5))
-        until(lambda: "has 5 steps in hand and its engine has made no step for" in get(f"{url}/health")[1])
+        until(lambda: "has work in hand (5 steps) and its engine has made no step for" in get(f"{url}/health")[1])
         assert get(f"{url}/health/ready")[0] == 503
         until(lambda: '"why": ["1 of 2 workers consume"]' in get(f"{url}/health")[1])  # the dead worker's row is gone
         assert 'model="tiny"' not in get(f"{url}/metrics")[1]
@@ -220,6 +224,21 @@ def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
         assert len(run.result(timeout_s=WAIT_S)) == 5
         os.kill(work.device_pid, signal.SIGSTOP)  # it neither dies nor says anything
         until(lambda: "has said nothing for" in get(f"{url}/health")[1])
+
+
+def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Path) -> None:
+    env = {"AGENTMESH_CACHE": str(saved(tmp_path)), "OMP_NUM_THREADS": "1", "AGENTMESH_BROKER": valkey.broker_url}
+    argv = [sys.executable, "-m", "agentmesh.cli.main", "serve", CREW, "--port", "0"]
+    served = subprocess.Popen(argv, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
+    try:
+        assert served.stderr is not None
+        (url,) = re.findall(r"(http://\S+)/v1 ", served.stderr.readline())
+        until(lambda: get(f"{url}/health")[0] == 200)
+        told = json.loads(get(f"{url}/health")[1])
+        assert (told["workers"], told["engines"]) == ({"wanted": 2, "ready": 2}, {"there": 1, "well": 1})
+    finally:
+        served.terminate()
+        served.communicate(timeout=WAIT_S)
 
 
 def test_a_report_of_another_version_is_read(tmp_path: Path) -> None:
@@ -241,6 +260,20 @@ def test_a_poisonous_prompt_fails_alone_and_kills_no_process(valkey: Any, tmp_pa
         assert [i for i, s in enumerate(said) if s.startswith("failed")] == [30]
         assert said[30] == "failed: DelegateFailed"
         assert work.device_pid == before
+
+
+def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(valkey: Any, tmp_path: Path) -> None:
+    with working(valkey, tmp_path, "death") as work:
+        run = work.start("Many", f"{words(30)} a@@@b {words(33)}")
+        until(lambda: run.waiting_for)
+        (item,) = run.waiting_for
+        assert (item.run_id, item.why) == (f"{run.id}/31", "quarantined")
+        run.resolve(item, "failed")
+        said = run.result(timeout_s=WAIT_S)
+        assert [i for i, s in enumerate(said) if s.startswith("failed")] == [30]
+        for n in {*range(1, 65)} - {31}:
+            events = drive(work.mesh.journal.events(f"{run.id}/{n}"))
+            assert [type(e) for e in events if isinstance(e, StepDone | RunDone)] == [StepDone, RunDone]
 
 
 def test_a_cancelled_run_is_no_longer_computed(valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

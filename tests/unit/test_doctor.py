@@ -83,9 +83,8 @@ def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_this_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (only,) = told(torch_findings(Driver("550", "12.4", [L4]), wanted=True))
-    assert only.startswith(
-        f"ok torch {importlib.metadata.version('torch')}, for the CPU: our own attention, in float32"
-    )
+    assert only.endswith("; attention agentmesh_paged")
+    assert only.startswith(f"ok torch {importlib.metadata.version('torch')}, for the CPU: weights in ")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr(cards.sys, "executable", "/bin/false")
     (only,) = told(torch_findings(None, wanted=True))
@@ -93,11 +92,14 @@ def test_what_this_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "does not work" in only
 
 
+TRIED = {"flash_attention_2": "ImportError: no such symbol", "agentmesh_varlen": "", "agentmesh_paged": ""}
+GPU = {"name": "NVIDIA L4", "capability": "8.9", "fails": "", "attention": TRIED}
+
+
 def said(**other: Any) -> dict[str, Any]:
     """As gpu.probe says it, of a machine where all is well."""
-    gpu = {"name": "NVIDIA L4", "capability": "8.9", "fails": ""}
-    well = {"torch": "2.13.0", "cuda": "12.8", "gpus": [gpu], "complaint": "", "flash": "", "varlen": True}
-    return well | {"bfloat16": True} | other
+    well = {"torch": "2.13.0", "cuda": "12.8", "complaint": "", "bfloat16": True, "attention": {"agentmesh_paged": ""}}
+    return well | {"gpus": [GPU]} | other
 
 
 @pytest.mark.parametrize(
@@ -114,16 +116,20 @@ def test_a_cpu_build_beside_a_gpu_is_a_finding_that_names_the_index(cuda: str, i
 
 def test_what_torch_makes_of_the_cards() -> None:
     at = Driver("550", "12.8", [L4, L4._replace(number="1")])
-    assert told(judged(said(flash="2.8.3"), at)) == [
+    assert told(judged(said(), at)) == [
         "ok torch 2.13.0, made for CUDA 12.8, sees 1 of 2 GPUs",
-        "ok attention: flash_attn 2.8.3, torch's varlen_attn here, sdpa always",
+        "ok NVIDIA L4, torch's GPU 0: attention agentmesh_varlen (flash_attention_2: ImportError: no such symbol)",
     ]
+    (_, none) = told(judged(said(gpus=[GPU | {"attention": {"agentmesh_paged": "it is off by 1"}}]), at))
+    assert none.startswith(
+        "help NVIDIA L4, torch's GPU 0: no attention works (agentmesh_paged: it is off by 1) -> take"
+    )
     (blind,) = told(judged(said(gpus=[], complaint="The NVIDIA driver on your system is too old"), at))
     assert blind.startswith(
         "help torch 2.13.0, made for CUDA 12.8, sees no GPU: The NVIDIA driver on your system is too"
     )
     assert "update the driver to one that knows CUDA 12.8" in blind
-    gpu = {"name": "Tesla K80", "capability": "3.7", "fails": "RuntimeError: no kernel image is available"}
+    gpu = GPU | {"name": "Tesla K80", "capability": "3.7", "fails": "RuntimeError: no kernel image is available"}
     assert told(judged(said(gpus=[gpu]), at))[1].startswith(
         "help torch 2.13.0 cannot compute on Tesla K80, its GPU 0 of compute capability 3.7: RuntimeError: no kernel image"
     )
@@ -146,6 +152,8 @@ def test_queues_whose_devices_or_models_are_not_here(
     ]
     missing = "help queue 'gpu': model 'm' is not here -> agentmesh models pull m"
     assert of(Queue("gpu", model="m")) == [missing, "ok queue 'gpu': a worker with model 'm' on the CPU"]
+    beside = "ok queue 'gpu': encoder 'e' is not here -> agentmesh models pull e, unless the hub's own cache has it"
+    assert of(Queue("gpu", model="m", embed="local:e"))[1] == beside
     smi(SMI)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert of(Queue("gpu", model="m"))[1] == "ok queue 'gpu': a worker with model 'm' on each of GPU 0, 1"
@@ -157,7 +165,7 @@ def test_the_command(smi: Callable[[str], None], tmp_path: Path) -> None:
         "from agentmesh import *\nclass Asker(Agent):\n    'Asks.'\n    model = 'local:m'\n"
         "crew = Crew(Asker(), queues=[Queue('main'), Queue('gpu', model='m', devices=[2])])\n"
     )
-    argv = [sys.executable, "-X", "importtime", "-m", "agentmesh.cli.main", "doctor"]
+    argv = [sys.executable, "-m", "agentmesh.cli.main", "doctor"]
     env = {**os.environ, "AGENTMESH_HOME": str(tmp_path / "home"), "AGENTMESH_CACHE": str(tmp_path / "cache")}
     env["AGENTMESH_MODEL"] = "openai:some"
     done = subprocess.run([*argv, "crew.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
@@ -166,5 +174,6 @@ def test_the_command(smi: Callable[[str], None], tmp_path: Path) -> None:
     assert f"torch {importlib.metadata.version('torch')}" in done.stdout
     assert "help  queue 'gpu' wants GPU 2 and this machine has 2\n" in done.stdout
     smi(AWAY)
+    argv[1:1] = ["-X", "importtime"]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, "| torch" in done.stderr) == (4, False)  # nobody needs it: it costs two seconds

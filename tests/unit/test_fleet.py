@@ -207,6 +207,19 @@ def test_a_queue_in_front_of_servers() -> None:
     check_models(Crew(Local(), queues=[queue]), Config())  # no such local model is looked for
 
 
+def test_the_model_of_the_settings_has_a_queue_too() -> None:
+    class Plain(Agent):
+        pass
+
+    queue = Queue("gpu", model="big", url="http://a:1")
+    crew, step = Crew(Plain(), queues=[Queue("main"), queue]), Ask("Plain", "")
+    assert (crew.queue_of(step), crew.queue_of(step, "local:big")) == ("main", "gpu")
+    assert (crew.servers_of(step), crew.servers_of(step, "local:big")) == (None, queue.servers)
+    named = Crew(Plain(), model="openai:third", queues=[Queue("main"), queue])
+    assert named.queue_of(step, "local:big") == "main"
+    check_models(crew, Config(model="local:big"))  # no such local model is looked for
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [

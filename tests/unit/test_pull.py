@@ -381,6 +381,22 @@ def test_sharded_weights_come_with_their_index(monkeypatch: pytest.MonkeyPatch) 
         assert {f.name for f in pull("org/tiny").iterdir()} == {*files, "agentmesh.json"}
 
 
+def test_an_encoder_comes_with_what_says_how_its_vectors_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',
+        "config_sentence_transformers.json": b'{"prompts": {"query": "query: "}}',
+        "sentence_bert_config.json": b'{"max_seq_length": 512}',
+    }
+    with serving(hub_of("org/tiny", MADE | said)) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        folder = pull("org/tiny")
+    for name, content in said.items():
+        assert (folder / name).read_bytes() == content
+    (only,) = installed()
+    assert only.bytes > len(WEIGHTS) + sum(map(len, said.values()))
+    assert remove("org/tiny") >= only.bytes
+
+
 @pytest.mark.parametrize("name", ["nobody", "no/such"])
 def test_no_such_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(Site()) as hub:
