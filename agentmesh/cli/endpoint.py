@@ -61,8 +61,13 @@ class Health:
         if self.why:
             told["why"] = self.why
         if self.engines:
-            told["engines"] = [asdict(e) | {"ails": e.ails(self.now_s)} for e in self.engines]
+            told["engines"] = [_told(e, self.now_s) for e in self.engines]
         return told
+
+
+def _told(engine: EngineReport, now_s: float) -> dict[str, Any]:
+    told = asdict(engine)
+    return told | {"age_s": round(now_s - told.pop("at_s"), 1), "ails": engine.ails(now_s)}
 
 
 def address(text: str) -> tuple[str, int]:

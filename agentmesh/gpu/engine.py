@@ -73,6 +73,7 @@ class Engine:
         self._deaths = self._halved = 0
         self._need_tokens = FIRST_NEED_TOKENS  # prompt, without what was cached, and answer
         self._since_s = time.monotonic()  # since when there has been work without a break
+        self._made_anew_s = 0.0  # since when a dead loop is being made anew, while it is
         self._down: Exception | None = None
         self._closed = False
         self._sampler = Sampler()
@@ -141,8 +142,10 @@ class Engine:
     @property
     def hung_s(self) -> float:
         """For how long it has had work and made no step, or its device has been in the hands of one batch of an encoder."""
-        gauge, held_s = self.gauge, self._batching.held_s
-        return held_s if gauge.idle else max(held_s, time.monotonic() - max(gauge.stepped_s, self._since_s))
+        now_s, busy = time.monotonic(), bool(self._flights or self._parked or self._apart)
+        since_s = max(self._batching.stepped_s, self._since_s) if busy else now_s
+        # without the lock: whoever makes the loop anew has it, and may hang there
+        return max(self._batching.held_s, now_s - min(since_s, self._made_anew_s or now_s))
 
     @property
     def alive(self) -> bool:
@@ -266,6 +269,7 @@ class Engine:
                 culprit = victims[0]
             else:
                 self._apart.extendleft(reversed(_groups(victims)))
+            self._made_anew_s = time.monotonic()
             try:
                 self._batching.end()
                 self._batching = self._make_batching(self._model, self._shape, self._sampler)
@@ -274,6 +278,8 @@ class Engine:
             except Exception as e:
                 self._give_up(e, victims)
                 return
+            finally:
+                self._made_anew_s = 0.0
             self._next_group()
         if culprit is not None:
             kind = GpuOutOfMemory if no_memory else ModelError

@@ -1,5 +1,6 @@
 """What a GPU would not forgive, seen on a CPU: memory that is still held, inputs that are read before they are written."""
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from agentmesh.gpu import engine as engine_module
 from agentmesh.gpu.batching import Batching
 from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.request import EngineDown, Request
+from agentmesh.gpu.turns import Turn
 from agentmesh.testing.tiny import made_model
 
 WAIT_S = 30
@@ -30,9 +31,7 @@ class Held:
         return Batching(*args)
 
 
-def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(make_engine: Callable[..., Engine]) -> None:
     """Without the help of the collector, which knows nothing of what a worker loaded before it froze it."""
     model, steps, held = made_model(), list[int](), Held()
     forward = model.forward
@@ -44,8 +43,7 @@ def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(
         return forward(*args, **kwargs)
 
     model.forward = broken
-    engine = make_engine(model=model)
-    monkeypatch.setattr(engine_module, "Batching", held.make)
+    engine = make_engine(model=model, batching=held.make)
     gc.disable()
     try:
         for _ in range(2):
@@ -53,7 +51,7 @@ def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(
             assert len(engine.submit(Request((5, 6, 7), 3)).result(WAIT_S).tokens) == 3
     finally:
         gc.enable()
-    assert (engine.gauge.deaths, held.alive) == (2, [0, 0])
+    assert (engine.gauge.deaths, held.alive) == (2, [0, 0, 0])
 
 
 def test_an_engine_that_is_down_holds_nothing_but_the_reason(make_engine: Callable[..., Engine]) -> None:
@@ -72,6 +70,7 @@ def test_a_step_waits_for_what_was_written_on_another_stream(monkeypatch: pytest
     happened: list[Any] = []
     stream = SimpleNamespace(wait_stream=lambda other: happened.append(f"waits for the {other}"))
     batching: Any = object.__new__(Batching)
+    batching._turn, batching._held = Turn(), contextlib.ExitStack()
     batching.model = SimpleNamespace(device="cuda")
     batching.batch_processor = SimpleNamespace(
         inputs_and_outputs=SimpleNamespace(compute_stream=stream),

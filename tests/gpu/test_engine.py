@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Phi3Config, Qwen3Config
 
 from agentmesh.errors import ContextTooLong, GpuOutOfMemory, ModelError
-from agentmesh.gpu.batching import Shape
+from agentmesh.gpu.batching import Batching, Shape
 from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.request import Done, EngineDown, Request
 from agentmesh.testing.tiny import VOCABULARY, made_model, one_by_one
@@ -293,7 +293,7 @@ def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engin
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: len(ids) > 16)
     engine = make_engine(Shape(pages=64, page_tokens=16, batch_tokens=64), model=model, hopeless=told.append)
     assert len(engine.submit(Request((5,) * 60, 4)).result(WAIT_S).tokens) == 4
-    assert (engine._batching.shape.batch_tokens, engine.gauge.deaths, told) == (16, 2, [])
+    assert (engine.gauge.batch_tokens, engine.gauge.deaths, told) == (16, 2, [])
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: True)
     with pytest.raises(EngineDown, match="OutOfMemoryError: CUDA out of memory"):
         engine.submit(Request((5,) * 60, 4)).result(WAIT_S)
@@ -334,6 +334,27 @@ def test_a_hung_loop_can_be_seen(make_engine: MakeEngine) -> None:
     assert not engine.gauge.idle
     hang.set()
     assert asked.result(WAIT_S).tokens
+
+
+def test_a_loop_that_hangs_while_it_is_made_anew_can_be_seen(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, made, goes_on, seen = make_engine(), Batching.room, threading.Event(), list[bool]()
+    monkeypatch.setattr(Batching, "room", lambda batching: (goes_on.wait(WAIT_S), made(batching))[1])
+    fault = Fault(engine._model, RuntimeError("once"), lambda ids: fault.times == 0)
+    asked = engine.submit(Request((5, 6), 4))
+
+    def watch() -> None:
+        until(lambda: engine.hung_s > 0.3)
+        seen.append(True)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    watcher.join(5)  # whoever makes the loop holds what others wait for
+    goes_on.set()
+    assert seen
+    assert len(asked.result(WAIT_S).tokens) == 4
+    until(lambda: engine.hung_s == 0)
 
 
 def test_a_thousand_cancellations_leave_nothing_behind(engine: Engine) -> None:

@@ -27,11 +27,13 @@ from agentmesh.celery.sweep import Tender
 from agentmesh.cli import devices
 from agentmesh.cli.child import specs_of
 from agentmesh.cli.device import CANCELLED_S
+from agentmesh.cli.reporting import Reporting
 from agentmesh.cli.worker import giver_back, serve_metrics
 from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError, DefinitionError
 from agentmesh.event import RunDone, StepDone
+from agentmesh.gpu.engine import Engine
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message
 from agentmesh.models.named import Models
@@ -239,6 +241,24 @@ def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Pa
     finally:
         served.terminate()
         served.communicate(timeout=WAIT_S)
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(REPORTS_IN, str(tmp_path / "gone"))
+    monkeypatch.setattr("agentmesh.cli.reporting.TELL_S", 0.01)
+    report = Reporting(engine, model="m", worker="w", in_hand=lambda: 3, places=8)
+    report.start()
+    looked = len(report._looks)
+    until(lambda: len(report._looks) > looked + 5)
+    (tmp_path / "gone").mkdir()
+    until(lambda: reports_in(str(tmp_path / "gone"), ["w"]))
+    report.stop()
+    (told,) = reports_in(str(tmp_path / "gone"), ["w"])
+    assert (told.pid, told.in_hand, told.places, told.batch_tokens) == (os.getpid(), 3, 8, 64)
+    (warned,) = [r.getMessage() for r in caplog.records if "cannot be told" in r.getMessage()]
+    assert warned.startswith("how m does cannot be told to its supervisor: ")
 
 
 def test_a_report_of_another_version_is_read(tmp_path: Path) -> None:

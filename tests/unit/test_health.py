@@ -13,7 +13,8 @@ def test_all_is_well() -> None:
     assert now.good
     assert now.numbers == {"workers": {"wanted": 2, "ready": 2}, "journal": True, "engines": {"there": 1, "well": 1}}
     assert "why" not in now.told
-    assert now.told["engines"][0]["ails"] == ""
+    (engine,) = now.told["engines"]
+    assert (engine["in_hand"], engine["age_s"], engine["ails"]) == (3, 9.0, "")
 
 
 def test_each_reason_is_told() -> None:
