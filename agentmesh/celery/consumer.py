@@ -1,6 +1,7 @@
 """Celery's consumer as our workers need it: local acks, quick reconnects, and a loop that a thread can leave."""
 
 import contextlib
+import threading
 import uuid
 from typing import Any, ClassVar
 
@@ -60,6 +61,9 @@ def thread_loop(
                 raise
 
 
+_SELECTING = threading.Lock()
+
+
 class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
     """Celery's step that begins to consume; on RabbitMQ from quorum queues that we declare, whatever the app's conf says."""
 
@@ -69,7 +73,10 @@ class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
         """Begin to consume."""
         names = getattr(c.controller, "own_queues", None)
         if names is None or not on_rabbit(c.app):
-            super().start(c)
+            with _SELECTING:
+                if names is not None:  # the registry is the app's: after a reconnect it has those of another worker
+                    c.app.amqp.queues.select(names)
+                super().start(c)
             return
         c.update_strategies()
         declare(c.connection, names)

@@ -15,12 +15,12 @@ from agentmesh.boot import counting, export_traces, load_crew
 from agentmesh.celery.app import make_app
 from agentmesh.celery.beat import start_beat
 from agentmesh.celery.embedded import EmbeddedWorker
-from agentmesh.celery.inprocess import InProcess
+from agentmesh.celery.inprocess import InProcess, embedded
 from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.cli.child import as_program, spare_collector, told_to_stop
-from agentmesh.cli.embedding import embedding, prepared
+from agentmesh.cli.embedding import EMBED, prepared
 from agentmesh.cli.reporting import Reporting
 from agentmesh.config import Config
 from agentmesh.logs import Logged, set_up
@@ -53,29 +53,31 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     engine = _prepared(models, spec["model"], queues, concurrency)
     sights, app = [Logged(), *counting()], make_app(config.broker)
     app.conf.worker_send_task_events = bool(spec.get("events"))
-    meshes = [
+    homes = [
         Mesh(c, app=app, config=config, models=models, worker=name, sights=sights, suspects=spec["suspects"])
-        for c in crews
+        for c in (*crews, *embeds)
     ]
+    meshes = homes[: len(crews)]
     names = [n for c in crews if served[c.name] for n in c.broker_queues(served[c.name], suspects=spec["suspects"])]
     lanes = {c.broker_queue(q): c.queues[q].lane for c in crews for q in served[c.name]}
     admits = Lanes(lanes, engine.admits)
     # one for all crews: what there is room for, and whose turn it is, is the engine's and not a crew's
-    worker = InProcess(meshes, [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]).start()
+    workers = [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]
+    for crew in embeds:
+        workers += embedded(app, crew, [EMBED], suspects=spec["suspects"])
+    worker = InProcess(homes, workers).start()
     for mesh in meshes:
         if mesh.site.tender is not None:
             mesh.site.tender.renew_most_s = CANCELLED_S
     if spec.get("beat") and any(crew.schedules for crew in crews):
         start_beat(app)
-    beside = embedding(config, models, name=name, sights=sights, suspects=spec["suspects"]).start() if embeds else None
     spare_collector()
     report = Reporting(engine, model=spec["model"], worker=name, in_hand=lambda: _in_hand(meshes), places=concurrency)
     report.start()
     if ready_fd is not None:
         announce_ready(ready_fd)
     _watch(engine, spec["model"], over)
-    for one in filter(None, (worker, beside)):
-        one.stop(grace_s=config.drain_s)
+    worker.stop(grace_s=config.drain_s)
     report.stop()
     drive(models.close())
     return 0

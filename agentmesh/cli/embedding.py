@@ -7,14 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from agentmesh.boot import load_crew
-from agentmesh.celery.inprocess import InProcess
-from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError
-from agentmesh.mesh import Mesh
-from agentmesh.models.named import Models
 from agentmesh.queue import Queue, Suspects
-from agentmesh.sight import Sight
 
 log = logging.getLogger("agentmesh.gpu")
 
@@ -45,26 +40,23 @@ def taken_by(crews: Iterable[Crew], only: Sequence[str] = ()) -> list[str]:
 def embed_queues(crews: Iterable[Crew], only: Sequence[str] = (), *, suspects: Suspects = "too") -> list[str]:
     """The broker's queue of embed steps, and the one of its suspects, where a queue of these crews names an encoder."""
     served = [crew.queues[q] for crew in crews for q in crew.queues_in("device", only)]
-    return load_crew(RAG).broker_queues([EMBED], suspects=suspects) if encoder_of(served) else []
+    return load_crew(RAG).broker_queues([EMBED], suspects=suspects) if any(q.embed for q in served) else []
 
 
-def prepared(queues: Iterable[Queue], hopeless: Callable[[Exception], None]) -> str:
-    """Load the encoder of these queues and let it claim its memory, before an engine takes what is free; its name, or "".
+def prepared(queues: Iterable[Queue], hopeless: Callable[[Exception], None]) -> list[Crew]:
+    """Load the encoder of these queues and let it claim its memory, before an engine takes what is free.
+
+    Answers the crew whose embed steps the process takes then; [] where the queues name no encoder.
 
     Raises:
         ConfigError: it is not here, or there is no memory for it.
     """
     name = encoder_of(queues)
-    if name:
-        began = time.monotonic()
-        encoder: Any = import_module("agentmesh.rag.embed").embedder(name)
-        type(encoder).elsewhere = "cpu"  # for others that an ingest may name: no memory of the device is kept for them
-        encoder.prepare(hopeless=hopeless)
-        log.info("%s is loaded in %.1f s, for the embed steps of ingests", name, time.monotonic() - began)
-    return name
-
-
-def embedding(config: Config, models: Models, *, name: str, sights: Sequence[Sight], suspects: Suspects) -> InProcess:
-    """A worker for the embed steps of ingests in this process, not yet started; it takes suspects as its process does."""
-    mesh = Mesh(load_crew(RAG), config=config, models=models, worker=name, sights=sights, suspects=suspects)
-    return mesh.worker(queues=[EMBED])
+    if not name:
+        return []
+    began = time.monotonic()
+    encoder: Any = import_module("agentmesh.rag.embed").embedder(name)
+    type(encoder).elsewhere = "cpu"  # for others that an ingest may name: no memory of the device is kept for them
+    encoder.prepare(hopeless=hopeless)
+    log.info("%s is loaded in %.1f s, for the embed steps of ingests", name, time.monotonic() - began)
+    return [load_crew(RAG)]

@@ -1,7 +1,8 @@
-"""Whose turn it is on a device: an engine's steps and the batches of encoders, one at a time. Knows no torch.
+"""Whose turn it is on a GPU: an engine's steps and the batches of encoders, one at a time. Knows no torch.
 
-Two that compute on one device at once slow each other down more than they gain, and neither knows when it will be through.
-So each waits for its turn; after a step a waiting batch goes, and after a batch a waiting step, however many wait.
+Two that compute there at once need their memory at once, and neither knows when it will be through. So each waits for its
+turn; after a step a waiting batch goes, and after a batch a waiting step, however many wait. On a CPU they go side by side,
+for each leaves much of the cores idle (`bench/gpu_embed.py`).
 """
 
 import os
@@ -23,11 +24,15 @@ class Turn:
     """The turns of one device in this process; thread-safe.
 
     Args:
+        shared: nobody waits; how long steps take is known all the same.
+
+    Attributes:
         engines: those on the device; without one, batches go side by side.
         reserved_bytes: of the device's memory, which encoders need for their largest batch and engines leave free.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        self.shared = shared
         self.engines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.reserved_bytes = 0
         self._lock = threading.Lock()
@@ -39,7 +44,7 @@ class Turn:
     def step(self) -> Iterator[None]:
         """An engine's step."""
         self._take("step")
-        began = self._since_s
+        began = time.monotonic()
         try:
             yield
         finally:
@@ -51,7 +56,7 @@ class Turn:
     @contextmanager
     def batch(self) -> Iterator[None]:
         """A batch of an encoder, until its vectors are on the host."""
-        if not self.engines:
+        if self.shared or not self.engines:
             yield
             return
         self._take("batch")
@@ -76,6 +81,8 @@ class Turn:
             return time.monotonic() - self._since_s if self._holder else 0.0
 
     def _take(self, kind: Kind) -> None:
+        if self.shared:
+            return
         with self._lock:
             if self._holder is None:  # then nobody waits either
                 self._holder, self._since_s = kind, time.monotonic()
@@ -95,6 +102,8 @@ class Turn:
             raise
 
     def _give(self, kind: Kind) -> None:
+        if self.shared:
+            return
         other: Kind = "batch" if kind == "step" else "step"
         with self._lock:
             following = other if self._waiting[other] else kind
@@ -111,4 +120,4 @@ os.register_at_fork(after_in_child=_turns.clear)  # a child has none of the thre
 
 def turn_of(device: str) -> Turn:
     """The turns of a device, as torch names it: `cpu`, `cuda:0`."""
-    return _turns.setdefault(device, Turn())
+    return _turns.setdefault(device, Turn(shared=device == "cpu"))

@@ -1,7 +1,9 @@
 """What only a GPU can show; the rest of `pytest -m gpu` are the CPU's own tests, with the model on the device."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from agentmesh.gpu.batching import Shape
 from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.request import Request
 from agentmesh.gpu.trial import Heads, difference, page_difference
-from agentmesh.testing.tiny import made_model
+from agentmesh.gpu.turns import turn_of
+from agentmesh.rag.embedders.encoder import Encoder
+from agentmesh.testing.tiny import made_model, saved_encoder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,3 +69,18 @@ def test_memory_that_really_runs_out_halves_the_batch() -> None:
         assert (engine._batching.shape.batch_tokens, engine.gauge.deaths) == (16, 2)
     finally:
         engine.close()
+
+
+def test_an_encoder_says_what_it_needs_and_embeds_as_on_a_cpu(tmp_path: Path) -> None:
+    here, there = (Encoder(str(saved_encoder(tmp_path / d)), device=d) for d in ("cuda", "cpu"))
+    here.prepare()
+    assert turn_of("cuda:0").reserved_bytes > 0
+    engine = Engine(made_model().to(CUDA), Shape(page_tokens=16))
+    try:
+        said = engine.submit(Request((5,) * 9, 200))
+        texts = ["word " * (1 + i % 9) for i in range(400)]
+        assert (np.einsum("nd,nd->n", here.documents(texts), there.documents(texts)) > 0.999).all()
+        assert len(said.result(WAIT_S).tokens) == 200
+    finally:
+        engine.close()
+        turn_of("cuda:0").reserved_bytes = 0

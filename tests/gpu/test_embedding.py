@@ -61,7 +61,9 @@ def contents(folder: Path) -> dict[str, Any]:
     return {c.id: (c.text, c.source) for c in found}
 
 
-def test_a_killed_device_worker_loses_no_vector_and_no_answer(valkey: Any, tmp_path: Path, encoder: str) -> None:
+def test_a_killed_device_worker_loses_no_vector_and_no_answer(
+    device: str, valkey: Any, tmp_path: Path, encoder: str
+) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     for i in range(DOCUMENTS):
@@ -83,7 +85,7 @@ def test_a_killed_device_worker_loses_no_vector_and_no_answer(valkey: Any, tmp_p
         supervisor.start()
         try:
             assert supervisor.wait_ready(WAIT_S)
-            _, device = supervisor.pids.values()
+            _, pid = supervisor.pids.values()
             batches = tmp_path / "bert" / "batches"
             before = batches.stat().st_size
             adding = _adding(config, docs, tmp_path / "store", encoder)
@@ -91,11 +93,11 @@ def test_a_killed_device_worker_loses_no_vector_and_no_answer(valkey: Any, tmp_p
             told = mesh.start(crew.lead, 6, stream=True)
             next(told.tokens())
             assert log.read_text().count("Call embed_batch done") < 2
-            os.kill(device, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             out_text, err = adding.communicate(timeout=WAIT_S)
             assert adding.returncode == 0, err
             assert told.result(timeout_s=WAIT_S) == 6
-            assert device not in supervisor.pids.values()
+            assert pid not in supervisor.pids.values()
         except BaseException:
             print(log.read_text())
             raise
@@ -143,7 +145,8 @@ def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest
     monkeypatch.setattr(Encoder, "elsewhere", "")
     assert Encoder(str(tmp_path / "bert"))._device == "cuda"
     monkeypatch.setattr(Encoder, "prepare", lambda self, **given: None)
-    assert prepared([Queue("gpu", model="m", embed=encoder)], lambda error: None) == encoder
+    (served,) = prepared([Queue("gpu", model="m", embed=encoder)], lambda error: None)
+    assert served.name == "rag"
     assert Encoder(str(tmp_path / "bert"))._device == "cpu"
 
 
@@ -151,7 +154,7 @@ def test_an_encoder_that_is_not_here_is_said_before_a_model_is_loaded(monkeypatc
     monkeypatch.setattr(Encoder, "elsewhere", "")
     with pytest.raises(ConfigError, match="'local:no-such/encoder' cannot be loaded .* `agentmesh models pull"):
         prepared([Queue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
-    assert prepared([Queue("gpu", model="m")], lambda error: None) == ""
+    assert prepared([Queue("gpu", model="m")], lambda error: None) == []
 
 
 @pytest.mark.parametrize(

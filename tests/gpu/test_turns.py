@@ -26,7 +26,7 @@ BATCHES = 6  # that these texts are, alone
 
 @pytest.fixture(autouse=True)
 def _fresh_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_turns", {})
+    monkeypatch.setattr(turns, "_turns", {"cpu": Turn()})  # as on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,15 @@ def test_without_an_engine_batches_go_side_by_side() -> None:
     assert not both.broken
 
 
+def test_on_a_cpu_nobody_waits_and_each_gpu_has_its_own_turns() -> None:
+    turns._turns.clear()
+    cpu, one, other = map(turn_of, ("cpu", "cuda:0", "cuda:1"))
+    cpu.engines.add(one)
+    with cpu.step(), one.step(), other.step(), cpu.step(), cpu.batch():
+        assert cpu.held_s == 0
+    assert cpu.step_s > 0  # batches are as short as steps all the same
+
+
 def test_how_long_a_step_takes_is_known_while_there_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     turn, now = Turn(), 100.0
     monkeypatch.setattr(turns.time, "monotonic", lambda: now)
@@ -141,6 +150,7 @@ class Beside:
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.encoder, self.order = engine, Encoder(str(folder)), list[str]()
         self.encoder.prepare()
+        self.turn = turn_of(str(engine._model.device))
         self.slow_s, self.inside, self.overlaps = 0.0, 0, 0
         self._note(engine._model, "s")
         self._note(self.encoder._loaded()[1], "b")
@@ -191,7 +201,7 @@ def test_neither_waits_for_more_than_one_of_the_other_and_both_say_what_they_say
 
 
 def test_alone_on_the_device_a_batch_is_as_large_as_it_can_be(beside: Beside, monkeypatch: pytest.MonkeyPatch) -> None:
-    turn = turn_of("cpu")
+    turn = beside.turn
     beside.encoder._rate = 10_000.0
     sizes = dict[float, int]()
     for step_s in (0.0, 0.001, 0.1, 10.0):
@@ -210,10 +220,10 @@ def test_an_engine_that_dies_in_a_step_keeps_nobody_waiting(beside: Beside) -> N
 
     beside.engine._model.forward = once
     assert len(beside.decode(5)) == 5  # it began again
-    assert turn_of("cpu").held_s == 0
+    assert beside.turn.held_s == 0
     assert beside.encoder.documents(TEXTS).shape == (600, 32)
     beside.engine.close()
-    assert not turn_of("cpu").engines
+    assert not beside.turn.engines
 
 
 def test_a_batch_that_hangs_is_seen_by_the_engines_watch(beside: Beside) -> None:
