@@ -45,6 +45,7 @@ bench: $(VENV)/.dev  ## print the figures: ratios beside a bare loop and plain C
 	$(BIN)/python bench/latency.py
 	$(BIN)/python bench/gpu_batch.py
 	$(BIN)/python bench/gpu_prefix.py
+	$(BIN)/python bench/gpu_embed.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .agentmesh build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from agentmesh.config import Config
     from agentmesh.mesh import Mesh
     from agentmesh.ports import Counts
+    from agentmesh.report import EngineReport
     from agentmesh.serve.listen import Listener
     from agentmesh.sight import Sight
 
@@ -76,9 +77,10 @@ def counting() -> "list[Sight]":
 
 
 def metrics_page(
-    folder: str, counts: "Callable[[], Counts | None]", workers: Callable[[], tuple[int, int]]
-) -> Callable[[], bytes]:
-    """What makes the page for Prometheus, from what workers count in a folder and what the journal holds.
+    folder: str, counts: "Callable[[], Counts | None]", workers: Callable[[], tuple[int, int]],
+    engines: "Callable[[], Sequence[EngineReport]]",
+) -> Callable[[], bytes]:  # fmt: skip
+    """What makes the page for Prometheus, from what workers count in a folder, what the journal holds and engines tell.
 
     Raises:
         ExtraMissing: prometheus_client is not installed.
@@ -89,7 +91,7 @@ def metrics_page(
         raise ExtraMissing(
             f"--metrics needs {e.name}, which is not installed: pip install 'agentmesh-celery[metrics]'"
         ) from None
-    return exposition(folder, counts, workers)
+    return exposition(folder, counts, workers, engines)
 
 
 def listener(host: str, port: int, key_env: str) -> "Listener":

@@ -99,12 +99,19 @@ class Crew:
     def _check_devices(self) -> None:
         """The queues of a model are served by the same processes."""
         first: dict[str, Queue] = {}
+        encoders: dict[str, Queue] = {}
         for queue in self.queues.values():
             other = first.setdefault(queue.model, queue)
             if queue.on_device and other.on_device and queue.devices != other.devices:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
                     f"{other.devices!r} and {queue.devices!r}; the same processes serve both, so write the same in each"
+                )
+            beside = encoders.setdefault(queue.model, queue) if queue.embed else queue
+            if queue.embed != beside.embed:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {beside.name!r} and {queue.name!r} of model {queue.model!r} have embed="
+                    f"{beside.embed!r} and {queue.embed!r}; the same processes serve both, so name one encoder"
                 )
         for one, two in combinations([q for q in self.queues.values() if q.url], 2):
             shared = sorted({*one.url} & {*two.url})

@@ -95,11 +95,12 @@ class Engine:
         try:
             while True:
                 version = cached.history.version
-                self._tails.drop(run_id)  # it is about to hold what is not written yet
-                nxt, _ = await self._settle(cached)
-                answer = await self.journal.plan(run_id, fence=claimed.fence, version=version, next=nxt)
+                with self._tails.writing(run_id):
+                    nxt, _ = await self._settle(cached)
+                    answer = await self.journal.plan(run_id, fence=claimed.fence, version=version, next=nxt)
+                    if isinstance(answer, Accepted) or answer.why != "conflict":
+                        self._keep(run_id, cached, answer)
                 if isinstance(answer, Accepted) or answer.why != "conflict":
-                    self._keep(run_id, cached, answer)
                     return "planned" if isinstance(answer, Accepted) else answer.why
                 epoch = self.journal.epoch
                 events = await self.journal.events(run_id)
@@ -134,6 +135,7 @@ class Engine:
     async def _claim(
         self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None, queue: str = ""
     ) -> tuple[Claimed, Cached] | Refused:
+        await self._tails.written(run_id)
         cached = self._tails.get(run_id, self.journal.epoch)
         version = cached.history.version if cached else 0
         until_s = time.monotonic() + ROOM_WAIT_S
@@ -203,19 +205,19 @@ class Engine:
             answer = await self.journal.commit(unit, fence=claimed.fence, event=event, charge=charge)
             return type(event).__name__ if isinstance(answer, Accepted) else answer.why
         version = history.version
-        self._tails.drop(history.run_id)
-        history.extend([event])
-        cached.waiting = None
-        try:
-            nxt, _ = await self._settle(cached)
-        except (ReplayError, UnknownName):
-            # The step's end is worth keeping; the advance it leaves will meet the same error and hold the run.
-            await self.journal.commit(unit, fence=claimed.fence, event=event, version=-1, charge=charge)
-            raise
-        answer = await self.journal.commit(
-            unit, fence=claimed.fence, event=event, version=version, next=nxt, charge=charge
-        )
-        self._keep(history.run_id, cached, answer)
+        with self._tails.writing(history.run_id):
+            history.extend([event])
+            cached.waiting = None
+            try:
+                nxt, _ = await self._settle(cached)
+            except (ReplayError, UnknownName):
+                # The step's end is worth keeping; the advance it leaves will meet the same error and hold the run.
+                await self.journal.commit(unit, fence=claimed.fence, event=event, version=-1, charge=charge)
+                raise
+            answer = await self.journal.commit(
+                unit, fence=claimed.fence, event=event, version=version, next=nxt, charge=charge
+            )
+            self._keep(history.run_id, cached, answer)
         return type(event).__name__ if isinstance(answer, Accepted) else answer.why
 
     async def _settle(self, cached: Cached) -> tuple[Next, Waiting | None]:

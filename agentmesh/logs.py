@@ -16,7 +16,19 @@ from agentmesh.step import Step
 
 Form = Literal["text", "json"]
 # These tell of every message they carry; their warnings are ours too.
-NOISY = ("celery", "kombu", "amqp", "billiard", "asyncio", "aiohttp", "urllib3", "httpx", "httpcore", "opentelemetry")
+NOISY = (
+    "celery",
+    "kombu",
+    "amqp",
+    "billiard",
+    "asyncio",
+    "aiohttp",
+    "urllib3",
+    "httpx",
+    "httpcore",
+    "opentelemetry",
+    "faiss",
+)
 WHERE: ContextVar[Attempt | None] = ContextVar("agentmesh_attempt", default=None)
 ENDS = {"StepDone": "done", "StepFailed": "failed", "StepRetried": "retried", "StepInDoubt": "in doubt"}
 log = logging.getLogger("agentmesh.step")

@@ -5,23 +5,45 @@ imported: prometheus_client then keeps its numbers in memory-mapped files there,
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from agentmesh.doing import Attempt
 from agentmesh.event import Event, StepDone, StepFailed, StepRetried
 from agentmesh.ports import Counts
 from agentmesh.replay import History
+from agentmesh.report import EngineReport
 from agentmesh.sight import Told
 from agentmesh.step import Step
 
 SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 OUTCOMES = {"StepDone": "done", "StepFailed": "failed", "StepRetried": "retried", "StepInDoubt": "in_doubt"}
+
+# What is told of an engine: the metric's name, its text, its own label, and which number of a report stands where.
+ENGINE_GAUGES = {
+    "places": ("Steps a device worker may have", "state", {"taken": "in_hand", "all": "places"}),
+    "requests": ("Requests in the engine's last batch and before it", "state", {"running": "running", "waiting": "waiting"}),
+    "batch_requests": ("New tokens a step of the engine, of the last 10 s", "", {"": "batch_requests"}),
+    "new_tokens_per_second": ("New tokens a second, of the last 10 s", "", {"": "new_tokens_per_s"}),
+    "cached_share": ("The part of prompts' tokens found in the cache, of the last 10 s", "", {"": "cached_share"}),
+    "pages": ("Pages of the engine's cache", "state", {"free": "free_pages", "all": "pages"}),
+    "memory_bytes": (
+        "Memory of the process, and of its GPU", "state",
+        {"used": "used_bytes", "gpu_free": "free_bytes", "gpu_all": "all_bytes"},
+    ),
+    "stuck_seconds": ("For how long there has been work in hand and no step", "", {"": "stuck_s"}),
+    "batch_tokens": ("New tokens of one step at most", "", {"": "batch_tokens"}),
+}  # fmt: skip
+ENGINE_COUNTS = {
+    "steps": ("Steps of the engine's loop", "", {"": "steps"}),
+    "tokens": ("Tokens", "type", {"prompt": "prompt_tokens", "cached": "cached_tokens", "new": "new_tokens"}),
+    "deaths": ("How often the engine's loop ended by an error", "", {"": "deaths"}),
+}
 
 
 class Counting:
@@ -110,16 +132,39 @@ def _gauge(name: str, text: str, **values: int) -> GaugeMetricFamily:
     return family
 
 
+class _Engines(Collector):
+    """How the engines of device workers stand, as they last said; those of workers that are gone have no rows."""
+
+    def __init__(self, engines: Callable[[], Sequence[EngineReport]]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        now = self._engines()
+        for family, names in ((GaugeMetricFamily, ENGINE_GAUGES), (CounterMetricFamily, ENGINE_COUNTS)):
+            for name, (text, label, numbers) in names.items():
+                labels = ("model", "device", label) if label else ("model", "device")
+                rows = family(f"agentmesh_engine_{name}", text, labels=labels)
+                for engine in now:
+                    for value, attribute in numbers.items():
+                        if engine.all_bytes or not value.startswith("gpu_"):
+                            where = (engine.model, engine.device)
+                            rows.add_metric((*where, value) if label else where, getattr(engine, attribute))
+                yield rows
+
+
 def exposition(
-    folder: str, counts: Callable[[], Counts | None], workers: Callable[[], tuple[int, int]]
-) -> Callable[[], bytes]:
+    folder: str, counts: Callable[[], Counts | None], workers: Callable[[], tuple[int, int]],
+    engines: Callable[[], Sequence[EngineReport]] = tuple,
+) -> Callable[[], bytes]:  # fmt: skip
     """A function that gives the whole page, in Prometheus' text format.
 
     Args:
         folder: where the workers count.
         workers: how many are wanted and how many are ready.
+        engines: what device workers last said of theirs.
     """
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
     registry.register(_Journal(counts, workers))
+    registry.register(_Engines(engines))
     return lambda: generate_latest(registry)

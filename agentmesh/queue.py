@@ -47,6 +47,7 @@ class Queue:
         max_batch_tokens: with a model: new tokens of one step of the engine; 0 is 2,048, on a CPU 256.
         lane: with a model or a url: "realtime" comes first and has places kept for it, "low" comes after "high"; between
             several queues of one model, or of one model in front of the same servers.
+        embed: with a model: a `local:` encoder that the same processes run beside it, for the embed steps of ingests.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Queue:
     lane: Literal["realtime", "high", "low"] = "high"
     url: str | Sequence[str] = ()
     key_env: str = ""
+    embed: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -70,6 +72,7 @@ class Queue:
         if self.concurrency < 0:
             raise DefinitionError(f"queue {self.name!r}: concurrency={self.concurrency} must not be negative")
         self._check_device()
+        self._check_embed()
         if self.concurrency == 0:
             usual = 256 if self.on_device else 100 if self.pool == "asyncio" else os.cpu_count() or 1
             object.__setattr__(self, "concurrency", usual)
@@ -106,6 +109,21 @@ class Queue:
             raise DefinitionError(f"{where}: gpu_memory={self.gpu_memory} must be a part of the whole, such as 0.85")
         if self.max_batch_tokens < 0:
             raise DefinitionError(f"{where}: max_batch_tokens={self.max_batch_tokens} must not be negative")
+
+    def _check_embed(self) -> None:
+        if not self.embed:
+            return
+        where = f"queue {self.name!r}: embed={self.embed!r}"
+        if not self.on_device:
+            raise DefinitionError(
+                f"{where} is for a queue whose workers load a model: add model='NAME', and leave out url; without a model, "
+                "run `agentmesh worker agentmesh.rag.ingest --queue embed`"
+            )
+        provider, _, name = self.embed.partition(":")
+        if provider != "local" or not name:
+            raise DefinitionError(
+                f"{where} must be an encoder of this machine, such as 'local:intfloat/e5-small-v2'; others need no device"
+            )
 
     def _check_servers(self) -> None:
         urls = [self.url] if isinstance(self.url, str) else list(self.url)

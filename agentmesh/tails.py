@@ -1,11 +1,15 @@
 """The tails of recent runs that a worker keeps, so that a claim asks the journal only for what is new."""
 
+import asyncio
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from agentmesh.replay import History, Waiting
 
 CACHED_RUNS, CACHED_EVENTS = 4096, 30_000
+WRITING_S = 0.2  # how long a claim waits for this process's own write of the run; then it reads the run anew
 
 
 @dataclass(slots=True)
@@ -24,6 +28,7 @@ class Tails:
     def __init__(self) -> None:
         self._kept: OrderedDict[str, Cached] = OrderedDict()
         self._events = 0
+        self._writing: dict[str, asyncio.Future[None]] = {}
 
     def get(self, run_id: str, epoch: int) -> Cached | None:
         """One that was read in an earlier epoch is none: the store may have come back without what it says."""
@@ -47,3 +52,26 @@ class Tails:
         cached = self._kept.pop(run_id, None)
         if cached is not None:
             self._events -= cached.counted
+
+    @contextmanager
+    def writing(self, run_id: str) -> Iterator[None]:
+        """While this process writes a run's events: what it knows of the run is between two versions, and no tail."""
+        self.drop(run_id)
+        written = self._writing[run_id] = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            if self._writing.get(run_id) is written:
+                del self._writing[run_id]
+            if not written.done():
+                written.set_result(None)
+
+    async def written(self, run_id: str) -> None:
+        """Come back when no write is under way here.
+
+        The script that writes pushes the next message itself, which is back here before the script's answer has been
+        read: a claim that did not wait would fetch the whole run, at every step.
+        """
+        written = self._writing.get(run_id)
+        if written is not None and written.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait((written,), timeout=WRITING_S)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from types import NoneType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Delivery = Literal["idempotent", "at_most_once"]
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+SMALL = 200  # characters; calls with longer texts are not kept
 
 
 class Tool(Generic[P, R]):
@@ -70,13 +72,10 @@ class Tool(Generic[P, R]):
         Raises:
             ToolSignatureError: the arguments do not fit, or are not JSON.
         """
-        try:
-            arguments = self.parameters.bind(args, kwargs)
-        except ValidationError as e:
-            raise ToolSignatureError(f"tool `{self.name}`: {explain(e)}") from None
-        except (TypeError, ValueError) as e:
-            raise ToolSignatureError(f"tool `{self.name}`: {e}") from None
-        return Call(self.name, self, arguments)
+        small = all(_is_small(a) for a in args) and all(_is_small(a) for a in kwargs.values())
+        if small:
+            return _known(self, *args, **kwargs)  # type: ignore[arg-type]  # what is small is hashable
+        return _called(self, args, kwargs)
 
     def asked(self, arguments: str) -> Call[R]:
         """The step that calls this tool with the JSON a model wrote.
@@ -94,6 +93,26 @@ class Tool(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<tool {self.name}>"
+
+
+def _called(tool: Tool[Any, Any], args: Any, kwargs: Any) -> Call[Any]:
+    try:
+        arguments = tool.parameters.bind(args, kwargs)
+    except ValidationError as e:
+        raise ToolSignatureError(f"tool `{tool.name}`: {explain(e)}") from None
+    except (TypeError, ValueError) as e:
+        raise ToolSignatureError(f"tool `{tool.name}`: {e}") from None
+    return Call(tool.name, tool, arguments)
+
+
+def _is_small(value: object) -> bool:
+    return type(value) in (int, float, bool, NoneType) or (type(value) is str and len(value) <= SMALL)
+
+
+@lru_cache(maxsize=4096, typed=True)  # 1, 1.0 and True are three calls
+def _known(tool: Tool[Any, Any], /, *args: Any, **kwargs: Any) -> Call[Any]:
+    """Cached: a flow that is replayed calls again what it called before."""
+    return _called(tool, args, kwargs)
 
 
 @lru_cache(maxsize=4096)

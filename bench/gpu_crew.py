@@ -1,4 +1,4 @@
-"""The crew of `gpu_batch.py`: one run that asks the local model as many times at once as it is told to."""
+"""The crew of `gpu_ways.py`: one run that asks the local model as many times at once as it is told to."""
 
 import os
 
@@ -6,6 +6,7 @@ from agentmesh import Agent, Context, Crew, Queue
 from agentmesh.message import user
 
 MODEL = os.environ.get("BENCH_MODEL", "smollm2")
+MEMORY = float(os.environ.get("BENCH_MEMORY", "0.85"))
 NEW_TOKENS = int(os.environ.get("BENCH_NEW_TOKENS", "32"))
 
 
@@ -30,4 +31,4 @@ class Batch(Agent[int]):
         return sum(len(s.text.split()) for s in said)
 
 
-crew = Crew(Batch(), name="bench", queues=[Queue("main"), Queue("gpu", model=MODEL)])
+crew = Crew(Batch(), name="bench", queues=[Queue("main"), Queue("gpu", model=MODEL, gpu_memory=MEMORY)])

@@ -1,4 +1,4 @@
-"""The usual pattern that `gpu_batch.py` compares with: a solo Celery worker, the model loaded, one `generate` a task."""
+"""The usual pattern that `gpu_ways.py` compares with: a solo Celery worker, the model loaded, one `generate` a task."""
 
 import os
 

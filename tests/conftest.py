@@ -1,7 +1,11 @@
-"""For every test: a Ctrl-C sent to a process that a test starts must arrive."""
+"""For every test: a Ctrl-C sent to a process that a test starts must arrive. And the command line in a folder of its own."""
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +19,35 @@ def _heard_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Shell:
+    """`shell("runs", "ls", code=0)` runs a command in the test's folder and answers what it prints; `err` is the rest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.err = folder, ""
+        self.env = {**os.environ, "AGENTMESH_LEASE_S": "3"}
+
+    def argv(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "agentmesh.cli.main", *args]
+
+    def __call__(self, *args: str, code: int = 0) -> str:
+        done = subprocess.run(
+            self.argv(*args), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        self.err = done.stderr
+        return done.stdout
+
+    def start(self, *args: str) -> "subprocess.Popen[str]":
+        """The command in a process group of its own, for whoever wants to interrupt or kill it."""
+        return subprocess.Popen(
+            self.argv(*args), cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            process_group=0,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """The command line as a user has it, with an embedded Valkey in the test's folder."""
+    return Shell(tmp_path)

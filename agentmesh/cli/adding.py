@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,15 @@ STEPS = ("plan_ingest", "parse_pack", "embed_batch", "index_batch")
 def add_documents(
     paths: list[str], *, store: Path | None, embed: str, glob: str, label: str, size: int, overlap: int, meta: list[str],
     broker: str, run_id: str, as_json: bool, file: Path | None, sync: bool = False, force: bool = False,
+    queues: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Begin an ingest and see it to its end; 1 where a document could not be added."""
+    """Begin an ingest and see it to its end; 1 where a document could not be added.
+
+    Args:
+        queues: those that workers of this command serve; the others' steps wait for workers elsewhere.
+    """
+    crew = load_crew(CREW)
+    crew.broker_queues(queues)
     wanted = retriever(store, embed, file)
     agent, asked = wanted.ingest(
         paths, glob=glob, label=label, size=size, overlap=overlap, metadata=_metadata(meta), sync=sync, force=force
@@ -42,11 +50,11 @@ def add_documents(
     check_paths(asked)
     config, valkey = place(load(file=file, broker=broker or None))
     try:
-        mesh = Mesh(load_crew(CREW), config=config, models=Models())
+        mesh = Mesh(crew, config=config, models=Models())
         mesh.check()
         run = mesh.start(agent, asked, id=run_id, stream=True, origin=CREW)
         view: View = JsonView() if as_json else Terminal() if sys.stderr.isatty() else Lines()
-        return see_through(run, mesh, CREW, config, as_json=as_json, view=view, say=say_added)
+        return see_through(run, mesh, CREW, config, as_json=as_json, view=view, say=say_added, queues=queues)
     finally:
         if valkey is not None:
             valkey.leave()

@@ -15,11 +15,13 @@ from agentmesh.boot import counting, export_traces, load_crew
 from agentmesh.celery.app import make_app
 from agentmesh.celery.beat import start_beat
 from agentmesh.celery.embedded import EmbeddedWorker
-from agentmesh.celery.inprocess import InProcess
+from agentmesh.celery.inprocess import InProcess, embedded
 from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.cli.child import as_program, spare_collector, told_to_stop
+from agentmesh.cli.embedding import EMBED, prepared
+from agentmesh.cli.reporting import Reporting
 from agentmesh.config import Config
 from agentmesh.logs import Logged, set_up
 from agentmesh.mesh import Mesh
@@ -32,7 +34,6 @@ AGAIN = 70  # sysexits' "internal software error"; the supervisor starts another
 HUNG_S = 60.0  # with work in hand and no step: renewing leases alone would keep its steps for ever
 LOOK_S = 1.0
 CANCELLED_S = 1.0  # how long a cancelled run's answer may go on to be computed
-TELL_S = 10.0
 
 
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
@@ -48,28 +49,36 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     }
     queues = [crew.queues[q] for crew in crews for q in served[crew.name]]
     concurrency = spec["concurrency"] or max(q.concurrency for q in queues)
+    embeds = prepared(queues, _leave)  # before the engine, which takes what it leaves
     engine = _prepared(models, spec["model"], queues, concurrency)
     sights, app = [Logged(), *counting()], make_app(config.broker)
     app.conf.worker_send_task_events = bool(spec.get("events"))
-    meshes = [
+    homes = [
         Mesh(c, app=app, config=config, models=models, worker=name, sights=sights, suspects=spec["suspects"])
-        for c in crews
+        for c in (*crews, *embeds)
     ]
+    meshes = homes[: len(crews)]
     names = [n for c in crews if served[c.name] for n in c.broker_queues(served[c.name], suspects=spec["suspects"])]
     lanes = {c.broker_queue(q): c.queues[q].lane for c in crews for q in served[c.name]}
     admits = Lanes(lanes, engine.admits)
     # one for all crews: what there is room for, and whose turn it is, is the engine's and not a crew's
-    worker = InProcess(meshes, [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]).start()
+    workers = [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]
+    for crew in embeds:
+        workers += embedded(app, crew, [EMBED], suspects=spec["suspects"])
+    worker = InProcess(homes, workers).start()
     for mesh in meshes:
         if mesh.site.tender is not None:
             mesh.site.tender.renew_most_s = CANCELLED_S
     if spec.get("beat") and any(crew.schedules for crew in crews):
         start_beat(app)
     spare_collector()
+    report = Reporting(engine, model=spec["model"], worker=name, in_hand=lambda: _in_hand(meshes), places=concurrency)
+    report.start()
     if ready_fd is not None:
         announce_ready(ready_fd)
     _watch(engine, spec["model"], over)
     worker.stop(grace_s=config.drain_s)
+    report.stop()
     drive(models.close())
     return 0
 
@@ -96,23 +105,15 @@ def _leave(error: Exception) -> None:
     os._exit(AGAIN)  # whatever is in the device's hands cannot be waited for
 
 
+def _in_hand(meshes: list[Mesh]) -> int:
+    return sum(len(mesh.engine.leases) for mesh in meshes)
+
+
 def _watch(engine: Any, model: str, over: threading.Event) -> None:
-    """Until told to stop: leave when the engine hangs, and say how it does."""
-    last, told = engine.gauge, time.monotonic()
+    """Until told to stop: leave when the engine hangs."""
     while not over.wait(LOOK_S):
         if (hung := engine.hung_s) > HUNG_S:
             _leave(TimeoutError(f"the engine of {model!r} has made no step for {hung:.0f} s"))
-        if (took := time.monotonic() - told) >= TELL_S:
-            now, told = engine.gauge, time.monotonic()
-            if now.steps > last.steps:
-                log.info(
-                    "%s: %.1f requests a step, %.0f new tokens/s, %.0f %% of prompts cached, %d of %d pages free", model,
-                    (now.new_tokens - last.new_tokens) / (now.steps - last.steps),
-                    (now.new_tokens - last.new_tokens) / took,
-                    100 * (now.cached_tokens - last.cached_tokens) / max(1, now.prompt_tokens - last.prompt_tokens),
-                    now.free_pages, now.pages,
-                )  # fmt: skip
-            last = now
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.rabbit import DELIVERY_LIMIT, Facts, on_rabbit
 from agentmesh.celery.rabbit import examine as rabbit_facts
 from agentmesh.celery.settings import is_amqp
-from agentmesh.cli.exits import DONE, SURROUNDINGS
+from agentmesh.cli.cards import card_findings, driver, queue_findings, torch_findings
+from agentmesh.cli.finding import Finding, say
 from agentmesh.config import Config, load
+from agentmesh.crew import Crew
 from agentmesh.errors import MeshError
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.models.cache import installed
@@ -35,24 +36,9 @@ EXTRAS = {
 CLASHES = {"agents": "openai-agents", "tools": "a package of that name"}
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing looked at; `mend` only where something is to be done."""
-
-    ok: bool
-    what: str
-    mend: str = ""
-
-
 def examine(crew: str, *, broker: str, file: Path | None) -> int:
     """Print every finding; 0 when nothing needs mending."""
-    findings = list(_findings(crew, broker, file))
-    for finding in findings:
-        print(
-            f"{'ok  ' if finding.ok else 'help'}  {finding.what}"
-            + (f"\n      -> {finding.mend}" if finding.mend else "")
-        )
-    return DONE if all(f.ok for f in findings) else SURROUNDINGS
+    return say(_findings(crew, broker, file))
 
 
 def _findings(crew: str, broker: str, file: Path | None) -> Iterator[Finding]:
@@ -69,8 +55,18 @@ def _findings(crew: str, broker: str, file: Path | None) -> Iterator[Finding]:
         return
     yield from _servers(config)
     yield from _models(config)
+    at = driver()
+    yield from card_findings(at)
+    loaded = None
     if crew:
-        yield from _crew(crew, config)
+        try:
+            loaded = load_crew(crew)
+        except MeshError as e:
+            yield Finding(False, f"crew {crew}", e.message)
+    local = loaded is not None and any(m.startswith("local:") for m in loaded.models(config.model))
+    yield from torch_findings(at, wanted=local)
+    if loaded is not None:
+        yield from _crew(crew, loaded, config)
 
 
 def _packages() -> Iterator[Finding]:
@@ -174,12 +170,12 @@ async def _model_servers(queue: str, fleet: Fleet) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _crew(path: str, config: Config) -> Iterator[Finding]:
+def _crew(path: str, crew: Crew, config: Config) -> Iterator[Finding]:
+    yield Finding(
+        True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.broker_queues())}"
+    )
+    yield from queue_findings(crew)
     try:
-        crew = load_crew(path)
-        yield Finding(
-            True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.broker_queues())}"
-        )
         check_models(crew, config)
         for queue in crew.queues.values():
             if queue.servers is not None:

@@ -2,11 +2,14 @@
 
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from agentmesh.errors import ConfigError
+from agentmesh.report import EngineReport
 
 LOOPBACK = "127.0.0.1"
 
@@ -19,16 +22,52 @@ class Health:
         workers: how many processes are wanted.
         ready: how many of them consume.
         journal: whether its server answers.
+        engines: how the engines of device workers stand.
+        now_s: when, in the machine's monotonic time.
     """
 
     workers: int
     ready: int
     journal: bool
+    engines: Sequence[EngineReport] = ()
+    now_s: float = field(default_factory=time.monotonic)
 
     @property
     def good(self) -> bool:
         """Whether steps can be done here."""
-        return self.journal and self.ready == self.workers
+        return not self.why
+
+    @property
+    def why(self) -> list[str]:
+        """What is not as it should be."""
+        found = [] if self.journal else ["the journal's server does not answer"]
+        if self.ready != self.workers:
+            found.append(f"{self.ready} of {self.workers} workers consume")
+        return found + [ails for engine in self.engines if (ails := engine.ails(self.now_s))]
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What anybody may know."""
+        workers: dict[str, Any] = {"workers": {"wanted": self.workers, "ready": self.ready}, "journal": self.journal}
+        if self.engines:
+            well = sum(not engine.ails(self.now_s) for engine in self.engines)
+            workers["engines"] = {"there": len(self.engines), "well": well}
+        return workers
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """All of it, for an operator."""
+        told = {"ready": self.good, **self.numbers}
+        if self.why:
+            told["why"] = self.why
+        if self.engines:
+            told["engines"] = [_told(e, self.now_s) for e in self.engines]
+        return told
+
+
+def _told(engine: EngineReport, now_s: float) -> dict[str, Any]:
+    told = asdict(engine)
+    return told | {"age_s": round(now_s - told.pop("at_s"), 1), "ails": engine.ails(now_s)}
 
 
 def address(text: str) -> tuple[str, int]:
@@ -88,8 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(200, "application/json", b'{"live": true}')
         elif path in ("/health", "/health/ready"):
             now = self.server.health()
-            body = {"ready": now.good, "workers": {"wanted": now.workers, "ready": now.ready}, "journal": now.journal}
-            self._say(200 if now.good else 503, "application/json", json.dumps(body).encode())
+            self._say(200 if now.good else 503, "application/json", json.dumps(now.told).encode())
         else:
             self._say(404, "text/plain", b"there are /metrics, /health/live and /health/ready\n")
 

@@ -19,7 +19,7 @@ app = typer.Typer(
 runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at runs and speak to them.",
                    epilog="Examples:  agentmesh runs show ID  ·  agentmesh runs approve ID 2  ·  agentmesh runs resume ID")  # fmt: skip
 models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models on this machine.",
-                     epilog="Examples:  agentmesh models pull smollm2  ·  agentmesh models ls")  # fmt: skip
+                     epilog="Examples:  agentmesh models pull smollm2  ·  agentmesh models ls  ·  agentmesh models rm smollm2")  # fmt: skip
 app.add_typer(runs, name="runs")
 app.add_typer(models, name="models")
 app.add_typer(rag, name="rag")
@@ -260,6 +260,17 @@ def models_pull(
     from agentmesh.cli.models import pull_model
 
     raise typer.Exit(pull_model(name))
+
+
+@models.command("rm")
+def models_rm(
+    name: Annotated[str, typer.Argument(help="A name that `models ls` lists, or of a pull that broke off.")],
+    json: Json = False,
+) -> None:
+    """Remove a model and what a broken-off pull left of it; a process that has loaded it goes on with what it has."""
+    from agentmesh.cli.models import remove_model
+
+    raise typer.Exit(remove_model(name, as_json=json))
 
 
 @models.command("ls")

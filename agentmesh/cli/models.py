@@ -1,4 +1,4 @@
-"""`agentmesh models`: fetching models into the cache, with progress."""
+"""`agentmesh models`: fetching models into the cache, with progress; what is there; taking them out."""
 
 import json
 
@@ -28,6 +28,15 @@ def pull_model(name: str) -> int:
 
         folder = pull(name, progress=progress)
     print(f"{name}: {folder}")
+    return 0
+
+
+def remove_model(name: str, *, as_json: bool) -> int:
+    """Take one model out of the cache."""
+    from agentmesh.models.remove import remove  # what it knows of pip takes a while to load
+
+    freed = remove(name)
+    print(json.dumps({"name": name, "bytes": freed}) if as_json else f"{name}: removed, {freed / 1e6:.0f} MB")
     return 0
 
 

@@ -27,27 +27,35 @@ Mode = Annotated[str, typer.Option(help="hybrid, dense or text.")]
 Where = Annotated[str, typer.Option(help='A filter as JSON, such as \'{"year": {"$gte": 2024}}\'.', metavar="JSON")]
 Broker = Annotated[str, typer.Option(help="Celery broker URL; left out, an embedded Valkey is used.", metavar="URL")]
 Id = Annotated[str, typer.Option(help="The run's id; the same id takes up the run that is there.")]
+Queues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--queue",
+        help="Which of index, parse and embed this command's own workers serve; all when left out.",
+        metavar="NAME",
+    ),
+]
 K = Annotated[int, typer.Option("-k", help="How many passages.")]
 
 
 @rag.command("add", epilog="Examples:  agentmesh rag add docs/  ·  agentmesh rag add a.pdf notes/ --meta year=2026")
 def rag_add(
     paths: Paths, store: Store = None, embed: Embed = "", glob: Glob = "", label: Label = "", size: Size = 1000,
-    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", id: Id = "", json: Json = False,
+    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", queue: Queues = None, id: Id = "", json: Json = False,
 ) -> None:  # fmt: skip
     """Index what is new or changed. Ctrl-C leaves the run resumable."""
     from agentmesh.cli.adding import add_documents
 
     raise typer.Exit(add_documents(
         paths, store=store, embed=embed, glob=glob, label=label, size=size, overlap=overlap, meta=meta or [],
-        broker=broker, run_id=id, as_json=json, file=State.config,
+        broker=broker, queues=queue or [], run_id=id, as_json=json, file=State.config,
     ))  # fmt: skip
 
 
 @rag.command("sync", epilog="Examples:  agentmesh rag sync docs/  ·  agentmesh rag sync docs/ --force")
 def rag_sync(
     paths: Paths, store: Store = None, embed: Embed = "", glob: Glob = "", label: Label = "", size: Size = 1000,
-    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", id: Id = "", json: Json = False,
+    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", queue: Queues = None, id: Id = "", json: Json = False,
     force: Annotated[bool, typer.Option("--force", help="Also when more than half vanished.")] = False,
 ) -> None:  # fmt: skip
     """`add`, and what vanished from these folders leaves the store."""
@@ -55,7 +63,7 @@ def rag_sync(
 
     raise typer.Exit(add_documents(
         paths, store=store, embed=embed, glob=glob, label=label, size=size, overlap=overlap, meta=meta or [],
-        broker=broker, run_id=id, as_json=json, file=State.config, sync=True, force=force,
+        broker=broker, queues=queue or [], run_id=id, as_json=json, file=State.config, sync=True, force=force,
     ))  # fmt: skip
 
 

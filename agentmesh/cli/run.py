@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import SPEC_IN, specs_of
+from agentmesh.cli.embedding import taken_by
 from agentmesh.cli.exits import DONE, FAILED, INTERRUPTED, WAITING, exit_code, say_error
 from agentmesh.cli.place import Place
 from agentmesh.cli.show import View, answer, make_view
@@ -117,19 +118,20 @@ def _crew_file(found: Place, run_id: str, verb: str) -> str:
 
 def see_through(
     run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool, view: View | None = None,
-    say: Callable[..., int | None] = answer,
+    say: Callable[..., int | None] = answer, queues: Sequence[str] = (),
 ) -> int:  # fmt: skip
     """A worker of our own under supervision, and the view, until the run ends or waits for a person.
 
     Args:
         say: what is done with the run's value; it may answer the exit code.
+        queues: those that our worker serves; all when left out.
     """
     quiet = sys.stderr.isatty() and not as_json
-    commands = specs_of(config, {path: mesh.crew}, suspects="elsewhere")
+    commands = specs_of(config, {path: mesh.crew}, queues=queues, suspects="elsewhere")
     drain_s = DRAIN_S if len(commands) == 1 else 2 * DRAIN_S
     supervisor = Supervisor(
-        commands, spares=spares_of(config, {path: mesh.crew}), drain_s=drain_s,
-        on_death=giver_back(config, mesh.crew.broker_queues()), output=subprocess.DEVNULL if quiet else STDERR,
+        commands, spares=spares_of(config, {path: mesh.crew}, queues=queues), drain_s=drain_s,
+        on_death=giver_back(config, taken_by([mesh.crew])), output=subprocess.DEVNULL if quiet else STDERR,
     )  # fmt: skip
     supervisor.start()
     view = view or make_view(as_json=as_json)
@@ -223,7 +225,7 @@ def keep_worker(spec: dict[str, Any]) -> int:
         mesh = Mesh(crew, config=config, models=Models())
         supervisor = Supervisor(
             specs_of(config, {spec["crew"]: crew}, suspects="elsewhere"), drain_s=config.drain_s,
-            spares=spares_of(config, {spec["crew"]: crew}), on_death=giver_back(config, crew.broker_queues()),
+            spares=spares_of(config, {spec["crew"]: crew}), on_death=giver_back(config, taken_by([crew])),
         )  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
         supervisor.start()

@@ -12,15 +12,17 @@ from typing import Any
 from agentmesh.boot import check_models, listener, load_crew, place
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli.child import specs_of
+from agentmesh.cli.embedding import taken_by
 from agentmesh.cli.endpoint import Health
 from agentmesh.cli.exits import DONE, INTERRUPTED
 from agentmesh.cli.run import origin_of
 from agentmesh.cli.spares import spares_of
-from agentmesh.cli.worker import answers, giver_back, where
+from agentmesh.cli.worker import answers, folder, giver_back, where
 from agentmesh.config import Config, load
 from agentmesh.crew import Crew
 from agentmesh.mesh import Mesh
 from agentmesh.models.named import Models
+from agentmesh.report import REPORTS_IN, reports_in
 
 HURRY_S = 2.0  # what Ctrl-C lets workers have for what they do; SIGTERM gives them `drain_s`
 
@@ -42,12 +44,14 @@ def serve_crew(
         mesh = Mesh(crew, config=config, models=Models())
         mesh.check()
         stack.callback(mesh.close)
-        supervisor = _workers(config, path, crew, processes) if processes else None
+        reports = stack.enter_context(folder()) if processes else ""
+        supervisor = _workers(config, path, crew, processes, reports) if processes else None
 
         def health() -> tuple[bool, dict[str, Any]]:
             wanted, ready = supervisor.health if supervisor is not None else (0, 0)
-            now = Health(wanted, ready, journal=answers(mesh.journal))
-            return now.good, {"workers": {"wanted": wanted, "ready": ready}, "journal": now.journal}
+            engines = reports_in(reports, supervisor.names) if supervisor is not None else ()
+            now = Health(wanted, ready, journal=answers(mesh.journal), engines=engines)
+            return now.good, now.numbers
 
         models = crew.models(config.model)
         key = f"key from {key_env}" if at.key else "no key, for this machine alone"
@@ -73,10 +77,11 @@ def _embedders(names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _workers(config: Config, path: str, crew: Crew, processes: int) -> Supervisor:
+def _workers(config: Config, path: str, crew: Crew, processes: int, reports: str) -> Supervisor:
     supervisor = Supervisor(
         specs_of(config, {path: crew}, processes=processes, suspects="elsewhere"), drain_s=config.drain_s,
-        spares=spares_of(config, {path: crew}), on_death=giver_back(config, crew.broker_queues()),
+        spares=spares_of(config, {path: crew}), on_death=giver_back(config, taken_by([crew])),
+        env={REPORTS_IN: reports},
     )  # fmt: skip
     supervisor.start()
     return supervisor

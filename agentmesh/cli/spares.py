@@ -8,6 +8,7 @@ from typing import Literal
 from agentmesh.boot import open_journal
 from agentmesh.celery.seat import Command
 from agentmesh.cli.child import spec_of
+from agentmesh.cli.embedding import EMBED, RAG, embed_queues
 from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.errors import MeshError
@@ -66,4 +67,10 @@ def spares_of(
                 concurrency=1 if pool == "prefork" else concurrency,
             )  # fmt: skip
             spares.append(SuspectsWorker(command, beside, lambda: open_journal(config)[1]))
+    if embedded := embed_queues(crews.values(), queues, suspects="only"):
+        command = spec_of(
+            config, crews=[RAG], queues=[EMBED], log=log, events=events, suspects="only", concurrency=0,
+            env={"CUDA_VISIBLE_DEVICES": ""},  # on the CPU: the device's memory is given out
+        )  # fmt: skip
+        spares.append(SuspectsWorker(command, embedded, lambda: open_journal(config)[1]))
     return spares

@@ -15,6 +15,7 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import specs_of
+from agentmesh.cli.embedding import taken_by
 from agentmesh.cli.endpoint import Endpoint, Health, address
 from agentmesh.cli.spares import spares_of
 from agentmesh.config import Config, load
@@ -22,6 +23,7 @@ from agentmesh.errors import ConfigError, MeshError, ServiceDown
 from agentmesh.journal import Journal
 from agentmesh.logs import Form, set_up
 from agentmesh.ports import Counts
+from agentmesh.report import REPORTS_IN, EngineReport, reports_in
 
 AGAIN_S = 0.2
 STOPPED = -15  # killed by our own SIGTERM before it could answer it
@@ -66,7 +68,7 @@ def run_workers(
     set_up(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
     loaded = {path: load_crew(path) for path in crews}  # what is wrong with a file is said once, here
-    served = [q for crew in loaded.values() for q in crew.broker_queues(queues)]
+    served = taken_by(loaded.values(), queues)
     config, valkey = place(config)
     at_place = where(config, valkey)
     commands = specs_of(
@@ -77,12 +79,12 @@ def run_workers(
     with ExitStack() as stack:
         if valkey is not None:
             stack.callback(valkey.leave)
-        counts_in = stack.enter_context(_folder()) if metrics else ""
+        counts_in = stack.enter_context(folder()) if metrics else ""
         supervisor = Supervisor(
             commands, spares=spares, on_death=giver_back(config, served), drain_s=config.drain_s + 2,
-            env={COUNTS_IN: counts_in} if metrics else {},
+            env={COUNTS_IN: counts_in, REPORTS_IN: counts_in} if metrics else {},
         )  # fmt: skip
-        at = _serve(stack, metrics, config, supervisor, counts_in) if metrics else ""
+        at = serve_metrics(stack, metrics, config, supervisor, counts_in) if metrics else ""
         hands = f"{processes} × {concurrency or 'as declared'}"
         print(f"crews {', '.join(c.name for c in loaded.values())} · queues {', '.join(served)} · {hands} "
               f"· {at_place} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{at}", flush=True)  # fmt: skip
@@ -105,12 +107,17 @@ def _form(log: str) -> Form | Literal[""]:
     return cast("Form", log)
 
 
-def _folder() -> "tempfile.TemporaryDirectory[str]":
+def folder() -> "tempfile.TemporaryDirectory[str]":
+    """Where worker processes count and report, while their supervisor lives."""
     return tempfile.TemporaryDirectory(prefix="agentmesh-metrics-", ignore_cleanup_errors=True)
 
 
-def _serve(stack: ExitStack, metrics: str, config: Config, supervisor: Supervisor, counts_in: str) -> str:
-    """The endpoint for as long as the stack lives; what to print about it."""
+def serve_metrics(stack: ExitStack, metrics: str, config: Config, supervisor: Supervisor, counts_in: str) -> str:
+    """The endpoint for as long as the stack lives; what to print about it.
+
+    Args:
+        counts_in: the folder that the workers count and report in.
+    """
     _, journal, valkey = open_journal(config)
     if valkey is not None:
         stack.callback(valkey.leave)
@@ -119,11 +126,14 @@ def _serve(stack: ExitStack, metrics: str, config: Config, supervisor: Superviso
     def counts() -> Counts | None:
         return drive(_counts(journal))
 
+    def engines() -> list[EngineReport]:
+        return reports_in(counts_in, supervisor.names)
+
     def health() -> Health:
-        return Health(*supervisor.health, journal=counts() is not None)
+        return Health(*supervisor.health, journal=counts() is not None, engines=engines())
 
     host, port = address(metrics)
-    page = metrics_page(counts_in, counts, lambda: supervisor.health)
+    page = metrics_page(counts_in, counts, lambda: supervisor.health, engines)
     endpoint = Endpoint((host, port), page=page, health=health)
     stack.callback(endpoint.close)
     return f" · metrics http://{host}:{endpoint.port}/metrics"

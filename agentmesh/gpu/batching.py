@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api
 
-from agentmesh.gpu.attention import NAME, register
+from agentmesh.gpu.kernels import choose
 from agentmesh.gpu.request import Gauge, Room
 from agentmesh.gpu.sampling import Sampler
+from agentmesh.gpu.turns import turn_of
 
 logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # what it tells, the engine tells in its words
 
@@ -38,6 +40,7 @@ class Shape:
         memory: the part of the device's free memory that the cache may take, in (0, 1].
         batch_tokens: new tokens of one step, prompts' and answers' together.
         batch_requests: requests of one step.
+        attention: by transformers' name, for comparisons; "" is the best one that passes its trial.
     """
 
     pages: int = 0
@@ -45,6 +48,7 @@ class Shape:
     batch_tokens: int = 0
     batch_requests: int = 0
     memory: float = 0.85
+    attention: str = ""
 
 
 class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has other types than it declares
@@ -55,17 +59,19 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         self.shape = _chosen(model, shape)
         self.stepped_s = time.monotonic()
         self.idle = True
+        self._turn, self._held = turn_of(str(model.device)), contextlib.ExitStack()
         on_cpu = model.device.type == "cpu"
+        self.attention, pages = choose(model, self.shape.page_tokens, shape.attention)
         config = ContinuousBatchingConfig(
             page_size=self.shape.page_tokens,
             num_blocks=self.shape.pages or None,
             max_batch_tokens=self.shape.batch_tokens,
             max_requests_per_batch=self.shape.batch_requests,
-            max_memory_percent=0.9 if on_cpu else shape.memory,
+            max_memory_percent=0.9 if on_cpu else _share(model.device, shape.memory, self._turn.reserved_bytes),
             use_async_batching=False,  # the sampler looks at what was said before it says what may come next
             use_cuda_graph=False,
             auto_switch_to_flash=False,  # it would look for kernels on a hub
-            max_blocks_per_request=None if "flash" in str(model.config._attn_implementation) else 0,
+            max_blocks_per_request=None if pages else 0,
         )
         # -1: the end tokens are each request's own
         plain = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)  # type: ignore[no-untyped-call]
@@ -73,17 +79,12 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         self.logit_processor = sampler
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """On a CPU our own attention; elsewhere what the model was loaded with."""
-        if model.device.type != "cpu":
-            super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
-        elif model.config._attn_implementation != NAME:
-            register()
-            self._original_attn_impl = model.config._attn_implementation
-            model.set_attn_implementation(NAME)
+        """It is chosen already."""
 
     def start(self) -> None:
         """Begin; a daemon, so that a forgotten engine does not keep its process alive."""
         self.background_thread_status.clear()
+        self._turn.engines.add(self)
         self._generation_thread = threading.Thread(
             target=self._run_generation_loop, kwargs={"use_inference_mode": True}, daemon=True, name="agentmesh-engine"
         )
@@ -110,6 +111,11 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
     def error(self) -> Exception:
         """What the loop died of."""
         return self.background_thread_status.fatal_error or RuntimeError("the loop ended")
+
+    @property
+    def held_s(self) -> float:
+        """For how long whoever has the device's turn has had it."""
+        return self._turn.held_s
 
     def outputs(self, timeout_s: float) -> list[Any]:
         """What was said since the last call; waits for something."""
@@ -143,13 +149,27 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         self.background_thread_status.request_stop(continuous_api.BackgroundThreadStatus.HARD_STOP, 0)
         self._wake_up_loop.set()
         self._generation_thread.join(STOP_S)
+        self._turn.engines.discard(self)
         self.batch_processor = None
+        error: BaseException | None = self.background_thread_status.fatal_error
+        while error is not None:  # its frames hold the old cache, and a GPU has no room for another beside it
+            error.__traceback__, error = None, error.__context__
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
-        goes_on = bool(super()._generation_loop_body(batch_processor, bootstrapping))
+        with contextlib.ExitStack() as self._held:
+            goes_on = bool(super()._generation_loop_body(batch_processor, bootstrapping))
         self.stepped_s = time.monotonic()
         self.idle = not batch_processor.has_pending_requests() and self.input_queue.empty()
         return goes_on
+
+    def _generation_step(self) -> None:
+        # from here until the tokens are on the host; what was prepared before went on beside an encoder's batch
+        self._held.enter_context(self._turn.step())
+        processor: Any = self.batch_processor
+        if (stream := processor.inputs_and_outputs.compute_stream) is not None:
+            # the library writes the inputs on another stream, and would not wait for the last of them
+            stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        super()._generation_step()
 
 
 def _free_pages(cache: Any) -> int:
@@ -159,6 +179,23 @@ def _free_pages(cache: Any) -> int:
         free += cache.pool.count_free_blocks(allocator.index) + len(allocator.ledger.cached_blocks)
     per_sector = min(allocator.blocks_per_sector for allocator in cache.cache_allocators.values())
     return int(free + cache.pool.num_free_sectors * per_sector)
+
+
+def _share(device: Any, memory: float, reserved_bytes: int) -> float:
+    """The part of a GPU's free memory that the cache may take, when an encoder's batch needs so much of it.
+
+    Raises:
+        MemoryError: nothing would be left.
+    """
+    if not reserved_bytes:
+        return memory
+    torch.cuda.empty_cache()  # as the library does before it counts
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if free_bytes <= reserved_bytes:
+        raise MemoryError(
+            f"{free_bytes / GIB:.1f} GiB are free, and the encoder needs {reserved_bytes / GIB:.1f} of them"
+        )
+    return memory * (1 - reserved_bytes / free_bytes)
 
 
 def _chosen(model: Any, shape: Shape) -> Shape:

@@ -19,6 +19,7 @@ import torch
 
 from agentmesh.errors import GpuOutOfMemory, ModelError
 from agentmesh.gpu.batching import Batching, Shape
+from agentmesh.gpu.memory import Memory, memory_of
 from agentmesh.gpu.request import Done, EngineDown, Gauge, Request, Room
 from agentmesh.gpu.sampling import Sampler
 
@@ -52,14 +53,17 @@ class Engine:
         model: a causal language model of transformers, loaded and on its device.
         hopeless: called once with the reason when the engine cannot go on: a CUDA error, or no memory even for small
             batches. What is in hand then fails with EngineDown.
+        batching: makes the loop; `testing.slots` has one without a model.
 
     Raises:
         MemoryError, ValueError: the device has no room for a cache of this shape.
     """
 
     def __init__(
-        self, model: Any, shape: Shape | None = None, *, hopeless: Callable[[Exception], None] | None = None
-    ) -> None:
+        self, model: Any, shape: Shape | None = None, *, hopeless: Callable[[Exception], None] | None = None,
+        batching: Callable[[Any, Shape, Sampler], Any] = Batching,
+    ) -> None:  # fmt: skip
+        self._make_batching = batching
         self._model, self._shape, self._hopeless = model, shape or Shape(), hopeless
         self._names = itertools.count()
         self._lock = threading.RLock()
@@ -69,10 +73,11 @@ class Engine:
         self._deaths = self._halved = 0
         self._need_tokens = FIRST_NEED_TOKENS  # prompt, without what was cached, and answer
         self._since_s = time.monotonic()  # since when there has been work without a break
+        self._made_anew_s = 0.0  # since when a dead loop is being made anew, while it is
         self._down: Exception | None = None
         self._closed = False
         self._sampler = Sampler()
-        self._batching = Batching(model, self._shape, self._sampler)
+        self._batching: Batching = batching(model, self._shape, self._sampler)
         self._batching.start()
         self.room: Room = self._batching.room()
         self._dispatcher = threading.Thread(target=self._dispatch, daemon=True, name="agentmesh-dispatcher")
@@ -110,7 +115,18 @@ class Engine:
         with self._lock:
             gauge = self._batching.gauge(self._deaths)
             waiting = gauge.waiting + len(self._parked) + sum(map(len, self._apart))
-            return replace(gauge, waiting=waiting, idle=not (self._flights or self._parked or self._apart))
+            idle, most = not (self._flights or self._parked or self._apart), self._batching.shape.batch_tokens
+            return replace(gauge, waiting=waiting, idle=idle, batch_tokens=most)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the machine's processor."""
+        return bool(self._model.device.type == "cpu")
+
+    @property
+    def memory(self) -> Memory:
+        """What its device holds."""
+        return memory_of(self._model.device)
 
     def admits(self, in_hand: int) -> int:
         """How many more requests there is room for; one always, where there are none.
@@ -125,9 +141,11 @@ class Engine:
 
     @property
     def hung_s(self) -> float:
-        """For how long it has had work and not made a step."""
-        gauge = self.gauge
-        return 0.0 if gauge.idle else time.monotonic() - max(gauge.stepped_s, self._since_s)
+        """For how long it has had work and made no step, or its device has been in the hands of one batch of an encoder."""
+        now_s, busy = time.monotonic(), bool(self._flights or self._parked or self._apart)
+        since_s = max(self._batching.stepped_s, self._since_s) if busy else now_s
+        # without the lock: whoever makes the loop anew has it, and may hang there
+        return max(self._batching.held_s, now_s - min(since_s, self._made_anew_s or now_s))
 
     @property
     def alive(self) -> bool:
@@ -251,14 +269,17 @@ class Engine:
                 culprit = victims[0]
             else:
                 self._apart.extendleft(reversed(_groups(victims)))
+            self._made_anew_s = time.monotonic()
             try:
                 self._batching.end()
-                self._batching = Batching(self._model, self._shape, self._sampler)
+                self._batching = self._make_batching(self._model, self._shape, self._sampler)
                 self._batching.start()
                 self.room = self._batching.room()
             except Exception as e:
                 self._give_up(e, victims)
                 return
+            finally:
+                self._made_anew_s = 0.0
             self._next_group()
         if culprit is not None:
             kind = GpuOutOfMemory if no_memory else ModelError
@@ -269,7 +290,7 @@ class Engine:
             ))  # fmt: skip
 
     def _give_up(self, error: Exception, victims: list[_Flight]) -> None:
-        self._down = error
+        self._down = error.with_traceback(None)  # its frames would hold the cache
         log.error("the engine cannot go on: %s: %s", type(error).__name__, error)
         if (
             self._hopeless is not None

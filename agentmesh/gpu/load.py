@@ -62,16 +62,11 @@ def load(
             )
         except Exception as e:  # a damaged file raises whatever its reader raises
             raise ConfigError(
-                f"local model {name!r} cannot be loaded ({type(e).__name__}: {e}); delete the folder {str(folder)!r}, "
-                f"then agentmesh models pull {name}"
+                f"local model {name!r} of {str(folder)!r} cannot be loaded ({type(e).__name__}: {e}); "
+                f"agentmesh models rm {name}, then agentmesh models pull {name}"
             ) from None
     if not tokenizer.chat_template:
         raise ConfigError(f"model {name!r} has no chat template: choose one that was trained to chat (-Instruct)")
-    if _odd_attention(model):
-        raise ConfigError(
-            f"model {name!r} caps its attention scores or has attention sinks, which the engine does not do; choose another, "
-            "or a server that does, as `openai:NAME` with OPENAI_BASE_URL"
-        )
     model = model.to(device).eval()
     engine = Engine(model, shape, hopeless=hopeless)
     given = model.generation_config.eos_token_id
@@ -80,13 +75,6 @@ def load(
         engine, tokenizer, Grammars(tokenizer, engine.room.vocabulary, ends), frozenset(ends), engine.room.context_tokens,
         _takes_system(tokenizer),
     )  # fmt: skip
-
-
-def _odd_attention(model: Any) -> bool:
-    config = model.config.get_text_config()
-    return getattr(config, "attn_logit_softcapping", None) is not None or any(
-        name.endswith(".sinks") for name, _ in model.named_parameters()
-    )
 
 
 def _takes_system(tokenizer: Any) -> bool:

@@ -121,6 +121,7 @@ class Gauge:
         stepped_s: `time.monotonic()` of the last step, or of the last time it found nothing to do.
         idle: nothing is in hand.
         deaths: how often the loop ended by an error.
+        batch_tokens: new tokens of one step at most, as they are now.
     """
 
     running: int = 0
@@ -135,3 +136,4 @@ class Gauge:
     stepped_s: float = 0.0
     idle: bool = True
     deaths: int = 0
+    batch_tokens: int = 0

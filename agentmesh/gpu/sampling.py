@@ -1,18 +1,16 @@
-"""The next token of each request in a batch: grammar, temperature, top-k and top-p, then noise that follows from a seed.
+"""The next token of each request in a batch: what its grammar allows, then the likeliest, or a draw (see `drawing`).
 
-The library takes the largest score. Where a request is to be drawn, noise of Gumbel's distribution is added to its
-scores first: the largest is then a draw from their softmax, for this request alone, whoever else is in the batch.
-
-Source: Gumbel-max, https://arxiv.org/abs/1611.00712 (section 3.1)
+The library takes the largest score. Where a request is drawn, the token that was drawn is given the largest.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
+from agentmesh.gpu.drawing import Wish, draw
 from agentmesh.gpu.request import Gauge, Request
 
 
@@ -25,29 +23,6 @@ class _Row:
     cached: int | None = None
     batch: int = 0
     logprobs: list[float] = field(default_factory=list)
-
-
-def noise(seed: int, place: int, size: int, device: torch.device) -> torch.Tensor:
-    """Gumbel noise for one place of one answer; the same wherever and with whom it is computed on this kind of device.
-
-    Returns:
-        float32 (size,).
-    """
-    key = int.from_bytes(hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest()[:7])
-    draws = torch.Generator(device).manual_seed(key)
-    return torch.empty(size, device=device).exponential_(generator=draws).clamp_min_(1e-30).log_().neg_()
-
-
-def narrowed(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """The scores (v,) with all but the likeliest at -inf."""
-    if 0 < top_k < scores.shape[0]:
-        scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -math.inf)
-    if top_p < 1.0:
-        ordered, order = scores.sort(descending=True)
-        shares = ordered.softmax(0)
-        beyond = shares.cumsum(0) - shares >= top_p  # what comes before it already makes up top_p
-        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(0, order, beyond), -math.inf)
-    return scores
 
 
 class Sampler:
@@ -111,28 +86,36 @@ class Sampler:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
         """The scores (n, v), changed so that the largest of each row is its next token."""
-        for i, (row, state) in enumerate(self._batch):
-            request = row.request
-            if request.constraint is None and request.temperature <= 0 and not request.logprobs:
-                continue
-            before = len(request.tokens)
-            said = state.initial_tokens[before:] + state.generated_tokens  # an evicted request has some in its prompt
-            plain, changed = scores[i], scores[i]
-            if request.constraint is not None:
-                changed = self._constrained(row, said, changed)
-            if request.temperature > 0:
-                changed = narrowed(changed / request.temperature, request.top_k, request.top_p)
-                changed = changed + noise(request.seed, len(said), changed.shape[0], changed.device)
-            if request.logprobs:
-                del row.logprobs[len(said) :]
-                row.logprobs.append(float(plain.log_softmax(0)[changed.argmax()]))
-            scores[i] = changed
+        said = [  # an evicted request has some of it in its prompt
+            state.initial_tokens[len(row.request.tokens) :] + state.generated_tokens for row, state in self._batch
+        ]
+        asked = [(i, row, row.request) for i, (row, _) in enumerate(self._batch)]
+        told = [i for i, _, request in asked if request.logprobs]
+        plain = scores[told].float().log_softmax(1) if told else scores[:0]  # (told, v)
+        self._constrain(scores, [(i, row, said[i]) for i, row, request in asked if request.constraint is not None])
+        if drawn := [i for i, _, request in asked if request.temperature > 0]:
+            wishes = [_wish(self._batch[i][0].request, len(said[i])) for i in drawn]
+            scores[drawn] = scores[drawn].scatter(1, draw(scores[drawn], wishes)[:, None], math.inf)
+        if told:
+            logprobs = plain.gather(1, scores[told].argmax(1, keepdim=True))[:, 0].tolist()
+            for i, logprob in zip(told, logprobs, strict=True):
+                row = self._batch[i][0]
+                row.logprobs[len(said[i]) :] = [logprob]
         return scores
 
-    def _constrained(self, row: _Row, said: list[int], scores: torch.Tensor) -> torch.Tensor:
-        row.request.constraint.take(said[row.seen :])
-        row.seen = len(said)
-        allowed = row.request.constraint.allowed(scores.shape[0])
-        if allowed is None:
-            return scores
-        return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), -math.inf)
+    def _constrain(self, scores: torch.Tensor, asked: list[tuple[int, _Row, list[int]]]) -> None:
+        rows, allowed = [], []
+        for i, row, said in asked:
+            row.request.constraint.take(said[row.seen :])
+            row.seen = len(said)
+            may_come = row.request.constraint.allowed(scores.shape[1])
+            if may_come is not None:
+                rows.append(i)
+                allowed.append(may_come)
+        if rows:
+            forbidden = torch.from_numpy(~np.stack(allowed)).to(scores.device)  # (rows, v)
+            scores[rows] = scores[rows].masked_fill(forbidden, -math.inf)
+
+
+def _wish(request: Request, place: int) -> Wish:
+    return Wish(request.temperature, request.top_k, request.top_p, request.seed, place)

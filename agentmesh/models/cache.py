@@ -59,10 +59,18 @@ def installed() -> list[Installed]:
     """Every model of the cache, by name."""
     found = []
     for origin in sorted((cache_folder() / "models").glob(f"[!.]*/{ORIGIN}")):  # a dot: still being built
-        told = json.loads(origin.read_text())
-        size = sum(f.stat().st_size for f in origin.parent.iterdir() if f.is_file())
-        found.append(Installed(told["name"], origin.parent, size, told["source"]))
+        with contextlib.suppress(FileNotFoundError):  # somebody removes it now
+            told = json.loads(origin.read_text())
+            size = sum(f.stat().st_size for f in origin.parent.rglob("*") if f.is_file())
+            found.append(Installed(told["name"], origin.parent, size, told["source"]))
     return found
+
+
+def unfinished(name: str) -> list[Path]:
+    """What killed processes left of this model where models are: to be removed by whoever holds it (see `holding`)."""
+    target = model_folder(name)
+    own = re.compile(rf"\.{re.escape(target.name)}-[a-z0-9_]{{8}}")  # as tempfile makes them
+    return [f for f in target.parent.glob(f".{target.name}-*") if own.fullmatch(f.name)]
 
 
 @contextlib.contextmanager
@@ -83,9 +91,8 @@ def building(name: str, source: str, *, sha256: Mapping[str, str] | None = None)
         (folder / ORIGIN).write_text(
             json.dumps({"name": name, "source": source, "at": at, "sha256": dict(sha256 or {})})
         )
-        for file in folder.iterdir():
+        for file in (*folder.rglob("*"), folder):
             _sync(file)
-        _sync(folder)
         _put(folder, target)
         _sync(target.parent)
     finally:

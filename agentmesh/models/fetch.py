@@ -1,6 +1,7 @@
 """One file over HTTP onto the disk: resumed where it broke off, checked against its sha256. Standard library only."""
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import os
@@ -9,7 +10,7 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +20,57 @@ from agentmesh.models.cache import cache_folder
 Progress = Callable[[str, int, int], None]
 BLOCK_BYTES = 1 << 20
 TIMEOUT_S = 60.0
-RANGE_IS_OVER, PARTIAL, SERVER_ERROR = 416, 206, 500
+RANGE_IS_OVER, PARTIAL, SERVER_ERROR, TOO_MANY, DENIED = 416, 206, 500, 429, (401, 403)
 
 
-def fetch(url: str, target: Path, *, sha256: str = "", progress: Progress | None = None) -> str:
+class Denied(ConfigError):
+    """The server does not know who asks (`code` 401), or does not let them (403)."""
+
+    fields = ("code",)
+    code: int
+
+
+def fetch(
+    url: str, target: Path, *, sha256: str = "", blob: str = "", token: str = "", progress: Progress | None = None
+) -> str:
     """The sha256 of the file now at `target`; it comes there in one rename, and a broken-off part is gone on with.
 
     Args:
         sha256: what it must be; empty when nobody knows.
+        blob: what git calls its content; empty when nobody knows.
+        token: shown to this server, and to none that it sends us on to.
         progress: told the file's name, bytes so far and bytes in all (0: not known).
 
     Raises:
         ServiceDown: nobody answers, or the download broke off.
+        Denied: not with this token.
         ConfigError: the server has no such file, it is not the one expected, or the disk has no room.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     for again in (True, False):
-        resumed = _append(url, part, progress)
-        found = sha256_of(part)
-        if not sha256 or found == sha256:
+        resumed = _append(url, part, token, progress)
+        found, is_blob = sha256_of(part), not blob or _blob_of(part) == blob
+        if is_blob and sha256 in ("", found):
             part.replace(target)
             return found
         part.unlink()
         if not (resumed and again):  # else the old part may have been of another file: once more from its beginning
+            wanted = f"{sha256[:12]}…" if sha256 else f"git's name {blob[:12]}…"
             raise ConfigError(
-                f"{target.name} has sha256 {found[:12]}… and should have {sha256[:12]}…: "
+                f"{target.name} has sha256 {found[:12]}… and should have {wanted}: "
                 "it was changed or cut on the way; pull it again"
             )
     raise AssertionError("unreachable")
 
 
-def read(url: str, *, accept: str = "application/json") -> bytes:
+def read(url: str, *, accept: str = "application/json", token: str = "") -> bytes:
     """A small document whole.
 
     Raises:
         ServiceDown, ConfigError: as `fetch`.
     """
-    with _open(url, {"Accept": accept}) as response:
+    with _open(url, {"Accept": accept}, token=token) as response:
         try:
             content: bytes = response.read()
         except (OSError, http.client.HTTPException) as e:
@@ -70,15 +84,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _blob_of(path: Path) -> str:
+    """What git calls this content, in hex."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    digest.update(path.read_bytes())  # the large ones have a sha256
+    return digest.hexdigest()
+
+
 def shown(url: str) -> str:
     """An address without the password that it may hold."""
     return _split(url)[0]
 
 
-def _append(url: str, part: Path, progress: Progress | None) -> bool:
+def _append(url: str, part: Path, token: str, progress: Progress | None) -> bool:
     """Bring `part` to its full length; answers whether an earlier beginning was gone on with."""
     done = part.stat().st_size if part.is_file() else 0
-    response = _open(url, {"Range": f"bytes={done}-"} if done else {}, over=done > 0)
+    response = _open(url, {"Range": f"bytes={done}-"} if done else {}, token=token, over=done > 0)
     if response is None:  # nothing comes after what is here
         return True
     with response:
@@ -86,8 +107,8 @@ def _append(url: str, part: Path, progress: Progress | None) -> bool:
             done = 0
         resumed, length = done > 0, response.headers.get("Content-Length")
         total = done + int(length) if length else 0
-        _need_room(part, total - done)
-        with part.open("ab" if done else "wb") as out:
+        need_room(part, total - done)
+        with _writable(part), part.open("ab" if done else "wb") as out:
             while block := _block(response, url):
                 out.write(block)
                 done += len(block)
@@ -108,7 +129,22 @@ def _block(response: Any, url: str) -> bytes:
     return block
 
 
-def _need_room(part: Path, bytes_: int) -> None:
+@contextlib.contextmanager
+def _writable(part: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:  # what the network does is told as ServiceDown
+        raise ConfigError(
+            f"{str(part)!r} cannot be written ({e.strerror}): make room, then pull again to go on there"
+        ) from None
+
+
+def need_room(part: Path, bytes_: int) -> None:
+    """Whether so much more has room where `part` is, or will be.
+
+    Raises:
+        ConfigError: it has not.
+    """
     free = shutil.disk_usage(part.parent).free
     if bytes_ > free:
         raise ConfigError(
@@ -117,20 +153,24 @@ def _need_room(part: Path, bytes_: int) -> None:
         )
 
 
-def _open(url: str, headers: dict[str, str], *, over: bool = False) -> Any:
+def _open(url: str, headers: dict[str, str], *, token: str = "", over: bool = False) -> Any:
     """The response; None for "nothing after that byte" where `over` allows it."""
     address, login = _split(url)
     request = urllib.request.Request(address, headers={"User-Agent": "agentmesh", **headers})
     if login:
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+    elif token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         return urllib.request.urlopen(request, timeout=TIMEOUT_S, context=_trust())
     except urllib.error.HTTPError as e:
         e.close()
         if over and e.code == RANGE_IS_OVER:
             return None
-        if e.code >= SERVER_ERROR:
+        if e.code >= SERVER_ERROR or e.code == TOO_MANY:
             raise ServiceDown(f"{address} answered {e.code}; try again later") from None
+        if e.code in DENIED:
+            raise Denied(f"{address} answered {e.code}: is it open to everybody?", code=e.code) from None
         raise ConfigError(f"{address} answered {e.code}: is the name right, and is it open to everybody?") from None
     except (OSError, http.client.HTTPException, ValueError) as e:
         raise ServiceDown(

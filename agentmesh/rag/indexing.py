@@ -6,6 +6,7 @@ import numpy as np
 
 from agentmesh.errors import EmbedderError, MeshError, StoreDamaged, StoreError, StoreFull
 from agentmesh.ports import RetryLater
+from agentmesh.rag.embed import Embedder, Identity
 from agentmesh.rag.here import embedder_for, shared, store_of
 from agentmesh.rag.packing import Replacement
 from agentmesh.rag.parts import Parts, chunks_from_json
@@ -25,13 +26,14 @@ def embed_batch(store: str, parts: str, batch: str, embedder: str, c: ToolContex
     kept = Parts(store, parts)
     documents = kept.get_json(batch)
     texts = [[row[1] for row in one["chunks"]] for one in documents]
-    by = shared(embedder_for(store, embedder))
+    maker = embedder_for(store, embedder)
+    by = shared(maker)
     try:
         vectors = _embedded(by, [t for some in texts for t in some], c, sum(len(t) for t in texts))
-        return Embedded(part=kept.put_vectors(vectors))
+        return _kept(kept, vectors, maker)
     except MeshError as e:
         if len(documents) == 1:
-            return Embedded(part=kept.put_vectors(np.zeros((0, 0), np.float32)), failed=blamed(documents, e.message))
+            return _kept(kept, np.zeros((0, 0), np.float32), maker, blamed(documents, e.message))
     failed: list[Failure] = []
     rows = []
     for one, some in zip(documents, texts, strict=True):
@@ -39,7 +41,13 @@ def embed_batch(store: str, parts: str, batch: str, embedder: str, c: ToolContex
             rows += list(_embedded(by, some, c, len(some)))
         except MeshError as e:
             failed.append(Failure(source=one["source"], why=e.message))
-    return Embedded(part=kept.put_vectors(np.array(rows, np.float32)), failed=failed)
+    return _kept(kept, np.array(rows, np.float32), maker, failed)
+
+
+def _kept(parts: Parts, vectors: Vectors, maker: Embedder, failed: Sequence[Failure] = ()) -> Embedded:
+    """With whose vectors they are, so that who commits them need not load the embedder."""
+    by = parts.put_json(maker.identity.to_json()) if len(vectors) else ""
+    return Embedded(part=parts.put_vectors(vectors), by=by, failed=list(failed))
 
 
 def _embedded(by: Shared, texts: Sequence[str], c: ToolContext, total: int) -> Vectors:
@@ -59,7 +67,7 @@ def _embedded(by: Shared, texts: Sequence[str], c: ToolContext, total: int) -> V
 
 @tool(queue="index", retries=5)
 def index_batch(
-    store: str, parts: str, batch: str, vectors: str, embedder: str, without: list[str], c: ToolContext = NOBODY
+    store: str, parts: str, batch: str, vectors: str, by: str, without: list[str], c: ToolContext = NOBODY
 ) -> Indexed:
     """Commit a batch: each document's new chunks in and its old ones out at once, unless somebody changed it meanwhile."""
     kept = Parts(store, parts)
@@ -78,7 +86,8 @@ def index_batch(
         wanted.append(Replacement(
             one["source"], chunks, mine, digest=one["digest"], expects=one["expects"], part=tuple(one["part"]), facts=one["facts"],
         ))  # fmt: skip
-    refused = _commit(store_of(store, embedder_for(store, embedder).identity), wanted, f"{c.key} {batch}")
+    identity = Identity.from_json(kept.get_json(by)) if by else None
+    refused = _commit(store_of(store, identity), wanted, f"{c.key} {batch}")
     failed += [Failure(source=s, why=why) for s, why in refused.items()]
     done = [r for r in wanted if r.source not in refused]
     whole = sum(1 for r in done if r.part[0] == r.part[1])

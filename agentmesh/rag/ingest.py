@@ -71,7 +71,7 @@ class Pack(Agent[Packed]):
     def _index(self, batch: Batch, packed: Packed, ctx: Context) -> None:
         embedded = ctx.do(embed_batch.on(self.store, self.parts, batch.part, self.embed))
         without = [failure.source for failure in embedded.failed]
-        indexed = ctx.do(index_batch.on(self.store, self.parts, batch.part, embedded.part, self.embed, without))
+        indexed = ctx.do(index_batch.on(self.store, self.parts, batch.part, embedded.part, embedded.by, without))
         packed.documents += indexed.documents
         packed.chunks += indexed.chunks
         packed.failed += [*embedded.failed, *indexed.failed]

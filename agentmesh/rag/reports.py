@@ -45,6 +45,7 @@ class Embedded(BaseModel):
     """The vectors of a batch, without those of the documents that failed."""
 
     part: str
+    by: str = ""  # the part that says whose vectors they are; "" where there are none
     failed: list[Failure] = []
 
 

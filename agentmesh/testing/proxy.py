@@ -10,11 +10,12 @@ It knows bytes and where a Redis command ends; nothing of agentmesh.
 import asyncio
 import socket
 import struct
-import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from agentmesh.testing.listening import Listening
 
 PIECE_BYTES = 65536
 GONE_S = 1.0  # how long a server may take to close a link that was cut after its command
@@ -73,7 +74,7 @@ class _Link:
             _reset(writer)
 
 
-class Proxy:
+class Proxy(Listening):
     """Stands between clients and one server; every method may be called from any thread.
 
     Args:
@@ -87,26 +88,15 @@ class Proxy:
     """
 
     def __init__(self, target: str, *, latency_s: float = 0.0) -> None:
+        super().__init__("chaos-proxy")
         self._target, self.latency_s = urlsplit(target), latency_s
         self.url = ""
         self.commands = self.links = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="chaos-proxy", daemon=True)
-        self._up = threading.Event()
         self._open: set[_Link] = set()
         self._refusing = False
         self._passing = {"up": asyncio.Event(), "down": asyncio.Event()}
         self._cut_at, self._lose = 0, "reply"
         self._then: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> "Proxy":
-        self._thread.start()
-        self._up.wait()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
 
     # ---- faults --------------------------------------------------------------------------------
     def reset(self) -> int:
@@ -152,24 +142,16 @@ class Proxy:
             raise RuntimeError("the proxy is not running; use it in a `with`")
         return asyncio.run_coroutine_threadsafe(coro, self._loop).result(10)
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+    async def _listen(self) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.url = self._through(server.sockets[0].getsockname()[1])
         for passing in self._passing.values():
             passing.set()
-        self._up.set()
-        try:
-            self._loop.run_forever()
-        finally:
-            server.close()
-            for link in list(self._open):
-                link.reset()
-            pending = asyncio.all_tasks(self._loop)
-            for task in pending:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-            self._loop.close()
+        return server
+
+    def _hang_up(self) -> None:
+        for link in list(self._open):
+            link.reset()
 
     def _through(self, port: int) -> str:
         t = self._target

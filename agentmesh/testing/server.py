@@ -20,6 +20,7 @@ from typing import Any
 
 from agentmesh.models.scripted import Reply, says
 from agentmesh.testing.chat import error_text, loop, pieces, scripted, whole
+from agentmesh.testing.listening import Listening
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 Answerer = Callable[[dict[str, Any]], Reply | str]
@@ -55,7 +56,7 @@ class Request:
     at_s: float = field(default_factory=time.time)
 
 
-class FakeOpenAI:
+class FakeOpenAI(Listening):
     """An OpenAI-compatible server in a thread of its own.
 
     Args:
@@ -71,15 +72,13 @@ class FakeOpenAI:
         self, answer: Iterable[Reply | str] | Answerer | None = None, *, latency_s: float = 0.0, rounds: int = 1,
         keep: bool = True, port: int = 0,
     ) -> None:  # fmt: skip
+        super().__init__("fake-openai")
         self._answer = _answerer(answer, rounds)
         self._latency_s, self._keep, self._port = latency_s, keep, port
         self.faults: deque[Fault] = deque()
         self.requests: list[Request] = []
         self.served = self.answered = 0
         self.url = ""
-        self._loop = asyncio.new_event_loop()
-        self._up = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fake-openai", daemon=True)
         self._open: set[_Connection] = set()
 
     def fail_next(self, status: int, *, retry_after: float | str = "", times: int = 1, body: str = "") -> None:
@@ -91,32 +90,14 @@ class FakeOpenAI:
         """Requests that came and have no answer yet."""
         return self.served - self.answered
 
-    def __enter__(self) -> "FakeOpenAI":
-        self._thread.start()
-        self._up.wait()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        listening = self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self._port)
-        server = self._loop.run_until_complete(listening)
+    async def _listen(self) -> asyncio.Server:
+        server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self._port)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-        self._up.set()
-        try:
-            self._loop.run_forever()
-        finally:
-            server.close()
-            for connection in list(self._open):
-                connection.drop()
-            pending = asyncio.all_tasks(self._loop)
-            for task in pending:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-            self._loop.close()
+        return server
+
+    def _hang_up(self) -> None:
+        for connection in list(self._open):
+            connection.drop()
 
     def reply(self, body: dict[str, Any]) -> Reply | Fault:
         """What to answer to a request; a question without an answer is a bad request that says so."""

@@ -1,11 +1,11 @@
-"""A made model of two layers and random weights, made in no time, for tests of the engine; its tokens are bytes."""
+"""Made models of two layers and random weights, made in no time: a Llama whose tokens are bytes, a BERT whose are letters."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY, CONTEXT = 300, 1024
 END = 2
@@ -28,11 +28,16 @@ def made_model(seed: int = 7, dtype: torch.dtype = torch.float32) -> Any:
         return made.to(dtype).eval()
 
 
-def made_tokenizer(template: str = CHATML, more: tuple[str, ...] = ()) -> Any:
-    """Tokens of single bytes; `more` are added tokens that are not special, as Qwen has its tags."""
+def made_tokenizer(template: str = CHATML, more: tuple[str, ...] = (), *, words: int = 0) -> Any:
+    """Tokens of single bytes; `more` are added tokens that are not special, as Qwen has its tags.
+
+    Args:
+        words: so many tokens more that no text is read as, and that a model of a larger vocabulary may say.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|end|>": 0, "<|im_start|>": 1, "<|im_end|>": END}
     vocabulary |= {c: i for i, c in enumerate(alphabet, 3)}
+    vocabulary |= {f"\u0120word{i}": i + len(alphabet) + 3 for i in range(words)}
     made = Tokenizer(models.BPE(vocabulary, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
@@ -49,7 +54,7 @@ def one_by_one(model: Any, tokens: list[int], most_tokens: int) -> list[int]:
     said: list[int] = []
     with torch.inference_mode():
         for _ in range(most_tokens):
-            logits = model(torch.tensor([tokens + said])).logits[0, -1].float()
+            logits = model(torch.tensor([tokens + said], device=model.device)).logits[0, -1].float()
             said.append(int(logits.argmax()))
     return said
 
@@ -60,4 +65,21 @@ def saved(folder: Path, template: str = CHATML, more: tuple[str, ...] = ()) -> P
     made_model().save_pretrained(place)
     made_tokenizer(template, more).save_pretrained(place)
     (place / "agentmesh.json").write_text('{"name": "tiny", "source": "made"}')
+    return folder
+
+
+def saved_encoder(folder: Path) -> Path:
+    """A BERT of 32 numbers, for texts of at most 64 tokens, in a folder of its own."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), ":"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            max_position_embeddings=64,
+        )  # fmt: skip
+        made: Any = BertModel(config)
+        made.eval().save_pretrained(folder)
+    tokenizer: Any = BertTokenizer(vocab={w: i for i, w in enumerate(words)})
+    tokenizer.save_pretrained(folder)
     return folder

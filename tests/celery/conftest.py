@@ -1,13 +1,20 @@
 """A real Valkey and a real RabbitMQ for the tests of this folder."""
 
 import contextlib
+import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
+from agentmesh.celery.loop import drive
+from agentmesh.event import StepDone
+from agentmesh.testing import FakeOpenAI, says, uses
 from agentmesh.testing.servers import RabbitServer, ValkeyServer, a_server
 
 
@@ -55,3 +62,69 @@ def eventually():
             time.sleep(0.005)
 
     return wait
+
+
+class Oracle:
+    """What runs of survivors.py must come to. Its model is a fake server and its tool writes a file: both count.
+
+    A run of task t asks the model nine times (four workers of two turns, one writer) and looks up t-0 to t-3.
+    """
+
+    crew = str(Path(__file__).parent / "survivors.py")
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        log.touch()
+
+    def env(self, server: FakeOpenAI) -> dict[str, str]:
+        """What a worker of the crew must be told."""
+        return {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "SURVIVORS_LOG": str(self.log)}
+
+    @staticmethod
+    def answer(body: dict[str, Any]) -> Any:
+        """A worker's two turns, and the writer's one."""
+        last = body["messages"][-1]
+        if last["role"] == "tool":
+            return says(f"<{last['content']}>")
+        return uses("look_up", word=last["content"]) if body.get("tools") else says(f"page: {last['content']}")
+
+    @staticmethod
+    def expected(task: str) -> str:
+        """The answer of a run."""
+        return "page: " + " | ".join(f"<meaning of {task}-{i}>" for i in range(4))
+
+    @staticmethod
+    def asked(server: FakeOpenAI) -> Counter[str]:
+        """How often each question came."""
+        return Counter(json.dumps(r.body["messages"]) for r in server.requests)
+
+    def asked_again(self, server: FakeOpenAI) -> int:
+        """LLM calls beyond one a step."""
+        asked = self.asked(server)
+        return asked.total() - len(asked)
+
+    def looked_up(self) -> Counter[str]:
+        """How often the tool did each word."""
+        return Counter(self.log.read_text().split())
+
+    @staticmethod
+    def words(*tasks: str) -> Counter[str]:
+        """What the tool must have done for these."""
+        return Counter(f"{task}-{i}" for task in tasks for i in range(4))
+
+    @staticmethod
+    def ends(mesh: Any, *runs: str) -> list[tuple[str, StepDone]]:
+        """The ends of all steps of these runs and what is below them, with the run each is in."""
+        members = [m for run in runs for m in drive(mesh.journal.tree(run))]
+        return [(m, e) for m in members for e in drive(mesh.journal.events(m)) if isinstance(e, StepDone)]
+
+    def ended_twice(self, mesh: Any, *runs: str) -> list[str]:
+        """Steps with more than one end."""
+        ends = Counter((m, e.n) for m, e in self.ends(mesh, *runs))
+        return [f"{m} step {n}" for (m, n), count in ends.items() if count > 1]
+
+
+@pytest.fixture
+def oracle(tmp_path: Path) -> Oracle:
+    """Of one test, with no look-up in its file yet."""
+    return Oracle(tmp_path / "log")

@@ -19,7 +19,6 @@ import redis
 from agentmesh.boot import load_crew
 from agentmesh.celery.loop import drive
 from agentmesh.config import Config
-from agentmesh.event import StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.testing import (
     Chaos,
@@ -31,33 +30,19 @@ from agentmesh.testing import (
     Proxy,
     StopWorker,
     WorkerProcess,
-    says,
-    uses,
 )
 from agentmesh.testing.proxy import Commands
 
-CREW = str(Path(__file__).parent / "survivors.py")
 SMALL = str(Path(__file__).parent / "small.py")
 MOST_K = 60
-
-
-def answer(body: dict[str, Any]) -> Any:
-    last = body["messages"][-1]
-    if last["role"] == "tool":
-        return says(f"<{last['content']}>")
-    return uses("look_up", word=last["content"]) if body.get("tools") else says(f"page: {last['content']}")
-
-
-def expected(task: str) -> str:
-    return "page: " + " | ".join(f"<meaning of {task}-{i}>" for i in range(4))
 
 
 class Scene:
     """A mesh beside a store, the oracle, and what the workers are told."""
 
-    def __init__(self, valkey: Any, server: FakeOpenAI, log: Path, crew: str) -> None:
-        self.valkey, self.server, self.log, self.crew_file = valkey, server, log, crew
-        self.env = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "SURVIVORS_LOG": str(log)}
+    def __init__(self, valkey: Any, server: FakeOpenAI, oracle: Any, crew: str) -> None:
+        self.valkey, self.server, self.oracle, self.crew_file = valkey, server, oracle, crew
+        self.env = oracle.env(server)
         self.config = self.through(valkey)
         self.mesh = Mesh(load_crew(crew), config=self.config)
         self._store = redis.Redis.from_url(valkey.url, decode_responses=True)
@@ -93,18 +78,15 @@ class Scene:
 
     def asked_again(self) -> int:
         """LLM calls beyond one a step."""
-        asked = [json.dumps(r.body["messages"]) for r in self.server.requests]
-        return len(asked) - len(set(asked))
+        return int(self.oracle.asked_again(self.server))
 
     def ended_twice(self, *runs: str) -> list[str]:
         """Steps with more than one end."""
-        members = [m for run in runs for m in drive(self.mesh.journal.tree(run))]
-        ends = Counter((m, e.n) for m in members for e in drive(self.mesh.journal.events(m)) if isinstance(e, StepDone))
-        return [f"{m} step {n}" for (m, n), count in ends.items() if count > 1]
+        return list(self.oracle.ended_twice(self.mesh, *runs))
 
     def check(self, *tasks: str, timeout_s: float = 30) -> None:
         for task in tasks:
-            assert self.mesh.get(task).result(timeout_s=timeout_s) == expected(task)
+            assert self.mesh.get(task).result(timeout_s=timeout_s) == self.oracle.expected(task)
         assert self.ended_twice(*tasks) == []
         assert self.asked_again() <= self.held["Ask"]
 
@@ -114,14 +96,12 @@ class Scene:
 
 
 @pytest.fixture
-def scene(valkey: Any, tmp_path: Path) -> Iterator[Any]:
+def scene(valkey: Any, oracle: Any) -> Iterator[Any]:
     """`scene(crew, answer)`: at most one a test."""
     with contextlib.ExitStack() as stack:
 
-        def make(crew: str = CREW, how: Any = answer, latency_s: float = 0.05) -> Scene:
-            log = tmp_path / "log"
-            log.touch()
-            it = Scene(valkey, stack.enter_context(FakeOpenAI(how, latency_s=latency_s)), log, crew)
+        def make(crew: str = oracle.crew, how: Any = oracle.answer, latency_s: float = 0.05) -> Scene:
+            it = Scene(valkey, stack.enter_context(FakeOpenAI(how, latency_s=latency_s)), oracle, crew)
             stack.callback(it.close)
             return it
 
@@ -130,7 +110,7 @@ def scene(valkey: Any, tmp_path: Path) -> Iterator[Any]:
 
 def test_workers_and_the_store_are_killed_on_schedule(scene: Any, valkey: Any) -> None:
     it = scene()
-    with Host(CREW, it.config, processes=2, env=it.env) as host:
+    with Host(it.crew_file, it.config, processes=2, env=it.env) as host:
         faults = [KillWorker(host, every_s=1.0, victim=it.note), KillServer(valkey, every_s=2.0)]
         tasks = []
         with Chaos(faults, seed=4) as chaos:
@@ -202,10 +182,10 @@ def test_links_that_are_reset_or_half_open(scene: Any, valkey: Any) -> None:
     with Proxy(valkey.url) as proxy:
         worker = it.worker(proxy)
         try:
-            assert it.start("Lead", "before").result(timeout_s=20) == expected("before")
+            assert it.start("Lead", "before").result(timeout_s=20) == it.oracle.expected("before")
             it.start("Lead", "reset")
             assert proxy.reset() > 0
-            assert it.mesh.get("reset").result(timeout_s=20) == expected("reset")
+            assert it.mesh.get("reset").result(timeout_s=20) == it.oracle.expected("reset")
             it.start("Lead", "half")
             time.sleep(0.05)
             it.note(
@@ -229,7 +209,7 @@ def test_messages_lost_repeated_and_out_of_order(scene: Any, valkey: Any) -> Non
             it.check(*tasks, timeout_s=40)
         assert disturbed.repeated
         assert it.asked_again() == 0
-        assert Counter(it.log.read_text().split()) == Counter(f"{t}-{i}" for t in tasks for i in range(4))
+        assert it.oracle.looked_up() == it.oracle.words(*tasks)
     finally:
         worker.kill()
         worker.join()
@@ -237,7 +217,7 @@ def test_messages_lost_repeated_and_out_of_order(scene: Any, valkey: Any) -> Non
 
 def test_a_host_dies_with_everything_on_it(scene: Any) -> None:
     it = scene()
-    with Host(CREW, it.config, processes=2, env=it.env) as one, Host(CREW, it.config, env=it.env):
+    with Host(it.crew_file, it.config, processes=2, env=it.env) as one, Host(it.crew_file, it.config, env=it.env):
         tasks = [f"t{i}" for i in range(8)]
         for task in tasks:
             it.start("Lead", task)
@@ -275,7 +255,7 @@ def test_what_may_run_once_never_runs_twice(scene: Any) -> None:
                     doubts += 1
             time.sleep(0.02)
         assert doubts, "no kill hit a tool in the midst"
-        executed = Counter(it.log.read_text().split())
+        executed = it.oracle.looked_up()
         assert set(executed.values()) == {1}, executed.most_common(3)
     finally:
         worker.kill()

@@ -4,10 +4,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,37 +45,16 @@ def answer(body: dict[str, Any]) -> Any:
     )
 
 
-class Shell:
-    def __init__(self, folder: Path, server: FakeOpenAI) -> None:
-        self.folder, self.server = folder, server
-        (folder / "crew.py").write_text(CREW)
-        self.env = {**os.environ, "OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "AGENTMESH_LEASE_S": "3"}
-
-    def argv(self, *args: str) -> list[str]:
-        return [sys.executable, "-m", "agentmesh.cli.main", *args]
-
-    def __call__(self, *args: str, code: int = 0) -> str:
-        done = subprocess.run(
-            self.argv(*args), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        self.err = done.stderr
-        return done.stdout
-
-    def start(self, *args: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self.argv(*args), cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            process_group=0,
-        )  # fmt: skip
-
-
 @pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
-    with FakeOpenAI(answer) as server:
-        yield Shell(tmp_path, server)
+def shell(shell: Any) -> Iterator[Any]:
+    """The crew's file is there, and `server` answers its model."""
+    (shell.folder / "crew.py").write_text(CREW)
+    with FakeOpenAI(answer) as shell.server:
+        shell.env |= {"OPENAI_BASE_URL": shell.server.url, "OPENAI_API_KEY": "k"}
+        yield shell
 
 
-def test_run_prints_the_answer_alone(shell: Shell) -> None:
+def test_run_prints_the_answer_alone(shell: Any) -> None:
     assert shell("run", "crew.py", "tea", "--id", "t1") == "TEA / TEA 0, TEA 1, TEA 2\n"
     assert "Delegate Helper (gather 1)" in shell.err
     assert shell("run", "crew.py", "tea", "--id", "t1") == "TEA / TEA 0, TEA 1, TEA 2\n"
@@ -88,7 +65,7 @@ def test_run_prints_the_answer_alone(shell: Shell) -> None:
     assert "GatherClosed" in shell("runs", "show", "t1")
 
 
-def test_waiting_for_a_person(shell: Shell) -> None:
+def test_waiting_for_a_person(shell: Any) -> None:
     shell("run", "crew.py", "refund 7", "--id", "w1", code=3)
     assert "agentmesh runs approve w1/4 2" in shell.err
     shell("runs", "approve", "w1/4", "3", code=2)
@@ -99,7 +76,7 @@ def test_waiting_for_a_person(shell: Shell) -> None:
     assert "has ended (done)" in shell.err
 
 
-def test_ctrl_c_leaves_the_run_resumable(shell: Shell) -> None:
+def test_ctrl_c_leaves_the_run_resumable(shell: Any) -> None:
     shell.server._latency_s = 3.0  # a busy machine must hear the signal before the answers come
     process = shell.start("run", "crew.py", "tea", "--id", "c1")
     while shell.server.in_flight < 3:
@@ -112,13 +89,13 @@ def test_ctrl_c_leaves_the_run_resumable(shell: Shell) -> None:
     assert shell("runs", "resume", "c1") == "TEA / TEA 0, TEA 1, TEA 2\n"
 
 
-def test_a_detached_run_needs_no_client(shell: Shell) -> None:
+def test_a_detached_run_needs_no_client(shell: Any) -> None:
     assert shell("run", "crew.py", "tea", "--id", "d1", "--detach") == "d1\n"
     shell("runs", "tail", "d1")
     assert "RunDone" in shell("runs", "show", "d1")
 
 
-def test_a_worker_killed_in_front_of_your_eyes(shell: Shell) -> None:
+def test_a_worker_killed_in_front_of_your_eyes(shell: Any) -> None:
     shell.server._latency_s = 0.7
     process = shell.start("run", "crew.py", "tea", "--id", "k1")
     while shell.server.in_flight < 3:
@@ -129,7 +106,7 @@ def test_a_worker_killed_in_front_of_your_eyes(shell: Shell) -> None:
     assert (process.returncode, out) == (0, "TEA / TEA 0, TEA 1, TEA 2\n"), err
 
 
-def test_wrong_use_says_what_is_wrong(shell: Shell) -> None:
+def test_wrong_use_says_what_is_wrong(shell: Any) -> None:
     shell("run", "none.py", "x", code=2)
     assert shell.err.startswith("error: there is no file 'none.py'\nhelp: ")
     shell("run", "crew.py", "x", "--broker", "redis://127.0.0.1:1/0", code=4)
@@ -145,7 +122,7 @@ def test_wrong_use_says_what_is_wrong(shell: Shell) -> None:
     assert "Did you mean 'main'?" in shell.err
 
 
-def test_doctor(shell: Shell) -> None:
+def test_doctor(shell: Any) -> None:
     shell.env["AGENTMESH_MODEL"] = "openai:fake"
     out = shell("doctor", "crew.py")
     assert "append-only file on" in out

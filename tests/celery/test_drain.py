@@ -1,6 +1,5 @@
 """Workers told to leave, one after the other, while runs go on: nothing is done twice, and nothing waits for a lease."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,48 +7,33 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from agentmesh.boot import load_crew
-from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli.child import spec_of
 from agentmesh.cli.worker import giver_back
 from agentmesh.config import Config
-from agentmesh.event import StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.run import Run
-from agentmesh.testing import FakeOpenAI, Fault, says, uses
+from agentmesh.testing import FakeOpenAI, Fault
 
-CREW = str(Path(__file__).parent / "survivors.py")
 NEVER_S = 600.0  # no lease runs out in these tests
 SOON_S = 12.0  # to the end of a run of a second and a half, on a busy machine
-
-
-def answer(body: dict[str, Any]) -> Any:
-    last = body["messages"][-1]
-    if last["role"] == "tool":
-        return says(f"<{last['content']}>")
-    return uses("look_up", word=last["content"]) if body.get("tools") else says(f"page: {last['content']}")
-
-
-def expected(task: str) -> str:
-    return "page: " + " | ".join(f"<meaning of {task}-{i}>" for i in range(4))
 
 
 class Scene:
     """A mesh, two supervised workers, the oracle."""
 
-    def __init__(self, valkey: Any, server: FakeOpenAI, log: Path, drain_s: float) -> None:
-        self.server, self.log = server, log
+    def __init__(self, valkey: Any, server: FakeOpenAI, oracle: Any, drain_s: float) -> None:
+        self.server, self.oracle = server, oracle
         config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=NEVER_S, sweep_s=0.2, drain_s=drain_s)
-        self.crew = load_crew(CREW)
+        self.crew = load_crew(oracle.crew)
         self.mesh = Mesh(self.crew, config=config)
         self.supervisor = Supervisor(
-            [spec_of(config, crews=[CREW], queues=[], concurrency=0)] * 2, drain_s=drain_s, output=subprocess.DEVNULL,
+            [spec_of(config, crews=[oracle.crew], queues=[], concurrency=0)] * 2, drain_s=drain_s, output=subprocess.DEVNULL,
             on_death=giver_back(config, self.crew.broker_queues()),
-            env={"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "SURVIVORS_LOG": str(log)},
+            env=oracle.env(server),
         )  # fmt: skip
         self.runs: list[Run[str]] = []
 
@@ -59,18 +43,16 @@ class Scene:
         return self.runs[-1]
 
     def asked(self) -> Counter[str]:
-        return Counter(json.dumps(r.body["messages"]) for r in self.server.requests)
+        return self.oracle.asked(self.server)
 
     def attempts(self, run: Run[str]) -> set[int]:
-        members = drive(self.mesh.journal.tree(run.id))
-        events = [e for member in members for e in drive(self.mesh.journal.events(member))]
-        return {e.attempt for e in events if isinstance(e, StepDone)}
+        return {e.attempt for _, e in self.oracle.ends(self.mesh, run.id)}
 
 
 @contextmanager
-def scene(valkey: Any, log: Path, drain_s: float = 10.0) -> Iterator[Scene]:
-    with FakeOpenAI(answer, latency_s=0.2) as server:
-        it = Scene(valkey, server, log, drain_s)
+def scene(valkey: Any, oracle: Any, drain_s: float = 10.0) -> Iterator[Scene]:
+    with FakeOpenAI(oracle.answer, latency_s=0.2) as server:
+        it = Scene(valkey, server, oracle, drain_s)
         it.supervisor.start()
         try:
             assert it.supervisor.wait_ready(20)
@@ -81,8 +63,8 @@ def scene(valkey: Any, log: Path, drain_s: float = 10.0) -> Iterator[Scene]:
             it.mesh.close()
 
 
-def test_a_rolling_restart_under_load(valkey: Any, tmp_path: Path, eventually: Any) -> None:
-    with scene(valkey, tmp_path / "log") as it:
+def test_a_rolling_restart_under_load(valkey: Any, oracle: Any, eventually: Any) -> None:
+    with scene(valkey, oracle) as it:
         for turn in range(2):
             eventually(lambda: it.supervisor.health == (2, 2))
             pid = list(it.supervisor.pids.values())[turn]
@@ -95,36 +77,36 @@ def test_a_rolling_restart_under_load(valkey: Any, tmp_path: Path, eventually: A
                 time.sleep(0.05)
         last = time.monotonic()
         for run in it.runs:
-            assert run.result(timeout_s=15) == expected(run.id)
+            assert run.result(timeout_s=15) == oracle.expected(run.id)
             assert it.attempts(run) == {1}
         assert time.monotonic() - last < SOON_S
         assert set(it.asked().values()) == {1}
         assert len(it.asked()) == 9 * len(it.runs)
-        assert Counter(it.log.read_text().split()) == Counter(f"{r.id}-{i}" for r in it.runs for i in range(4))
+        assert oracle.looked_up() == oracle.words(*(r.id for r in it.runs))
 
 
-def test_what_a_leaving_worker_cannot_end_goes_on_at_once(valkey: Any, tmp_path: Path, eventually: Any) -> None:
+def test_what_a_leaving_worker_cannot_end_goes_on_at_once(valkey: Any, oracle: Any, eventually: Any) -> None:
     """One call hangs longer than the drain: it is asked again, and what had ended is not."""
-    with scene(valkey, tmp_path / "log", drain_s=0.5) as it:
+    with scene(valkey, oracle, drain_s=0.5) as it:
         it.server.faults.append(Fault(hang=True))
         run = it.start()
         eventually(lambda: (it.server.answered, it.server.in_flight) == (6, 1))
         for pid in it.supervisor.pids.values():
             os.kill(pid, signal.SIGTERM)
         told = time.monotonic()
-        assert run.result(timeout_s=15) == expected(run.id)
+        assert run.result(timeout_s=15) == oracle.expected(run.id)
         assert time.monotonic() - told < SOON_S
         assert sorted(it.asked().values()) == [1] * 8 + [2]
 
 
-def test_messages_that_a_worker_took_and_never_began_are_sent_again(valkey: Any, tmp_path: Path) -> None:
-    with scene(valkey, tmp_path / "log") as it:
+def test_messages_that_a_worker_took_and_never_began_are_sent_again(valkey: Any, oracle: Any) -> None:
+    with scene(valkey, oracle) as it:
         asleep, _ = it.supervisor.pids.values()
         os.kill(asleep, signal.SIGSTOP)  # its blocking pop stands, and takes what comes
         runs = [it.start() for _ in range(6)]
         os.kill(asleep, signal.SIGKILL)
         killed = time.monotonic()
         for run in runs:
-            assert run.result(timeout_s=15) == expected(run.id)
+            assert run.result(timeout_s=15) == oracle.expected(run.id)
         assert time.monotonic() - killed < SOON_S
         assert set(it.asked().values()) == {1}

@@ -111,6 +111,22 @@ def test_it_goes_on_when_the_broker_comes_back(valkey, eventually):
         worker.stop()
 
 
+def test_two_workers_of_an_app_have_their_own_queues_again_when_the_broker_comes_back(valkey, eventually):
+    app, count, seen = counting(valkey.broker_url)
+    workers = [EmbeddedWorker(app, queues=[queue]) for queue in ("p", "q")]
+    for worker in workers:
+        worker.start()
+    try:
+        valkey.kill()
+        valkey.restart()
+        for n, queue in enumerate(("p", "q")):
+            count.apply_async((n,), queue=queue, retry=True)
+        eventually(lambda: sorted(seen) == [0, 1])
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
 def test_it_stops_while_the_broker_is_away(valkey):
     app, _, _ = counting(valkey.broker_url)
     worker = EmbeddedWorker(app, queues=["q"])

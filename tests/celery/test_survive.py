@@ -3,63 +3,46 @@
 The fake model server and a tool's file are the oracle.
 """
 
-import json
 import os
 import signal
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
 from agentmesh.boot import load_crew
-from agentmesh.celery.loop import drive
 from agentmesh.celery.publish import publisher_of
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli.child import spec_of
 from agentmesh.cli.worker import giver_back
 from agentmesh.config import Config
-from agentmesh.event import GatherClosed, StepDone
+from agentmesh.event import GatherClosed
 from agentmesh.mesh import Mesh
 from agentmesh.run import Run
-from agentmesh.testing import FakeOpenAI, says, uses
+from agentmesh.testing import FakeOpenAI
 
-CREW = str(Path(__file__).parent / "survivors.py")
 LATENCY_S = 0.3
-
-
-def answer(body: dict[str, Any]) -> Any:
-    """A worker's two turns, and the writer's one."""
-    last = body["messages"][-1]
-    if last["role"] == "tool":
-        return says(f"<{last['content']}>")
-    return uses("look_up", word=last["content"]) if body.get("tools") else says(f"page: {last['content']}")
-
-
-def expected(task: str) -> str:
-    return "page: " + " | ".join(f"<meaning of {task}-{i}>" for i in range(4))
 
 
 class Scene:
     """A mesh, supervised workers, the oracle."""
 
     def __init__(
-        self, store: Any, broker: Any, server: FakeOpenAI, log: Path, *, processes: int = 1, supervised: bool = True
+        self, store: Any, broker: Any, server: FakeOpenAI, oracle: Any, *, processes: int = 1, supervised: bool = True
     ) -> None:
-        self.server, self.log = server, log
+        self.server, self.oracle, self.log = server, oracle, oracle.log
         self.config = Config(broker=broker.broker_url, journal=store.url, lease_s=2.0, sweep_s=0.2, drain_s=3.0)
-        self.crew = load_crew(CREW)
+        self.crew = load_crew(oracle.crew)
         self.mesh = Mesh(self.crew, config=self.config)
-        argv = spec_of(self.config, crews=[CREW], queues=[], concurrency=0)
+        argv = spec_of(self.config, crews=[oracle.crew], queues=[], concurrency=0)
         death = giver_back(self.config, self.crew.broker_queues()) if supervised else None
         self.supervisor = Supervisor(
             [argv] * processes, on_death=death, drain_s=5, output=subprocess.DEVNULL,
-            env={"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "SURVIVORS_LOG": str(log)},
+            env=oracle.env(server),
         )  # fmt: skip
         self.excused = 0
 
@@ -76,21 +59,16 @@ class Scene:
 
     def written(self) -> int:
         """The LLM calls whose answers are in a journal."""
-        trees = [drive(self.mesh.journal.tree(head.id)) for head in self.mesh.runs()]
-        events = [e for tree in trees for member in tree for e in drive(self.mesh.journal.events(member))]
-        return sum(isinstance(e, StepDone) and bool(e.usage) for e in events)
+        return sum(bool(e.usage) for _, e in self.oracle.ends(self.mesh, *(head.id for head in self.mesh.runs())))
 
     def check(self, *tasks: str) -> None:
         """Right answers, each step ended once, finished calls not paid again."""
         for task in tasks:
             run: Run[str] = self.mesh.get(task)
-            assert run.result(timeout_s=30) == expected(task)
-            for member in drive(self.mesh.journal.tree(task)):
-                ends = Counter(e.n for e in drive(self.mesh.journal.events(member)) if isinstance(e, StepDone))
-                assert set(ends.values()) <= {1}, (member, ends)
-        asked = [json.dumps(r.body["messages"]) for r in self.server.requests]
-        assert len(asked) - len(set(asked)) <= self.excused
-        assert len(set(asked)) == 9 * len(tasks)
+            assert run.result(timeout_s=30) == self.oracle.expected(task)
+        assert self.oracle.ended_twice(self.mesh, *tasks) == []
+        assert self.oracle.asked_again(self.server) <= self.excused
+        assert len(self.oracle.asked(self.server)) == 9 * len(tasks)
 
 
 @pytest.fixture(params=["valkey", "rabbitmq"])
@@ -100,10 +78,9 @@ def broker(request: pytest.FixtureRequest, valkey: Any) -> Any:
 
 
 @contextmanager
-def scene(store: Any, broker: Any, tmp_path: Path, **how: Any) -> Iterator[Scene]:
-    with FakeOpenAI(answer, latency_s=LATENCY_S) as server:
-        it = Scene(store, broker, server, tmp_path / "log", **how)
-        it.log.touch()
+def scene(store: Any, broker: Any, oracle: Any, **how: Any) -> Iterator[Scene]:
+    with FakeOpenAI(oracle.answer, latency_s=LATENCY_S) as server:
+        it = Scene(store, broker, server, oracle, **how)
         it.supervisor.start()
         try:
             assert it.supervisor.wait_ready(20)
@@ -135,8 +112,8 @@ MOMENTS: dict[str, Callable[[Scene], Any]] = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_worker_killed(valkey: Any, broker: Any, tmp_path: Path, moment: str) -> None:
-    with scene(valkey, broker, tmp_path) as it:
+def test_a_worker_killed(valkey: Any, broker: Any, oracle: Any, moment: str) -> None:
+    with scene(valkey, broker, oracle) as it:
         it.start("tea")
         until(lambda: MOMENTS[moment](it))
         it.kill()
@@ -145,9 +122,9 @@ def test_a_worker_killed(valkey: Any, broker: Any, tmp_path: Path, moment: str) 
         assert time.monotonic() - killed < 15
 
 
-def test_workers_killed_again_and_again_without_anybody_giving_back(valkey: Any, broker: Any, tmp_path: Path) -> None:
+def test_workers_killed_again_and_again_without_anybody_giving_back(valkey: Any, broker: Any, oracle: Any) -> None:
     """Only leases and the sweeper bring it back, as when a whole host dies."""
-    with scene(valkey, broker, tmp_path, processes=2, supervised=False) as it:
+    with scene(valkey, broker, oracle, processes=2, supervised=False) as it:
         for task in ("a", "b", "c"):
             it.start(task)
         for i in range(4):
@@ -158,9 +135,9 @@ def test_workers_killed_again_and_again_without_anybody_giving_back(valkey: Any,
         it.check("a", "b", "c")
 
 
-def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, tmp_path: Path) -> None:
+def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, oracle: Any) -> None:
     """What was queued is on its disk, what was in hand it delivers again, what it did not confirm is sent again."""
-    with scene(valkey, rabbitmq, tmp_path) as it:
+    with scene(valkey, rabbitmq, oracle) as it:
         it.start("a")
         until(lambda: it.server.in_flight >= 2)
         rabbitmq.settle()
@@ -173,8 +150,8 @@ def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, tmp_path: Path
         assert it.excused == 0  # a step that runs does not need the broker
 
 
-def test_the_store_killed_under_load(valkey: Any, broker: Any, tmp_path: Path) -> None:
-    with scene(valkey, broker, tmp_path) as it:
+def test_the_store_killed_under_load(valkey: Any, broker: Any, oracle: Any) -> None:
+    with scene(valkey, broker, oracle) as it:
         for task in ("a", "b", "c"):
             it.start(task)
         for _ in range(2):
@@ -186,8 +163,8 @@ def test_the_store_killed_under_load(valkey: Any, broker: Any, tmp_path: Path) -
         assert it.excused == 0  # a call that was answered while the store was away is still written
 
 
-def test_a_worker_that_slept_through_its_lease_is_refused(valkey: Any, broker: Any, tmp_path: Path) -> None:
-    with scene(valkey, broker, tmp_path, processes=2) as it:
+def test_a_worker_that_slept_through_its_lease_is_refused(valkey: Any, broker: Any, oracle: Any) -> None:
+    with scene(valkey, broker, oracle, processes=2) as it:
         it.start("tea")
         until(lambda: it.server.in_flight >= 4)
         pid = it.kill(signal.SIGSTOP)
@@ -197,16 +174,13 @@ def test_a_worker_that_slept_through_its_lease_is_refused(valkey: Any, broker: A
         it.check("tea")
 
 
-def test_every_message_delivered_twice(
-    valkey: Any, broker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = tmp_path / "log"
-    with FakeOpenAI(answer) as server:
-        for name, value in {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "k", "SURVIVORS_LOG": str(log)}.items():
+def test_every_message_delivered_twice(valkey: Any, broker: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeOpenAI(oracle.answer) as server:
+        for name, value in oracle.env(server).items():
             monkeypatch.setenv(name, value)
         from agentmesh.boot import Models
 
-        crew = load_crew(CREW)
+        crew = load_crew(oracle.crew)
         mesh = Mesh(crew, broker=broker.broker_url, journal=valkey.url, models=Models())
         client = redis.Redis.from_url(valkey.url)
         send = publisher_of(mesh.app) if broker is not valkey else lambda sent: client.lpush(sent.queue, sent.body)
@@ -219,8 +193,8 @@ def test_every_message_delivered_twice(
         monkeypatch.setattr(mesh.journal, "_send", twice)
         with mesh.worker():
             runs = [mesh.start(crew.lead, f"t{i}") for i in range(3)]
-            assert [r.result(timeout_s=20) for r in runs] == [expected(f"t{i}") for i in range(3)]
+            assert [r.result(timeout_s=20) for r in runs] == [oracle.expected(f"t{i}") for i in range(3)]
         assert len(server.requests) == 27
-        assert Counter(log.read_text().split()) == Counter(f"t{i}-{j}" for i in range(3) for j in range(4))
+        assert oracle.looked_up() == oracle.words("t0", "t1", "t2")
         mesh.close()
         client.close()

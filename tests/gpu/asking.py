@@ -1,9 +1,10 @@
-"""A crew whose model has a queue of its own. Its worker can be made to fail: ASKING_FAULT is `hang`, `cuda` or `poison`.
+"""A crew whose model has a queue of its own. Its worker can be made to fail: ASKING_FAULT is `hang`, `cuda`, `poison` or `slow`.
 
 A fault happens while the file ASKING_LOG.fault exists, which it removes first; `poison` at every prompt that has `@@@`.
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,18 +45,28 @@ class Long(Asker):
     options = {"max_tokens": 800, "temperature": 0.7, "seed": 3}
 
 
+class Sixty(Asker):
+    """Asks for as many words as it says."""
+
+    options = {"max_tokens": 60, "ignore_eos": True}
+
+
 def break_the_model() -> None:
     """The faults, in the worker's process alone."""
     from transformers import LlamaForCausalLM
 
     forward, once = LlamaForCausalLM.forward, LOG.with_suffix(".fault")
-    sys.modules["__main__"].HUNG_S = 1.0  # type: ignore[attr-defined]  # of agentmesh.cli.device
+    sys.modules["__main__"].HUNG_S = float(os.environ.get("ASKING_HUNG_S", "1"))  # type: ignore[attr-defined]  # of agentmesh.cli.device
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if FAULT == "poison":
+        if FAULT in ("poison", "death"):
             ids = kwargs["input_ids"][0].tolist()
             if any(ids[i : i + 3] == [AT, AT, AT] for i in range(len(ids))):
+                if FAULT == "death":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError("a bad prompt")
+        elif FAULT == "slow":
+            time.sleep(0.03)
         elif once.exists():
             once.unlink()
             if FAULT == "cuda":
@@ -69,4 +80,7 @@ def break_the_model() -> None:
 if FAULT and "agentmesh.cli.device" in " ".join(sys.orig_argv):
     break_the_model()
 
-crew = Crew(Many(), Asker(), Long(), name="asking", queues=[Queue("main"), Queue("gpu", model="tiny")])
+crew = Crew(
+    Many(), Asker(), Long(), Sixty(), name="asking",
+    queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)],
+)  # fmt: skip

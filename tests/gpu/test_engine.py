@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Phi3Config, Qwen3Config
 
 from agentmesh.errors import ContextTooLong, GpuOutOfMemory, ModelError
-from agentmesh.gpu.batching import Shape
+from agentmesh.gpu.batching import Batching, Shape
 from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.request import Done, EngineDown, Request
 from agentmesh.testing.tiny import VOCABULARY, made_model, one_by_one
@@ -53,20 +53,22 @@ class Fault:
 
 
 # ---- batches -----------------------------------------------------------------------------------
-def test_greedy_in_a_batch_is_greedy_one_by_one(engine: Engine) -> None:
+def test_greedy_in_a_batch_is_greedy_one_by_one(engine: Engine, device: str) -> None:
     asked = prompts(12)
     done = answers(engine, [Request(tuple(p), 16) for p in asked])
-    plain = made_model()
+    plain = made_model().to(device)
     assert [list(d.tokens) for d in done] == [one_by_one(plain, p, 16) for p in asked]
     assert max(d.batch for d in done) == 12
     assert {d.finish for d in done} == {"length"}
 
 
 @pytest.mark.parametrize("kind", ["mistral, a window of 16", "qwen3", "gpt2", "phi3"])
-def test_other_kinds_of_models_say_in_a_batch_what_they_say_alone(make_engine: MakeEngine, kind: str) -> None:
+def test_other_kinds_of_models_say_in_a_batch_what_they_say_alone(
+    make_engine: MakeEngine, device: str, kind: str
+) -> None:
     asked = prompts(6, shortest=10)
     done = answers(make_engine(model=other_model(kind)), [Request(tuple(p), 24) for p in asked])
-    plain = other_model(kind)
+    plain = other_model(kind).to(device)
     assert [list(d.tokens) for d in done] == [one_by_one(plain, p, 24) for p in asked]
 
 
@@ -89,16 +91,20 @@ def other_model(kind: str) -> Any:
         return made.eval()
 
 
-def test_greedy_in_bfloat16_differs_only_where_two_tokens_are_as_good_as_equal(make_engine: MakeEngine) -> None:
+def test_greedy_in_bfloat16_differs_only_where_two_tokens_are_as_good_as_equal(
+    make_engine: MakeEngine, device: str
+) -> None:
     asked = prompts(8)
     done = answers(make_engine(model=made_model(dtype=torch.bfloat16)), [Request(tuple(p), 12) for p in asked])
-    plain = made_model(dtype=torch.bfloat16)
+    plain = made_model(dtype=torch.bfloat16).to(device)
     for prompt, said in zip(asked, done, strict=True):
         for at, token in enumerate(said.tokens):
             with torch.inference_mode():
-                scores = plain(torch.tensor([prompt + list(said.tokens[:at])])).logits[0, -1]
+                scores = plain(torch.tensor([prompt + list(said.tokens[:at])], device=device)).logits[0, -1]
             likeliest = scores.float().max()
-            unit = 2.0 ** (torch.floor(torch.log2(likeliest.abs())) - 7)  # a bfloat16 has 8 bits of fraction
+            unit = 2.0 ** (
+                torch.floor(torch.log2(likeliest.abs())) - 7
+            )  # of the last place: a bfloat16 keeps 7 bits of fraction
             assert likeliest - scores.float()[token] <= 4 * unit
 
 
@@ -133,8 +139,8 @@ def counted_evictions(engine: Engine) -> list[bool]:
     return found
 
 
-def test_top_k_and_top_p_leave_out_the_unlikely(engine: Engine) -> None:
-    scores = made_model()(torch.tensor([[5, 6, 7]])).logits[0, -1].detach()
+def test_top_k_and_top_p_leave_out_the_unlikely(engine: Engine, device: str) -> None:
+    scores = made_model().to(device)(torch.tensor([[5, 6, 7]], device=device)).logits[0, -1].detach()
     best = set(scores.topk(3).indices.tolist())
     first = {
         engine.submit(Request((5, 6, 7), 1, temperature=9.0, top_k=3, seed=s)).result(WAIT_S).tokens[0]
@@ -149,8 +155,8 @@ def test_top_k_and_top_p_leave_out_the_unlikely(engine: Engine) -> None:
     assert narrow == {one}
 
 
-def test_drawing_follows_the_model_s_own_probabilities(engine: Engine) -> None:
-    shares = made_model()(torch.tensor([[5, 6, 7]])).logits[0, -1].detach().softmax(0)
+def test_drawing_follows_the_model_s_own_probabilities(engine: Engine, device: str) -> None:
+    shares = made_model().to(device)(torch.tensor([[5, 6, 7]], device=device)).logits[0, -1].detach().softmax(0)
     n = 400
     done = answers(engine, [Request((5, 6, 7), 1, temperature=1.0, seed=s) for s in range(n)])
     likeliest = int(shares.argmax())
@@ -159,13 +165,13 @@ def test_drawing_follows_the_model_s_own_probabilities(engine: Engine) -> None:
     assert abs(found - share) < 4 * (share * (1 - share) / n) ** 0.5  # four standard deviations; the seeds are fixed
 
 
-def test_logprobs_are_the_model_s_before_any_noise(engine: Engine) -> None:
+def test_logprobs_are_the_model_s_before_any_noise(engine: Engine, device: str) -> None:
     done = engine.submit(Request((5, 6, 7), 6, temperature=3.0, seed=1, logprobs=True)).result(WAIT_S)
-    plain, said = made_model(), [5, 6, 7]
+    plain, said = made_model().to(device), [5, 6, 7]
     for token, logprob in zip(done.tokens, done.logprobs, strict=True):
         with torch.inference_mode():
             assert logprob == pytest.approx(
-                float(plain(torch.tensor([said])).logits[0, -1].log_softmax(0)[token]), abs=1e-4
+                float(plain(torch.tensor([said], device=device)).logits[0, -1].log_softmax(0)[token]), abs=1e-4
             )
         said.append(token)
 
@@ -287,7 +293,7 @@ def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engin
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: len(ids) > 16)
     engine = make_engine(Shape(pages=64, page_tokens=16, batch_tokens=64), model=model, hopeless=told.append)
     assert len(engine.submit(Request((5,) * 60, 4)).result(WAIT_S).tokens) == 4
-    assert (engine._batching.shape.batch_tokens, engine.gauge.deaths, told) == (16, 2, [])
+    assert (engine.gauge.batch_tokens, engine.gauge.deaths, told) == (16, 2, [])
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: True)
     with pytest.raises(EngineDown, match="OutOfMemoryError: CUDA out of memory"):
         engine.submit(Request((5,) * 60, 4)).result(WAIT_S)
@@ -328,6 +334,27 @@ def test_a_hung_loop_can_be_seen(make_engine: MakeEngine) -> None:
     assert not engine.gauge.idle
     hang.set()
     assert asked.result(WAIT_S).tokens
+
+
+def test_a_loop_that_hangs_while_it_is_made_anew_can_be_seen(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, made, goes_on, seen = make_engine(), Batching.room, threading.Event(), list[bool]()
+    monkeypatch.setattr(Batching, "room", lambda batching: (goes_on.wait(WAIT_S), made(batching))[1])
+    fault = Fault(engine._model, RuntimeError("once"), lambda ids: fault.times == 0)
+    asked = engine.submit(Request((5, 6), 4))
+
+    def watch() -> None:
+        until(lambda: engine.hung_s > 0.3)
+        seen.append(True)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    watcher.join(5)  # whoever makes the loop holds what others wait for
+    goes_on.set()
+    assert seen
+    assert len(asked.result(WAIT_S).tokens) == 4
+    until(lambda: engine.hung_s == 0)
 
 
 def test_a_thousand_cancellations_leave_nothing_behind(engine: Engine) -> None:

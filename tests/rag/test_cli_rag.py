@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,29 +25,7 @@ DOCS = {
 }
 
 
-class Shell:
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.err = folder, ""
-        self.env = {**os.environ, "AGENTMESH_LEASE_S": "3"}
-
-    def argv(self, *args: str) -> list[str]:
-        return [sys.executable, "-m", "agentmesh.cli.main", *args]
-
-    def __call__(self, *args: str, code: int = 0) -> str:
-        done = subprocess.run(
-            self.argv(*args), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        self.err = done.stderr
-        return done.stdout
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    return Shell(tmp_path)
-
-
-def test_add_search_and_look_after(shell: Shell, write: Any) -> None:
+def test_add_search_and_look_after(shell: Any, write: Any) -> None:
     write("docs", DOCS)
     assert shell("rag", "add", "docs", code=1) == "3 documents added, 3 passages · 0 unchanged · 1 not added\n"
     assert "3/4 documents · 3 passages" in shell.err
@@ -103,18 +80,9 @@ def test_wrong_use_says_what_is_wrong(here: Any, write: Any, tmp_path: Path) -> 
     assert "docs/a.md:0" in here(*search, "--where", '{"year": 2026}', code=0)
 
 
-def test_ctrl_c_leaves_an_ingest_resumable(shell: Shell, write: Any) -> None:
+def test_ctrl_c_leaves_an_ingest_resumable(shell: Any, write: Any) -> None:
     write("docs", {f"{i:03}.md": f"text number {i}. " * 1200 for i in range(200)})  # some seconds of work
-    argv = shell.argv("rag", "add", "docs", "--id", "c1", "--json")
-    process = subprocess.Popen(
-        argv,
-        cwd=shell.folder,
-        env=shell.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
+    process = shell.start("rag", "add", "docs", "--id", "c1", "--json")
     assert process.stdout is not None
     assert "RunStarted" in process.stdout.readline()
     time.sleep(0.2)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from langchain_core.embeddings import DeterministicFakeEmbedding
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertModel, BertTokenizer
 
 from agentmesh import ConfigError, EmbedderError, EmbedderMismatch
 from agentmesh.rag.embed import Identity, embedder, trained_prefixes
 from agentmesh.rag.embedders.encoder import Encoder
 from agentmesh.rag.embedders.http import HttpEmbedder
+from agentmesh.testing.tiny import saved_encoder
 
 TEXTS = ["a cat sat", "leave for parents of young children, in weeks", "", "机器学习", "a cat sat on the mat " * 40]
 
@@ -28,17 +29,7 @@ TEXTS = ["a cat sat", "leave for parents of young children, in weeks", "", "机�
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made BERT of two layers: random, but the same each time."""
-    folder = tmp_path_factory.mktemp("bert")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), ":"]
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    BertModel(config).eval().save_pretrained(folder)
-    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
-    return folder
+    return saved_encoder(tmp_path_factory.mktemp("bert"))
 
 
 def test_word_vectors_work_offline_and_are_made_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from agentmesh import Agent, Context, Crew, EmbedderError, RunFailed, ToolContext
 from agentmesh.event import StepPlanned
-from agentmesh.rag import steps
+from agentmesh.rag import indexing, steps
 from agentmesh.rag.here import lend, store_of
 from agentmesh.rag.indexing import embed_batch, index_batch
 from agentmesh.rag.ingest import Added, Ingest
@@ -226,11 +226,11 @@ class Batched:
         planned = plan_ingest(self.store, Asked(paths=[str(docs)]), how, ToolContext(key=f"{key}/1"))
         self.parts = planned.parts
         (self.batch,) = parse_pack(self.store, self.parts, planned.packs[0], how).batches
-        self.vectors = embed_batch(self.store, self.parts, self.batch.part, self.embed).part
+        self.embedded = embed_batch(self.store, self.parts, self.batch.part, self.embed)
 
     def index(self) -> Indexed:
         context = ToolContext(key=f"{self.key}/3/3")
-        return index_batch(self.store, self.parts, self.batch.part, self.vectors, self.embed, [], context)
+        return index_batch(self.store, self.parts, self.batch.part, self.embedded.part, self.embedded.by, [], context)
 
 
 def test_an_index_step_that_is_repeated_changes_nothing(tmp_path: Path, write: Any, by_words: Any) -> None:
@@ -239,6 +239,15 @@ def test_an_index_step_that_is_repeated_changes_nothing(tmp_path: Path, write: A
     assert store_of(batched.store).version == 1
     tidy(batched.store, batched.parts)
     assert os.listdir(tmp_path / "store" / "parts") == []
+
+
+def test_an_index_step_needs_no_embedder(
+    tmp_path: Path, write: Any, by_words: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batched = Batched(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
+    monkeypatch.setattr(indexing, "embedder_for", None)
+    assert batched.index().documents == 1
+    assert FaissStore(batched.store).identity == by_words.identity
 
 
 def test_a_late_index_step_does_not_overwrite_newer_text(tmp_path: Path, write: Any, by_words: Any) -> None:

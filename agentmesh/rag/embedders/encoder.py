@@ -4,12 +4,14 @@ Shapes: b texts in a batch, t tokens of the longest, d the width.
 """
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import agentmesh.gpu  # noqa: F401  # says how OpenMP's threads wait, before torch is here
 from agentmesh.errors import ConfigError, EmbedderError, ExtraMissing
+from agentmesh.gpu.turns import Turn, turn_of  # and agentmesh.gpu says how OpenMP's threads wait, before torch is here
 from agentmesh.models.cache import is_installed, model_folder
 from agentmesh.rag.embed import Base, Floats, trained_prefixes
 
@@ -22,9 +24,11 @@ except ImportError as e:
     raise ExtraMissing(f"a local encoder needs {e.name}: pip install 'agentmesh-celery[local,rag]'") from None
 
 BATCH_TOKENS = 4096  # padding included; sorted batches of 2,048 to 4,096 were the fastest (mixed lengths, two threads)
+LEAST_TOKENS = 256  # of a batch beside an engine, however short its steps are
 LONGEST_TOKENS = 512  # where the model does not say
 PIECE = 4096  # texts tokenised at a time
 POOLINGS = ("mean", "cls", "lasttoken")
+WEIGHT = 0.2  # of the last batch in the running mean of tokens a second
 
 
 class Encoder(Base):
@@ -34,10 +38,15 @@ class Encoder(Base):
         model: a folder, a model of agentmesh's cache, or a name in the hub's own cache. Nothing is fetched.
         pooling: mean, cls or lasttoken; what the model's folder says when left out, else mean.
         prefixes: before a query and before a document; what the folder or the name says when left out.
+        device: as torch names it; a GPU where there is one when left out.
+
+    Beside an engine on the same device each batch waits for its turn, and takes about as long as a step.
 
     Raises:
         ConfigError: there is no such model here, or it is no plain encoder.
     """
+
+    elsewhere = ""  # the device of those that name none, where a process keeps its GPU for others
 
     def __init__(
         self, model: str, *, pooling: str | None = None, prefixes: tuple[str, str] | None = None, device: str = ""
@@ -49,8 +58,34 @@ class Encoder(Base):
         if self.pooling not in POOLINGS:
             raise ConfigError(f"{model!r} pools by {self.pooling!r}; an encoder here pools by {', '.join(POOLINGS)}")
         self.prefixes = prefixes or _said_prefixes(self._where, model)
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device or Encoder.elsewhere or ("cuda" if torch.cuda.is_available() else "cpu")
         self._parts: tuple[Any, Any, int] | None = None
+        self._rate = 0.0  # tokens a second of a batch, padding included
+        self.hopeless: Callable[[Exception], None] | None = None
+
+    def prepare(self, *, hopeless: Callable[[Exception], None] | None = None) -> None:
+        """Load it for a worker and embed its largest batch, so that an engine beside it leaves the memory that this takes.
+
+        Args:
+            hopeless: called when the device is broken and the process had better end.
+
+        Raises:
+            ConfigError: it is not here, or damaged, or there is no memory for it.
+        """
+        self.hopeless = hopeless
+        try:
+            tokenizer, model, longest = self._loaded()
+            device, pad, before = model.device, tokenizer.pad_token_id or 0, 0
+            if device.type == "cuda":
+                before = torch.cuda.memory_allocated(device)
+                torch.cuda.reset_peak_memory_stats(device)
+            for _ in range(2):  # the first one is slow; the second says how fast they are
+                self._rate = 0.0
+                self._forward(model, [[pad] * longest] * max(1, BATCH_TOKENS // longest), pad)
+            if device.type == "cuda":
+                turn_of(str(device)).reserved_bytes = torch.cuda.max_memory_allocated(device) - before
+        except torch.OutOfMemoryError as e:
+            raise ConfigError(f"there is no memory on the device for {self.name!r} ({e}); take a smaller one") from None
 
     def count(self, text: str) -> int:
         """How many tokens a text is."""
@@ -86,12 +121,32 @@ class Encoder(Base):
             piece = texts[first : first + PIECE]
             with self._lock:  # a fast tokenizer's truncation is a setting of the object
                 tokens = tokenizer(piece, truncation=True, max_length=longest)["input_ids"]
-            for batch in _batches([len(t) for t in tokens]):
-                vectors = self._forward(model, [tokens[i] for i in batch], tokenizer.pad_token_id or 0)
+            for batch in _batches([len(t) for t in tokens], partial(self._budget, turn_of(str(model.device)))):
+                vectors = self._halved(model, [tokens[i] for i in batch], tokenizer.pad_token_id or 0)
                 if out is None:
                     out = np.empty((len(texts), vectors.shape[1]), np.float32)
                 out[[first + i for i in batch]] = vectors
         return out
+
+    def _budget(self, turn: Turn) -> int:
+        """Tokens of the next batch."""
+        step_s = turn.step_s
+        return min(BATCH_TOKENS, max(LEAST_TOKENS, int(step_s * self._rate))) if step_s else BATCH_TOKENS
+
+    def _halved(self, model: Any, tokens: list[list[int]], pad: int) -> Floats:
+        """`_forward`, in halves where the device has no memory for it."""
+        try:
+            return self._forward(model, tokens, pad)
+        except torch.OutOfMemoryError as e:
+            if len(tokens) == 1:
+                said = f"there is no memory for a text of {len(tokens[0])} tokens; cut it shorter, or take a smaller encoder"
+                raise EmbedderError(f"{self.name!r}: {said} ({e})") from None
+        except RuntimeError as e:
+            if self.hopeless is not None and "CUDA" in str(e):
+                self.hopeless(e)
+            raise
+        half = len(tokens) // 2
+        return np.concatenate([self._halved(model, some, pad) for some in (tokens[:half], tokens[half:])])
 
     def _forward(self, model: Any, tokens: list[list[int]], pad: int) -> Floats:
         lengths = torch.tensor([len(t) for t in tokens])
@@ -101,8 +156,9 @@ class Encoder(Base):
         for row, one in zip(ids, tokens, strict=True):
             row[: len(one)] = torch.tensor(one)
         mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]  # (b, t)
-        ids, mask, lengths = (x.to(self._device) for x in (ids, mask, lengths))
-        with torch.inference_mode():
+        with turn_of(str(model.device)).batch(), torch.inference_mode():
+            began = time.perf_counter()
+            ids, mask, lengths = (x.to(self._device) for x in (ids, mask, lengths))
             hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()  # (b, t, d)
             if self.pooling == "cls":
                 pooled = hidden[:, 0]  # (b, d)
@@ -110,7 +166,9 @@ class Encoder(Base):
                 pooled = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # (b, d)
             else:
                 pooled = (hidden * mask[..., None]).sum(1) / lengths[:, None]  # (b, t, d) -> (b, d)
-        vectors: Floats = pooled.cpu().numpy()
+            vectors: Floats = pooled.cpu().numpy()
+            rate = ids.numel() / (time.perf_counter() - began)
+        self._rate += (rate - self._rate) * (WEIGHT if self._rate else 1)
         return vectors
 
     def _identity(self) -> dict[str, str]:
@@ -126,13 +184,14 @@ def _place(model: str) -> str:
     return str(model_folder(model)) if is_installed(model) else model
 
 
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
+def _batches(lengths: list[int], most_tokens: Callable[[], int]) -> Iterator[list[int]]:
     """Positions of texts, the longest first, so that what does not fit fails at once and little is padded."""
     batch: list[int] = []
+    most = most_tokens()
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
             yield batch
-            batch = []
+            batch, most = [], most_tokens()
         batch.append(i)
     if batch:
         yield batch
