@@ -8,6 +8,7 @@ from typing import Any, Self
 from agentmesh.celery.embedded import Admits, EmbeddedWorker
 from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
+from agentmesh.celery.sweep import Tender
 from agentmesh.celery.tasks import Home
 from agentmesh.crew import Crew
 from agentmesh.queue import Suspects
@@ -23,6 +24,7 @@ class InProcess:
 
     def __init__(self, homes: Sequence[Home], workers: Sequence[EmbeddedWorker]) -> None:
         self._homes, self._workers = list(homes), list(workers)
+        self._tenders: list[Tender] = []
 
     def start(self) -> Self:
         """Returns when it consumes."""
@@ -30,14 +32,14 @@ class InProcess:
             home.check()
         try:
             for home in self._homes:
-                home.tend()  # all queues: it may be the one sweeper, also for workers that serve others
+                # all queues: it may be the one sweeper, also for workers that serve others
+                self._tenders.append(home.tend())
             for worker in self._workers:
                 worker.start()
         except BaseException:
             for worker in self._workers:
                 worker.stop(grace_s=0.0)
-            for home in self._homes:
-                home.untend()
+            self._untend()
             raise
         return self
 
@@ -48,9 +50,15 @@ class InProcess:
         ) as stopping:  # at once: none takes more while another drains
             for done in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
                 done.result()
+        self._untend()
+        for home in self._homes:
+            drive(home.leave([os.getpid()]))
+
+    def _untend(self) -> None:
         for home in self._homes:
             home.untend()
-            drive(home.leave([os.getpid()]))
+        while self._tenders:  # another worker of the same mesh may have put its own in the place of ours
+            self._tenders.pop().stop()
 
     def __enter__(self) -> Self:
         return self.start()

@@ -165,3 +165,17 @@ def test_the_model_of_the_settings_is_asked_where_its_queue_is(valkey: Any) -> N
     with mesh.worker(queues=["gpu"]):  # nobody serves `main`
         assert mesh.run(Echo(), "hello", timeout_s=10) == "hello"
     mesh.close()
+
+
+def test_two_workers_of_one_mesh_leave_no_thread_behind(valkey: Any) -> None:
+    mesh = make(valkey, Echo(), queues=[Queue("main"), Queue("beside")])
+    before = set(threading.enumerate())
+
+    def tenders() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t not in before and t.name == "agentmesh-tender"]
+
+    with mesh.worker(queues=["main"]), mesh.worker(queues=["beside"]):
+        assert mesh.run(Echo(), "hello", timeout_s=10) == "hello"
+        assert len(tenders()) == 2
+    assert not tenders()
+    mesh.close()
