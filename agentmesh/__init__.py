@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from agentmesh.mesh import Mesh
     from agentmesh.retriever import Retriever
 
-__version__ = "0.1.0"
+__version__ = "0.3.0.dev0"
 __all__ = [
     "Agent",
     "ApprovalDenied",
