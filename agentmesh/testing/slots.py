@@ -80,7 +80,7 @@ class SlotBatching:
         self._outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._over = False
-        self._stepped_s = time.monotonic()
+        self.stepped_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True, name="agentmesh-slots")
 
     # ---- as Batching ---------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class SlotBatching:
         """How it stands."""
         taken = sum(-(-a.size // PAGE_TOKENS) for a in list(self._running.values()))
         return self._sampler.gauge(
-            pages=self.shape.pages, free_pages=self.shape.pages - taken, waiting=len(self._new), stepped_s=self._stepped_s,
+            pages=self.shape.pages, free_pages=self.shape.pages - taken, waiting=len(self._new), stepped_s=self.stepped_s,
             idle=not (self._running or self._new), deaths=deaths,
         )  # fmt: skip
 
@@ -140,7 +140,7 @@ class SlotBatching:
         while not self._over:
             self._admit()
             if not self._running:
-                self._stepped_s = time.monotonic()
+                self.stepped_s = time.monotonic()
                 self._wake.wait(0.5)
                 self._wake.clear()
                 due = time.monotonic()
@@ -176,7 +176,7 @@ class SlotBatching:
                 del self._running[one.name]
             if one.tell or not one.steps:
                 self._outputs.put(Output(one.name, list(one.said), over=not one.steps))
-        self._stepped_s = time.monotonic()
+        self.stepped_s = time.monotonic()
 
 
 class SlotModel(local.LocalModel):

@@ -1,15 +1,24 @@
 """A tiny made model in an engine, on the CPU and on a GPU; each test has its own. `pytest -m gpu` runs those on a GPU."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from agentmesh.boot import load_crew
+from agentmesh.celery.supervise import Supervisor
+from agentmesh.cli.child import specs_of
+from agentmesh.cli.worker import giver_back
+from agentmesh.config import Config
 from agentmesh.gpu.batching import Shape
 from agentmesh.gpu.engine import Engine
-from agentmesh.testing.tiny import made_model
+from agentmesh.mesh import Mesh
+from agentmesh.testing.servers import ValkeyServer, a_server
+from agentmesh.testing.tiny import made_model, saved
 
 torch.set_num_threads(1)  # two threads for so small a model wait for each other more than they compute
 WHERE, GPUS = ["cpu"], list[str]()
@@ -18,6 +27,8 @@ if torch.cuda.is_available():
     GPUS = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     torch.cuda.init()  # before a test hides the GPU from the processes it starts
     WHERE.append(pytest.param("cuda", marks=pytest.mark.gpu))  # type: ignore[arg-type]
+CREW = str(Path(__file__).parent / "asking.py")
+WAIT_S = 60
 SMALL = Shape(pages=80, page_tokens=16, batch_tokens=64, batch_requests=32)
 
 
@@ -56,3 +67,65 @@ def make_engine(device: str) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     return make_engine()
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Any]:
+    with a_server(ValkeyServer) as server:
+        yield server
+
+
+class Work:
+    """The crew as a client sees it, its supervisor and the worker's log."""
+
+    def __init__(self, mesh: Mesh, supervisor: Supervisor, folder: Path) -> None:
+        self.mesh, self.supervisor, self._folder = mesh, supervisor, folder
+        self.fault = folder / "asking.fault"
+
+    @property
+    def log(self) -> str:
+        return (self._folder / "worker.log").read_text()
+
+    @property
+    def device_pid(self) -> int:
+        return list(self.supervisor.pids.values())[1]
+
+    def start(self, agent: str, task: str) -> Any:
+        return self.mesh.start(self.mesh.crew.agents[agent], task)
+
+
+@contextmanager
+def _working(valkey: Any, folder: Path, fault: str = "", crews: Sequence[str] = (CREW,), **more: str) -> Iterator[Work]:
+    config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=20.0, sweep_s=0.2, drain_s=3)
+    crew = load_crew(CREW)
+    mesh = Mesh(crew, config=config)
+    cache = saved(folder / "cache")
+    env = {
+        "AGENTMESH_CACHE": str(cache),
+        "ASKING_FAULT": fault,
+        "ASKING_LOG": str(folder / "asking"),
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+    with (folder / "worker.log").open("wb") as out:
+        supervisor = Supervisor(
+            specs_of(config, {c: load_crew(c) for c in crews}, suspects="elsewhere", log="text"), drain_s=4, output=out, env=env,
+            on_death=giver_back(config, crew.broker_queues()),
+        )  # fmt: skip
+        supervisor.start()
+        try:
+            assert supervisor.wait_ready(WAIT_S)
+            yield Work(mesh, supervisor, folder)
+        except BaseException:
+            print((folder / "worker.log").read_text())
+            raise
+        finally:
+            supervisor.stop(now=True)
+            supervisor.join(10)
+            mesh.close()
+
+
+@pytest.fixture
+def working() -> Callable[..., AbstractContextManager[Work]]:
+    """`with working(valkey, folder, fault) as work:` the crew of `asking.py` at work, with a fault that its file names."""
+    return _working

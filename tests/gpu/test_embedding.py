@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,10 @@ from agentmesh.rag.embedders.encoder import Encoder
 from agentmesh.rag.store import FaissStore
 from agentmesh.retriever import Retriever
 from agentmesh.testing import FakeMesh
-from agentmesh.testing.servers import ValkeyServer, a_server
 from agentmesh.testing.tiny import saved, saved_encoder
 
 CREW = str(Path(__file__).parent / "embedding.py")
 WAIT_S, DOCUMENTS = 60, 100  # two packs
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Any]:
-    with a_server(ValkeyServer) as server:
-        yield server
 
 
 @pytest.fixture

@@ -3,10 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
-
-import pytest
 
 from agentmesh import Agent, Context, Crew, Queue
 from agentmesh.celery.lanes import LOOK_S, TURNS, Lanes
@@ -14,16 +11,9 @@ from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message, user
 from agentmesh.ports import Answer, Prompt
-from agentmesh.testing.servers import ValkeyServer, a_server
 
 THREE = {"a": "low", "b": "realtime", "c": "high"}
 PLACES, STEP_S = 4, 0.05
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Any]:
-    with a_server(ValkeyServer) as server:
-        yield server
 
 
 def with_places(named: dict[str, str], places: int, in_hand: int = 0) -> Lanes:

@@ -1,23 +1,15 @@
 """A queue with a model: a worker process of its own, which takes what it has room for and is started again when it fails."""
 
 import asyncio
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agentmesh.boot import COUNTS_IN, load_crew
+from agentmesh.boot import load_crew
 from agentmesh.celery.app import make_app
 from agentmesh.celery.embedded import EmbeddedWorker
 from agentmesh.celery.inprocess import InProcess
@@ -27,82 +19,22 @@ from agentmesh.celery.sweep import Tender
 from agentmesh.cli import devices
 from agentmesh.cli.child import specs_of
 from agentmesh.cli.device import CANCELLED_S
-from agentmesh.cli.reporting import Reporting
-from agentmesh.cli.worker import giver_back, serve_metrics
 from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError, DefinitionError
 from agentmesh.event import RunDone, StepDone
-from agentmesh.gpu.engine import Engine
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message
 from agentmesh.models.named import Models
 from agentmesh.ports import Answer, Prompt
 from agentmesh.queue import Queue
-from agentmesh.report import REPORTS_IN, EngineReport, put_report, reports_in
-from agentmesh.testing.servers import ValkeyServer, a_server
 from agentmesh.testing.tiny import made_tokenizer, saved
 
 pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
+Working = Callable[..., AbstractContextManager[Any]]  # of conftest.py
 OTHER = Path(__file__).parent / "asking_too.py"
 WAIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Any]:
-    with a_server(ValkeyServer) as server:
-        yield server
-
-
-class Work:
-    """The crew as a client sees it, its supervisor and the worker's log."""
-
-    def __init__(self, mesh: Mesh, supervisor: Supervisor, folder: Path) -> None:
-        self.mesh, self.supervisor, self._folder = mesh, supervisor, folder
-        self.fault = folder / "asking.fault"
-
-    @property
-    def log(self) -> str:
-        return (self._folder / "worker.log").read_text()
-
-    @property
-    def device_pid(self) -> int:
-        return list(self.supervisor.pids.values())[1]
-
-    def start(self, agent: str, task: str) -> Any:
-        return self.mesh.start(self.mesh.crew.agents[agent], task)
-
-
-@contextmanager
-def working(valkey: Any, folder: Path, fault: str = "", crews: Sequence[str] = (CREW,), **more: str) -> Iterator[Work]:
-    config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=20.0, sweep_s=0.2, drain_s=3)
-    crew = load_crew(CREW)
-    mesh = Mesh(crew, config=config)
-    cache = saved(folder / "cache")
-    env = {
-        "AGENTMESH_CACHE": str(cache),
-        "ASKING_FAULT": fault,
-        "ASKING_LOG": str(folder / "asking"),
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
-    with (folder / "worker.log").open("wb") as out:
-        supervisor = Supervisor(
-            specs_of(config, {c: load_crew(c) for c in crews}, suspects="elsewhere", log="text"), drain_s=4, output=out, env=env,
-            on_death=giver_back(config, crew.broker_queues()),
-        )  # fmt: skip
-        supervisor.start()
-        try:
-            assert supervisor.wait_ready(WAIT_S)
-            yield Work(mesh, supervisor, folder)
-        except BaseException:
-            print((folder / "worker.log").read_text())
-            raise
-        finally:
-            supervisor.stop(now=True)
-            supervisor.join(10)
-            mesh.close()
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -116,7 +48,9 @@ def words(n: int) -> str:
     return " ".join(f"w{i}" for i in range(n))
 
 
-def test_the_model_s_steps_go_to_its_own_process_and_share_batches(valkey: Any, tmp_path: Path) -> None:
+def test_the_model_s_steps_go_to_its_own_process_and_share_batches(
+    working: Working, valkey: Any, tmp_path: Path
+) -> None:
     with working(valkey, tmp_path) as work:
         assert len(work.supervisor.pids) == 2
         said = work.start("Many", words(40)).result(timeout_s=WAIT_S)
@@ -125,24 +59,11 @@ def test_the_model_s_steps_go_to_its_own_process_and_share_batches(valkey: Any, 
         assert "tiny is loaded in" in work.log
 
 
-def test_a_killed_worker_s_steps_all_end_and_none_twice(valkey: Any, tmp_path: Path) -> None:
-    with working(valkey, tmp_path) as work:
-        run = work.start("Many", words(64))
-        until(lambda: "Ask Asker done" in work.log)
-        os.kill(work.device_pid, signal.SIGKILL)
-        said = run.result(timeout_s=WAIT_S)
-        assert len(said) == 64
-        assert not [s for s in said if s.startswith("failed")]
-        for n in range(1, 65):
-            events = drive(work.mesh.journal.events(f"{run.id}/{n}"))
-            assert [type(e) for e in events if isinstance(e, StepDone | RunDone)] == [StepDone, RunDone]
-
-
 @pytest.mark.parametrize(
     ("fault", "told"), [("hang", "has made no step for"), ("cuda", "CUDA error: an illegal memory")]
 )
 def test_an_engine_that_hangs_or_breaks_its_device_takes_its_process_along(
-    valkey: Any, tmp_path: Path, fault: str, told: str
+    working: Working, valkey: Any, tmp_path: Path, fault: str, told: str
 ) -> None:
     with working(valkey, tmp_path, fault) as work:
         before = work.device_pid
@@ -154,125 +75,7 @@ def test_an_engine_that_hangs_or_breaks_its_device_takes_its_process_along(
         assert told in work.log
 
 
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as e:
-        with e:
-            return e.code, e.read().decode()
-
-
-@contextmanager
-def seen(valkey: Any, folder: Path, fault: str = "") -> Iterator[tuple[Work, str]]:
-    """A device worker and the URL of its supervisor's endpoint."""
-    told = {COUNTS_IN: str(folder), REPORTS_IN: str(folder)}
-    config = Config(broker=valkey.broker_url, journal=valkey.url)
-    with working(valkey, folder, fault, ASKING_HUNG_S="3.2", **told) as work, ExitStack() as stack:
-        at = serve_metrics(stack, "0", config, work.supervisor, str(folder))
-        yield work, at.removeprefix(" · metrics ").removesuffix("/metrics")
-
-
-def number(page: str, name: str, *labels: str) -> float:
-    (row,) = [x for x in page.splitlines() if x.startswith(name) and all(label in x for label in labels)]
-    assert 'device="cpu",model="tiny"' in row
-    return float(row.rpartition(" ")[2])
-
-
-def test_how_a_device_worker_does_is_told_over_http(valkey: Any, tmp_path: Path) -> None:
-    with seen(valkey, tmp_path, "slow") as (work, url):
-        (engine,) = json.loads(get(f"{url}/health")[1])["engines"]
-        assert (engine["model"], engine["device"], engine["pid"]) == ("tiny", "cpu", work.device_pid)
-        assert (engine["in_hand"], engine["places"], engine["steps"], engine["ails"]) == (0, 256, 1, "")
-        alike = "what all of them begin with, longer than a page of the cache"
-        work.start("Sixty", alike).result(timeout_s=WAIT_S)
-        runs = [work.start("Sixty", f"{alike} {i}") for i in range(6)]
-        until(lambda: number(get(f"{url}/metrics")[1], "agentmesh_engine_requests", "running") == 6)
-        page = get(f"{url}/metrics")[1]
-        assert number(page, "agentmesh_engine_places", "taken") == 6
-        assert number(page, "agentmesh_engine_batch_tokens") == 256
-        assert number(page, "agentmesh_engine_memory_bytes", "used") > 2**20
-        assert "gpu_free" not in page
-        for run in runs:
-            run.result(timeout_s=WAIT_S)
-        until(lambda: number(get(f"{url}/metrics")[1], "agentmesh_engine_places", "taken") == 0)
-        page, after = get(f"{url}/metrics")[1], json.loads(get(f"{url}/health")[1])["engines"][0]
-        assert number(page, "agentmesh_engine_tokens_total", "new") == after["new_tokens"] == 1 + 7 * 60
-        assert number(page, "agentmesh_engine_steps_total") == after["steps"] >= 1 + 2 * 60
-        assert number(page, "agentmesh_engine_requests", "running") == 0
-        assert number(page, "agentmesh_engine_pages", "free") == number(page, "agentmesh_engine_pages", "all") > 0
-        assert number(page, "agentmesh_engine_new_tokens_per_second") > 10
-        assert 1 < number(page, "agentmesh_engine_batch_requests") <= 6
-        assert 0 < number(page, "agentmesh_engine_cached_share") < 1
-        assert number(page, "agentmesh_engine_deaths_total") == 0
-
-
-def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
-    valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("agentmesh.report.STUCK_S", 1.5)  # in our process, where health is judged
-    with seen(valkey, tmp_path, "hang") as (work, url):
-        until(lambda: get(f"{url}/health")[0] == 200)
-        before = work.device_pid
-        work.fault.touch()
-        run = work.start("Many", words(5))
-        until(lambda: "has work in hand (5 steps) and its engine has made no step for" in get(f"{url}/health")[1])
-        assert get(f"{url}/health/ready")[0] == 503
-        until(lambda: '"why": ["1 of 2 workers consume"]' in get(f"{url}/health")[1])  # the dead worker's row is gone
-        assert 'model="tiny"' not in get(f"{url}/metrics")[1]
-        until(lambda: get(f"{url}/health")[0] == 200)
-        (engine,) = json.loads(get(f"{url}/health")[1])["engines"]
-        assert engine["pid"] == work.device_pid != before
-        assert len(run.result(timeout_s=WAIT_S)) == 5
-        os.kill(work.device_pid, signal.SIGSTOP)  # it neither dies nor says anything
-        until(lambda: "has said nothing for" in get(f"{url}/health")[1])
-
-
-def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Path) -> None:
-    env = {"AGENTMESH_CACHE": str(saved(tmp_path)), "OMP_NUM_THREADS": "1", "AGENTMESH_BROKER": valkey.broker_url}
-    argv = [sys.executable, "-m", "agentmesh.cli.main", "serve", CREW, "--port", "0"]
-    served = subprocess.Popen(argv, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
-    try:
-        assert served.stderr is not None
-        (url,) = re.findall(r"(http://\S+)/v1 ", served.stderr.readline())
-        until(lambda: get(f"{url}/health")[0] == 200)
-        told = json.loads(get(f"{url}/health")[1])
-        assert (told["workers"], told["engines"]) == ({"wanted": 2, "ready": 2}, {"there": 1, "well": 1})
-    finally:
-        served.terminate()
-        served.communicate(timeout=WAIT_S)
-
-
-def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv(REPORTS_IN, str(tmp_path / "gone"))
-    monkeypatch.setattr("agentmesh.cli.reporting.TELL_S", 0.01)
-    report = Reporting(engine, model="m", worker="w", in_hand=lambda: 3, places=8)
-    report.start()
-    looked = len(report._looks)
-    until(lambda: len(report._looks) > looked + 5)
-    (tmp_path / "gone").mkdir()
-    until(lambda: reports_in(str(tmp_path / "gone"), ["w"]))
-    report.stop()
-    (told,) = reports_in(str(tmp_path / "gone"), ["w"])
-    assert (told.pid, told.in_hand, told.places, told.batch_tokens) == (os.getpid(), 3, 8, 64)
-    (warned,) = [r.getMessage() for r in caplog.records if "cannot be told" in r.getMessage()]
-    assert warned.startswith("how m does cannot be told to its supervisor: ")
-
-
-def test_a_report_of_another_version_is_read(tmp_path: Path) -> None:
-    mine, gone = EngineReport("w1", 1, "m", "cuda:0", 5.0), EngineReport("w2", 2, "m", "cuda:1", 5.0)
-    for report in (mine, gone):
-        put_report(str(tmp_path), report)
-    (file,) = tmp_path.glob("engine-1.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), "of_the_next_version": 1}))
-    assert reports_in(str(tmp_path), ["w1"]) == [mine]
-    assert [f.name for f in tmp_path.iterdir()] == ["engine-1.json"]
-    assert reports_in(str(tmp_path), ["w1", "w2"]) == [mine]
-
-
-def test_a_poisonous_prompt_fails_alone_and_kills_no_process(valkey: Any, tmp_path: Path) -> None:
+def test_a_poisonous_prompt_fails_alone_and_kills_no_process(working: Working, valkey: Any, tmp_path: Path) -> None:
     assert made_tokenizer()("@")["input_ids"] == [3 + 31]
     with working(valkey, tmp_path, "poison") as work:
         before = work.device_pid
@@ -282,7 +85,7 @@ def test_a_poisonous_prompt_fails_alone_and_kills_no_process(valkey: Any, tmp_pa
         assert work.device_pid == before
 
 
-def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(valkey: Any, tmp_path: Path) -> None:
+def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(working: Working, valkey: Any, tmp_path: Path) -> None:
     with working(valkey, tmp_path, "death") as work:
         run = work.start("Many", f"{words(30)} a@@@b {words(33)}")
         until(lambda: run.waiting_for)
@@ -411,7 +214,7 @@ def test_crews_of_one_device_worker_count_together(valkey: Any) -> None:
     assert len(most) == 40
 
 
-def test_one_process_a_device_serves_two_crews(valkey: Any, tmp_path: Path) -> None:
+def test_one_process_a_device_serves_two_crews(working: Working, valkey: Any, tmp_path: Path) -> None:
     with working(valkey, tmp_path, crews=[CREW, str(OTHER)]) as work:
         assert len(work.supervisor.pids) == 2
         other = Mesh(load_crew(str(OTHER)), config=work.mesh.config)
