@@ -244,18 +244,21 @@ class Mesh:
     def _tend(self, queues: Sequence[str], sweep_s: float) -> Tender:
         site = self.site
         journal = make_journal(self.config, self.app, self.journal_url)
-        site.tender = Tender(
+        tender = Tender(
             engines=[site.engine], journal=journal, worker=site.worker, queues=queues,
             lengths=None if journal.pushes else QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
         )  # fmt: skip
-        site.tender.start()
-        return site.tender
+        site.tenders.append(tender)
+        tender.start()
+        return tender
 
-    def untend(self) -> None:
-        """Stop what `tend` started."""
-        tender, self.site.tender = self.site.tender, None
-        if tender is not None:
-            tender.stop()
+    def untend(self, tender: Tender | None = None) -> bool:
+        """See tasks.Home."""
+        tenders = self.site.tenders
+        for one in [tender] if tender is not None else list(tenders):
+            tenders.remove(one)
+            one.stop()
+        return not tenders
 
     async def leave(self, pids: Sequence[int]) -> None:
         """See tasks.Home."""

@@ -18,7 +18,7 @@ from agentmesh.celery.admission import Admission
 from agentmesh.celery.lanes import LOOK_S
 from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
 from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
-from agentmesh.celery.transport import Room, take_many
+from agentmesh.celery.transport import MALFORMED, Room, take_many
 
 logger = get_logger("agentmesh.consumer")
 
@@ -191,6 +191,18 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
             connection.collect(socket_timeout=1.0)
         with contextlib.suppress(Exception):
             connection.close()
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's, which a message with one of our names and a body that is none of ours would end, and the worker with it."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def handled(message: Any) -> None:
+            try:
+                handle(message)
+            except MALFORMED as e:
+                self.on_invalid_task(None, message, e)
+
+        return handled
 
     def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
         """On RabbitMQ acks go out on the thread that reads: two threads on one socket would cut each other's timeouts."""

@@ -24,7 +24,7 @@ class InProcess:
 
     def __init__(self, homes: Sequence[Home], workers: Sequence[EmbeddedWorker]) -> None:
         self._homes, self._workers = list(homes), list(workers)
-        self._tenders: list[Tender] = []
+        self._tenders: list[tuple[Home, Tender]] = []
 
     def start(self) -> Self:
         """Returns when it consumes."""
@@ -33,7 +33,7 @@ class InProcess:
         try:
             for home in self._homes:
                 # all queues: it may be the one sweeper, also for workers that serve others
-                self._tenders.append(home.tend())
+                self._tenders.append((home, home.tend()))
             for worker in self._workers:
                 worker.start()
         except BaseException:
@@ -50,15 +50,13 @@ class InProcess:
         ) as stopping:  # at once: none takes more while another drains
             for done in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
                 done.result()
-        self._untend()
-        for home in self._homes:
+        for home in self._untend():
             drive(home.leave([os.getpid()]))
 
-    def _untend(self) -> None:
-        for home in self._homes:
-            home.untend()
-        while self._tenders:  # another worker of the same mesh may have put its own in the place of ours
-            self._tenders.pop().stop()
+    def _untend(self) -> list[Home]:
+        """Those for which no other worker of this process works: what they still hold is given back."""
+        tended, self._tenders = self._tenders, []
+        return [home for home, tender in tended if home.untend(tender)]
 
     def __enter__(self) -> Self:
         return self.start()

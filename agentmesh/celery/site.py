@@ -1,7 +1,7 @@
 """What a mesh has in one process: its journal, its engine, its tender. A forked child has its own of each."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agentmesh.celery.sweep import Tender
 from agentmesh.engine import Engine
@@ -17,7 +17,7 @@ class Site:
     Args:
         worker: the process's name in leases.
         begin: begins a run; of an eager app, and sees it through.
-        tender: None until this process works on steps.
+        tenders: one for each worker of this process; none until it works on steps.
     """
 
     worker: str
@@ -26,4 +26,9 @@ class Site:
     engine: Engine
     dispatch: Dispatch
     begin: Callable[[RunSpec], Awaitable[Accepted | Refused]]
-    tender: Tender | None = None
+    tenders: list[Tender] = field(default_factory=list)
+
+    @property
+    def tender(self) -> Tender | None:
+        """The newest, or None."""
+        return next(reversed(self.tenders), None)

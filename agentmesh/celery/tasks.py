@@ -39,8 +39,8 @@ class Home(Protocol):
         """The broker's names of the crew's queues."""
         ...
 
-    def untend(self) -> None:
-        """Stop that."""
+    def untend(self, tender: Tender | None = None) -> bool:
+        """Stop that, or all of them; whether this process works on no steps of the crew any more."""
         ...
 
     async def leave(self, pids: Sequence[int]) -> None:

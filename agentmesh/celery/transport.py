@@ -11,14 +11,18 @@ from queue import Empty
 from time import monotonic
 from typing import Any
 
+from celery.utils.log import get_logger
 from kombu.transport import redis, virtual
 from kombu.utils import json
 from redis.exceptions import ConnectionError
 
 from agentmesh.celery.lanes import Lanes
 
+logger = get_logger("agentmesh.consumer")
+
 kombu: Any = redis  # kombu's functions have no types
 loads: Any = json.loads
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError)  # what the reading of a strange message raises
 MOST = 100  # at once: more would make one worker's first message wait for the parsing of its last
 
 
@@ -135,7 +139,10 @@ class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
         self._queue_cycle.rotate(queue)
         self.qos.arriving = queue
         for item in found[1]:
-            self.connection._deliver(loads(_text(item)), queue)
+            try:
+                self.connection._deliver(loads(_text(item)), queue)
+            except MALFORMED as e:  # the others of this pop are messages
+                logger.error("what came from %s is no message and is dropped (%r): %.200r", queue, e, item)
 
 
 class ManyTransport(kombu.Transport):  # type: ignore[misc]  # no types

@@ -11,6 +11,7 @@ from celery import chord
 
 from agentmesh import Agent, ConfigError, Context, Crew, DefinitionError, Queue, RunError, ServiceDown, Sleep, tool
 from agentmesh.celery.gather import Gather
+from agentmesh.celery.loop import drive
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says
@@ -164,6 +165,37 @@ def test_the_model_of_the_settings_is_asked_where_its_queue_is(valkey: Any) -> N
     mesh = Mesh(crew, config=config, models=lambda wanted: (model(), "m"))
     with mesh.worker(queues=["gpu"]):  # nobody serves `main`
         assert mesh.run(Echo(), "hello", timeout_s=10) == "hello"
+    mesh.close()
+
+
+def test_a_worker_that_stops_leaves_another_of_its_mesh_at_work(valkey: Any) -> None:
+    running, over, times = threading.Event(), threading.Event(), list[int]()
+
+    @tool(queue="beside")
+    def slow(number: int) -> int:
+        """Takes its time."""
+        times.append(number)
+        running.set()
+        assert over.wait(30)
+        return number
+
+    class Slow(Agent[int]):
+        def flow(self, task: str, ctx: Context) -> int:
+            return ctx.do(slow.on(7))
+
+    mesh = make(valkey, Slow(), queues=[Queue("main"), Queue("beside")])
+    first = mesh.worker(queues=["main"]).start()
+    with mesh.worker(queues=["beside"]):
+        run = mesh.start(Slow(), "go")
+        assert running.wait(10)
+        first.stop()
+        counts = drive(mesh.journal.counts())
+        assert (counts.leased, sum(counts.queues.values())) == (1, 0)
+        assert mesh.site.tender is not None
+        over.set()
+        assert run.result(timeout_s=10) == 7
+    assert times == [7]
+    assert mesh.site.tender is None
     mesh.close()
 
 
