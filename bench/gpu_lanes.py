@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from agentmesh.boot import load_crew
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.cli.child import specs_of
 from agentmesh.config import Config
+from agentmesh.errors import RunError
 from agentmesh.mesh import Mesh
 from agentmesh.testing.servers import RabbitServer, a_server
 from agentmesh.testing.tiny import made_tokenizer, saved
@@ -59,7 +60,8 @@ def load(mesh: Mesh, waiting: int) -> Iterator[list[int]]:
                 time.sleep(0.05)
             turn, done[0] = turn + 1, done[0] + AT_ONCE
             if over.is_set():
-                run.cancel()
+                with suppress(RunError):  # it has ended by now
+                    run.cancel()
 
     threads = [threading.Thread(target=keep, args=(i,)) for i in range(waiting // AT_ONCE)]
     for thread in threads:

@@ -20,6 +20,7 @@ import torch
 from agentmesh.errors import GpuOutOfMemory, ModelError
 from agentmesh.gpu.batching import Batching, Shape
 from agentmesh.gpu.memory import Memory, memory_of
+from agentmesh.gpu.need import Need
 from agentmesh.gpu.request import Done, EngineDown, Gauge, Request, Room
 from agentmesh.gpu.sampling import Sampler
 
@@ -28,8 +29,6 @@ log = logging.getLogger("agentmesh.gpu")
 HALVINGS = 2  # of the tokens of a batch, when the device has no memory for it
 WAIT_S = 0.2  # how long the dispatcher waits for an output before it looks whether the loop lives
 TOGETHER = 2  # a loop's deaths before the requests in it are tried apart
-FIRST_NEED_TOKENS = 512.0  # what a request is taken to need before any has ended
-WEIGHT = 0.1  # of the last request in the running mean of what they need
 
 # Gets the answer's tokens so far; True is enough, and the answer ends there.
 Hear = Callable[[Sequence[int]], bool]
@@ -71,7 +70,7 @@ class Engine:
         self._parked: deque[_Flight] = deque()  # handed in while suspects are tried
         self._apart: deque[list[_Flight]] = deque()  # groups of suspects still to be tried, each alone in the loop
         self._deaths = self._halved = 0
-        self._need_tokens = FIRST_NEED_TOKENS  # prompt, without what was cached, and answer
+        self._need = Need()
         self._since_s = time.monotonic()  # since when there has been work without a break
         self._made_anew_s = 0.0  # since when a dead loop is being made anew, while it is
         self._down: Exception | None = None
@@ -102,6 +101,7 @@ class Engine:
                 self._since_s = time.monotonic()
             if self._down is not None or self._closed:
                 raise EngineDown(str(self._down or "the engine is closed"))
+            self._need.came(request)
             if self._apart or any(f.deaths >= TOGETHER for f in self._flights.values()):
                 self._parked.append(flight)
             else:
@@ -134,7 +134,7 @@ class Engine:
         Args:
             in_hand: requests that are in the engine or on their way to it.
         """
-        gauge, need = self.gauge, max(1.0, self._need_tokens / self.room.page_tokens)
+        gauge, need = self.gauge, max(1.0, self._need.tokens / self.room.page_tokens)
         taken = max(gauge.pages - gauge.free_pages, in_hand * need)
         more = min(int((gauge.pages - taken) / need), self._batching.shape.batch_requests - in_hand)
         return max(more, 0 if in_hand else 1)
@@ -235,12 +235,12 @@ class Engine:
             if not over:
                 self._batching.cancel_request(flight.name)
             cached, batch, logprobs = self._sampler.forget(flight.name)
+            if not isinstance(what, Exception):
+                self._need.ended(flight.request, cached_tokens=cached, answer_tokens=len(what))
             self._next_group()
         if isinstance(what, Exception):
             _settle(flight.future, error=what)
         else:
-            need = len(flight.request.tokens) - cached + len(what)
-            self._need_tokens += WEIGHT * (need - self._need_tokens)
             _settle(flight.future, Done(what, finish, logprobs[: len(what)], cached, batch))
 
     # ---- after a death -------------------------------------------------------------------------
