@@ -14,8 +14,8 @@ from agentmesh.boot import start
 from agentmesh.crew import Crew
 from agentmesh.errors import DefinitionError, MeshError
 from agentmesh.rag.chunk import Chunk, Hit, Value
-from agentmesh.rag.embed import Embedder
 from agentmesh.rag.embed import embedder as make_embedder
+from agentmesh.rag.embedder import Embedder
 from agentmesh.rag.fuse import mmr
 from agentmesh.rag.here import HERE, embedder_for, lend, store_of
 from agentmesh.rag.ingest import QUEUES, WINDOW, Added, Ingest

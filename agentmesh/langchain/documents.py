@@ -11,7 +11,7 @@ from langchain_core.embeddings import Embeddings
 
 from agentmesh.errors import DefinitionError, DocumentError
 from agentmesh.rag.chunk import Chunk, Document, Value, sound
-from agentmesh.rag.embed import Embedder
+from agentmesh.rag.embedder import Embedder
 
 
 class _Embeddings(Embeddings):

@@ -15,7 +15,8 @@ from langchain_core.vectorstores import VectorStore
 from agentmesh.errors import DefinitionError, StoreError
 from agentmesh.langchain.documents import as_embeddings, is_value
 from agentmesh.rag.chunk import Chunk, Hit, sound
-from agentmesh.rag.embed import Embedder, embedder
+from agentmesh.rag.embed import embedder
+from agentmesh.rag.embedder import Embedder
 from agentmesh.rag.embedders.wrapped import Wrapped
 from agentmesh.rag.fuse import mmr
 from agentmesh.rag.store import FaissStore

@@ -11,7 +11,7 @@ import numpy as np
 
 from agentmesh.errors import EmbedderMismatch, StoreDamaged, StoreError, StoreVersion
 from agentmesh.rag.delta import Delta
-from agentmesh.rag.embed import Identity
+from agentmesh.rag.embedder import Identity
 from agentmesh.rag.folder import (
     PUBLISHED,
     Folder,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from agentmesh.rag.embed import Floats
+from agentmesh.rag.embedder import Floats
 
 K = 60
 

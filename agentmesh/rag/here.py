@@ -5,7 +5,8 @@ import threading
 from typing import Any
 
 from agentmesh.errors import ConfigError
-from agentmesh.rag.embed import DEFAULT, Embedder, embedder
+from agentmesh.rag.embed import embedder
+from agentmesh.rag.embedder import DEFAULT, Embedder
 from agentmesh.rag.sharing import Shared
 from agentmesh.rag.store import FaissStore
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from agentmesh.errors import EmbedderError, MeshError, StoreDamaged, StoreError, StoreFull
 from agentmesh.ports import RetryLater
-from agentmesh.rag.embed import Embedder, Identity
+from agentmesh.rag.embedder import Embedder, Identity
 from agentmesh.rag.here import embedder_for, shared, store_of
 from agentmesh.rag.packing import Replacement
 from agentmesh.rag.parts import Parts, chunks_from_json

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from agentmesh.errors import StoreError
 from agentmesh.rag.chunk import Chunk, Hit
 from agentmesh.rag.core import Core
-from agentmesh.rag.embed import Identity
+from agentmesh.rag.embedder import Identity
 from agentmesh.rag.index import Floats
 from agentmesh.rag.packing import scaled
 from agentmesh.rag.state import SourceFacts, State

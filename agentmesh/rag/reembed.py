@@ -16,7 +16,7 @@ from agentmesh.errors import StoreError
 from agentmesh.rag.columns import Array, Mask
 from agentmesh.rag.compact import BuildText, Embed, Piece, Run, pieces_of, write_run
 from agentmesh.rag.core import Core
-from agentmesh.rag.embed import Identity
+from agentmesh.rag.embedder import Identity
 from agentmesh.rag.folder import Folder, number_of, set_current, sync, writing
 from agentmesh.rag.index import Floats
 from agentmesh.rag.packing import scaled, seal

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from agentmesh.errors import StoreConflict, StoreError
 from agentmesh.rag.chunk import Chunk, Value
 from agentmesh.rag.core import Core
-from agentmesh.rag.embed import Identity
+from agentmesh.rag.embedder import Identity
 from agentmesh.rag.index import Floats
 from agentmesh.rag.packing import Draft, Replacement, checked
 from agentmesh.rag.reading import Reading

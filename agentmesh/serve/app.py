@@ -32,7 +32,7 @@ from agentmesh.serve.reply import PING, Head, Outcome, model_json, models_json
 from agentmesh.serve.request import Chat, chat_of
 
 if TYPE_CHECKING:
-    from agentmesh.rag.embed import Embedder
+    from agentmesh.rag.embedder import Embedder
 
 logger = logging.getLogger("agentmesh.serve")
 

@@ -14,7 +14,7 @@ from agentmesh.serve.refusal import Refusal, refusal_of
 from agentmesh.serve.request import object_of
 
 if TYPE_CHECKING:
-    from agentmesh.rag.embed import Embedder, Floats
+    from agentmesh.rag.embedder import Embedder, Floats
 
 KNOWN = ("model", "input", "encoding_format", "dimensions", "input_type", "user")
 MOST_TEXTS = 2048

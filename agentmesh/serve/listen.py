@@ -15,7 +15,7 @@ from agentmesh.serve.app import Endpoint
 from agentmesh.serve.guard import key_from
 
 if TYPE_CHECKING:
-    from agentmesh.rag.embed import Embedder
+    from agentmesh.rag.embedder import Embedder
 
 GRACE_S = 5  # for answers that are on their way when the server is told to stop
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentmesh.rag.embed import Base, Floats
+from agentmesh.rag.embedder import Base, Floats
 from agentmesh.testing.servers import ValkeyServer, a_server
 
 

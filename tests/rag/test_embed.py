@@ -18,7 +18,8 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from transformers import BertModel, BertTokenizer
 
 from agentmesh import ConfigError, EmbedderError, EmbedderMismatch
-from agentmesh.rag.embed import Identity, embedder, trained_prefixes
+from agentmesh.rag.embed import embedder
+from agentmesh.rag.embedder import Identity, trained_prefixes
 from agentmesh.rag.embedders.encoder import Encoder
 from agentmesh.rag.embedders.http import HttpEmbedder
 from agentmesh.testing.tiny import saved_encoder

@@ -170,7 +170,7 @@ class Mine:  # an embedder of one's own
         return self.documents([text])[0]
     @property
     def identity(self):
-        from agentmesh.rag.embed import Identity
+        from agentmesh.rag.embedder import Identity
         return Identity("mine", d=2)
 
 by_words, by_mine = Retriever.open("words"), Retriever.open("mine", embed=Mine())

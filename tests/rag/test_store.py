@@ -28,7 +28,7 @@ from agentmesh.errors import (
 )
 from agentmesh.rag import compact, folder, follow, state
 from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.embed import Identity
+from agentmesh.rag.embedder import Identity
 from agentmesh.rag.packing import Replacement
 from agentmesh.rag.store import FaissStore
 

@@ -13,7 +13,7 @@ from typing import Any
 from agentmesh.errors import ConfigError, EmbedderError, ExtraMissing
 from agentmesh.gpu.turns import Turn, turn_of  # and agentmesh.gpu says how OpenMP's threads wait, before torch is here
 from agentmesh.models.cache import is_installed, model_folder
-from agentmesh.rag.embed import Base, Floats, trained_prefixes
+from agentmesh.rag.embedder import Base, Floats, trained_prefixes
 
 try:
     import numpy as np

@@ -15,7 +15,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from tenacity.wait import wait_random_exponential
 
 from agentmesh.errors import ConfigError, EmbedderError
-from agentmesh.rag.embed import Base, trained_prefixes
+from agentmesh.rag.embedder import Base, trained_prefixes
 
 OPENAI = "https://api.openai.com/v1"
 LONGEST_WAIT_S = 5.0  # a longer one is the caller's: it holds no worker

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from agentmesh.errors import ExtraMissing
-from agentmesh.rag.embed import DEFAULT, Base, Floats
+from agentmesh.rag.embedder import DEFAULT, Base, Floats
 
 _root = logging.getLogger()
 _before = _root.level, list(_root.handlers)

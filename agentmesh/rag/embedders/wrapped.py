@@ -4,7 +4,7 @@ from typing import Any
 
 from agentmesh.errors import EmbedderError
 from agentmesh.rag.chunk import sound
-from agentmesh.rag.embed import Base, Floats
+from agentmesh.rag.embedder import Base, Floats
 
 
 class Wrapped(Base):
