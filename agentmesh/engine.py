@@ -100,8 +100,7 @@ class Engine:
                     answer = await self.journal.plan(run_id, fence=claimed.fence, version=version, next=nxt)
                     if isinstance(answer, Accepted) or answer.why != "conflict":
                         self._keep(run_id, cached, answer)
-                if isinstance(answer, Accepted) or answer.why != "conflict":
-                    return "planned" if isinstance(answer, Accepted) else answer.why
+                        return "planned" if isinstance(answer, Accepted) else answer.why
                 epoch = self.journal.epoch
                 events = await self.journal.events(run_id)
                 cached = Cached(History(run_id, events), epoch=epoch)

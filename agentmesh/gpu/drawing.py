@@ -80,7 +80,7 @@ def draw(scores: torch.Tensor, wishes: Sequence[Wish]) -> torch.Tensor:
     keys = torch.tensor([w.key for w in wishes], dtype=torch.int32, device=device)
     tokens = torch.empty(len(wishes), dtype=torch.int64, device=device)
     narrow = [i for i, w in enumerate(wishes) if 0 < w.top_k < v or w.top_p < 1]
-    wide = [i for i in range(len(wishes)) if i not in set(narrow)]
+    wide = sorted({*range(len(wishes))} - {*narrow})
     if narrow:
         ks = torch.tensor([min(wishes[i].top_k, v) for i in narrow], device=device)
         ps = torch.tensor([wishes[i].top_p if wishes[i].top_p < 1 else math.inf for i in narrow], device=device)

@@ -4,6 +4,7 @@ The library takes the largest score. Where a request is drawn, the token that wa
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,9 @@ class _Row:
     cached: int | None = None
     batch: int = 0
     logprobs: list[float] = field(default_factory=list)
+
+
+_Asked = tuple[int, _Row, list[int]]  # its row in the scores, the request, and what it has said
 
 
 class Sampler:
@@ -86,24 +90,24 @@ class Sampler:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
         """The scores (n, v), changed so that the largest of each row is its next token."""
-        said = [  # an evicted request has some of it in its prompt
-            state.initial_tokens[len(row.request.tokens) :] + state.generated_tokens for row, state in self._batch
+        asked = [
+            # an evicted request has some of what it said in its prompt
+            (i, row, state.initial_tokens[len(row.request.tokens) :] + state.generated_tokens)
+            for i, (row, state) in enumerate(self._batch)
+            if row.request.constraint is not None or row.request.temperature > 0 or row.request.logprobs
         ]
-        asked = [(i, row, row.request) for i, (row, _) in enumerate(self._batch)]
-        told = [i for i, _, request in asked if request.logprobs]
-        plain = scores[told].float().log_softmax(1) if told else scores[:0]  # (told, v)
-        self._constrain(scores, [(i, row, said[i]) for i, row, request in asked if request.constraint is not None])
-        if drawn := [i for i, _, request in asked if request.temperature > 0]:
-            wishes = [_wish(self._batch[i][0].request, len(said[i])) for i in drawn]
-            scores[drawn] = scores[drawn].scatter(1, draw(scores[drawn], wishes)[:, None], math.inf)
+        told = [(i, row, said) for i, row, said in asked if row.request.logprobs]
+        rows = [i for i, _, _ in told]
+        plain = scores[rows].float().log_softmax(1) if told else scores  # (told, v), before anything is changed
+        self._constrain(scores, [one for one in asked if one[1].request.constraint is not None])
+        self._draw(scores, [one for one in asked if one[1].request.temperature > 0])
         if told:
-            logprobs = plain.gather(1, scores[told].argmax(1, keepdim=True))[:, 0].tolist()
-            for i, logprob in zip(told, logprobs, strict=True):
-                row = self._batch[i][0]
-                row.logprobs[len(said[i]) :] = [logprob]
+            logprobs = plain.gather(1, scores[rows].argmax(1, keepdim=True))[:, 0].tolist()
+            for (_, row, said), logprob in zip(told, logprobs, strict=True):
+                row.logprobs[len(said) :] = [logprob]
         return scores
 
-    def _constrain(self, scores: torch.Tensor, asked: list[tuple[int, _Row, list[int]]]) -> None:
+    def _constrain(self, scores: torch.Tensor, asked: Sequence[_Asked]) -> None:
         rows, allowed = [], []
         for i, row, said in asked:
             row.request.constraint.take(said[row.seen :])
@@ -116,6 +120,11 @@ class Sampler:
             forbidden = torch.from_numpy(~np.stack(allowed)).to(scores.device)  # (rows, v)
             scores[rows] = scores[rows].masked_fill(forbidden, -math.inf)
 
-
-def _wish(request: Request, place: int) -> Wish:
-    return Wish(request.temperature, request.top_k, request.top_p, request.seed, place)
+    def _draw(self, scores: torch.Tensor, asked: Sequence[_Asked]) -> None:
+        if asked:
+            rows = [i for i, _, _ in asked]
+            wishes = [
+                Wish(row.request.temperature, row.request.top_k, row.request.top_p, row.request.seed, len(said))
+                for _, row, said in asked
+            ]
+            scores[rows] = scores[rows].scatter(1, draw(scores[rows], wishes)[:, None], math.inf)
