@@ -7,7 +7,7 @@ from celery import Celery
 from gpu_crew import MODEL, NEW_TOKENS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agentmesh.gpu.load import best_dtype
+from agentmesh.gpu.dtype import best_dtype
 from agentmesh.models.cache import model_folder
 
 app = Celery("usual", broker=os.environ["BENCH_BROKER"], backend=os.environ["BENCH_BROKER"])

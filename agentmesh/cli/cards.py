@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agentmesh.cli.devices import CPU, devices_of
+from agentmesh.cli.devices import CPU, ask_driver, devices_of
 from agentmesh.cli.finding import Finding
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError
 from agentmesh.models.cache import is_installed
 
-ASK_S, PROBE_S = 10.0, 60.0
+PROBE_S = 60.0
 TORCH_CUDAS = ((11, 8), (12, 6), (12, 8), (13, 0))  # torch's own indexes, oldest first
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 BFLOAT16_FROM = 8.0  # compute capability
@@ -52,26 +51,20 @@ class Driver(NamedTuple):
 
 def driver() -> Driver | None:
     """What nvidia-smi says; None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
     fields = "driver_version,index,name,memory.total,memory.free"
-    code, out = _smi(f"--query-gpu={fields},compute_cap", "--format=csv,noheader,nounits")
-    if code == 2:  # a driver before 510 does not know compute_cap
-        code, out = _smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    done = ask_driver(f"--query-gpu={fields},compute_cap", "--format=csv,noheader,nounits")
+    if done is not None and done.returncode == 2:  # a driver before 510 does not know compute_cap
+        done = ask_driver(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    if done is None:
+        return None
+    out = done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.count(",") >= 4]
-    if code or not rows:
-        return Driver(fails=" ".join(out.split()) or f"code {code}")
-    told = re.search(r"CUDA Version\s*:\s*([\d.]+)", _smi()[1])
+    if done.returncode or not rows:
+        return Driver(fails=" ".join(out.split()) or f"code {done.returncode}")
+    summary = ask_driver()
+    told = re.search(r"CUDA Version\s*:\s*([\d.]+)", summary.stdout + summary.stderr if summary is not None else "")
     cards = [Card(row[1], row[2], row[3], row[4], row[5] if len(row) > 5 else "") for row in rows]
     return Driver(rows[0][0], told[1] if told else "", cards)
-
-
-def _smi(*args: str) -> tuple[int, str]:
-    try:
-        done = subprocess.run(["nvidia-smi", *args], capture_output=True, text=True, timeout=ASK_S, check=False)
-    except (subprocess.SubprocessError, OSError) as e:
-        return 1, str(e)
-    return done.returncode, done.stdout + done.stderr
 
 
 def card_findings(at: Driver | None) -> Iterator[Finding]:

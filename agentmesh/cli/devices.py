@@ -16,14 +16,19 @@ def found() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [part.strip() for part in named.split(",") if part.strip() not in ("", "-1")]
+    done = ask_driver("--query-gpu=index", "--format=csv,noheader")
+    return [] if done is None or done.returncode else done.stdout.split()
+
+
+def ask_driver(*args: str) -> "subprocess.CompletedProcess[str] | None":
+    """What nvidia-smi says; None where there is none, code 1 where it does not answer."""
     if shutil.which("nvidia-smi") is None:
-        return []
-    argv = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return None
+    argv = ["nvidia-smi", *args]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_S, check=True)
-    except (subprocess.SubprocessError, OSError):  # no driver, or one that does not answer
-        return []
-    return done.stdout.split()
+        return subprocess.run(argv, capture_output=True, text=True, timeout=ASK_S, check=False)
+    except (subprocess.SubprocessError, OSError) as e:
+        return subprocess.CompletedProcess(argv, 1, "", str(e))
 
 
 def devices_of(queue: Queue) -> list[str]:

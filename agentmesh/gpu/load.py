@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from agentmesh.errors import ConfigError
 from agentmesh.gpu.batching import Shape
+from agentmesh.gpu.dtype import best_dtype
 from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.grammar import Grammars
 
@@ -32,16 +33,6 @@ class Loaded(NamedTuple):
     ends: frozenset[int]
     context_tokens: int
     takes_system: bool
-
-
-def best_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware, else float32."""
-    if device == "cuda":
-        return torch.bfloat16
-    # torch names the best vector unit, not AMX or AVX512_BF16: ask for those by their own name
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if probe() or amx() else torch.float32
 
 
 def load(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from agentmesh.gpu.dtype import best_dtype
 from agentmesh.gpu.kernels import kernels
-from agentmesh.gpu.load import best_dtype
 from agentmesh.gpu.trial import Heads, difference
 
 USUAL = Heads(32, 8, 128)  # Llama's and Qwen's

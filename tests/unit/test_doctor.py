@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Crew, Queue
-from agentmesh.cli import cards
+from agentmesh.cli import cards, devices
 from agentmesh.cli.cards import Card, Driver, card_findings, driver, judged, queue_findings, torch_findings
 from agentmesh.cli.finding import Finding
 
@@ -74,7 +74,7 @@ def test_a_driver_that_does_not_answer_is_a_finding(smi: Callable[[str], None]) 
 
 
 def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cards.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert told(card_findings(driver())) == ["ok GPUs: none, for there is no nvidia-smi; local models run on the CPU"]
     monkeypatch.setattr(cards.subprocess, "run", lambda *args, **kwargs: pytest.fail("torch was loaded for nobody"))
     assert told(torch_findings(None, wanted=False)) == []

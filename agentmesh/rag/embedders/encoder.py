@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmesh.errors import ConfigError, EmbedderError, ExtraMissing
+from agentmesh.gpu.dtype import best_dtype
 from agentmesh.gpu.turns import Turn, turn_of  # and agentmesh.gpu says how OpenMP's threads wait, before torch is here
 from agentmesh.models.cache import is_installed, model_folder
 from agentmesh.rag.embedder import Base, Floats, trained_prefixes
@@ -200,9 +201,7 @@ def _batches(lengths: list[int], most_tokens: Callable[[], int]) -> Iterator[lis
 def _dtype(device: str) -> torch.dtype:
     if device != "cpu":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    avx = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if amx() or avx() else torch.float32
+    return best_dtype(device)
 
 
 def _read(path: Path) -> dict[str, Any]:
