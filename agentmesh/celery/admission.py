@@ -24,9 +24,8 @@ class Admission(Unacked):
     def __init__(self, consumer: Any, admits: Callable[[int], int]) -> None:
         super().__init__(consumer)
         self._lanes = admits if isinstance(admits, Lanes) else Lanes({}, admits)
-        self._in_hand: dict[
-            Any, str
-        ] = {}  # messages whose steps go on, also those of an earlier connection; their queues
+        # messages whose steps go on, also those of an earlier connection; their queues
+        self._in_hand: dict[Any, str] = {}
 
     def received(self, message: Any) -> None:
         """It waits for the thread's next turn."""

@@ -45,9 +45,8 @@ class InProcess:
 
     def stop(self, *, grace_s: float = 5.0) -> None:
         """Stop consuming and let steps end for up to `grace_s`; what is cut off is given back."""
-        with ThreadPoolExecutor(
-            max(1, len(self._workers))
-        ) as stopping:  # at once: none takes more while another drains
+        # at once: none takes more while another drains
+        with ThreadPoolExecutor(max(1, len(self._workers))) as stopping:
             for done in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
                 done.result()
         for home in self._untend():

@@ -23,10 +23,8 @@ logger = get_logger("agentmesh.consumer")
 kombu: Any = redis  # kombu's functions have no types
 loads: Any = json.loads
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError)  # what the reading of a strange message raises
-MOST = 100  # at once: more would make one worker's first message wait for the parsing of its last
-
-
 base: Any = virtual.QoS
+MOST = 100  # at once: more would make one worker's first message wait for the parsing of its last
 
 
 class Room(base):  # type: ignore[misc]  # no types

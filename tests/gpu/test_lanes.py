@@ -3,6 +3,8 @@
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from agentmesh import Agent, Context, Crew, Queue
@@ -107,21 +109,28 @@ class Flood(Urgent):
         return "done"
 
 
-def test_an_urgent_step_does_not_wait_for_a_full_low_lane(valkey: Any) -> None:
+@contextmanager
+def two_lanes(valkey: Any, *agents: Agent[Any]) -> Iterator[tuple[Mesh, Slow, Lanes]]:
+    """A mesh with a worker of two lanes before a slow model, and one for the rest."""
     queues = [Queue("main"), Queue("night", model="m", lane="low"), Queue("talk", model="m", lane="realtime")]
-    crew = Crew(Patient(), Urgent(), name="lanes", model="local:m", queues=queues)
+    crew = Crew(*agents, name="lanes", model="local:m", queues=queues)
     model = Slow()
     mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))
     lanes = Lanes({crew.broker_queue(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand)
     with mesh.worker(queues=["main"]), mesh.worker(queues=["night", "talk"], admits=lanes):
-        patient = mesh.start(crew.agents["Patient"], "160")
+        yield mesh, model, lanes
+    mesh.close()
+
+
+def test_an_urgent_step_does_not_wait_for_a_full_low_lane(valkey: Any) -> None:
+    with two_lanes(valkey, Patient(), Urgent()) as (mesh, model, lanes):
+        patient = mesh.start(mesh.crew.agents["Patient"], "160")
         assert model.busy.wait(30)
         published = time.monotonic()
-        assert mesh.run(crew.agents["Urgent"], "", timeout_s=30) == "yes"
+        assert mesh.run(mesh.crew.agents["Urgent"], "", timeout_s=30) == "yes"
         (began,) = [at for text, at in model.begun if text == "now"]
         waited_s = began - published
         patient.cancel()
-    mesh.close()
     assert waited_s < 160 / PLACES * STEP_S / 2  # a plain queue would have had it wait for all of them
     assert len(model.begun) < 160
     assert model.most <= PLACES
@@ -129,16 +138,10 @@ def test_an_urgent_step_does_not_wait_for_a_full_low_lane(valkey: Any) -> None:
 
 
 def test_a_flood_of_urgent_steps_leaves_turns_to_the_others(valkey: Any) -> None:
-    queues = [Queue("main"), Queue("night", model="m", lane="low"), Queue("talk", model="m", lane="realtime")]
-    crew = Crew(Patient(), Flood(), name="flood", model="local:m", queues=queues)
-    model = Slow()
-    mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))
-    lanes = Lanes({crew.broker_queue(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand)
-    with mesh.worker(queues=["main"]), mesh.worker(queues=["night", "talk"], admits=lanes):
-        flood = mesh.start(crew.agents["Flood"], "160")
+    with two_lanes(valkey, Patient(), Flood()) as (mesh, model, _):
+        flood = mesh.start(mesh.crew.agents["Flood"], "160")
         assert model.busy.wait(30)
-        mesh.run(crew.agents["Patient"], "4", timeout_s=30)
+        mesh.run(mesh.crew.agents["Patient"], "4", timeout_s=30)
         asked = [text for text, _ in model.begun]
         assert len(asked) < 160
         flood.cancel()
-    mesh.close()
