@@ -23,6 +23,12 @@ ROOM_WAIT_S, ROOM_LOOK_S = 5.0, 0.01  # a suspect waits for its worker's hand; a
 LONG_REPLAY = 400  # events; longer ones leave the event loop
 
 
+class NotBegun(str):
+    """Why a message had nothing to be done for it: its unit has ended, is another's, or is not due."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class Lease:
     """A unit this process works on."""
@@ -61,7 +67,7 @@ class Engine:
         pace = self.crew.queues[queue].pace() if queue in self.crew.queues else None
         got = await self._claim(unit, run_id, ask=kind == "Ask", rate=pace, queue=queue)
         if isinstance(got, Refused):
-            return got.why
+            return NotBegun(got.why)
         claimed, cached = got
         lease = self.leases[unit] = Lease(claimed.fence, asyncio.current_task(), loop=asyncio.get_running_loop())
         try:
@@ -89,7 +95,7 @@ class Engine:
         unit = advance_unit(run_id)
         got = await self._claim(unit, run_id)
         if isinstance(got, Refused):
-            return got.why
+            return NotBegun(got.why)
         claimed, cached = got
         self.leases[unit] = Lease(claimed.fence)
         try:

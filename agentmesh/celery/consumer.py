@@ -15,7 +15,7 @@ from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import ResponseError
 
 from agentmesh.celery.admission import Admission
-from agentmesh.celery.lanes import LOOK_S
+from agentmesh.celery.lanes import LOOK_S, Lanes
 from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
 from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
 from agentmesh.celery.transport import MALFORMED, Room, take_many
@@ -136,8 +136,10 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         self.unacked: Unacked | None = None
         if self.hub is None:
             self.loop = thread_loop
+            admits = getattr(self.controller, "admits", None)
+            if isinstance(admits, Lanes):
+                self.pool.not_begun = admits.not_begun
             if on_rabbit(self.app):
-                admits = getattr(self.controller, "admits", None)
                 self.loop = rabbit_loop
                 self.unacked = Unacked(self) if admits is None else Admission(self, admits)
                 self.pool.meanwhile = self.unacked.keep_alive

@@ -19,6 +19,7 @@ class Lanes:
     def __init__(self, lanes: Mapping[str, str], admits: Callable[[int], int]) -> None:
         self._lanes, self._admits, self._turn, self._places = dict(lanes), admits, 0, 0
         self._keeps = {"realtime"} < set(self._lanes.values())
+        self._owed, self._repaid = set[str](), 0
 
     def __call__(self, in_hand: int) -> int:
         """How many more may be taken, the reserved places among them."""
@@ -47,10 +48,27 @@ class Lanes:
         kept = self.kept(urgent)
         if room <= kept:
             return [q for q in queues if self.is_urgent(q)], room, LOOK_S
-        self._turn += 1
-        first = {0: "low", TURNS // 2: "high"}.get(self._turn % TURNS, "realtime")
+        first = self._owed_to(queues) or self._next_turn()
         ranked = sorted(queues, key=lambda queue: -1 if self._lane(queue) == first else RANKS[self._lane(queue)])
         return ranked, room - kept, wait_s
+
+    def not_begun(self, queue: str) -> None:
+        """What came from that queue was no step to be done: of a cancelled run, say. Its lane has its turn again; from any thread."""
+        self._owed.add(self._lane(queue))
+
+    def _owed_to(self, queues: Sequence[str]) -> str:
+        """A lane that has its turn again. Not for ever: a claim takes a millisecond, and thousands may have been cancelled."""
+        for lane in sorted(self._owed & {self._lane(queue) for queue in queues}):
+            if self._repaid < TURNS:
+                self._repaid += 1
+                self._owed.discard(lane)
+                return lane
+        self._repaid = 0
+        return ""
+
+    def _next_turn(self) -> str:
+        self._turn += 1
+        return {0: "low", TURNS // 2: "high"}.get(self._turn % TURNS, "realtime")
 
     def is_urgent(self, queue: str) -> bool:
         """Whether a queue is of the realtime lane."""

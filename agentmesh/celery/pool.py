@@ -17,6 +17,7 @@ from celery.utils.log import get_logger
 from celery.utils.saferepr import saferepr
 
 from agentmesh.celery.loop import loop_of_this_process
+from agentmesh.engine import NotBegun
 
 logger = get_logger("agentmesh.pool")
 
@@ -27,12 +28,13 @@ CANCEL_S = 2.0  # how long a cancelled coroutine may take to clean up
 class Running:
     """A coroutine in flight. Celery holds it weakly as the request's handle, the pool holds it until its end."""
 
-    __slots__ = ("__weakref__", "_callback", "_coro", "_name", "_pool", "_stopped", "task")
+    __slots__ = ("__weakref__", "_callback", "_coro", "_name", "_pool", "_queue", "_stopped", "task")
 
     def __init__(
-        self, pool: "TaskPool", name: str, coro: Callable[[], Coroutine[Any, Any, Any]], callback: Callable[[Any], None]
-    ) -> None:
-        self._pool, self._name, self._coro, self._callback = pool, name, coro, callback
+        self, pool: "TaskPool", name: str, coro: Callable[[], Coroutine[Any, Any, Any]],
+        callback: Callable[[Any], None], queue: str = "",
+    ) -> None:  # fmt: skip
+        self._pool, self._name, self._coro, self._callback, self._queue = pool, name, coro, callback, queue
         self._stopped = False
         self.task: asyncio.Task[None] | None = None
 
@@ -54,6 +56,8 @@ class Running:
             if self._stopped:
                 return
             value = await self._coro()
+            if isinstance(value, NotBegun):
+                self._pool.not_begun(self._queue)
             self._report((0, "None" if value is None else saferepr(value), monotonic() - started))
         except BaseException as error:  # a SystemExit out of a step would end the loop, and with it every other step
             if self._stopped and isinstance(error, asyncio.CancelledError):
@@ -102,6 +106,8 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         self._pid = os.getpid()
         self._on_threads: set[concurrent.futures.Future[None]] = set()
         self.meanwhile: Callable[[], None] = lambda: None  # what a consumer does while the pool drains
+        # told the queue of each message that there was nothing to do for
+        self.not_begun: Callable[[str], None] = lambda queue: None
         self.room = threading.Event()  # set at each end, for a consumer that waits with its prefetch full
 
     @property
@@ -132,8 +138,9 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         if accept_callback is not None:
             accept_callback(self._pid, monotonic())
         running = Running(
-            self, args[0], lambda: coro(*request["args"], **request["kwargs"]), callback or (lambda _outcome: None)
-        )
+            self, args[0], lambda: coro(*request["args"], **request["kwargs"]), callback or (lambda _outcome: None),
+            (request.get("delivery_info") or {}).get("routing_key") or "",
+        )  # fmt: skip
         self._running.add(running)
         self._arrived.append(running)
         if not self._woken:  # one wake-up serves all that arrived before the loop looks

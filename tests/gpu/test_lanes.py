@@ -61,6 +61,24 @@ def test_without_a_realtime_lane_nothing_is_kept() -> None:
         assert set(lanes.order(list(named), 1, 1.0, 0)[0]) == set(named)
 
 
+def test_a_lane_whose_message_had_nothing_to_do_has_its_turn_again_but_not_for_ever() -> None:
+    lanes = with_places(THREE, 40)
+
+    def first() -> str:
+        return lanes.order(["a", "b", "c"], 30, 1.0, 0)[0][0]
+
+    lanes.not_begun("a")
+    assert [first(), first()] == ["a", "b"]
+    lanes.not_begun("a.suspects")
+    lanes.order(["b", "c"], 30, 1.0, 0)  # nothing of it is there to be asked: it keeps its turn
+    assert first() == "a"
+    seen = []
+    for _ in range(3 * (TURNS + 1)):
+        lanes.not_begun("a")
+        seen.append(first())
+    assert seen.count("b") + seen.count("c") == 3
+
+
 class Slow:
     """A model that takes its time, and notes who asked when."""
 
@@ -144,4 +162,15 @@ def test_a_flood_of_urgent_steps_leaves_turns_to_the_others(valkey: Any) -> None
         mesh.run(mesh.crew.agents["Patient"], "4", timeout_s=30)
         asked = [text for text, _ in model.begun]
         assert len(asked) < 160
+        flood.cancel()
+
+
+def test_what_a_cancelled_run_left_in_a_lane_does_not_use_up_its_turns(valkey: Any) -> None:
+    with two_lanes(valkey, Patient(), Flood()) as (mesh, model, _):
+        given_up = mesh.start(mesh.crew.agents["Patient"], "160")
+        assert model.busy.wait(30)
+        flood = mesh.start(mesh.crew.agents["Flood"], "160")
+        given_up.cancel()
+        mesh.run(mesh.crew.agents["Patient"], "4", timeout_s=30)
+        assert len([text for text, _ in model.begun if text.startswith("now")]) < 160
         flood.cancel()
