@@ -140,8 +140,7 @@ class EmbeddedValkey:
 def _answering(place: Path, binary: Path) -> _Address:
     # Under the gate: one joiner at a time looks, starts and waits.
     old = _written(place)
-    if old is not None and _kept(place):
-        _wait(place, old, None)
+    if old is not None and _kept(place) and _wait(place, old, None):
         return old
     # A keeper that was killed leaves a server that nobody watches. Its data is in the append-only file, which a second
     # server must not write too; whoever still uses it finds the new one at the same address.
@@ -186,10 +185,14 @@ def _start_keeper(place: Path, binary: Path, address: _Address) -> "subprocess.P
     return keeper
 
 
-def _wait(place: Path, address: _Address, keeper: "subprocess.Popen[bytes] | None") -> None:
+def _wait(place: Path, address: _Address, keeper: "subprocess.Popen[bytes] | None") -> bool:
+    """Whether it answers; False when it does not and somebody else's keeper, for which `keeper` is None, has ended."""
     until = time.monotonic() + START_S
     loading_until = time.monotonic() + LOADING_S
     while not (answer := address.says("PING")).startswith("+PONG"):
+        # The system may open the last user's lock before the keeper's own, both of which end with the keeper.
+        if keeper is None and not _kept(place):
+            return False
         now = time.monotonic()
         if now > (loading_until if answer.startswith("-LOADING") else until) or (keeper and keeper.poll() is not None):
             raise ServiceDown(
@@ -197,6 +200,7 @@ def _wait(place: Path, address: _Address, keeper: "subprocess.Popen[bytes] | Non
                 f"Its last words are in {str(place / 'valkey.log')!r}"
             )
         time.sleep(0.005)
+    return True
 
 
 def _kept(place: Path) -> bool:

@@ -1,5 +1,6 @@
 """The shared Valkey: there while anyone uses it, restarted when it dies, gone with the last, however that one went."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,22 @@ def test_two_share_one_server_and_the_last_ends_it(folder, eventually):
     with redis.Redis.from_url(again.url, decode_responses=True) as client:
         assert client.get("k") == "kept"
     again.leave()
+
+
+def test_who_joins_while_the_last_keeper_is_ending_starts_the_next(folder, eventually):
+    last = EmbeddedValkey.join(folder)
+    place = folder.resolve() / "valkey"
+    last.leave()
+    eventually(lambda: not room._kept(place))
+    ending = os.open(place / "keeper.lock", os.O_RDWR)  # the lock that a keeper has for a moment longer than its users'
+    fcntl.flock(ending, fcntl.LOCK_EX)
+    timer = threading.Timer(0.3, os.close, [ending])
+    timer.start()
+    share = EmbeddedValkey.join(folder)
+    timer.join()
+    with redis.Redis.from_url(share.url) as client:
+        assert client.ping()
+    share.leave()
 
 
 def test_celery_speaks_to_it(folder):
