@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,13 +302,6 @@ def test_the_same_key_is_the_same_run(served: Served) -> None:
         served.ask("coffee", extra_headers={"Idempotency-Key": "k/1 x"})
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
-
-
 def run_of(served: Served, text: str) -> Any:
     """The newest run that was asked this."""
     runs = drive(served.journal.runs(limit=200))
@@ -316,17 +309,17 @@ def run_of(served: Served, text: str) -> Any:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cancels_its_run(served: Served, stream: bool) -> None:
+def test_a_client_that_leaves_cancels_its_run(served: Served, stream: bool, eventually: Any) -> None:
     served.model.faults.append(Fault(hang=True))
     text = f"leave{stream}"
     body = {"model": "openai:fake", "messages": [{"role": "user", "content": text}], "stream": stream}
     headers = {"Content-Type": "application/json", "Idempotency-Key": f"left{stream}"}
     leaves = http.client.HTTPConnection(served.url.removeprefix("http://"))
     leaves.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-    until(lambda: any(r.body["messages"][-1]["content"] == text for r in served.model.requests))
+    eventually(lambda: any(r.body["messages"][-1]["content"] == text for r in served.model.requests))
     left = run_of(served, text)
     leaves.close()
-    until(lambda: drive(served.journal.head(left.id)).status == "cancelled")
+    eventually(lambda: drive(served.journal.head(left.id)).status == "cancelled")
     (end,) = [e for e in served.events(left.id) if isinstance(e, RunCancelled)]
     assert end.by == "its client"
     # the same key again takes it up where it was
@@ -335,7 +328,7 @@ def test_a_client_that_leaves_cancels_its_run(served: Served, stream: bool) -> N
     assert run_of(served, text).id == f"{left.id}~2"
 
 
-def test_two_who_wait_for_one_run(served: Served) -> None:
+def test_two_who_wait_for_one_run(served: Served, eventually: Any) -> None:
     served.model._latency_s = 1.0
     got: list[str] = []
     key = {"Idempotency-Key": "two"}
@@ -343,7 +336,7 @@ def test_two_who_wait_for_one_run(served: Served) -> None:
         target=lambda: got.append(served.ask("both", extra_headers=key).choices[0].message.content)
     )
     stays.start()
-    until(lambda: served.model.requests)
+    eventually(lambda: served.model.requests)
     with pytest.raises(openai.APITimeoutError):
         served.ask("both", timeout=0.3, extra_headers=key)
     stays.join()
@@ -381,12 +374,12 @@ def test_a_run_that_waits_for_a_person(served: Served) -> None:
     assert run_of(served, "pay me").status == "open"
 
 
-def test_a_killed_worker_is_not_noticed(served: Served) -> None:
+def test_a_killed_worker_is_not_noticed(served: Served, eventually: Any) -> None:
     served.model._latency_s = 0.5
     got: list[str] = []
     asks = threading.Thread(target=lambda: got.append(served.ask("kill").choices[0].message.content))
     asks.start()
-    until(lambda: served.model.requests)
+    eventually(lambda: served.model.requests)
     for pid in children(served.process.pid).values():
         os.kill(pid, signal.SIGKILL)
     asks.join()
@@ -428,7 +421,7 @@ def test_where_a_key_is_needed(served: Served, tmp_path: Path) -> None:
     assert (done.returncode, "--key-env AGENTMESH_KEY" in done.stderr) == (4, True)
 
 
-def test_ctrl_c_leaves_runs_resumable(tmp_path: Path, valkey: ValkeyServer) -> None:
+def test_ctrl_c_leaves_runs_resumable(tmp_path: Path, valkey: ValkeyServer, eventually: Any) -> None:
     with FakeOpenAI(answer, latency_s=20) as model:
         it = Served(tmp_path, valkey, model)
         caught: list[openai.APIStatusError] = []
@@ -441,7 +434,7 @@ def test_ctrl_c_leaves_runs_resumable(tmp_path: Path, valkey: ValkeyServer) -> N
 
         asks = threading.Thread(target=ask)
         asks.start()
-        until(lambda: model.in_flight == 1)
+        eventually(lambda: model.in_flight == 1)
         code, said = it.stop(signal.SIGINT)
         asks.join()
         assert (code, "runs resume ID" in said) == (130, True)

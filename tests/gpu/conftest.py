@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ if torch.cuda.is_available():
 CREW = str(Path(__file__).parent / "asking.py")
 WAIT_S = 60
 SMALL = Shape(pages=80, page_tokens=16, batch_tokens=64, batch_requests=32)
+
+
+@pytest.fixture(scope="session")
+def eventually(eventually: Callable[..., None]) -> Callable[..., None]:
+    """That of all tests, with as long as models take to load."""
+    return partial(eventually, timeout_s=WAIT_S)
 
 
 @pytest.fixture(params=WHERE)

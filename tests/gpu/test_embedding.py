@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +38,6 @@ def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"local:{tmp_path / 'bert'}"
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def contents(folder: Path) -> dict[str, Any]:
     store = FaissStore(folder)
     found = [c for batch in store.iterate() for c in batch]
@@ -55,7 +46,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def test_a_killed_device_worker_loses_no_vector_and_no_answer(
-    device: str, valkey: Any, tmp_path: Path, encoder: str
+    device: str, valkey: Any, tmp_path: Path, encoder: str, eventually: Any
 ) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -82,7 +73,7 @@ def test_a_killed_device_worker_loses_no_vector_and_no_answer(
             batches = tmp_path / "bert" / "batches"
             before = batches.stat().st_size
             adding = _adding(config, docs, tmp_path / "store", encoder)
-            until(lambda: batches.stat().st_size > before + 1)  # the first one is the probe
+            eventually(lambda: batches.stat().st_size > before + 1)  # the first one is the probe
             told = mesh.start(crew.lead, 6, stream=True)
             next(told.tokens())
             assert log.read_text().count("Call embed_batch done") < 2

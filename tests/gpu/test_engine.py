@@ -31,13 +31,6 @@ def answers(engine: Engine, requests: Sequence[Request]) -> list[Done]:
     return [f.result(WAIT_S) for f in [engine.submit(r) for r in requests]]
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 class Fault:
     """Makes the forward pass of a model raise while `when` says so."""
 
@@ -191,13 +184,13 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(engine: Engine) -> Non
     assert engine.gauge.cached_tokens == 80
 
 
-def test_a_listener_hears_tokens_as_they_come_and_may_have_enough(engine: Engine) -> None:
+def test_a_listener_hears_tokens_as_they_come_and_may_have_enough(engine: Engine, eventually: Any) -> None:
     heard: list[tuple[int, ...]] = []
     whole = engine.submit(Request((5, 6, 7), 8), lambda t: heard.append(tuple(t)) is not None).result(WAIT_S).tokens
     assert heard == [whole[: n + 1] for n in range(8)]
     done = engine.submit(Request((5, 6, 7), 400), lambda t: len(t) >= 3).result(WAIT_S)
     assert (done.tokens, done.finish) == (whole[:3], "stop")
-    until(lambda: engine.gauge.idle and engine.gauge.free_pages == engine.gauge.pages)
+    eventually(lambda: engine.gauge.idle and engine.gauge.free_pages == engine.gauge.pages)
 
 
 # ---- what the library does not forgive (docs/guides/gpu.md, "What the engine guards") -----------
@@ -240,14 +233,14 @@ def test_two_requests_that_are_alike_both_get_an_answer(engine: Engine) -> None:
     assert first.tokens == second.tokens
 
 
-def test_a_cancelled_future_gives_its_place_back(engine: Engine) -> None:
+def test_a_cancelled_future_gives_its_place_back(engine: Engine, eventually: Any) -> None:
     began = threading.Event()
     long = engine.submit(Request((5, 6, 7), 500), lambda t: bool(began.set()))
     waiting = [engine.submit(Request((5, 6, 7), 400)) for _ in range(30)]
     assert began.wait(WAIT_S)
     assert long.cancel()
     assert all(w.cancel() for w in waiting)
-    until(lambda: engine.gauge.idle and engine.gauge.free_pages == engine.gauge.pages)
+    eventually(lambda: engine.gauge.idle and engine.gauge.free_pages == engine.gauge.pages)
     assert engine.submit(Request((5, 6, 7), 4)).result(WAIT_S).tokens
     with pytest.raises(concurrent.futures.CancelledError):
         long.result(0)
@@ -287,7 +280,7 @@ def test_one_poison_among_sixty_three_others_fails_alone(make_engine: MakeEngine
     assert fault.times <= 9  # once for all, once more, then halves of 64
 
 
-def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engine: MakeEngine) -> None:
+def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engine: MakeEngine, eventually: Any) -> None:
     model = made_model()
     told: list[Exception] = []
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: len(ids) > 16)
@@ -297,7 +290,7 @@ def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engin
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: True)
     with pytest.raises(EngineDown, match="OutOfMemoryError: CUDA out of memory"):
         engine.submit(Request((5,) * 60, 4)).result(WAIT_S)
-    until(lambda: told)
+    eventually(lambda: told)
     assert isinstance(told[0], torch.OutOfMemoryError)
     with pytest.raises(EngineDown):
         engine.submit(Request((5,), 4))
@@ -312,24 +305,24 @@ def test_no_memory_without_a_worker_fails_the_request_that_is_too_much(make_engi
     assert engine.submit(Request((5, 6), 4)).result(WAIT_S).tokens
 
 
-def test_an_error_of_the_device_ends_the_engine(make_engine: MakeEngine) -> None:
+def test_an_error_of_the_device_ends_the_engine(make_engine: MakeEngine, eventually: Any) -> None:
     model = made_model()
     told: list[Exception] = []
     Fault(model, RuntimeError("CUDA error: an illegal memory access"), lambda ids: True)
     engine = make_engine(model=model, hopeless=told.append)
     with pytest.raises(EngineDown, match="illegal memory access"):
         engine.submit(Request((5, 6), 4)).result(WAIT_S)
-    until(lambda: told)
+    eventually(lambda: told)
     assert not engine.alive
 
 
-def test_a_hung_loop_can_be_seen(make_engine: MakeEngine) -> None:
+def test_a_hung_loop_can_be_seen(make_engine: MakeEngine, eventually: Any) -> None:
     model, hang = made_model(), threading.Event()
     Fault(model, RuntimeError(), lambda ids: hang.wait(WAIT_S) and False)
     engine = make_engine(model=model)
     asked = engine.submit(Request((5, 6), 4))
     before = engine.gauge.stepped_s
-    until(lambda: time.monotonic() - engine.gauge.stepped_s > 0.2)
+    eventually(lambda: time.monotonic() - engine.gauge.stepped_s > 0.2)
     assert engine.gauge.stepped_s <= max(before, engine.gauge.stepped_s)
     assert not engine.gauge.idle
     hang.set()
@@ -337,7 +330,7 @@ def test_a_hung_loop_can_be_seen(make_engine: MakeEngine) -> None:
 
 
 def test_a_loop_that_hangs_while_it_is_made_anew_can_be_seen(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
     engine, made, goes_on, seen = make_engine(), Batching.room, threading.Event(), list[bool]()
     monkeypatch.setattr(Batching, "room", lambda batching: (goes_on.wait(WAIT_S), made(batching))[1])
@@ -345,7 +338,7 @@ def test_a_loop_that_hangs_while_it_is_made_anew_can_be_seen(
     asked = engine.submit(Request((5, 6), 4))
 
     def watch() -> None:
-        until(lambda: engine.hung_s > 0.3)
+        eventually(lambda: engine.hung_s > 0.3)
         seen.append(True)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -354,17 +347,17 @@ def test_a_loop_that_hangs_while_it_is_made_anew_can_be_seen(
     goes_on.set()
     assert seen
     assert len(asked.result(WAIT_S).tokens) == 4
-    until(lambda: engine.hung_s == 0)
+    eventually(lambda: engine.hung_s == 0)
 
 
-def test_a_thousand_cancellations_leave_nothing_behind(engine: Engine) -> None:
+def test_a_thousand_cancellations_leave_nothing_behind(engine: Engine, eventually: Any) -> None:
     asked = [engine.submit(Request((5 + i % 200, 6), 60)) for i in range(1000)]
     kept = asked[::100]
     for future in asked:
         if future not in kept:
             future.cancel()
     assert all(len(f.result(WAIT_S).tokens) == 60 for f in kept)
-    until(lambda: engine.gauge.idle and engine.gauge.free_pages == engine.gauge.pages)
+    eventually(lambda: engine.gauge.idle and engine.gauge.free_pages == engine.gauge.pages)
     assert engine._sampler._rows == {}
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,19 +188,19 @@ def pulling(hub: Site, before: str = "", **env: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(argv, env=all_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_processes_pull_one_model_and_the_first_is_killed(tmp_path: Path) -> None:
+def test_two_processes_pull_one_model_and_the_first_is_killed(tmp_path: Path, eventually: Any) -> None:
     weights = WEIGHTS * 40  # it is written down in blocks of a mebibyte
     hub = hub_of("org/tiny", MADE | {"model.safetensors": weights}, sha256=hashlib.sha256(weights).hexdigest())
     path, hub.drips = "/org/tiny/resolve/c0ffee/model.safetensors", 20_000
     part = tmp_path / "cache" / "downloads" / "org--tiny" / "c0ffee" / "model.safetensors.part"
     with serving(hub):
         first = pulling(hub)
-        until(lambda: part.is_file() and part.stat().st_size >= 1 << 20, first)
+        eventually(lambda: runs(first) and part.is_file() and part.stat().st_size >= 1 << 20, timeout_s=30)
         second, third = pulling(hub), pulling(hub)
         with pytest.raises(ConfigError, match="another process is pulling model 'org/tiny'"):
             remove("org/tiny")
         for waiter in (second, third):
-            until(lambda: at_lock(waiter.pid), waiter)
+            eventually(lambda waiter=waiter: runs(waiter) and at_lock(waiter.pid), timeout_s=30)
         assert [p for p, _, _ in hub.asked].count(path) == 1
         first.kill()
         first.communicate()
@@ -215,6 +215,11 @@ def test_two_processes_pull_one_model_and_the_first_is_killed(tmp_path: Path) ->
     assert not list((tmp_path / "cache" / "downloads").iterdir())
 
 
+def runs(process: "subprocess.Popen[str]") -> bool:
+    assert process.poll() is None, process.communicate()
+    return True
+
+
 def at_lock(pid: int) -> bool:
     """Whether a process has a lock's file open."""
     opened = []
@@ -222,14 +227,6 @@ def at_lock(pid: int) -> bool:
         with contextlib.suppress(OSError):
             opened.append(os.readlink(handle))
     return any(name.endswith(".lock") for name in opened)
-
-
-def until(condition: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_disk_that_fills_on_the_way_is_said_and_gone_on_with(tmp_path: Path) -> None:
