@@ -21,6 +21,7 @@ from agentmesh.cli.spares import spares_of
 from agentmesh.cli.worker import giver_back
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.rag import embed
 from agentmesh.rag.embedders.encoder import Encoder
 from agentmesh.rag.store import FaissStore
 from agentmesh.retriever import Retriever
@@ -126,16 +127,24 @@ def test_what_dies_at_an_embed_step_is_given_back_and_its_suspects_run_elsewhere
 
 def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(Encoder, "elsewhere", "")
-    assert Encoder(str(tmp_path / "bert"))._device == "cuda"
+    monkeypatch.setattr(embed, "_alone", False)
     monkeypatch.setattr(Encoder, "prepare", lambda self, **given: None)
+    for name in ("earlier", "later"):
+        (tmp_path / name).symlink_to(tmp_path / "bert")
+
+    def device_of(name: str) -> str:
+        made: Any = embed.embedder(name)
+        return str(made._device)
+
+    assert device_of(f"local:{tmp_path / 'earlier'}") == "cuda"
     (served,) = prepared([Queue("gpu", model="m", embed=encoder)], lambda error: None)
     assert served.name == "rag"
-    assert Encoder(str(tmp_path / "bert"))._device == "cpu"
+    assert device_of(f"local:{tmp_path / 'later'}") == "cpu"
+    assert device_of(encoder) == "cuda"
 
 
 def test_an_encoder_that_is_not_here_is_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "elsewhere", "")
+    monkeypatch.setattr(embed, "_alone", False)
     with pytest.raises(ConfigError, match="'local:no-such/encoder' cannot be loaded .* `agentmesh models pull"):
         prepared([Queue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
     assert prepared([Queue("gpu", model="m")], lambda error: None) == []
