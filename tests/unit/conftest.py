@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ class Site:
     files: dict[str, bytes] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
     moved: dict[str, str] = field(default_factory=dict)  # path to the address where it is
-    drips: int = 0  # so many bytes of weights at a time
+    holds: int = 0  # so many bytes of weights come, and no more until `let_go` is set
+    let_go: threading.Event = field(default_factory=threading.Event)
     key: str = ""  # who asks must show it
     code: int = 401  # else it hears this
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # path, Range, Authorization
@@ -71,13 +71,11 @@ class Web:
                 self.send_header("Content-Length", str(len(content) - start))
                 self.end_headers()
                 content = content[start : site.cut.pop(path, None)]
-                if not (site.drips and path.endswith(".safetensors")):
-                    self.wfile.write(content)
-                    return
+                held = site.holds if path.endswith(".safetensors") else 0
                 with contextlib.suppress(ConnectionError):  # whoever asked was killed
-                    for at in range(0, len(content), site.drips):
-                        self.wfile.write(content[at : at + site.drips])
-                        time.sleep(0.02)
+                    self.wfile.write(content[: held or None])
+                    if held:
+                        site.let_go.wait(60)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -89,6 +87,7 @@ class Web:
         try:
             yield site
         finally:
+            site.let_go.set()
             server.shutdown()
             server.server_close()
             thread.join()

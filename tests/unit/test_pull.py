@@ -83,7 +83,7 @@ def pulling(hub: Any, before: str = "", **env: str) -> "subprocess.Popen[str]":
 def test_two_processes_pull_one_model_and_the_first_is_killed(tmp_path: Path, eventually: Any, web: Any) -> None:
     weights = web.weights * 40  # it is written down in blocks of a mebibyte
     hub = web.hub_of("org/tiny", web.made | {"model.safetensors": weights}, sha256=hashlib.sha256(weights).hexdigest())
-    path, hub.drips = "/org/tiny/resolve/c0ffee/model.safetensors", 20_000
+    path, hub.holds = "/org/tiny/resolve/c0ffee/model.safetensors", (1 << 20) + 1
     part = tmp_path / "cache" / "downloads" / "org--tiny" / "c0ffee" / "model.safetensors.part"
     with web.serving(hub):
         first = pulling(hub)
@@ -94,9 +94,10 @@ def test_two_processes_pull_one_model_and_the_first_is_killed(tmp_path: Path, ev
         for waiter in (second, third):
             eventually(lambda waiter=waiter: runs(waiter) and at_lock(waiter.pid), timeout_s=30)
         assert [p for p, _, _ in hub.asked].count(path) == 1
+        hub.holds = 0
         first.kill()
         first.communicate()
-        hub.drips = 0
+        hub.let_go.set()
         for process in (second, third):
             out, err = process.communicate(timeout=30)
             assert (process.returncode, out) == (0, f"org/tiny: {model_folder('org/tiny')}\n"), err
