@@ -13,11 +13,9 @@ from agentmesh.models.index import settings, wheel_url
 pytestmark = pytest.mark.usefixtures("models_elsewhere")
 
 WHEEL = "some_model-1.0-py3-none-any.whl"
-
 HTML = (
     f'<html><body><a href="../../files/{WHEEL}.metadata">m</a> <a data-x="1" href="../../files/{WHEEL}#sha256=ab">w</a>'
 )
-
 JSON = json.dumps({"files": [{"url": "other.whl"}, {"url": f"/files/{WHEEL}"}]})
 
 

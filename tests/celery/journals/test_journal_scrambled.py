@@ -6,7 +6,6 @@ from typing import Any
 from agentmesh.journals.tables import Tables
 
 VERBS = ("begin", "claim", "renew", "release", "commit", "plan", "hold", "tell", "sweep", "told")
-
 OFTEN = ("claim", "claim", "commit", "commit", "plan", "tell")
 
 

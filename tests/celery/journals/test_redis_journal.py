@@ -14,7 +14,6 @@ from agentmesh.journals.redis import RedisJournal
 from agentmesh.ports import Accepted, Claimed, Next, Refused, Sent, Token, step_unit
 
 MEBI = 1024 * 1024
-
 LARGE = 64 * 1024
 
 
