@@ -1,13 +1,15 @@
-"""For every test: a Ctrl-C sent to a process that a test starts must arrive. And the command line in a folder of its own."""
+"""For every test: a Ctrl-C sent to a process that a test starts must arrive. And for those that want it: waiting, the command line."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,6 +21,29 @@ def _heard_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., None]:
+    """`eventually(condition)` comes back when it is true, and fails after `timeout_s` (15). A store that is away is asked again."""
+
+    def wait(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
+        __tracebackhide__ = True  # a failure is shown at the line that waits, with its condition
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                last = condition()
+            except redis.RedisError as e:
+                last, true = e, False
+            else:
+                true = bool(last)
+            if true:
+                return
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {timeout_s} s; the condition was {last!r} at last")
+            time.sleep(0.005)
+
+    return wait
 
 
 class Shell:

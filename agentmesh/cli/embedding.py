@@ -55,8 +55,8 @@ def prepared(queues: Iterable[Queue], hopeless: Callable[[Exception], None]) -> 
     if not name:
         return []
     began = time.monotonic()
-    encoder: Any = import_module("agentmesh.rag.embed").embedder(name)
-    type(encoder).elsewhere = "cpu"  # for others that an ingest may name: no memory of the device is kept for them
+    # no memory of the device is kept for others that an ingest may name
+    encoder: Any = import_module("agentmesh.rag.embed").embedder(name, alone=True)
     encoder.prepare(hopeless=hopeless)
     log.info("%s is loaded in %.1f s, for the embed steps of ingests", name, time.monotonic() - began)
     return [load_crew(RAG)]

@@ -11,6 +11,7 @@ from agentmesh.rag.embedder import DEFAULT, Embedder
 PROVIDERS = ("wordllama", "local", "openai", "http", "https")
 
 _made: dict[str, Embedder] = {}
+_alone = False  # whether this process keeps its GPU for an encoder that it has made
 _making = threading.Lock()
 
 
@@ -23,16 +24,18 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def embedder(wanted: Any = DEFAULT) -> Embedder:
+def embedder(wanted: Any = DEFAULT, *, alone: bool = False) -> Embedder:
     """An embedder by name, one a name and process; an embedder is itself; LangChain's Embeddings are wrapped.
 
     Args:
         wanted: `wordllama` (offline), `local:NAME` (a folder, or a model of the cache or of the hub's own cache),
             `openai:text-embedding-3-small`, `http://localhost:8000/v1#MODEL` (any OpenAI-compatible server).
+        alone: this process keeps its GPU for this local encoder; those it makes later are on the CPU.
 
     Raises:
         ConfigError: no such embedder, or what it needs is not there.
     """
+    global _alone  # noqa: PLW0603
     if not isinstance(wanted, str):
         if callable(getattr(wanted, "documents", None)) and callable(getattr(wanted, "query", None)):
             own: Embedder = wanted
@@ -46,6 +49,7 @@ def embedder(wanted: Any = DEFAULT) -> Embedder:
     with _making:
         if wanted not in _made:
             _made[wanted] = _make(wanted)
+        _alone = _alone or alone
         return _made[wanted]
 
 
@@ -60,7 +64,7 @@ def _make(name: str) -> Embedder:
     if kind == "wordllama":
         made: Embedder = import_module("agentmesh.rag.embedders.static").WordLlama()
     elif kind == "local":
-        made = import_module("agentmesh.rag.embedders.encoder").Encoder(rest)
+        made = import_module("agentmesh.rag.embedders.encoder").Encoder(rest, device="cpu" if _alone else "")
     else:
         made = import_module("agentmesh.rag.embedders.http").HttpEmbedder(name)
     return made

@@ -1,6 +1,5 @@
 """A seeded world around the protocol: clients, workers that die at any line, a broker that loses, repeats and reorders.
 
-The oracle stands outside the store: it counts what was executed and looks at the journal after every verb.
 `simulate(seed)` raises Violation with what went wrong; the same seed goes the same way.
 """
 
@@ -8,7 +7,6 @@ import heapq
 import itertools
 import json
 import random
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +14,11 @@ from typing import Any
 from agentmesh.journals import tend
 from agentmesh.journals.entries import Store
 from agentmesh.journals.tables import Tables
+from agentmesh.testing.oracle import Oracle, Violation
 from agentmesh.testing.programs import Stage, following, message, program
 
 TTL, SWEEP, PATIENCE = 2_000, 400, 600_000
 POISON_MOST = 12  # quartered to one, then three alone; the first two deaths change nothing
-
-
-class Violation(AssertionError):
-    """The protocol broke a promise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +42,10 @@ class World:
     faults: Faults = Faults()
     now: int = 0
     tables: Tables = field(default_factory=Tables)
-    executed: Counter[str] = field(default_factory=Counter)
-    excuses: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
+        self.oracle = Oracle(self.tables, self._program)
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._tokens = itertools.count()
@@ -83,7 +77,7 @@ class World:
             what()
             if self._over():
                 break
-        self._check_end()
+        self.oracle.check_end(self._programs, self._cancel, self.now)
 
     def _over(self) -> bool:
         runs = self.tables.zsets["runs"]
@@ -96,7 +90,7 @@ class World:
         reply = tend.ALL[name](store, args)
         for _, head, _, _ in store.sent:
             self._send(head.rstrip("#"))
-        self._look()
+        self.oracle.look()
         return reply
 
     def _send(self, unit: str) -> None:
@@ -159,10 +153,10 @@ class World:
                 lambda: self._plan_of(worker, generation, unit, run, fence, head["version"], lines),
             )
             return
-        self.executed[unit] += 1
+        self.oracle.executed[unit] += 1
         needs = self.rng.choice([50, 200, 900, 3_000])
         if self.rng.random() < self.faults.zombie:
-            self.excuses[unit] += 1
+            self.oracle.excuses[unit] += 1
             needs += 3 * TTL  # it sleeps through its lease, without renewing
         elif self.faults.renewing:
             for step in range(TTL // 3, needs, TTL // 3):
@@ -183,7 +177,7 @@ class World:
         how, event = "done", {"e": "StepDone", "n": n}
         if roll < 0.1:
             how, event = "retried", {"e": "StepRetried", "n": n}
-            self.excuses[unit] += 1
+            self.oracle.excuses[unit] += 1
         elif roll < 0.2 and self.tables.hget(f"st:{run}", str(n)) and self._in_gather(run, n):
             how, event = "failed", {"e": "StepFailed", "n": n}
         text = json.dumps(event)
@@ -231,7 +225,7 @@ class World:
             self._poison = unit
         if unit != self._poison:
             return False
-        self.executed[unit] += 1
+        self.oracle.executed[unit] += 1
         self._end(worker, unit)
         self.poison_deaths += 1
         if self.poison_deaths > POISON_MOST:
@@ -242,8 +236,8 @@ class World:
         name = self._name(worker)
         self._workers[worker] += 1
         for held in self.tables.smembers(f"wl:{name}"):
-            self.excuses[held] += 1
-        self.excuses[unit] += 1
+            self.oracle.excuses[held] += 1
+        self.oracle.excuses[unit] += 1
         if self.rng.random() < 0.5:  # a supervisor sees it; else the lease runs out
             self.at(20, lambda: self._release(name))
 
@@ -271,69 +265,6 @@ class World:
             self._tell(run, "StepRevived", n)
         else:
             self.verb("tell", run=run, kind="StepResolved", n=n, action="done", event=f'{{"e":"StepDone","n":{n}}}')
-
-    # ---- the oracle ----------------------------------------------------------------------------
-    def _look(self) -> None:
-        for run in [k[3:] for k in self.tables.lists if k.startswith("ev:")]:
-            events = [json.loads(line.partition(" ")[2]) for line in self.tables.lists[f"ev:{run}"]]
-            self._look_at(run, events)
-            if self.tables.hget(f"run:{run}", "status") == "open" and not self._has_entry(run):
-                raise Violation(f"open run {run} has no entry")
-
-    def _look_at(self, run: str, events: list[dict[str, Any]]) -> None:
-        ends = Counter(e["n"] for e in events if e["e"] in ("StepDone", "StepFailed", "Woken", "Approved"))
-        twice = [n for n, count in ends.items() if count > 1]
-        if twice:
-            raise Violation(f"step {twice[0]} of {run} ended twice")
-        closed = Counter(e["first"] for e in events if e["e"] == "GatherClosed")
-        if any(count > 1 for count in closed.values()):
-            raise Violation(f"a gather of {run} closed twice")
-        if sum(e["e"] in ("RunDone", "RunFailed", "RunCancelled") for e in events) > 1:
-            raise Violation(f"run {run} ended twice")
-        at = 1
-        planned = Counter(e["n"] for e in events if e["e"] == "StepPlanned")
-        if any(count > 1 for count in planned.values()):
-            raise Violation(f"a step of {run} was planned twice")
-        good = {e["n"] for e in events if e["e"] in ("StepDone", "Woken", "Approved")}
-        for stage in self._program(run):
-            width = stage[1] if stage[0] == "gather" else 1
-            through = at in closed if stage[0] == "gather" else at in ends
-            if not through and max(planned, default=0) >= at + width:
-                raise Violation(f"run {run} went on past step {at}, which has not ended")
-            at += width
-        for e in events:
-            if e["e"] == "GatherClosed" and e["why"] in ("all", "need"):
-                need = next(g["need"] for f, g in self.tables.hashes[f"ga:{run}"].items() if int(f) == e["first"])
-                if len(good & set(e["members"])) < need:
-                    raise Violation(f"the gather {e['first']} of {run} closed before {need} members had succeeded")
-
-    def _has_entry(self, run: str) -> bool:
-        z = self.tables.zsets
-        for key, rec in self.tables.hashes[f"st:{run}"].items():
-            if not isinstance(rec, dict):
-                continue
-            unit = f"a|{run}" if key == "a" else f"s|{run}|{key}"
-            if rec["st"] == "child" and self.tables.hget(f"run:{run}/{key}", "status") == "open":
-                return True
-            if rec["st"] == "queued" and unit in z[f"q:{rec['q']}"]:
-                return True
-            if rec["st"] in ("leased", "due", "held") and unit in z[rec["st"]]:
-                return True
-        parent = run.rpartition("/")[0]
-        rec = self.tables.hget(f"st:{parent}", run.rpartition("/")[2]) if parent else None
-        waits = isinstance(rec, dict) and rec["st"] == "backlog"
-        return waits or any(run == c or run.startswith(f"{c}/") for c in self.tables.sets["cancelled"])
-
-    def _check_end(self) -> None:
-        for run in self._programs:
-            status = self.tables.hget(f"run:{run}", "status")
-            if status not in ("done", "cancelled") or (status == "cancelled" and run != self._cancel):
-                raise Violation(f"run {run} is {status} after {self.now} ms")
-        for unit, count in self.executed.items():
-            if count > 1 + self.excuses[unit]:
-                raise Violation(
-                    f"{unit} was executed {count} times, and {self.excuses[unit]} crashes or retries explain it"
-                )
 
 
 def simulate(seed: int, faults: Faults = Faults()) -> World:

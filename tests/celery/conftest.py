@@ -1,16 +1,13 @@
 """A real Valkey and a real RabbitMQ for the tests of this folder."""
 
-import contextlib
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from agentmesh.celery.loop import drive
 from agentmesh.event import StepDone
@@ -46,22 +43,6 @@ def rabbitmq(_rabbit_server: RabbitServer) -> RabbitServer:
     """A RabbitMQ without queues: `.url` for Celery, `.kill()` and `.restart()` for chaos, `.evaluate()` for its limits."""
     _rabbit_server.flush()
     return _rabbit_server
-
-
-@pytest.fixture
-def eventually():
-    """`eventually(condition)` waits until it is true, and fails after 15 s."""
-
-    def wait(condition, timeout_s=15.0):
-        until = time.monotonic() + timeout_s
-        while True:
-            with contextlib.suppress(redis.RedisError):
-                if condition():
-                    return
-            assert time.monotonic() < until, f"not within {timeout_s} s"
-            time.sleep(0.005)
-
-    return wait
 
 
 class Oracle:

@@ -215,15 +215,13 @@ def test_messages_lost_repeated_and_out_of_order(scene: Any, valkey: Any) -> Non
         worker.join()
 
 
-def test_a_host_dies_with_everything_on_it(scene: Any) -> None:
+def test_a_host_dies_with_everything_on_it(scene: Any, eventually: Any) -> None:
     it = scene()
     with Host(it.crew_file, it.config, processes=2, env=it.env) as one, Host(it.crew_file, it.config, env=it.env):
         tasks = [f"t{i}" for i in range(8)]
         for task in tasks:
             it.start("Lead", task)
-        until = time.monotonic() + 10
-        while not it.server.requests and time.monotonic() < until:
-            time.sleep(0.002)
+        eventually(lambda: it.server.requests)
         for name, pid in one.pids.items():
             it.note(name, pid)
         asked = len(it.server.requests)

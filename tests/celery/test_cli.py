@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,11 +75,10 @@ def test_waiting_for_a_person(shell: Any) -> None:
     assert "has ended (done)" in shell.err
 
 
-def test_ctrl_c_leaves_the_run_resumable(shell: Any) -> None:
+def test_ctrl_c_leaves_the_run_resumable(shell: Any, eventually: Any) -> None:
     shell.server._latency_s = 3.0  # a busy machine must hear the signal before the answers come
     process = shell.start("run", "crew.py", "tea", "--id", "c1")
-    while shell.server.in_flight < 3:
-        time.sleep(0.01)
+    eventually(lambda: shell.server.in_flight >= 3, timeout_s=60)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
@@ -95,11 +93,10 @@ def test_a_detached_run_needs_no_client(shell: Any) -> None:
     assert "RunDone" in shell("runs", "show", "d1")
 
 
-def test_a_worker_killed_in_front_of_your_eyes(shell: Any) -> None:
+def test_a_worker_killed_in_front_of_your_eyes(shell: Any, eventually: Any) -> None:
     shell.server._latency_s = 0.7
     process = shell.start("run", "crew.py", "tea", "--id", "k1")
-    while shell.server.in_flight < 3:
-        time.sleep(0.01)
+    eventually(lambda: shell.server.in_flight >= 3, timeout_s=60)
     killed = subprocess.run(["pkill", "-9", "-P", str(process.pid), "-f", "agentmesh.cli.child"], check=False)
     assert killed.returncode == 0
     out, err = process.communicate(timeout=30)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -41,15 +40,8 @@ def get(url: str) -> tuple[int, str]:
         return e.code, e.read().decode()
 
 
-def until(condition: Any, timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
-def seen(_valkey_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def seen(_valkey_server: Any, tmp_path_factory: pytest.TempPathFactory, eventually: Any) -> Any:
     """Everything that one worker command shows while two runs go by."""
     _valkey_server.flush()
     folder = tmp_path_factory.mktemp("watched")
@@ -64,14 +56,14 @@ def seen(_valkey_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             assert worker.stdout is not None
             url = re.search(r"http://\S+(?=/metrics)", worker.stdout.readline())[0]  # type: ignore[index]
             it.early = get(f"{url}/health/live"), get(f"{url}/health/ready")
-            until(lambda: get(f"{url}/health/ready")[0] == 200)
+            eventually(lambda: get(f"{url}/health/ready")[0] == 200)
             it.ready = get(f"{url}/health/ready")
             config = Config(broker=_valkey_server.broker_url, journal=_valkey_server.url)
             mesh = Mesh(load_crew(CREW), config=config)
             with use_span(NonRecordingSpan(CALLER)):
                 called = mesh.start(mesh.crew.lead, "tea", id="called")
             alone = mesh.start(mesh.crew.lead, "mint", id="alone")
-            until(lambda: 'agentmesh_entries{state="leased"} 8.0' in get(f"{url}/metrics")[1])
+            eventually(lambda: 'agentmesh_entries{state="leased"} 8.0' in get(f"{url}/metrics")[1])
             it.during = get(f"{url}/metrics")[1]
             (folder / "go").touch()
             it.values = called.result(timeout_s=20), alone.result(timeout_s=20)

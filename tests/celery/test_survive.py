@@ -91,13 +91,6 @@ def scene(store: Any, broker: Any, oracle: Any, **how: Any) -> Iterator[Scene]:
             it.mesh.close()
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.005)
-
-
 def closed(it: Scene, task: str) -> bool:
     return any(isinstance(e, GatherClosed) for e in it.mesh.get(task).events())
 
@@ -112,34 +105,36 @@ MOMENTS: dict[str, Callable[[Scene], Any]] = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_worker_killed(valkey: Any, broker: Any, oracle: Any, moment: str) -> None:
+def test_a_worker_killed(valkey: Any, broker: Any, oracle: Any, moment: str, eventually: Any) -> None:
     with scene(valkey, broker, oracle) as it:
         it.start("tea")
-        until(lambda: MOMENTS[moment](it))
+        eventually(lambda: MOMENTS[moment](it))
         it.kill()
         killed = time.monotonic()
         it.check("tea")
         assert time.monotonic() - killed < 15
 
 
-def test_workers_killed_again_and_again_without_anybody_giving_back(valkey: Any, broker: Any, oracle: Any) -> None:
+def test_workers_killed_again_and_again_without_anybody_giving_back(
+    valkey: Any, broker: Any, oracle: Any, eventually: Any
+) -> None:
     """Only leases and the sweeper bring it back, as when a whole host dies."""
     with scene(valkey, broker, oracle, processes=2, supervised=False) as it:
         for task in ("a", "b", "c"):
             it.start(task)
         for i in range(4):
-            until(lambda: it.server.in_flight >= 1)
+            eventually(lambda: it.server.in_flight >= 1)
             it.kill(which=i % 2)
-            until(lambda: len(it.supervisor.pids) == 2)
+            eventually(lambda: len(it.supervisor.pids) == 2)
             time.sleep(0.4)
         it.check("a", "b", "c")
 
 
-def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, oracle: Any) -> None:
+def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, oracle: Any, eventually: Any) -> None:
     """What was queued is on its disk, what was in hand it delivers again, what it did not confirm is sent again."""
     with scene(valkey, rabbitmq, oracle) as it:
         it.start("a")
-        until(lambda: it.server.in_flight >= 2)
+        eventually(lambda: it.server.in_flight >= 2)
         rabbitmq.settle()
         rabbitmq.kill()
         it.start("b")  # the journal has it; it goes out when the broker is back
@@ -150,12 +145,12 @@ def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, oracle: Any) -
         assert it.excused == 0  # a step that runs does not need the broker
 
 
-def test_the_store_killed_under_load(valkey: Any, broker: Any, oracle: Any) -> None:
+def test_the_store_killed_under_load(valkey: Any, broker: Any, oracle: Any, eventually: Any) -> None:
     with scene(valkey, broker, oracle) as it:
         for task in ("a", "b", "c"):
             it.start(task)
         for _ in range(2):
-            until(lambda: it.server.in_flight >= 2)
+            eventually(lambda: it.server.in_flight >= 2)
             valkey.kill()
             time.sleep(0.5)
             valkey.restart()
@@ -163,10 +158,12 @@ def test_the_store_killed_under_load(valkey: Any, broker: Any, oracle: Any) -> N
         assert it.excused == 0  # a call that was answered while the store was away is still written
 
 
-def test_a_worker_that_slept_through_its_lease_is_refused(valkey: Any, broker: Any, oracle: Any) -> None:
+def test_a_worker_that_slept_through_its_lease_is_refused(
+    valkey: Any, broker: Any, oracle: Any, eventually: Any
+) -> None:
     with scene(valkey, broker, oracle, processes=2) as it:
         it.start("tea")
-        until(lambda: it.server.in_flight >= 4)
+        eventually(lambda: it.server.in_flight >= 4)
         pid = it.kill(signal.SIGSTOP)
         it.check("tea")
         os.kill(pid, signal.SIGCONT)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from agentmesh.cli.worker import giver_back
 from agentmesh.config import Config
 from agentmesh.gpu.batching import Shape
 from agentmesh.gpu.engine import Engine
+from agentmesh.gpu.request import Done, Request
 from agentmesh.mesh import Mesh
 from agentmesh.testing.servers import ValkeyServer, a_server
-from agentmesh.testing.tiny import made_model, saved
+from agentmesh.testing.tiny import VOCABULARY, made_model, saved
 
 torch.set_num_threads(1)  # two threads for so small a model wait for each other more than they compute
 WHERE, GPUS = ["cpu"], list[str]()
@@ -30,6 +32,12 @@ if torch.cuda.is_available():
 CREW = str(Path(__file__).parent / "asking.py")
 WAIT_S = 60
 SMALL = Shape(pages=80, page_tokens=16, batch_tokens=64, batch_requests=32)
+
+
+@pytest.fixture(scope="session")
+def eventually(eventually: Callable[..., None]) -> Callable[..., None]:
+    """That of all tests, with as long as models take to load."""
+    return partial(eventually, timeout_s=WAIT_S)
 
 
 @pytest.fixture(params=WHERE)
@@ -67,6 +75,22 @@ def make_engine(device: str) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     return make_engine()
+
+
+@pytest.fixture
+def prompts() -> Callable[..., list[list[int]]]:
+    """`prompts(12, shortest=3)`: of many lengths, none the beginning of another."""
+
+    def made(n: int, *, shortest: int = 3) -> list[list[int]]:
+        return [[3 + (7 * i + j * (i + 3)) % (VOCABULARY - 3) for j in range(shortest + 5 * i % 40)] for i in range(n)]
+
+    return made
+
+
+@pytest.fixture
+def answers() -> Callable[[Engine, Sequence[Request]], list[Done]]:
+    """`answers(engine, requests)`: those of an engine to requests that come at once."""
+    return lambda engine, requests: [f.result(WAIT_S) for f in [engine.submit(r) for r in requests]]
 
 
 @pytest.fixture(scope="module")

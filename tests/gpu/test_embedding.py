@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from agentmesh.cli.spares import spares_of
 from agentmesh.cli.worker import giver_back
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.rag import embed
 from agentmesh.rag.embedders.encoder import Encoder
 from agentmesh.rag.store import FaissStore
 from agentmesh.retriever import Retriever
@@ -40,13 +39,6 @@ def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"local:{tmp_path / 'bert'}"
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def contents(folder: Path) -> dict[str, Any]:
     store = FaissStore(folder)
     found = [c for batch in store.iterate() for c in batch]
@@ -55,7 +47,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def test_a_killed_device_worker_loses_no_vector_and_no_answer(
-    device: str, valkey: Any, tmp_path: Path, encoder: str
+    device: str, valkey: Any, tmp_path: Path, encoder: str, eventually: Any
 ) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -82,7 +74,7 @@ def test_a_killed_device_worker_loses_no_vector_and_no_answer(
             batches = tmp_path / "bert" / "batches"
             before = batches.stat().st_size
             adding = _adding(config, docs, tmp_path / "store", encoder)
-            until(lambda: batches.stat().st_size > before + 1)  # the first one is the probe
+            eventually(lambda: batches.stat().st_size > before + 1)  # the first one is the probe
             told = mesh.start(crew.lead, 6, stream=True)
             next(told.tokens())
             assert log.read_text().count("Call embed_batch done") < 2
@@ -135,16 +127,24 @@ def test_what_dies_at_an_embed_step_is_given_back_and_its_suspects_run_elsewhere
 
 def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(Encoder, "elsewhere", "")
-    assert Encoder(str(tmp_path / "bert"))._device == "cuda"
+    monkeypatch.setattr(embed, "_alone", False)
     monkeypatch.setattr(Encoder, "prepare", lambda self, **given: None)
+    for name in ("earlier", "later"):
+        (tmp_path / name).symlink_to(tmp_path / "bert")
+
+    def device_of(name: str) -> str:
+        made: Any = embed.embedder(name)
+        return str(made._device)
+
+    assert device_of(f"local:{tmp_path / 'earlier'}") == "cuda"
     (served,) = prepared([Queue("gpu", model="m", embed=encoder)], lambda error: None)
     assert served.name == "rag"
-    assert Encoder(str(tmp_path / "bert"))._device == "cpu"
+    assert device_of(f"local:{tmp_path / 'later'}") == "cpu"
+    assert device_of(encoder) == "cuda"
 
 
 def test_an_encoder_that_is_not_here_is_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Encoder, "elsewhere", "")
+    monkeypatch.setattr(embed, "_alone", False)
     with pytest.raises(ConfigError, match="'local:no-such/encoder' cannot be loaded .* `agentmesh models pull"):
         prepared([Queue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
     assert prepared([Queue("gpu", model="m")], lambda error: None) == []

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,13 +27,6 @@ pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
 Seen = Callable[..., AbstractContextManager[tuple[Any, str]]]
 WAIT_S = 60
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def get(url: str) -> tuple[int, str]:
@@ -67,7 +59,7 @@ def number(page: str, name: str, *labels: str) -> float:
     return float(row.rpartition(" ")[2])
 
 
-def test_how_a_device_worker_does_is_told_over_http(seen: Seen, device: str) -> None:
+def test_how_a_device_worker_does_is_told_over_http(seen: Seen, device: str, eventually: Any) -> None:
     with seen("slow") as (work, url):
         (engine,) = json.loads(get(f"{url}/health")[1])["engines"]
         assert (engine["model"], engine["device"].partition(":")[0], engine["pid"]) == ("tiny", device, work.device_pid)
@@ -75,7 +67,7 @@ def test_how_a_device_worker_does_is_told_over_http(seen: Seen, device: str) -> 
         alike = "what all of them begin with, longer than a page of the cache"
         work.start("Sixty", alike).result(timeout_s=WAIT_S)
         runs = [work.start("Sixty", f"{alike} {i}") for i in range(6)]
-        until(lambda: number(get(f"{url}/metrics")[1], "agentmesh_engine_requests", "running") == 6)
+        eventually(lambda: number(get(f"{url}/metrics")[1], "agentmesh_engine_requests", "running") == 6)
         page = get(f"{url}/metrics")[1]
         assert number(page, "agentmesh_engine_places", "taken") == 6
         assert number(page, "agentmesh_engine_batch_tokens") == {"cpu": 256, "cuda": 2048}[device]
@@ -83,7 +75,7 @@ def test_how_a_device_worker_does_is_told_over_http(seen: Seen, device: str) -> 
         assert ("gpu_free" in page) == (device == "cuda")
         for run in runs:
             run.result(timeout_s=WAIT_S)
-        until(lambda: number(get(f"{url}/metrics")[1], "agentmesh_engine_places", "taken") == 0)
+        eventually(lambda: number(get(f"{url}/metrics")[1], "agentmesh_engine_places", "taken") == 0)
         page, after = get(f"{url}/metrics")[1], json.loads(get(f"{url}/health")[1])["engines"][0]
         assert number(page, "agentmesh_engine_tokens_total", "new") == after["new_tokens"] == 1 + 7 * 60
         assert number(page, "agentmesh_engine_steps_total") == after["steps"] >= 1 + 2 * 60
@@ -96,34 +88,36 @@ def test_how_a_device_worker_does_is_told_over_http(seen: Seen, device: str) -> 
 
 
 def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
-    seen: Seen, monkeypatch: pytest.MonkeyPatch
+    seen: Seen, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
     monkeypatch.setattr("agentmesh.report.STUCK_S", 1.5)  # in our process, where health is judged
     with seen("hang") as (work, url):
-        until(lambda: get(f"{url}/health")[0] == 200)
+        eventually(lambda: get(f"{url}/health")[0] == 200)
         before = work.device_pid
         work.fault.touch()
         run = work.start("Many", "a b c d e")
-        until(lambda: "has work in hand (5 steps) and its engine has made no step for" in get(f"{url}/health")[1])
+        eventually(lambda: "has work in hand (5 steps) and its engine has made no step for" in get(f"{url}/health")[1])
         assert get(f"{url}/health/ready")[0] == 503
-        until(lambda: '"why": ["1 of 2 workers consume"]' in get(f"{url}/health")[1])  # the dead worker's row is gone
+        eventually(
+            lambda: '"why": ["1 of 2 workers consume"]' in get(f"{url}/health")[1]
+        )  # the dead worker's row is gone
         assert 'model="tiny"' not in get(f"{url}/metrics")[1]
-        until(lambda: get(f"{url}/health")[0] == 200)
+        eventually(lambda: get(f"{url}/health")[0] == 200)
         (engine,) = json.loads(get(f"{url}/health")[1])["engines"]
         assert engine["pid"] == work.device_pid != before
         assert len(run.result(timeout_s=WAIT_S)) == 5
         os.kill(work.device_pid, signal.SIGSTOP)  # it neither dies nor says anything
-        until(lambda: "has said nothing for" in get(f"{url}/health")[1])
+        eventually(lambda: "has said nothing for" in get(f"{url}/health")[1])
 
 
-def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Path) -> None:
+def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Path, eventually: Any) -> None:
     env = {"AGENTMESH_CACHE": str(saved(tmp_path)), "OMP_NUM_THREADS": "1", "AGENTMESH_BROKER": valkey.broker_url}
     argv = [sys.executable, "-m", "agentmesh.cli.main", "serve", CREW, "--port", "0"]
     served = subprocess.Popen(argv, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
     try:
         assert served.stderr is not None
         (url,) = re.findall(r"(http://\S+)/v1 ", served.stderr.readline())
-        until(lambda: get(f"{url}/health")[0] == 200)
+        eventually(lambda: get(f"{url}/health")[0] == 200)
         told = json.loads(get(f"{url}/health")[1])
         assert (told["workers"], told["engines"]) == ({"wanted": 2, "ready": 2}, {"there": 1, "well": 1})
     finally:
@@ -132,16 +126,16 @@ def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Pa
 
 
 def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eventually: Any
 ) -> None:
     monkeypatch.setenv(REPORTS_IN, str(tmp_path / "gone"))
     monkeypatch.setattr("agentmesh.cli.reporting.TELL_S", 0.01)
     report = Reporting(engine, model="m", worker="w", in_hand=lambda: 3, places=8)
     report.start()
     looked = len(report._looks)
-    until(lambda: len(report._looks) > looked + 5)
+    eventually(lambda: len(report._looks) > looked + 5)
     (tmp_path / "gone").mkdir()
-    until(lambda: reports_in(str(tmp_path / "gone"), ["w"]))
+    eventually(lambda: reports_in(str(tmp_path / "gone"), ["w"]))
     report.stop()
     (told,) = reports_in(str(tmp_path / "gone"), ["w"])
     assert (told.pid, told.in_hand, told.places, told.batch_tokens) == (os.getpid(), 3, 8, 64)

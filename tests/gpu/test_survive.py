@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from agentmesh.testing.servers import RabbitServer, ValkeyServer, a_server
 from agentmesh.testing.tiny import saved
 
 pytestmark = pytest.mark.usefixtures("device")
+Eventually = Callable[..., None]
+MakeScene = Callable[..., AbstractContextManager["Scene"]]
 CREW = str(Path(__file__).parent / "surviving.py")
 WAIT_S = 60
 MANY = 64
@@ -58,7 +60,10 @@ def rabbitmq() -> Iterator[Any]:
 class Scene:
     """The crew as a client sees it, its supervised workers, and the file that holds its engine still."""
 
-    def __init__(self, store: Any, broker: Any, folder: Path, engine: str, processes: int) -> None:
+    def __init__(
+        self, store: Any, broker: Any, folder: Path, eventually: Eventually, engine: str, processes: int
+    ) -> None:
+        self._eventually = eventually
         self.config = Config(broker=broker.broker_url, journal=store.url, lease_s=20.0, sweep_s=0.2, drain_s=3)
         self.crew = load_crew(CREW)
         self.mesh = Mesh(self.crew, config=self.config)
@@ -87,7 +92,7 @@ class Scene:
         self.held.touch()
         before = self.asked.stat().st_size
         run: Run[list[str]] = self.mesh.start(self.crew.lead, steps)
-        until(lambda: self.asked.stat().st_size == before + steps)
+        self._eventually(lambda: self.asked.stat().st_size == before + steps)
         return run
 
     def run(self, steps: int) -> list[str]:
@@ -96,7 +101,7 @@ class Scene:
 
     def ready_again(self, before: int) -> float:
         """When another process than `before` serves the device."""
-        until(lambda: self.device_pid not in (0, before) and self.supervisor.health == (2, 2))
+        self._eventually(lambda: self.device_pid not in (0, before) and self.supervisor.health == (2, 2))
         return time.monotonic()
 
     def check(self, run: Run[list[str]], steps: int = MANY) -> None:
@@ -106,34 +111,33 @@ class Scene:
         assert ends == Counter(range(1, steps + 1))
 
 
-@contextmanager
-def scene(store: Any, broker: Any, folder: Path, engine: str = "real", processes: int = 1) -> Iterator[Scene]:
-    it = Scene(store, broker, folder, engine, processes)
-    it.supervisor.start()
-    try:
-        assert it.supervisor.wait_ready(WAIT_S)
-        yield it
-    except BaseException:
-        print(it.log.read_text())
-        raise
-    finally:
-        it.held.unlink(missing_ok=True)
-        it.supervisor.stop(now=True)
-        it.supervisor.join(10)
-        it.out.close()
-        it.mesh.close()
+@pytest.fixture
+def scene(tmp_path: Path, eventually: Eventually) -> Callable[..., AbstractContextManager[Scene]]:
+    """`with scene(store, broker) as it:` the crew at work on these servers."""
 
+    @contextmanager
+    def made(store: Any, broker: Any, engine: str = "real", processes: int = 1) -> Iterator[Scene]:
+        it = Scene(store, broker, tmp_path, eventually, engine, processes)
+        it.supervisor.start()
+        try:
+            assert it.supervisor.wait_ready(WAIT_S)
+            yield it
+        except BaseException:
+            print(it.log.read_text())
+            raise
+        finally:
+            it.held.unlink(missing_ok=True)
+            it.supervisor.stop(now=True)
+            it.supervisor.join(10)
+            it.out.close()
+            it.mesh.close()
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
+    return made
 
 
 @pytest.mark.parametrize("engine", ["real", "fake"])
-def test_a_loop_and_then_its_worker_die_with_sixty_four_in_flight(valkey: Any, tmp_path: Path, engine: str) -> None:
-    with scene(valkey, valkey, tmp_path, engine) as it:
+def test_a_loop_and_then_its_worker_die_with_sixty_four_in_flight(scene: MakeScene, valkey: Any, engine: str) -> None:
+    with scene(valkey, valkey, engine) as it:
         before = it.device_pid
         if engine == "real":
             run = it.in_flight()
@@ -152,17 +156,17 @@ def test_a_loop_and_then_its_worker_die_with_sixty_four_in_flight(valkey: Any, t
 
 @pytest.mark.parametrize("broker", ["valkey", "rabbitmq"])
 def test_the_broker_killed_with_sixty_four_in_flight(
-    valkey: Any, tmp_path: Path, broker: str, request: pytest.FixtureRequest
+    scene: MakeScene, valkey: Any, broker: str, request: pytest.FixtureRequest, eventually: Eventually
 ) -> None:
     """Valkey is the journal too. What is answered while the server is away is written when it is back."""
     server = request.getfixturevalue(broker)
-    with scene(valkey, server, tmp_path) as it:
+    with scene(valkey, server) as it:
         run, before = it.in_flight(), it.device_pid
         if broker == "rabbitmq":
             server.settle()
         server.kill()
         it.held.unlink()
-        until(lambda: it.log.read_text().count("the connection to the broker is lost") >= 2)
+        eventually(lambda: it.log.read_text().count("the connection to the broker is lost") >= 2)
         server.restart()
         back = time.monotonic()
         it.check(run)
@@ -172,9 +176,9 @@ def test_the_broker_killed_with_sixty_four_in_flight(
 
 
 @pytest.mark.usefixtures("gpus")
-def test_two_processes_share_a_queue(valkey: Any, tmp_path: Path) -> None:
+def test_two_processes_share_a_queue(scene: MakeScene, valkey: Any, eventually: Eventually) -> None:
     """On two GPUs one each, else both on one device."""
-    with scene(valkey, valkey, tmp_path, processes=2) as it:
+    with scene(valkey, valkey, processes=2) as it:
 
         def done() -> Counter[str]:
             lines = [
@@ -184,12 +188,12 @@ def test_two_processes_share_a_queue(valkey: Any, tmp_path: Path) -> None:
 
         assert len(it.supervisor.pids) == 3
         assert it.run(200) == ["said"] * 200
-        until(lambda: sum(done().values()) == 200)
+        eventually(lambda: sum(done().values()) == 200)
         assert len(done()) == 2
 
 
 def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
-    valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     monkeypatch.setenv("AGENTMESH_CACHE", str(saved(tmp_path)))
     monkeypatch.setattr(batching, "LONGEST_ON_CPU", 100)  # prompts: the cache holds a thousand
@@ -205,15 +209,15 @@ def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
     mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=models)
     with mesh.worker(concurrency=2 * many, admits=engine.admits):
         runs = [mesh.start(crew.agents["Long"], i) for i in range(many)]
-        until(lambda: len(engine._flights) == many)
+        eventually(lambda: len(engine._flights) == many)
         others = [mesh.start(crew.lead, 4) for _ in range(8)]
         for run in runs:
             run.cancel()
         cancelled = time.monotonic()
-        until(lambda: engine.gauge.idle)
+        eventually(lambda: engine.gauge.idle)
         took_s = time.monotonic() - cancelled
         assert all(other.result(timeout_s=WAIT_S) == ["said"] * 4 for other in others)
-        until(lambda: engine.gauge.free_pages == engine.gauge.pages)
+        eventually(lambda: engine.gauge.free_pages == engine.gauge.pages)
         assert engine._sampler._rows == {}
         assert engine.admits(0) == many + 50
     mesh.close()

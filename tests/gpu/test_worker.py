@@ -37,13 +37,6 @@ OTHER = Path(__file__).parent / "asking_too.py"
 WAIT_S = 60
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def words(n: int) -> str:
     return " ".join(f"w{i}" for i in range(n))
 
@@ -85,10 +78,12 @@ def test_a_poisonous_prompt_fails_alone_and_kills_no_process(working: Working, v
         assert work.device_pid == before
 
 
-def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(working: Working, valkey: Any, tmp_path: Path) -> None:
+def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(
+    working: Working, valkey: Any, tmp_path: Path, eventually: Any
+) -> None:
     with working(valkey, tmp_path, "death") as work:
         run = work.start("Many", f"{words(30)} a@@@b {words(33)}")
-        until(lambda: run.waiting_for)
+        eventually(lambda: run.waiting_for)
         (item,) = run.waiting_for
         assert (item.run_id, item.why) == (f"{run.id}/31", "quarantined")
         run.resolve(item, "failed")
@@ -99,7 +94,9 @@ def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(working: Working
             assert [type(e) for e in events if isinstance(e, StepDone | RunDone)] == [StepDone, RunDone]
 
 
-def test_a_cancelled_run_is_no_longer_computed(valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_run_is_no_longer_computed(
+    valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
     monkeypatch.setenv("AGENTMESH_CACHE", str(saved(tmp_path)))
     models = Models()
     local: Any = models("local:tiny")[0]
@@ -110,10 +107,10 @@ def test_a_cancelled_run_is_no_longer_computed(valkey: Any, tmp_path: Path, monk
     monkeypatch.setattr(Tender, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
     with mesh.worker(admits=engine.admits):
         run = mesh.start(mesh.crew.agents["Long"], "go on")
-        until(lambda: engine.gauge.new_tokens > 20)
+        eventually(lambda: engine.gauge.new_tokens > 20)
         run.cancel()
         cancelled = time.monotonic()
-        until(lambda: engine.gauge.idle)
+        eventually(lambda: engine.gauge.idle)
         took_s = time.monotonic() - cancelled
     new_tokens = engine.gauge.new_tokens
     mesh.close()

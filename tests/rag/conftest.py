@@ -1,4 +1,4 @@
-"""What the tests of ingest and retrieval share: a small embedder, a folder of documents, a Valkey.
+"""What the tests of this folder share: a small embedder, made chunks, an empty store, a folder of documents, a Valkey.
 
 Coroutine tests are driven here: LangChain's conformance suite has some, and needs no plugin for it.
 """
@@ -9,11 +9,14 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from agentmesh.rag.chunk import Chunk
 from agentmesh.rag.embedder import Base, Floats
+from agentmesh.rag.store import FaissStore
 from agentmesh.testing.servers import ValkeyServer, a_server
 
 
@@ -43,6 +46,35 @@ class Words(Base):
 def by_words() -> Words:
     """An embedder of this process."""
     return Words(64)
+
+
+class Made:
+    """Chunks of a source, and vectors for them."""
+
+    d = 8
+
+    @staticmethod
+    def chunks(source: str, n: int, text: str = "text", /, **fields: Any) -> list[Chunk]:
+        return [Chunk(f"{source}#{i}", f"{text} {i}", source, 10 * i, ("Title",), fields) for i in range(n)]
+
+    def vectors(self, n: int, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).standard_normal((n, self.d)).astype(np.float32)
+
+    def fill(self, store: FaissStore, sources: int, n: int = 3, digest: str = "1", **fields: Any) -> None:
+        for s in range(sources):
+            store.replace(f"s{s}", self.chunks(f"s{s}", n, f"s{s}", **fields), self.vectors(n, s), digest=digest)
+
+
+@pytest.fixture
+def made() -> Made:
+    """`store.replace("a", made.chunks("a", 2), made.vectors(2), digest="1")`, or `made.fill(store, 3)`."""
+    return Made()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FaissStore:
+    """A new one, not yet on disk."""
+    return FaissStore(tmp_path / "kb")
 
 
 @pytest.fixture

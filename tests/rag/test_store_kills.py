@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,13 +34,11 @@ def promised(log: Path) -> dict[str, set[str]]:
 
 
 @pytest.mark.timeout(60 + 2 * KILLS)
-def test_nothing_that_was_promised_is_lost(tmp_path: Path) -> None:
+def test_nothing_that_was_promised_is_lost(tmp_path: Path, eventually: Any) -> None:
     rng = random.Random()
     running = {role: start(role[0], tmp_path, role[1]) for role in ROLES}
     try:
-        deadline = time.monotonic() + 30
-        while not any(tmp_path.glob("writer-*.log")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        eventually(lambda: any(tmp_path.glob("writer-*.log")), timeout_s=30)
         for n in range(KILLS):
             time.sleep(rng.uniform(0.1, 0.6))
             if n % 24 in (4, 16):  # a writer sleeps over merges and their clean-up, and wakes

@@ -100,7 +100,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def promises(self) -> None:
         if hasattr(self, "world"):
-            self.world._look()
+            self.world.oracle.look()
 
     def teardown(self) -> None:
         """Then the weather turns fair, and everything ends."""

@@ -7,7 +7,8 @@ import pytest
 
 from agentmesh.journals import entries, protocol, suspects, tend
 from agentmesh.journals.entries import Store
-from agentmesh.testing.simulation import Faults, Violation, simulate
+from agentmesh.testing.oracle import Violation
+from agentmesh.testing.simulation import Faults, simulate
 
 Plant = Callable[[pytest.MonkeyPatch], Faults]
 

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from agentmesh.testing.simulation import Faults, Violation, simulate
+from agentmesh.testing.oracle import Violation
+from agentmesh.testing.simulation import Faults, simulate
 
 SEEDS = [int(os.environ["AGENTMESH_SEED"])] if "AGENTMESH_SEED" in os.environ else range(1000)
 
@@ -21,4 +22,4 @@ def test_in_fair_weather_nothing_is_executed_twice() -> None:
     fair = Faults(loss=0, repeat=0, crash=0, zombie=0, reply_lost=0)
     for seed in range(200):
         world = simulate(seed, fair)
-        assert all(count <= 1 + world.excuses[unit] for unit, count in world.executed.items())
+        assert all(count <= 1 + world.oracle.excuses[unit] for unit, count in world.oracle.executed.items())

@@ -1,24 +1,18 @@
 """Retries of ended runs: what was done is not done again, what failed is; story by story."""
 
 import asyncio
-import itertools
-import random
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from agentmesh import Agent, Approve, Context, Crew, Limits, RunError, RunFailed, Sleep, StepError, ToolContext, tool
+from agentmesh import Agent, Approve, Context, Crew, RunError, RunFailed, Sleep, StepError, ToolContext, tool
 from agentmesh.event import Event, RunStarted
-from agentmesh.ports import Claimed
 from agentmesh.run import Run
 from agentmesh.testing import FakeMesh, says
-from agentmesh.tool import NotDone
 
 BROKEN: set[str] = set()
 DONE: Counter[str] = Counter()  # attempts
-WELL: Counter[str] = Counter()  # good ends
 KEYS: list[str] = []
 
 
@@ -26,7 +20,6 @@ KEYS: list[str] = []
 def _fresh() -> None:
     BROKEN.clear()
     DONE.clear()
-    WELL.clear()
     KEYS.clear()
 
 
@@ -37,7 +30,6 @@ def work(what: str, context: ToolContext = ToolContext()) -> str:
     KEYS.append(context.key)
     if what in BROKEN:
         raise RuntimeError(f"{what} is broken")
-    WELL[what] += 1
     return what.upper()
 
 
@@ -258,138 +250,3 @@ def test_llm_turns_are_not_paid_again_and_are_counted_from_zero() -> None:
     assert sorted(asked) == ["a", "b"]
     heads = [asyncio.run(r.head()) for r in (run, again)]
     assert [h.turns for h in heads] == [2, 0]
-
-
-def cut_off(flow_tool: Any, *, died: bool = False) -> tuple[FakeMesh, Run[Any]]:
-    """A run that was cancelled while its only step was in a worker's hand."""
-
-    class Once(Agent[str]):
-        def flow(self, task: str, ctx: Context) -> str:
-            return ctx.do(flow_tool.on(40))
-
-    mesh = FakeMesh(Once())
-    mesh.hold_messages = True
-    run = mesh.start("x", id="r")
-    claimed = asyncio.run(mesh.journal.claim(
-        "s|r|1", worker="w", token="t", version=0, crew=mesh.crew.name, crew_version=""
-    ))  # fmt: skip
-    assert isinstance(claimed, Claimed)
-    if died:
-        asyncio.run(mesh.journal.release("w", crashed=True))
-    run.cancel()
-    mesh.hold_messages = False
-    return mesh, run
-
-
-@pytest.mark.parametrize("died", [False, True])
-@pytest.mark.parametrize("later", [0, 60_000])
-def test_an_at_most_once_step_that_was_cut_off_is_held_in_doubt(later: int, died: bool) -> None:
-    @tool(delivery="at_most_once")
-    def pay(amount: int) -> str:
-        """Pays."""
-        DONE["pay"] += 1
-        return f"paid {amount}"
-
-    mesh, run = cut_off(pay, died=died)
-    mesh.now_ms += later
-    asyncio.run(mesh.journal.sweep("s"))  # later, its lease has run out
-    again = run.retry()
-    assert [(a.n, a.why) for a in again.waiting_for] == [(1, "in_doubt")]
-    again.cancel()
-    third = again.retry()
-    assert [(a.n, a.why) for a in third.waiting_for] == [(1, "in_doubt")]
-    assert not DONE
-    third.resolve(third.waiting_for[0], "retry")
-    assert third.result() == "paid 40"
-
-
-def test_reconcile_is_asked_with_the_first_runs_key() -> None:
-    asked: list[str] = []
-
-    def known(key: str) -> Any:
-        asked.append(key)
-        return NotDone
-
-    @tool(delivery="at_most_once", reconcile=known)
-    def pay(amount: int) -> str:
-        """Pays."""
-        return f"paid {amount}"
-
-    _, run = cut_off(pay)
-    assert run.retry().result() == "paid 40"
-    assert asked == ["r/1"]
-
-
-def test_an_at_most_once_step_that_nobody_had_begun_is_simply_done() -> None:
-    @tool(delivery="at_most_once", approve=True)
-    def pay(amount: int) -> str:
-        """Pays."""
-        return f"paid {amount}"
-
-    class Once(Agent[str]):
-        def flow(self, task: str, ctx: Context) -> str:
-            return ctx.do(pay.on(40))
-
-    run = FakeMesh(Once()).start("x")
-    run.cancel()
-    again = run.retry()
-    assert [a.why for a in again.waiting_for] == ["approve"]
-    again.approve(again.waiting_for[0])
-    assert again.result() == "paid 40"
-
-
-class Walker(Agent[list[Any]]):
-    """Does what its task says: `"x"` a call, `["~", …]` a sub-agent, `[…]` side by side."""
-
-    def flow(self, task: list[Any], ctx: Context) -> list[Any]:
-        out: list[Any] = []
-        for item in task:
-            if isinstance(item, str):
-                out.append(ctx.do(work.on(item)))
-            elif item[0] == "~":
-                out.append(ctx.do(Walker().on(item[1:])))
-            else:
-                steps = [work.on(x) if isinstance(x, str) else Walker().on(x) for x in item[1:]]
-                got = ctx.gather(steps, errors=True, window=item[0])
-                for one in got:
-                    if isinstance(one, StepError):
-                        raise one
-                out.append(got)
-        return out
-
-
-def a_task(rng: random.Random, names: Iterator[int], depth: int = 0) -> list[Any]:
-    """Calls, sub-agents and gathers of both, at most three deep."""
-
-    def child() -> Any:
-        return a_task(rng, names, depth + 1) if depth < 2 and rng.random() < 0.5 else f"c{next(names)}"
-
-    out: list[Any] = []
-    for _ in range(rng.randint(1, 4)):
-        kind = rng.choice(["call", "agent", "gather", "gather"])
-        if kind == "gather":
-            out.append([rng.choice([0, 1, 2]), *[child() for _ in range(rng.randint(2, 4))]])
-        elif kind == "agent" and depth < 2:
-            out.append(["~", *a_task(rng, names, depth + 1)])
-        else:
-            out.append(f"c{next(names)}")
-    return out
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_however_often_it_fails_each_call_succeeds_once(seed: int) -> None:
-    rng = random.Random(seed)
-    names = itertools.count()
-    task = a_task(rng, names)
-    crew = Crew(Walker(), limits=Limits(depth=9))
-    wanted = FakeMesh(crew).run(task)
-    calls = [f"c{n}" for n in range(next(names))]
-    WELL.clear()
-    BROKEN.update(x for x in calls if rng.random() < 0.3)
-    run = FakeMesh(crew, workers=rng.choice([1, 3])).start(task, id="r")
-    while run.status == "failed":
-        if rng.random() < 0.7:
-            BROKEN.discard(rng.choice(sorted(BROKEN)))
-        run = run.retry()
-    assert run.result() == wanted
-    assert {x: 1 for x in calls} == WELL

@@ -47,8 +47,6 @@ class Encoder(Base):
         ConfigError: there is no such model here, or it is no plain encoder.
     """
 
-    elsewhere = ""  # the device of those that name none, where a process keeps its GPU for others
-
     def __init__(
         self, model: str, *, pooling: str | None = None, prefixes: tuple[str, str] | None = None, device: str = ""
     ) -> None:  # fmt: skip
@@ -59,7 +57,7 @@ class Encoder(Base):
         if self.pooling not in POOLINGS:
             raise ConfigError(f"{model!r} pools by {self.pooling!r}; an encoder here pools by {', '.join(POOLINGS)}")
         self.prefixes = prefixes or _said_prefixes(self._where, model)
-        self._device = device or Encoder.elsewhere or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._parts: tuple[Any, Any, int] | None = None
         self._rate = 0.0  # tokens a second of a batch, padding included
         self.hopeless: Callable[[Exception], None] | None = None

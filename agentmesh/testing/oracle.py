@@ -1,0 +1,93 @@
+"""What stands outside a simulated store: it counts what was executed, and looks at the journal after every verb."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from agentmesh.journals.tables import Tables
+from agentmesh.testing.programs import Stage
+
+
+class Violation(AssertionError):
+    """The protocol broke a promise."""
+
+
+class Oracle:
+    """Holds what a protocol did to the tables against what it promises.
+
+    Args:
+        program_of: what a run is to do, stage by stage.
+
+    Raises:
+        Violation: from `look` and `check_end`.
+    """
+
+    def __init__(self, tables: Tables, program_of: Callable[[str], list[Stage]]) -> None:
+        self._tables, self._program_of = tables, program_of
+        self.executed: Counter[str] = Counter()
+        self.excuses: Counter[str] = Counter()  # crashes and retries
+
+    def look(self) -> None:
+        """After a verb: no run or step went two ways, or on past what has not ended; an open run has an entry."""
+        for run in [k[3:] for k in self._tables.lists if k.startswith("ev:")]:
+            events = [json.loads(line.partition(" ")[2]) for line in self._tables.lists[f"ev:{run}"]]
+            self._look_at(run, events)
+            if self._tables.hget(f"run:{run}", "status") == "open" and not self._has_entry(run):
+                raise Violation(f"open run {run} has no entry")
+
+    def _look_at(self, run: str, events: list[dict[str, Any]]) -> None:
+        ends = Counter(e["n"] for e in events if e["e"] in ("StepDone", "StepFailed", "Woken", "Approved"))
+        twice = [n for n, count in ends.items() if count > 1]
+        if twice:
+            raise Violation(f"step {twice[0]} of {run} ended twice")
+        closed = Counter(e["first"] for e in events if e["e"] == "GatherClosed")
+        if any(count > 1 for count in closed.values()):
+            raise Violation(f"a gather of {run} closed twice")
+        if sum(e["e"] in ("RunDone", "RunFailed", "RunCancelled") for e in events) > 1:
+            raise Violation(f"run {run} ended twice")
+        at = 1
+        planned = Counter(e["n"] for e in events if e["e"] == "StepPlanned")
+        if any(count > 1 for count in planned.values()):
+            raise Violation(f"a step of {run} was planned twice")
+        good = {e["n"] for e in events if e["e"] in ("StepDone", "Woken", "Approved")}
+        for stage in self._program_of(run):
+            width = stage[1] if stage[0] == "gather" else 1
+            through = at in closed if stage[0] == "gather" else at in ends
+            if not through and max(planned, default=0) >= at + width:
+                raise Violation(f"run {run} went on past step {at}, which has not ended")
+            at += width
+        for e in events:
+            if e["e"] == "GatherClosed" and e["why"] in ("all", "need"):
+                need = next(g["need"] for f, g in self._tables.hashes[f"ga:{run}"].items() if int(f) == e["first"])
+                if len(good & set(e["members"])) < need:
+                    raise Violation(f"the gather {e['first']} of {run} closed before {need} members had succeeded")
+
+    def _has_entry(self, run: str) -> bool:
+        z = self._tables.zsets
+        for key, rec in self._tables.hashes[f"st:{run}"].items():
+            if not isinstance(rec, dict):
+                continue
+            unit = f"a|{run}" if key == "a" else f"s|{run}|{key}"
+            if rec["st"] == "child" and self._tables.hget(f"run:{run}/{key}", "status") == "open":
+                return True
+            if rec["st"] == "queued" and unit in z[f"q:{rec['q']}"]:
+                return True
+            if rec["st"] in ("leased", "due", "held") and unit in z[rec["st"]]:
+                return True
+        parent = run.rpartition("/")[0]
+        rec = self._tables.hget(f"st:{parent}", run.rpartition("/")[2]) if parent else None
+        waits = isinstance(rec, dict) and rec["st"] == "backlog"
+        return waits or any(run == c or run.startswith(f"{c}/") for c in self._tables.sets["cancelled"])
+
+    def check_end(self, runs: Iterable[str], cancelled: str, now: int) -> None:
+        """When nothing is left to happen: each run has ended as it should, and nothing was executed again without cause."""
+        for run in runs:
+            status = self._tables.hget(f"run:{run}", "status")
+            if status not in ("done", "cancelled") or (status == "cancelled" and run != cancelled):
+                raise Violation(f"run {run} is {status} after {now} ms")
+        for unit, count in self.executed.items():
+            if count > 1 + self.excuses[unit]:
+                raise Violation(
+                    f"{unit} was executed {count} times, and {self.excuses[unit]} crashes or retries explain it"
+                )

@@ -1,0 +1,204 @@
+"""Tools and team members as a model calls them, through the real engine on a FakeMesh."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from agentmesh import (
+    Agent,
+    ApprovalDenied,
+    Context,
+    Crew,
+    MeshError,
+    RunFailed,
+    StepError,
+    StepTimeout,
+    ToolContext,
+    ToolError,
+    TryAgain,
+    run,
+    tool,
+)
+from agentmesh.event import StepDone, StepPlanned, StepRetried
+from agentmesh.testing import FakeMesh, says, uses
+
+
+class Echo(Agent):
+    """Says what it is told."""
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Adds."""
+    return a + b
+
+
+def test_try_again_goes_to_the_model() -> None:
+    @tool
+    def city(name: str) -> str:
+        """Finds a city."""
+        if name == "Lima":
+            raise TryAgain("no city 'Lima'; add the country")
+        return name
+
+    class Guide(Agent):
+        tools = (city,)
+
+    mesh = FakeMesh(Guide(), model=[uses("city", name="Lima"), uses("city", name="Lima, Peru"), says("found")])
+    handle = mesh.start("x")
+    assert handle.result() == "found"
+    assert [m.text for m in handle.messages if m.role == "tool"] == ["no city 'Lima'; add the country", "Lima, Peru"]
+
+
+def test_what_a_model_calls_wrongly_is_said_to_it_without_a_step() -> None:
+    class A(Agent):
+        tools = (add,)
+
+    mesh = FakeMesh(A(), model=[uses("plus", a=1), uses("add", a="x", b=2), says("sorry")])
+    handle = mesh.start("x")
+    assert handle.result() == "sorry"
+    told = [m.text for m in handle.messages if m.role == "tool"]
+    assert told[0] == "error: there is no tool 'plus'; there are: add"
+    assert told[1].startswith("error: a: Input should be a valid integer")
+    assert [e.kind for e in handle.events() if isinstance(e, StepPlanned)] == ["Ask", "Ask", "Ask"]
+
+
+def test_a_team_member_is_a_tool() -> None:
+    class Lead(Agent):
+        team = (Echo(),)
+
+    def model(prompt: Any) -> Any:
+        if not prompt.tools:
+            return says("echo: " + prompt.messages[-1].text)
+        last = prompt.messages[-1]
+        return says(last.text) if last.role == "tool" else uses("Echo", task="hello")
+
+    assert FakeMesh(Lead(), model=model).run("x") == "echo: hello"
+
+
+def test_a_denied_call_is_told_to_the_model() -> None:
+    @tool(approve=True)
+    def refund(order: int) -> str:
+        """Refunds."""
+        return "done"
+
+    class Desk(Agent):
+        tools = (refund,)
+
+    mesh = FakeMesh(Desk(), model=[uses("refund", order=7), says("it was not allowed")])
+    handle = mesh.start("refund 7")
+    (item,) = handle.waiting_for
+    assert (item.tool, item.args) == ("refund", {"order": 7})
+    handle.deny(item, by="ana", reason="too late")
+    assert handle.result() == "it was not allowed"
+    assert "refund was denied by ana: too late" in handle.messages[2].text
+    assert issubclass(ApprovalDenied, StepError)
+
+
+def test_a_tool_knows_its_key_attempt_and_deps() -> None:
+    seen = []
+
+    @tool(retries=1)
+    def once(c: ToolContext = ToolContext()) -> str:
+        """Looks around."""
+        seen.append((c.key, c.attempt, c.run_id, c.deps, c.cancelled))
+        c.progress("looking")
+        if c.attempt == 1:
+            raise OSError("again")
+        return "ok"
+
+    class A(Agent):
+        def flow(self, task: str, ctx: Context) -> str:
+            return ctx.do(once.on())
+
+    mesh = FakeMesh(Crew(A(), deps={"db": 1}))
+    handle = mesh.start("x", id="k1")
+    assert handle.result() == "ok"
+    assert seen == [("k1/1", 1, "k1", {"db": 1}, False), ("k1/1", 2, "k1", {"db": 1}, False)]
+    assert [type(e) for e in handle.events()][2:4] == [StepRetried, StepDone]
+
+
+def test_a_context_needs_no_default_and_async_tools_run_on_the_loop() -> None:
+    threads: list[threading.Thread] = []
+
+    @tool
+    async def keyed(word: str, c: ToolContext) -> str:
+        threads.append(threading.current_thread())
+        return f"{word} {c.key}"
+
+    class Flow(Agent):
+        tools = (keyed,)
+
+        def flow(self, task: str, ctx: Context) -> str:
+            return ctx.do(keyed.on(task))  # type: ignore[call-arg]  # the engine gives the context
+
+    assert FakeMesh(Flow()).run("tea") == "tea r1/1"
+    assert threads == [threading.current_thread()]
+
+
+def test_output_that_is_too_long_keeps_head_and_tail() -> None:
+    @tool(max_output_bytes=1000)
+    def big() -> str:
+        """Much."""
+        return "a" * 5_000_000 + "end"
+
+    @tool(max_output_bytes=1000)
+    def wide() -> list[int]:
+        """Much more."""
+        return list(range(10_000))
+
+    class A(Agent):
+        def flow(self, task: str, ctx: Context) -> str:
+            return ctx.do(big.on() if task == "text" else wide.on())
+
+    text = FakeMesh(A()).run("text")
+    assert len(text) < 1100
+    assert text.endswith("end")
+    assert "bytes left out" in text
+    with pytest.raises(RunFailed, match="returned 48891 bytes of JSON and max_output_bytes is 1000"):
+        FakeMesh(A()).run("list")
+
+
+def test_tools_that_fail_fail_the_step_with_a_sentence() -> None:
+    @tool
+    def objects() -> Any:
+        """No JSON."""
+        return object()
+
+    @tool(timeout_s=0.01)
+    async def slow() -> str:
+        """Too slow."""
+        await asyncio.sleep(5)
+        return ""
+
+    class A(Agent):
+        def flow(self, task: str, ctx: Context) -> str:
+            try:
+                ctx.do(objects.on() if task == "json" else slow.on())
+            except ToolError as e:
+                return f"{e.n} {e.attempts} {e.message}"
+            except StepTimeout as e:
+                return e.message
+            return "no error"
+
+    assert "tool `objects` returned <object object" in FakeMesh(A()).run("json")
+    assert FakeMesh(A()).run("slow") == "tool `slow` took longer than 0.01 s"
+
+
+def test_run_inside_a_flow_or_a_tool_is_refused() -> None:
+    @tool
+    def nested() -> str:
+        """Tries to wait."""
+        return run(Echo(), "x")
+
+    class A(Agent):
+        def flow(self, task: str, ctx: Context) -> str:
+            return run(Echo(), "x") if task == "flow" else ctx.do(nested.on())
+
+    with pytest.raises(RunFailed, match=r"`run\(\)` inside the flow of `A` would hold a worker .* write `ctx.do"):
+        FakeMesh(A()).run("flow")
+    with pytest.raises(RunFailed, match=r"`run\(\)` inside tool `nested` would hold a worker"):
+        FakeMesh(A()).run("tool")
+    assert issubclass(RunFailed, MeshError)
