@@ -13,6 +13,7 @@ from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.grammar import Constraint, grammar_of
 from agentmesh.gpu.load import Loaded, load
 from agentmesh.gpu.request import Done, EngineDown, Request
+from agentmesh.gpu.special import parted, token_ids
 from agentmesh.gpu.text import THINK, Piece, Telling
 from agentmesh.message import Message, Usage
 from agentmesh.models.cache import is_installed, model_folder
@@ -114,7 +115,7 @@ class LocalModel:
 
     def count(self, text: str) -> int:
         """How many tokens a text is."""
-        return len(self.load().tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(token_ids(self.load().tokenizer, text))
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether prompt and answer have room in the model's context."""
@@ -139,7 +140,7 @@ class LocalModel:
     def _begun(self, prompt: Prompt, tell: Callable[[Piece], None]) -> tuple[Loaded, Request, Telling]:
         loaded, options = self.load(), prompt.options
         text = rendered(loaded, prompt)
-        ids, wanted = _ids(loaded, text), _wanted(prompt)
+        ids, wanted = token_ids(loaded.tokenizer, text), _wanted(prompt)
         if len(ids) + wanted > loaded.context_tokens:
             raise ContextTooLong(
                 f"the prompt has {len(ids)} tokens and asks for {wanted} more; "
@@ -156,22 +157,18 @@ class LocalModel:
 
 
 def rendered(loaded: Loaded, prompt: Prompt) -> str:
-    """The prompt as the model's own chat template writes it."""
+    """The prompt as the model's own chat template writes it, for `token_ids`."""
     template = str(loaded.tokenizer.chat_template)
-    messages, tools = conversation(prompt, template=template, takes_system=loaded.takes_system)
+    messages, tools = parted(
+        conversation(prompt, template=template, takes_system=loaded.takes_system), loaded.special_tokens
+    )
     text: str = loaded.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     return text
 
 
 def encoded(loaded: Loaded, prompt: Prompt) -> list[int]:
     """The prompt as token ids."""
-    return _ids(loaded, rendered(loaded, prompt))
-
-
-def _ids(loaded: Loaded, text: str) -> list[int]:
-    # verbose: a prompt that is too long is our error to raise, not the tokenizer's to warn about
-    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return token_ids(loaded.tokenizer, rendered(loaded, prompt))
 
 
 def _wanted(prompt: Prompt) -> int:
