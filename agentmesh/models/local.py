@@ -146,10 +146,9 @@ class LocalModel:
                 f"{self.name!r} takes {loaded.context_tokens} together: send less"
             )
         thinking = text.rstrip().endswith(THINK)
-        seed = {} if options.seed is None else {"seed": options.seed}
         request = Request(
             tuple(ids), wanted, frozenset() if options.ignore_eos else loaded.ends, options.temperature, options.top_k,
-            options.top_p, constraint=_constraint(loaded, prompt, options.tool_choice, thinking=thinking), **seed,
+            options.top_p, constraint=_constraint(loaded, prompt, options.tool_choice, thinking=thinking), seed=options.seed,
         )  # fmt: skip
         return loaded, request, Telling(loaded.tokenizer, stops=options.stop, thinking=thinking, tell=tell)
 

@@ -1,5 +1,6 @@
 """An agent's `options` as a local model takes them, checked before anything is computed."""
 
+import secrets
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,7 +26,7 @@ class Options(BaseModel):
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     top_k: int = 0
     top_p: float = Field(1.0, ge=0, le=1)
-    seed: int | None = None
+    seed: int = Field(default_factory=lambda: secrets.randbits(63))
     stop: tuple[str, ...] = ()
     tool_choice: str = "auto"
     ignore_eos: bool = False

@@ -48,7 +48,8 @@ def test_an_option_that_cannot_be_is_refused_by_name(given: dict[str, Any], told
 def test_options_are_read_as_servers_read_them() -> None:
     named = {"type": "function", "function": {"name": "go"}}
     found = options(GO, top_k="40", seed=None, stop="x", tool_choice=named, frequency_penalty=1)
-    assert found == Options(top_k=40, stop=("x",), tool_choice="go")
+    assert found == Options(top_k=40, stop=("x",), tool_choice="go", seed=found.seed)
+    assert options(seed=7).seed == 7
     assert options(max_tokens=3.0).max_tokens == 3
     assert options(tool_choice="required").tool_choice == "required"  # of no tools
 
