@@ -136,6 +136,12 @@ class Grammars:
         Raises:
             ValueError: llguidance does not take the grammar, and why.
         """
+        if (
+            thinking and self._think[1] is None
+        ):  # the end of reasoning is several tokens, which the grammar itself looks for
+            grammar = f'start: thought answered\nthought[lazy]: /(.|\\n)*/ "{THINK_END}"\n' + grammar.replace(
+                "start:", "answered:", 1
+            )
         return Constraint(self._compiled(grammar).deep_copy(), self._going_on, *self._think, thinking=thinking)
 
     def _compile(self, grammar: str) -> Any:
