@@ -185,5 +185,5 @@ def _answer(prompt: Prompt, request: Request, telling: Telling, done: Done) -> A
     text, calls = calls_of(telling.text, tools, turn=len(prompt.messages))
     usage = Usage(len(request.tokens), len(done.tokens), done.cached_tokens, batch=done.batch)
     if calls:
-        return Answer(Message("assistant", text, calls), usage, "tool_calls")
+        return Answer(Message("assistant", text, calls), usage, "length" if done.finish == "length" else "tool_calls")
     return Answer(Message("assistant", text), usage, "stop" if telling.ended else done.finish)
