@@ -1,5 +1,6 @@
 """Whose fault a dead loop is."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def test_a_suspect_is_not_blamed_for_a_fault_that_passes_while_it_is_tried(make_
     forward = model.forward
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
+        both.wait(WAIT_S)
         ids = kwargs["input_ids"][0].tolist()
         seen.append(ids)
         if POISON in ids:
@@ -29,10 +31,10 @@ def test_a_suspect_is_not_blamed_for_a_fault_that_passes_while_it_is_tried(make_
             raise RuntimeError("passing")
         return forward(*args, **kwargs)
 
-    engine = make_engine(model=model)
-    with engine._lock:  # both come to the loop as one batch
-        model.forward = faulty
-        innocent, culprit = engine.submit(Request((5, 6, 7), 4)), engine.submit(Request((5, POISON), 4))
+    engine, both = make_engine(model=model), threading.Event()
+    model.forward = faulty
+    innocent, culprit = engine.submit(Request((5, 6, 7), 4)), engine.submit(Request((5, POISON), 4))
+    both.set()
     assert len(innocent.result(WAIT_S).tokens) == 4
     with pytest.raises(ModelError, match="poison"):
         culprit.result(WAIT_S)
