@@ -19,6 +19,7 @@ import torch
 
 CANDIDATES = 1024  # of the likeliest tokens, among which top-k and top-p nearly always end; else all are sorted
 AT_ONCE = 1 << 22  # numbers of noise that are in memory at once
+COLDEST, HOTTEST = 1e-37, 1e37  # that a float32 can be divided by, -inf too
 GOLDEN, FIRST, SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32  # as signed 32-bit numbers
 
 
@@ -76,7 +77,11 @@ def draw(scores: torch.Tensor, wishes: Sequence[Wish]) -> torch.Tensor:
         int64 (n,).
     """
     device, v = scores.device, scores.shape[1]
-    scores = scores.float() / torch.tensor([w.temperature for w in wishes], device=device)[:, None]
+    heat = torch.tensor([min(max(w.temperature, COLDEST), HOTTEST) for w in wishes], device=device)[:, None]
+    scores = scores.float()
+    scores = (
+        scores - scores.amax(1, keepdim=True)
+    ) / heat  # from the largest down: next to no heat makes none infinite
     keys = torch.tensor([w.key for w in wishes], dtype=torch.int32, device=device)
     tokens = torch.empty(len(wishes), dtype=torch.int64, device=device)
     narrow = [i for i, w in enumerate(wishes) if 0 < w.top_k < v or w.top_p < 1]

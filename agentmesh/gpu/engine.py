@@ -29,6 +29,7 @@ log = logging.getLogger("agentmesh.gpu")
 HALVINGS = 2  # of the tokens of a batch, when the device has no memory for it
 WAIT_S = 0.2  # how long the dispatcher waits for an output before it looks whether the loop lives
 TOGETHER = 2  # a loop's deaths before the requests in it are tried apart
+ALONE = 2  # a loop's deaths with one request in it, before that one is to blame: something else may have broken once
 
 # Gets the answer's tokens so far; True is enough, and the answer ends there.
 Hear = Callable[[Sequence[int]], bool]
@@ -43,6 +44,7 @@ class _Flight:
     hear: Hear | None
     name: str = ""
     deaths: int = 0
+    alone: int = 0  # of these with nobody else in the loop
 
 
 class Engine:
@@ -265,7 +267,7 @@ class Engine:
             elif _is_cuda(error) or (no_memory and self._hopeless is not None):
                 self._give_up(error, victims)
                 return
-            elif len(victims) == 1 and victims[0].deaths + 1 >= TOGETHER:
+            elif len(victims) == 1 and victims[0].alone + 1 >= ALONE:
                 culprit = victims[0]
             else:
                 self._apart.extendleft(reversed(_groups(victims)))
@@ -314,6 +316,7 @@ def _groups(victims: list[_Flight]) -> list[list[_Flight]]:
     """How those who were in a dead loop are tried again: together after the first death, then in halves."""
     for flight in victims:
         flight.deaths += 1
+        flight.alone += len(victims) == 1
     again = [f for f in victims if f.deaths >= TOGETHER]
     fresh = [f for f in victims if f.deaths < TOGETHER]
     half = -(-len(again) // 2)

@@ -3,7 +3,9 @@
 Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
+import functools
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,23 +17,38 @@ import numpy.typing as npt
 from agentmesh.gpu.text import THINK, THINK_END
 from agentmesh.message import ToolSpec
 
+log = logging.getLogger("agentmesh.gpu")
+
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 
 LONGEST_STRING = 2000  # a small model that cannot end a string would go on for ever
 DEEPEST = 32
+VALUES = {"const", "enum", "default", "examples"}  # of a schema that are no schemas
+NAMED = {
+    "properties",
+    "patternProperties",
+    "dependentSchemas",
+    "$defs",
+    "definitions",
+}  # schemas by names of the user's
+KEPT = 64  # compiled grammars: of one that is used again a copy takes microseconds
 
 
 def bounded(schema: Any, depth: int = 0) -> Any:
     """The schema with a length for every string that has none."""
-    if isinstance(schema, Mapping):
-        out = {k: bounded(v, depth + 1) for k, v in schema.items()} if depth < DEEPEST else dict(schema)
-        free = schema.get("type") == "string" and not {"enum", "const", "pattern", "format"} & schema.keys()
-        if free and "maxLength" not in schema:
-            out["maxLength"] = LONGEST_STRING
-        return out
     if isinstance(schema, list):
         return [bounded(v, depth + 1) for v in schema]
-    return schema
+    if not isinstance(schema, Mapping) or depth >= DEEPEST:
+        return schema
+    out = {k: v if k in VALUES else bounded(v, depth + 1) for k, v in schema.items()}
+    for named in NAMED & out.keys():
+        if isinstance(schema[named], Mapping):
+            out[named] = {k: bounded(v, depth + 1) for k, v in schema[named].items()}
+    kinds = schema.get("type")
+    is_text = kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
+    if is_text and not {"enum", "const", "pattern", "format", "maxLength"} & schema.keys():
+        out["maxLength"] = max(LONGEST_STRING, schema.get("minLength", 0))
+    return out
 
 
 def grammar_of(
@@ -78,9 +95,11 @@ def _call_schema(tool: ToolSpec) -> dict[str, Any]:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    # flexible whitespace lets a small model write blanks for ever
-    return "%json " + json.dumps({**bounded(schema), "x-guidance": {"whitespace_flexible": False, "item_separator": ", ",
-                                                                     "key_separator": ": "}})  # fmt: skip
+    # flexible whitespace lets a small model write blanks for ever; lenient: what cannot be held does not undo the rest
+    how = {
+        "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True, "coerce_one_of": True
+    }  # fmt: skip
+    return "%json " + json.dumps({**bounded(schema), "x-guidance": how})
 
 
 class Grammars:
@@ -94,6 +113,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Iterable[int] = ()) -> None:
         self._known = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary)
+        self._compiled = functools.lru_cache(KEPT)(self._compile)
         self._think = self._one(tokenizer, THINK), self._one(tokenizer, THINK_END)
         # inside reasoning anything but an end, which would leave no answer
         self._going_on = np.ones(vocabulary, dtype=np.bool_)
@@ -116,10 +136,21 @@ class Grammars:
         Raises:
             ValueError: llguidance does not take the grammar, and why.
         """
+        if (
+            thinking and self._think[1] is None
+        ):  # the end of reasoning is several tokens, which the grammar itself looks for
+            grammar = f'start: thought answered\nthought[lazy]: /(.|\\n)*/ "{THINK_END}"\n' + grammar.replace(
+                "start:", "answered:", 1
+            )
+        return Constraint(self._compiled(grammar).deep_copy(), self._going_on, *self._think, thinking=thinking)
+
+    def _compile(self, grammar: str) -> Any:
         matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error().splitlines()[0])
-        return Constraint(matcher, self._going_on, *self._think, thinking=thinking)
+        if unheld := matcher.get_grammar_warnings():
+            log.warning("no grammar holds all of this schema, of some the model is only told: %s", "; ".join(unheld))
+        return matcher
 
 
 class Constraint:

@@ -15,6 +15,7 @@ from agentmesh.gpu.batching import Shape
 from agentmesh.gpu.dtype import best_dtype
 from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.grammar import Grammars
+from agentmesh.gpu.special import special_tokens
 
 _LOADING = threading.Lock()  # transformers' loader is not made for two threads
 
@@ -25,6 +26,7 @@ class Loaded(NamedTuple):
     Args:
         ends: ids that end an answer.
         takes_system: whether the chat template has a place for a system turn.
+        special_tokens: their names, which are nothing special in a message.
     """
 
     engine: Engine
@@ -33,6 +35,7 @@ class Loaded(NamedTuple):
     ends: frozenset[int]
     context_tokens: int
     takes_system: bool
+    special_tokens: tuple[str, ...] = ()
 
 
 def load(
@@ -64,7 +67,7 @@ def load(
     ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
     return Loaded(
         engine, tokenizer, Grammars(tokenizer, engine.room.vocabulary, ends), frozenset(ends), engine.room.context_tokens,
-        _takes_system(tokenizer),
+        _takes_system(tokenizer), special_tokens(tokenizer),
     )  # fmt: skip
 
 

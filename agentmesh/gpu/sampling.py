@@ -41,6 +41,7 @@ class Sampler:
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}
         self._batch: list[tuple[_Row, Any]] = []
+        self.strangers: list[str] = []  # in the last batch, of nobody who waits
         self.steps = self.prompt_tokens = self.cached_tokens = self.new_tokens = self.largest = self.running = 0
 
     def add(self, name: str, request: Request) -> None:
@@ -70,7 +71,7 @@ class Sampler:
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
         """Before a step: who is in the batch, and what each one's grammar allows."""
-        self._batch = []
+        self._batch, self.strangers = [], []
         self.steps += 1
         self.running = len(requests_in_batch)
         self.largest = max(self.largest, self.running)
@@ -78,6 +79,7 @@ class Sampler:
             row = self._rows.get(future.state.request_id)
             if row is None:  # cancelled meanwhile; its token is thrown away
                 row = _Row(Request((0,), 1))
+                self.strangers.append(future.state.request_id)
             row.batch = max(row.batch, self.running)
             if row.cached is None:
                 row.cached = future.state.position_offset - future.query_length

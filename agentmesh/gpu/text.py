@@ -57,6 +57,7 @@ class Telling:
         self._detokeniser = Detokeniser(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
         self._stops, self._tell = [s for s in stops if s], tell
         self._mode: Literal["first", "thought", "text"] = "thought" if thinking else "first"
+        self._thought = False  # its reasoning is over
         self._held = ""  # may still become a tag, a stop string or white space that is not wanted
         self._said: dict[str, list[str]] = {"text": [], "thought": []}
         self._heard: tuple[int, ...] = ()
@@ -91,6 +92,9 @@ class Telling:
         if self.ended:
             return
         self._take(self._detokeniser.more(tokens, last=True))
+        if self._mode == "first" and not self.ended:  # what might have become a tag is none
+            self._mode = "text"
+            self._answer()
         if not self.ended:
             self._say("thought" if self._mode == "thought" else "text", self._held)
             self._held = ""
@@ -118,16 +122,15 @@ class Telling:
         thought, found, rest = self._held.partition(THINK_END)
         if found:
             self._say("thought", thought)
-            self._held = rest.lstrip()  # of the blank lines after it, those that come in the same piece
-            self._mode = "text"
+            self._held, self._mode, self._thought = rest, "text", True
             return
         held = _beginnings(self._held, [THINK_END])
         self._say("thought", self._held[: len(self._held) - held])
         self._held = self._held[len(self._held) - held :]
 
     def _answer(self) -> None:
-        if not self._said["text"] and self._said["thought"]:
-            self._held = self._held.lstrip()
+        if self._thought and not self._said["text"]:
+            self._held = self._held.lstrip()  # the blank lines after it
         first = min((at for s in self._stops if (at := self._held.find(s)) >= 0), default=-1)
         if first >= 0:
             self._say("text", self._held[:first])

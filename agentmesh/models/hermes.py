@@ -13,6 +13,9 @@ from agentmesh.ports import Prompt
 from agentmesh.schema import dumps
 
 CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
+CUT = re.compile(
+    r'<tool_call>\s*\{\s*"name":\s*"([^"]*)",\s*"(?:arguments|parameters)":\s*((?:(?!</tool_call>).)*)\Z', re.DOTALL
+)
 FENCED = re.compile(r"```(?:json|tool_call)?\s*\n(.*?)\n\s*```", re.DOTALL)
 BARE = re.compile(r"\A\s*([\[{].*[\]}])\s*\Z", re.DOTALL)
 TOOLS_TEXT = (
@@ -51,7 +54,8 @@ def conversation(prompt: Prompt, *, template: str, takes_system: bool = True) ->
 def calls_of(text: str, tools: Sequence[ToolSpec], *, turn: int) -> tuple[str, tuple[ToolCall, ...]]:
     """The text without its tool calls, and these; one that is no JSON stays text.
 
-    Without tags, JSON in a fence or alone counts where it names one of the tools.
+    One that was cut off in its arguments is a call with these, for the model to be told. Without tags, JSON in a fence or
+    alone counts where it names one of the tools.
 
     Args:
         turn: makes the calls' ids unlike those of other turns.
@@ -60,8 +64,11 @@ def calls_of(text: str, tools: Sequence[ToolSpec], *, turn: int) -> tuple[str, t
         return text, ()
     names = {t.name for t in tools}
     calls = [call for found in CALL.findall(text) for call in _read(found, turn)]
+    rest = CALL.sub("", text) if calls else text
+    if (cut := CUT.search(rest)) and cut[1] in names:
+        calls, rest = [*calls, ToolCall(f"call_{turn}_", cut[1], cut[2].strip() or "{")], rest[: cut.start()]
     if calls:
-        return CALL.sub("", text).strip(), _numbered(calls)
+        return rest.strip(), _numbered(calls)
     for pattern in (FENCED, BARE):
         calls = [call for found in pattern.findall(text) for call in _read(found, turn) if call.name in names]
         if calls:

@@ -5,7 +5,6 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from agentmesh.errors import ConfigError, ContextTooLong, ModelError
 from agentmesh.gpu.batching import Shape
@@ -13,15 +12,16 @@ from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.grammar import Constraint, grammar_of
 from agentmesh.gpu.load import Loaded, load
 from agentmesh.gpu.request import Done, EngineDown, Request
+from agentmesh.gpu.special import parted, token_ids
 from agentmesh.gpu.text import THINK, Piece, Telling
 from agentmesh.message import Message, Usage
 from agentmesh.models.cache import is_installed, model_folder
 from agentmesh.models.hermes import calls_of, conversation
+from agentmesh.models.options import Options
 from agentmesh.ports import Answer, Prompt, RetryLater, Thought
 
 log = logging.getLogger("agentmesh.gpu")
 
-MAX_TOKENS = 256
 AGAIN_S = 1.0
 
 
@@ -65,7 +65,7 @@ class LocalModel:
 
         try:
             loaded, request, telling = await loop.run_in_executor(self._thread, self._begun, prompt, tell)
-            listens = on_token is not None or bool(_strings(prompt.options.get("stop")))
+            listens = on_token is not None or bool(prompt.options.get("stop"))
             done = await asyncio.wrap_future(loaded.engine.submit(request, telling.hear if listens else None))
             telling.finish(done.tokens)
         except EngineDown as e:
@@ -114,12 +114,12 @@ class LocalModel:
 
     def count(self, text: str) -> int:
         """How many tokens a text is."""
-        return len(self.load().tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(token_ids(self.load().tokenizer, text))
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether prompt and answer have room in the model's context."""
         loaded = self.load()
-        return len(encoded(loaded, prompt)) + _wanted(prompt) <= loaded.context_tokens
+        return len(encoded(loaded, prompt)) + Options.of(prompt).max_tokens <= loaded.context_tokens
 
     def load(self) -> Loaded:
         """The model, loaded the first time it is needed.
@@ -137,60 +137,40 @@ class LocalModel:
             return self._loaded
 
     def _begun(self, prompt: Prompt, tell: Callable[[Piece], None]) -> tuple[Loaded, Request, Telling]:
-        loaded, options = self.load(), prompt.options
+        loaded, options = self.load(), Options.of(prompt)
         text = rendered(loaded, prompt)
-        ids, wanted = _ids(loaded, text), _wanted(prompt)
+        ids, wanted = token_ids(loaded.tokenizer, text), options.max_tokens
         if len(ids) + wanted > loaded.context_tokens:
             raise ContextTooLong(
                 f"the prompt has {len(ids)} tokens and asks for {wanted} more; "
                 f"{self.name!r} takes {loaded.context_tokens} together: send less"
             )
         thinking = text.rstrip().endswith(THINK)
-        drawn = {k: options[k] for k in ("seed", "top_k", "top_p") if options.get(k) is not None}
         request = Request(
-            tuple(ids), wanted, frozenset() if options.get("ignore_eos") else loaded.ends, float(options.get("temperature") or 0.0),
-            constraint=_constraint(loaded, prompt, thinking=thinking), **drawn,
+            tuple(ids), wanted, frozenset() if options.ignore_eos else loaded.ends, options.temperature, options.top_k,
+            options.top_p, constraint=_constraint(loaded, prompt, options.tool_choice, thinking=thinking), seed=options.seed,
         )  # fmt: skip
-        stops = _strings(options.get("stop"))
-        return loaded, request, Telling(loaded.tokenizer, stops=stops, thinking=thinking, tell=tell)
+        return loaded, request, Telling(loaded.tokenizer, stops=options.stop, thinking=thinking, tell=tell)
 
 
 def rendered(loaded: Loaded, prompt: Prompt) -> str:
-    """The prompt as the model's own chat template writes it."""
+    """The prompt as the model's own chat template writes it, for `token_ids`."""
     template = str(loaded.tokenizer.chat_template)
-    messages, tools = conversation(prompt, template=template, takes_system=loaded.takes_system)
+    messages, tools = parted(
+        conversation(prompt, template=template, takes_system=loaded.takes_system), loaded.special_tokens
+    )
     text: str = loaded.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     return text
 
 
 def encoded(loaded: Loaded, prompt: Prompt) -> list[int]:
     """The prompt as token ids."""
-    return _ids(loaded, rendered(loaded, prompt))
+    return token_ids(loaded.tokenizer, rendered(loaded, prompt))
 
 
-def _ids(loaded: Loaded, text: str) -> list[int]:
-    # verbose: a prompt that is too long is our error to raise, not the tokenizer's to warn about
-    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _wanted(prompt: Prompt) -> int:
-    return int(prompt.options.get("max_tokens") or MAX_TOKENS)
-
-
-def _strings(given: Any) -> list[str]:
-    return [given] if isinstance(given, str) else list(given or ())
-
-
-def _choice(prompt: Prompt) -> str:
-    """`auto`, `required`, `none`, or the tool that must be called."""
-    given = prompt.options.get("tool_choice") or "auto"
-    return str(given["function"]["name"] if isinstance(given, dict) else given)
-
-
-def _constraint(loaded: Loaded, prompt: Prompt, *, thinking: bool) -> Constraint | None:
+def _constraint(loaded: Loaded, prompt: Prompt, choice: str, *, thinking: bool) -> Constraint | None:
     tags = loaded.grammars.tags_are_tokens
-    grammar = grammar_of(prompt.tools, prompt.output, _choice(prompt), tags_are_tokens=tags)
+    grammar = grammar_of(prompt.tools, prompt.output, choice, tags_are_tokens=tags)
     if not grammar:
         return None
     try:
@@ -201,8 +181,9 @@ def _constraint(loaded: Loaded, prompt: Prompt, *, thinking: bool) -> Constraint
 
 
 def _answer(prompt: Prompt, request: Request, telling: Telling, done: Done) -> Answer:
-    text, calls = calls_of(telling.text, prompt.tools, turn=len(prompt.messages))
+    tools = () if prompt.options.get("tool_choice") == "none" else prompt.tools
+    text, calls = calls_of(telling.text, tools, turn=len(prompt.messages))
     usage = Usage(len(request.tokens), len(done.tokens), done.cached_tokens, batch=done.batch)
     if calls:
-        return Answer(Message("assistant", text, calls), usage, "tool_calls")
+        return Answer(Message("assistant", text, calls), usage, "length" if done.finish == "length" else "tool_calls")
     return Answer(Message("assistant", text), usage, "stop" if telling.ended else done.finish)

@@ -95,7 +95,7 @@ def test_reasoning_is_streamed_as_its_own_kind_and_is_no_part_of_the_answer(home
 
 
 def test_a_schema_that_no_grammar_can_hold_is_only_told(home: Home, caplog: pytest.LogCaptureFixture) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "string", "not": {"const": "b"}}}}
+    schema = {"type": "object", "properties": {"a": {"$ref": "https://example.org/elsewhere.json"}}}
     (answer,) = asked(home(), Prompt("tiny", [user("?")], output=schema, options={"max_tokens": 4}))
     assert answer.usage.output_tokens
     assert "no grammar for this answer" in caplog.text
