@@ -158,9 +158,8 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
         with contextlib.ExitStack() as self._held:
             goes_on = bool(super()._generation_loop_body(batch_processor, bootstrapping))
-        for (
-            name
-        ) in self._sampler.strangers:  # one that came and left at once, of which the loop heard first that it left
+        # one that came and left at once, of which the loop heard first that it left
+        for name in self._sampler.strangers:
             self.cancel_request(name)
         self._sampler.strangers.clear()
         self.stepped_s = time.monotonic()

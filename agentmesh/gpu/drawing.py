@@ -79,9 +79,8 @@ def draw(scores: torch.Tensor, wishes: Sequence[Wish]) -> torch.Tensor:
     device, v = scores.device, scores.shape[1]
     heat = torch.tensor([min(max(w.temperature, COLDEST), HOTTEST) for w in wishes], device=device)[:, None]
     scores = scores.float()
-    scores = (
-        scores - scores.amax(1, keepdim=True)
-    ) / heat  # from the largest down: next to no heat makes none infinite
+    # from the largest down: next to no heat makes none infinite
+    scores = (scores - scores.amax(1, keepdim=True)) / heat
     keys = torch.tensor([w.key for w in wishes], dtype=torch.int32, device=device)
     tokens = torch.empty(len(wishes), dtype=torch.int64, device=device)
     narrow = [i for i, w in enumerate(wishes) if 0 < w.top_k < v or w.top_p < 1]

@@ -294,9 +294,8 @@ class Engine:
     def _give_up(self, error: Exception, victims: list[_Flight]) -> None:
         self._down = error.with_traceback(None)  # its frames would hold the cache
         log.error("the engine cannot go on: %s: %s", type(error).__name__, error)
-        if (
-            self._hopeless is not None
-        ):  # before anybody hears of it: a worker that leaves now gives its steps back whole
+        if self._hopeless is not None:
+            # before anybody hears of it: a worker that leaves now gives its steps back whole
             self._hopeless(error)
         for flight in victims:
             _settle(flight.future, error=EngineDown(f"{type(error).__name__}: {error}"))

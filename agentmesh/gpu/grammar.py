@@ -24,13 +24,8 @@ CALL, CALL_END = "<tool_call>", "</tool_call>"
 LONGEST_STRING = 2000  # a small model that cannot end a string would go on for ever
 DEEPEST = 32
 VALUES = {"const", "enum", "default", "examples"}  # of a schema that are no schemas
-NAMED = {
-    "properties",
-    "patternProperties",
-    "dependentSchemas",
-    "$defs",
-    "definitions",
-}  # schemas by names of the user's
+# schemas by names of the user's
+NAMED = {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
 KEPT = 64  # compiled grammars: of one that is used again a copy takes microseconds
 
 
@@ -136,9 +131,8 @@ class Grammars:
         Raises:
             ValueError: llguidance does not take the grammar, and why.
         """
-        if (
-            thinking and self._think[1] is None
-        ):  # the end of reasoning is several tokens, which the grammar itself looks for
+        if thinking and self._think[1] is None:
+            # the end of reasoning is several tokens, which the grammar itself looks for
             grammar = f'start: thought answered\nthought[lazy]: /(.|\\n)*/ "{THINK_END}"\n' + grammar.replace(
                 "start:", "answered:", 1
             )
