@@ -12,6 +12,7 @@ from agentmesh.errors import DefinitionError
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 POOLS = ("asyncio", "prefork")
 LANES = ("realtime", "high", "low")
+EMBED = "embed"  # the queue that the embed steps of an ingest name
 Suspects = Literal["too", "elsewhere", "only"]  # what a worker does about the suspects of its queues
 UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
