@@ -48,7 +48,8 @@ class Queue:
         max_batch_tokens: with a model: new tokens of one step of the engine; 0 is 2,048, on a CPU 256.
         lane: with a model or a url: "realtime" comes first and has places kept for it, "low" comes after "high"; between
             several queues of one model, or of one model in front of the same servers.
-        embed: with a model: a `local:` encoder that the same processes run beside it, for the embed steps of ingests.
+        embed: with a model: a `local:` encoder that the same processes run beside it, for the embed steps of ingests: of
+            those that `agentmesh rag add` begins, and of an `Ingest()` in this crew, where it has no queue named `embed`.
     """
 
     name: str
