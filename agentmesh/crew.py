@@ -15,7 +15,7 @@ from agentmesh.agent import Agent
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
 from agentmesh.limits import Limits
 from agentmesh.question import Asked
-from agentmesh.queue import Queue, Servers, Suspects
+from agentmesh.queue import EMBED, LANES, Queue, Servers, Suspects
 from agentmesh.schedule import Schedule
 from agentmesh.tool import Tool
 
@@ -167,7 +167,7 @@ class Crew:
         return type(agent)(**fields) if fields else agent
 
     def queue_of(self, step: Any, default: Any = None) -> str:
-        """The crew's queue for a step: its own, its model's, or the first.
+        """The crew's queue for a step: its own, its model's, or the first; an ingest's embed steps go where somebody embeds.
 
         Args:
             default: the model of agents that name none, in a crew that names none.
@@ -175,6 +175,8 @@ class Crew:
         wanted: str = getattr(step, "queue", "") or getattr(getattr(step, "tool", None), "queue", "")
         if wanted in self.queues:
             return wanted
+        if wanted == EMBED and (beside := [q for q in self.queues.values() if q.embed]):
+            return max(beside, key=lambda q: LANES.index(q.lane)).name  # nobody waits for a document
         model = getattr(step, "model", None) or self.model or default
         if step.kind == "Ask" and isinstance(model, str) and model.startswith("local:"):
             for queue in self.queues.values():

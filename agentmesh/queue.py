@@ -12,6 +12,7 @@ from agentmesh.errors import DefinitionError
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 POOLS = ("asyncio", "prefork")
 LANES = ("realtime", "high", "low")
+EMBED = "embed"  # the queue that the embed steps of an ingest name
 Suspects = Literal["too", "elsewhere", "only"]  # what a worker does about the suspects of its queues
 UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
@@ -47,7 +48,8 @@ class Queue:
         max_batch_tokens: with a model: new tokens of one step of the engine; 0 is 2,048, on a CPU 256.
         lane: with a model or a url: "realtime" comes first and has places kept for it, "low" comes after "high"; between
             several queues of one model, or of one model in front of the same servers.
-        embed: with a model: a `local:` encoder that the same processes run beside it, for the embed steps of ingests.
+        embed: with a model: a `local:` encoder that the same processes run beside it, for the embed steps of ingests: of
+            those that `agentmesh rag add` begins, and of an `Ingest()` in this crew, where it has no queue named `embed`.
     """
 
     name: str

@@ -24,6 +24,7 @@ from common import machine
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
+LANES_S = 100.0  # it takes about half of it
 GIB = 2**30
 
 
@@ -114,18 +115,31 @@ def attentions(model: Any, asked: Asked) -> None:
     print(f"  {'drawn, with top_p':<28} {drawn:9.1f} new tokens/s, {drawn / best:.0%} of the likeliest tokens'")
 
 
-def tests(left_s: float) -> None:
-    """`pytest -m gpu`, as long as there is time."""
-    argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
-    env = {k: v for k, v in os.environ.items() if k != "AGENTMESH_CACHE"}
-    process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def said_by(argv: list[str], most_s: float) -> list[str]:
+    """The lines of a Python program of its own, which is interrupted when it takes longer."""
+    env = {k: v for k, v in os.environ.items() if k != "AGENTMESH_CACHE" and not k.startswith("BENCH_")}
+    process = subprocess.Popen(
+        [sys.executable, *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
-        out, _ = process.communicate(timeout=max(30.0, left_s))
+        out, _ = process.communicate(timeout=most_s)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # it stops the servers that it started
         out, _ = process.communicate(timeout=60)
-        print(f"not done in the {left_s:.0f} s that were left")
-    said = [x for x in out.splitlines() if x.startswith(("FAILED", "ERROR", "SKIPPED")) or " in " in x]
+        print(f"not done in {most_s:.0f} s")
+    return out.splitlines()
+
+
+def lanes(big: bool) -> None:
+    """`gpu_lanes.py`: workers of its own, with a small model."""
+    short = ["--seconds", "20"] if big else ["--seconds", "3", "--step-ms", "5", "--waiting", "128"]
+    print("\n".join(said_by(["bench/gpu_lanes.py", *short], LANES_S)[-5:]))
+
+
+def tests(left_s: float) -> None:
+    """`pytest -m gpu`, as long as there is time."""
+    lines = said_by(["-m", "pytest", "-q", "-m", "gpu", "tests/gpu"], max(30.0, left_s))
+    said = [x for x in lines if x.startswith(("FAILED", "ERROR", "SKIPPED")) or " in " in x]
     print("\n".join(said[-20:]))
 
 
@@ -161,6 +175,8 @@ def main() -> None:
         del model
         if here == "cuda":
             torch.cuda.empty_cache()
+        with part("an urgent request under a full low lane", began):
+            lanes(big)
         with part("pytest -m gpu", began):
             tests(60 * given.minutes - (time.perf_counter() - began))
     print(f"\nin {time.perf_counter() - began:.0f} s")

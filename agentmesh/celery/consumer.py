@@ -1,7 +1,6 @@
 """Celery's consumer as our workers need it: local acks, quick reconnects, and a loop that a thread can leave."""
 
 import contextlib
-import uuid
 from typing import Any, ClassVar
 
 from celery.bootsteps import RUN
@@ -18,6 +17,7 @@ from agentmesh.celery.admission import Admission
 from agentmesh.celery.lanes import LOOK_S, Lanes
 from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
 from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
+from agentmesh.celery.takers import client_name
 from agentmesh.celery.transport import MALFORMED, Room, take_many
 
 logger = get_logger("agentmesh.consumer")
@@ -131,8 +131,9 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     connection: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.client_name = f"agentmesh-{uuid.uuid4().hex}"
         super().__init__(*args, **kwargs)
+        own = getattr(self.controller, "own_queues", None)
+        self.client_name = client_name(self.app.amqp.queues.consume_from if own is None else own)
         self.unacked: Unacked | None = None
         if self.hub is None:
             self.loop = thread_loop

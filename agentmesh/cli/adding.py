@@ -18,11 +18,12 @@ from agentmesh.cli.run import see_through
 from agentmesh.cli.show import JsonView, View
 from agentmesh.config import load
 from agentmesh.errors import DefinitionError
-from agentmesh.event import Event, RunStarted, StepDone, StepPlanned
+from agentmesh.event import Event, RunDone, RunStarted, StepDone, StepPlanned
 from agentmesh.mesh import Mesh
 from agentmesh.models.named import Models
 from agentmesh.ports import Token
 from agentmesh.rag.ingest import Added
+from agentmesh.rag.steps import nothing_to_do
 from agentmesh.retriever import check_paths
 
 CREW = "agentmesh.rag.ingest"
@@ -36,7 +37,7 @@ def add_documents(
     broker: str, run_id: str, as_json: bool, file: Path | None, sync: bool = False, force: bool = False,
     queues: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Begin an ingest and see it to its end; 1 where a document could not be added.
+    """Begin an ingest and see it to its end; 1 where a document could not be added. Where there is nothing to do, none begins.
 
     Args:
         queues: those that workers of this command serve; the others' steps wait for workers elsewhere.
@@ -48,6 +49,12 @@ def add_documents(
         paths, glob=glob, label=label, size=size, overlap=overlap, metadata=_metadata(meta), sync=sync, force=force
     )
     check_paths(asked)
+    planned = None if run_id else nothing_to_do(agent.store, asked, agent.how)
+    if planned is not None:  # no run, and nobody to carry it
+        added = Added(skipped=planned.skipped, failed=planned.failed)
+        if as_json:
+            JsonView().event("", RunDone(value=added.model_dump(mode="json"), at_ms=round(time.time() * 1000)))
+        return say_added(added, as_json=as_json)
     config, valkey = place(load(file=file, broker=broker or None))
     try:
         mesh = Mesh(crew, config=config, models=Models())

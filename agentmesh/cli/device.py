@@ -20,13 +20,13 @@ from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.cli.child import as_program, spare_collector, told_to_stop
-from agentmesh.cli.embedding import EMBED, prepared
+from agentmesh.cli.embedding import prepared
 from agentmesh.cli.reporting import Reporting
 from agentmesh.config import Config
 from agentmesh.logs import Logged, set_up
 from agentmesh.mesh import Mesh
 from agentmesh.models.named import Models
-from agentmesh.queue import Queue
+from agentmesh.queue import EMBED, Queue
 
 log = logging.getLogger("agentmesh.gpu")
 

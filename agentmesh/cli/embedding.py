@@ -9,12 +9,11 @@ from typing import Any
 from agentmesh.boot import load_crew
 from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError
-from agentmesh.queue import Queue, Suspects
+from agentmesh.queue import EMBED, Queue, Suspects
 
 log = logging.getLogger("agentmesh.gpu")
 
 RAG = "agentmesh.rag.ingest"
-EMBED = "embed"  # its queue
 
 
 def encoder_of(queues: Iterable[Queue]) -> str:

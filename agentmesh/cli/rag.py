@@ -31,7 +31,7 @@ Queues = Annotated[
     list[str] | None,
     typer.Option(
         "--queue",
-        help="Which of index, parse and embed this command's own workers serve; all when left out.",
+        help="Which of index, parse, embed this command's own workers serve; left out, all but an embed served elsewhere.",
         metavar="NAME",
     ),
 ]

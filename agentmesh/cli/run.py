@@ -16,6 +16,7 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import SPEC_IN, specs_of
+from agentmesh.cli.elsewhere import deserted, left
 from agentmesh.cli.embedding import taken_by
 from agentmesh.cli.exits import DONE, FAILED, INTERRUPTED, WAITING, exit_code, say_error
 from agentmesh.cli.place import Place
@@ -124,13 +125,17 @@ def see_through(
 
     Args:
         say: what is done with the run's value; it may answer the exit code.
-        queues: those that our worker serves; all when left out.
+        queues: those that our worker serves; all when left out, but for what workers elsewhere do.
     """
     quiet = sys.stderr.isatty() and not as_json
-    commands = specs_of(config, {path: mesh.crew}, queues=queues, suspects="elsewhere")
+    away = left(config, path, mesh.crew, queues)
+    served = [queue for queue in mesh.crew.queues if queue not in away]
+    commands = specs_of(config, {path: mesh.crew}, queues=served, suspects="elsewhere")
     drain_s = DRAIN_S if len(commands) == 1 else 2 * DRAIN_S
+    spares = spares_of(config, {path: mesh.crew}, queues=served)
+    spares += deserted(config, path, mesh.crew, away, start=not queues)
     supervisor = Supervisor(
-        commands, spares=spares_of(config, {path: mesh.crew}, queues=queues), drain_s=drain_s,
+        commands, spares=spares, drain_s=drain_s,
         on_death=giver_back(config, taken_by([mesh.crew])), output=subprocess.DEVNULL if quiet else STDERR,
     )  # fmt: skip
     supervisor.start()

@@ -1,7 +1,7 @@
 """What an ingest has to do: what the store has already is skipped, the rest is cut into packs. Reads; writes parts alone."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -99,16 +99,14 @@ def _file_digest(path: str, how: str) -> str:
     return f"{hasher.hexdigest()}.{how}"
 
 
-def todo(listing: Listing, known: Mapping[str, Facts], how: str) -> list[Todo]:
-    """The documents that the store does not have as they are."""
-    return [
-        Todo(
-            source=f.source, path=f.path, root=f.root, size=f.size, mtime_ns=f.mtime_ns,
-            expects=known[f.source].digest if f.source in known else "",
-        )
-        for f in listing.found.values()
-        if not unchanged(f, known.get(f.source), how)
-    ]  # fmt: skip
+def todo(listing: Listing, known: Mapping[str, Facts], how: str) -> Iterator[Todo]:
+    """The documents that the store does not have as they are, one by one: to tell may take the reading of a file."""
+    for f in listing.found.values():
+        if not unchanged(f, known.get(f.source), how):
+            yield Todo(
+                source=f.source, path=f.path, root=f.root, size=f.size, mtime_ns=f.mtime_ns,
+                expects=known[f.source].digest if f.source in known else "",
+            )  # fmt: skip
 
 
 def packs(documents: Sequence[Todo]) -> list[list[Todo]]:

@@ -4,16 +4,17 @@ Texts and vectors go from step to step in parts; each step may be done again, by
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from agentmesh.errors import DocumentError, MeshError
 from agentmesh.rag import loaders, plan
 from agentmesh.rag.chunk import Chunk
 from agentmesh.rag.here import embedder_for, store_of
-from agentmesh.rag.listing import list_documents, matcher
+from agentmesh.rag.listing import Listing, list_documents, matcher
 from agentmesh.rag.parts import Parts, chunks_to_json, sweep, typed
-from agentmesh.rag.plan import Asked, How, Todo
+from agentmesh.rag.plan import Asked, Facts, How, Todo
 from agentmesh.rag.reports import Batch, Failure, Parsed, Planned, blamed
 from agentmesh.rag.split import split
 from agentmesh.step import ToolContext
@@ -24,12 +25,25 @@ PLAN_BYTES = 64 << 20
 NOBODY = ToolContext()
 
 
-@tool(queue="index", max_output_bytes=PLAN_BYTES)
-def plan_ingest(store: str, asked: Asked, how: How, c: ToolContext = NOBODY) -> Planned:
-    """List the documents, skip what the store has, and cut the rest into packs."""
-    if missing := next((p for p in asked.paths if not os.path.exists(p)), ""):
-        return Planned(refused=f"there is no folder or file {missing!r} here; name one that the workers see")
-    sweep(store)
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What an ingest finds before it does anything.
+
+    Args:
+        gone: sources that vanished, each with its digest in the store; with `sync` alone.
+        failed: what could not be listed.
+        refused: why nothing is to be done.
+    """
+
+    listing: Listing
+    known: Mapping[str, Facts]
+    gone: dict[str, str]
+    failed: list[Failure]
+    refused: str = ""
+
+
+def look(store: str, asked: Asked) -> Look:
+    """List the documents and what the store has."""
     wanted = matcher(asked.glob) if asked.glob else loaders.knows
     listing = list_documents(asked.paths, wanted=wanted, label=asked.label, without=[store])
     known = store_of(store).sources()
@@ -43,14 +57,37 @@ def plan_ingest(store: str, asked: Asked, how: How, c: ToolContext = NOBODY) -> 
             f"there is no document in {', '.join(asked.paths)} "
             + (f"that fits {asked.glob!r}" if asked.glob else "that a loader knows: name its files, or give a glob")
         )
-    if refused:
-        return Planned(refused=refused)
+    return Look(listing, known, gone, failed, refused)
+
+
+def nothing_to_do(store: str, asked: Asked, how: How) -> Planned | None:
+    """The plan of an ingest that has nothing to do, as the store has every document as it is; None where it may have."""
+    try:
+        found = look(store, asked)
+        if found.refused or found.gone or any(plan.todo(found.listing, found.known, how.mark())):
+            return None
+    except MeshError:  # the run's to tell
+        return None
+    sweep(store)
+    return Planned(skipped=len(found.listing.found), failed=found.failed)
+
+
+@tool(queue="index", max_output_bytes=PLAN_BYTES)
+def plan_ingest(store: str, asked: Asked, how: How, c: ToolContext = NOBODY) -> Planned:
+    """List the documents, skip what the store has, and cut the rest into packs."""
+    if missing := next((p for p in asked.paths if not os.path.exists(p)), ""):
+        return Planned(refused=f"there is no folder or file {missing!r} here; name one that the workers see")
+    sweep(store)
+    found = look(store, asked)
+    if found.refused:
+        return Planned(refused=found.refused)
     parts = Parts(store, c.key)
-    new = plan.todo(listing, known, how.mark())
+    new = list(plan.todo(found.listing, found.known, how.mark()))
     names = [parts.put_json([one.model_dump() for one in pack]) for pack in plan.packs(new)]
     return Planned(
         parts=c.key, packs=names, documents=len(new), bytes=sum(one.size for one in new),
-        skipped=len(listing.found) - len(new), failed=failed, vanished=parts.put_json(gone) if gone else "",
+        skipped=len(found.listing.found) - len(new), failed=found.failed,
+        vanished=parts.put_json(found.gone) if found.gone else "",
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from agentmesh import Agent, Context, Crew, Queue
 from agentmesh.message import user
+from agentmesh.rag.ingest import Ingest
 
 ENCODER = os.environ["EMBEDDING_ENCODER"]
 SLOW_S = 0.08
@@ -46,6 +47,6 @@ if "agentmesh.cli.device" in " ".join(sys.orig_argv):
     slow_encoder()
 
 crew = Crew(
-    Teller(), name="embedding",
+    Teller(), Ingest(), name="embedding",
     queues=[Queue("main"), Queue("gpu", model="tiny", embed=f"local:{ENCODER}")],
 )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from agentmesh import ConfigError, Crew, DefinitionError, Queue
 from agentmesh.boot import load_crew
 from agentmesh.celery.supervise import Supervisor
+from agentmesh.celery.takers import takers
 from agentmesh.cli.child import specs_of
 from agentmesh.cli.embedding import RAG, embed_queues, encoder_of, prepared, taken_by
 from agentmesh.cli.spares import spares_of
@@ -70,6 +71,7 @@ def test_a_killed_device_worker_loses_no_vector_and_no_answer(
         supervisor.start()
         try:
             assert supervisor.wait_ready(WAIT_S)
+            assert takers(mesh.app, "agentmesh.rag.embed") == 1
             _, pid = supervisor.pids.values()
             batches = tmp_path / "bert" / "batches"
             before = batches.stat().st_size

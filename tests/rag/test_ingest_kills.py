@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.rag.store import FaissStore
 from agentmesh.retriever import Retriever
+from agentmesh.run import Run
 from agentmesh.testing import FakeMesh
 from agentmesh.testing.servers import ValkeyServer
 
@@ -88,6 +88,16 @@ def family(supervisor: Supervisor) -> list[int]:
     return pids
 
 
+def tell_of_a_hang(run: Run[Any], supervisor: Supervisor, log: Path) -> None:
+    """What waits, where each process stands (faulthandler, at its abort), and what the workers said."""
+    print("counts:", drive(run._journal.counts()), "open:", drive(run._journal._open(run.id)))  # type: ignore[attr-defined]
+    for pid in family(supervisor):
+        print("aborting", pid)
+        os.kill(pid, signal.SIGABRT)
+    time.sleep(1)  # for the dumps
+    print(log.read_text(errors="replace"))
+
+
 def test_whoever_is_killed_the_store_is_as_if_nobody_had_been(
     tmp_path: Path, write: Any, embed: str, valkey: ValkeyServer
 ) -> None:
@@ -100,15 +110,16 @@ def test_whoever_is_killed_the_store_is_as_if_nobody_had_been(
 
     config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=2.0, sweep_s=0.2, drain_s=3.0)
     mesh = Mesh(load_crew(CREW), config=config)
+    log = (tmp_path / "workers.log").open("wb")
     supervisor = Supervisor(
-        specs_of(config, {CREW: mesh.crew}), drain_s=5, output=subprocess.DEVNULL,
+        specs_of(config, {CREW: mesh.crew}, log="text"), drain_s=5, output=log, env={"PYTHONFAULTHANDLER": "1"},
         on_death=giver_back(config, mesh.crew.broker_queues()),
     )  # fmt: skip
     agent, asked = Retriever.open(tmp_path / "store", embed=embed).ingest(docs, size=160, overlap=0, window=2)
     rng = random.Random(5)
     supervisor.start()
     try:
-        assert supervisor.wait_ready(30)
+        assert supervisor.wait_ready(60)  # with a load of 16 on two cores it took more than 30
         run = mesh.start(agent, asked)
         kills = 0
         while kills < KILLS and run.status == "open":
@@ -122,10 +133,13 @@ def test_whoever_is_killed_the_store_is_as_if_nobody_had_been(
             for item in run.waiting_for:  # alone in hand at three deaths: a person says that it was not to blame
                 run.resolve(item, "retry")
             drive(run._journal.watch(run.id, version=None, timeout_s=0.2))
+        if run.status == "open":
+            tell_of_a_hang(run, supervisor, Path(log.name))
         added = run.result(timeout_s=1)
     finally:
         supervisor.stop()
         supervisor.join(10)
+        log.close()
         mesh.close()
     assert kills == KILLS
     assert (added.documents, added.failed) == (DOCUMENTS, [])

@@ -85,13 +85,13 @@ def test_what_is_unchanged_is_skipped_by_size_and_time_then_by_its_bytes(tmp_pat
     docs = write(tmp_path / "docs", a_md="one", b_md="two", c_md="three")
     before = listed(docs)
     known = known_of(before)
-    assert todo(before, known, "h") == []
+    assert list(todo(before, known, "h")) == []
     assert [t.source for t in todo(before, known, "other")] == list(known)  # cut in another way: anew
     os.utime(docs / "a.md", ns=(1, 1))  # touched, the bytes are the same
     write(docs, b_md="TWO")
     os.utime(docs / "b.md", ns=(1, 1))
     write(docs, d_md="four")
-    after = todo(listed(docs), known, "h")
+    after = list(todo(listed(docs), known, "h"))
     assert [(t.source, t.expects) for t in after] == [("docs/b.md", known["docs/b.md"].digest), ("docs/d.md", "")]
     assert not unchanged(listed(docs).found["docs/d.md"], None, "h")
 
