@@ -42,7 +42,7 @@ class Embeddings:
                 said = f"there is no parameter {name!r} here.{did_you_mean(name, KNOWN)}"
                 raise Refusal(400, said, "unknown_parameter", param=name)
         model = asked.get("model")
-        if model not in self.embedders:
+        if not isinstance(model, str) or model not in self.embedders:
             raise self._unknown(model)
         texts = _texts(asked.get("input"))
         form = _one_of(asked, "encoding_format", ("float", "base64"))
