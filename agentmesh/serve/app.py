@@ -85,7 +85,12 @@ class Endpoint:
         """POST /v1/embeddings."""
         answering = Answering(send)
         try:
-            await answering.whole(200, await self._embeddings.answer(await body_of(headers_of(scope), receive)))
+            raw = await body_of(headers_of(scope), receive)
+            gone = asyncio.create_task(left(receive))
+            try:
+                await answering.whole(200, await self._embeddings.answer(raw, is_left=gone.done))
+            finally:
+                gone.cancel()
         except Refusal as refusal:
             await answering.refuse(refusal)
         except ConnectionError:

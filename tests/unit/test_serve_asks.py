@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from array import array
 from typing import Any
 
 import pytest
@@ -101,3 +102,33 @@ def test_an_embedder_has_a_name(model: Any) -> None:
     with pytest.raises(Refusal) as caught:
         asyncio.run(Embeddings({}).answer(json.dumps({"model": model, "input": "x"}).encode()))
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+class Counting:
+    """An embedder of this process that remembers what it did."""
+
+    remote, d = False, 2
+
+    def __init__(self) -> None:
+        self.done = list[str]()
+
+    def documents(self, texts: list[str]) -> Any:
+        self.done += texts
+        return [array("f", [1.0, 1.0]) for _ in texts]
+
+
+def test_what_a_client_no_longer_waits_for_is_not_embedded() -> None:
+    async def work() -> list[str]:
+        counting = Counting()
+        embeddings = Embeddings({"m": counting})  # type: ignore[dict-item]
+
+        def ask(text: str, *, gone: bool) -> Any:
+            return embeddings.answer(json.dumps({"model": "m", "input": text}).encode(), is_left=lambda: gone)
+
+        asked = [ask("first", gone=False), ask("left", gone=True), ask("stays", gone=False)]
+        _, left, stays = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(left, ConnectionError)
+        assert stays["data"][0]["embedding"] == [1.0, 1.0]
+        return counting.done
+
+    assert asyncio.run(work()) == ["first", "stays"]
