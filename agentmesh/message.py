@@ -47,11 +47,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """A tool as a model sees it; `parameters` is a JSON Schema object."""
+    """A tool as a model sees it.
+
+    Args:
+        parameters: a JSON Schema object.
+        strict: whether a server is asked to hold calls to it; None leaves that to the server.
+    """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
+    strict: bool | None = None
 
 
 def system(text: str) -> Message:

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.resources import files
@@ -198,7 +198,8 @@ class RedisJournal(VerbJournal):
                 head = await self.head(root)  # before the read: what was said before the end is then read after it
                 # redis-py types both protocols' answers at once; RESP3 gives {key: [entries]}, RESP2 [[key, entries]]
                 try:
-                    found: Any = await client.xread({self._key("live", root): at}, block=None if _over(head) else 250)
+                    block = None if _over(head) else 250
+                    found: Any = await _heeding(client.xread({self._key("live", root): at}, block=block))
                 except LOST:  # `head` waits for the server, and says when it stays away
                     continue
                 entries: Any = [] if not found else found.popitem()[1][0] if isinstance(found, dict) else found[0][1]
@@ -262,8 +263,10 @@ class _Ends:
             self._heard.clear()
             self._task = asyncio.create_task(self._listen())
         if not self._heard.is_set():
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
             with suppress(TimeoutError):  # the server is away; the asker looks for itself every few seconds
-                await asyncio.wait_for(self._heard.wait(), 5)
+                async with asyncio.timeout(5):
+                    await self._heard.wait()
         return future
 
     def leave(self, run_id: str, future: "asyncio.Future[None]") -> None:
@@ -303,6 +306,18 @@ class _Ends:
 
 def _pairs(reply: Any) -> dict[str, str]:
     return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+async def _heeding(reading: Awaitable[Any]) -> Any:
+    """What redis-py reads, unless the task was told to end meanwhile: while it connects it swallows that."""
+    task = asyncio.current_task()
+    assert task is not None
+    told = task.cancelling()
+    try:
+        return await reading
+    finally:
+        if task.cancelling() > told:
+            raise asyncio.CancelledError
 
 
 def _over(head: RunHead | None) -> bool:

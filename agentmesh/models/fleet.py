@@ -30,6 +30,7 @@ class _Server:
     in_flight: int = 0
     last: int = 0  # when it was last chosen, as a count
     ails: str = ""  # why it is out
+    refuses: str = ""  # that it has another model or key, once that was said
     missed: int = 0
     given_up: "asyncio.Future[None] | None" = None  # done when what it has in hand is given up
 
@@ -100,20 +101,28 @@ class _View:
     async def _ask(self, prompt: Prompt, on_token: Callable[[str], None] | None) -> Answer:
         tried: list[_Server] = []
         waits: list[float] = []
+        refused: dict[str, ModelError] = {}
         while (server := await self._next(tried)) is not None:
             tried.append(server)
             try:
                 return await self._put(server, prompt, on_token)
             except Passing as e:
+                if e.elsewhere:
+                    _refuses(server, e.error.message)
+                    refused[server.model.base_url] = e.error
+                    continue
                 if e.down:
                     _turned(server, e.error.message)
                 if e.said or (e.down and e.sent):
                     raise RetryLater(e.error, 0.0) from None
                 waits.append(AWAY_S if e.after_s is None else e.after_s)
                 failed = e.error
+        if len(refused) == len(self.servers):
+            raise refused.popitem()[1]
         if waits and not all(s.ails for s in self.servers):
             raise RetryLater(failed, min(waits)) from None
-        reasons = "; ".join(f"{s.model.base_url}: {s.ails}" for s in self.servers if s.ails)
+        why = {s.model.base_url: s.ails for s in self.servers if s.ails} | refused
+        reasons = "; ".join(f"{url}: {one}" for url, one in why.items())
         raise RetryLater(
             ModelError(f"none of {len(self.servers)} model servers answers ({reasons}); start one"), AWAY_S
         )
@@ -180,6 +189,13 @@ class _View:
         await asyncio.gather(*looks, return_exceptions=True)
         for server in self.servers:
             await server.model.close()
+
+
+def _refuses(server: _Server, why: str) -> None:
+    """Said once: it is asked again by every step, for whoever set it up wrong may mend that."""
+    if not server.refuses:
+        log.warning("model server %s is set up otherwise than others: %s", server.model.base_url, why)
+    server.refuses = why
 
 
 def _turned(server: _Server, ails: str) -> None:

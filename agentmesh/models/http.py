@@ -32,13 +32,16 @@ class Passing(Exception):
         down: the connection was refused or broke off: the server may be gone.
         sent: the server may have begun to work on it.
         said: it had begun to answer; a new attempt of the step retracts that.
+        elsewhere: only another server may mend it: this one has another model, or takes another key.
     """
 
     def __init__(
-        self, error: ModelError, after_s: float | None = None, *, down: bool = False, sent: bool = True
-    ) -> None:
+        self, error: ModelError, after_s: float | None = None, *, down: bool = False, sent: bool = True,
+        elsewhere: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(error.message)
         self.error, self.after_s, self.down, self.sent, self.said = error, after_s, down, sent, False
+        self.elsewhere = elsewhere
 
 
 class _Wait(wait_base):
@@ -127,7 +130,9 @@ class HttpModel:
         raise AssertionError("unreachable")
 
     def _hand_over(self, failed: Passing) -> None:
-        """What was said before it broke off, or a long wait, becomes the journal's."""
+        """What was said before it broke off, or a long wait, becomes the journal's; there is no other server."""
+        if failed.elsewhere:
+            raise failed.error from None
         if failed.said:
             raise RetryLater(failed.error, 0.0) from None
         if failed.after_s is not None and failed.after_s > LONGEST_WAIT_S:
@@ -248,10 +253,16 @@ class HttpModel:
     def _refusal(self, prompt: Prompt, response: aiohttp.ClientResponse, text: str) -> Exception:
         status, said = response.status, said_by(text, self._key)
         if status in (401, 403):
-            return ModelRefused(f"{self.base_url} refused the key ({status}: {said}); check {self._key_by}")
+            return Passing(
+                ModelRefused(f"{self.base_url} refused the key ({status}: {said}); check {self._key_by}"),
+                elsewhere=True,
+            )
         if status == 404:
-            return ModelRefused(
-                f"{self.base_url} has no model {prompt.model!r} (404: {said}); check its name and the URL"
+            return Passing(
+                ModelRefused(
+                    f"{self.base_url} has no model {prompt.model!r} (404: {said}); check its name and the URL"
+                ),
+                elsewhere=True,
             )
         if status in (400, 413) and TOO_LONG.search(text):
             return ContextTooLong(

@@ -37,7 +37,9 @@ def message_text(message: Message) -> str:
 
 def tool_json(spec: ToolSpec) -> dict[str, Any]:
     """A tool as the API takes it."""
-    function = {"name": spec.name, "description": spec.description, "parameters": dict(spec.parameters)}
+    function: dict[str, Any] = {"name": spec.name, "description": spec.description, "parameters": dict(spec.parameters)}
+    if spec.strict is not None:
+        function["strict"] = spec.strict
     return {"type": "function", "function": function}
 
 
@@ -46,13 +48,18 @@ def body(prompt: Prompt, *, stream: bool) -> bytes:
     rest: dict[str, Any] = {"model": prompt.model, **prompt.options}
     if prompt.tools:
         rest["tools"] = [tool_json(t) for t in prompt.tools]
-    if prompt.output is not None:
+    if prompt.output is not None and not _has_schema(prompt.options.get("response_format")):
         schema = {"name": "answer", "schema": dict(prompt.output), "strict": True}
         rest["response_format"] = {"type": "json_schema", "json_schema": schema}
     if stream:
         rest |= {"stream": True, "stream_options": {"include_usage": True}}
     messages = ",".join([message_text(m) for m in prompt.messages])
     return f'{{"messages":[{messages}],{dumps(rest)[1:]}'.encode()
+
+
+def _has_schema(wanted: Any) -> bool:
+    """Whether it is a schema as its asker wrote it, with a name and a strictness of its own."""
+    return isinstance(wanted, Mapping) and wanted.get("type") == "json_schema"
 
 
 def usage_of(data: Mapping[str, Any] | None) -> Usage:

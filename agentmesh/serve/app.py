@@ -25,11 +25,12 @@ from agentmesh.question import Asked, Question
 from agentmesh.schema import explain, from_json, loads
 from agentmesh.serve.answering import Answering, Receive, Scope, Send, body_of, headers_of, left
 from agentmesh.serve.embeddings import Embeddings
-from agentmesh.serve.exchange import Exchange
+from agentmesh.serve.exchange import CLIENT, Exchange
 from agentmesh.serve.guard import Guard
 from agentmesh.serve.refusal import Refusal
 from agentmesh.serve.reply import PING, Head, Outcome, model_json, models_json
-from agentmesh.serve.request import Chat, chat_of
+from agentmesh.serve.request import Chat, chat_of, for_engine
+from agentmesh.step import Ask
 
 if TYPE_CHECKING:
     from agentmesh.rag.embedder import Embedder
@@ -84,7 +85,12 @@ class Endpoint:
         """POST /v1/embeddings."""
         answering = Answering(send)
         try:
-            await answering.whole(200, await self._embeddings.answer(await body_of(headers_of(scope), receive)))
+            raw = await body_of(headers_of(scope), receive)
+            gone = asyncio.create_task(left(receive))
+            try:
+                await answering.whole(200, await self._embeddings.answer(raw, is_left=gone.done))
+            finally:
+                gone.cancel()
         except Refusal as refusal:
             await answering.refuse(refusal)
         except ConnectionError:
@@ -148,15 +154,17 @@ class Endpoint:
                 task.cancel()
             await asyncio.gather(work, gone, closing, return_exceptions=True)
             if exchange.close() and not _was_answered(work) and not self._closing.is_set():
-                await exchange.cancel("its client")
+                await exchange.cancel(CLIENT)
 
     async def _work(self, answering: Answering, exchange: Exchange, chat: Chat) -> None:
         await exchange.begin()
         answering.headers[RUN_HEADER] = exchange.run_id
-        head = Head(exchange.run_id, chat.model, int(time.time()))
         if not chat.stream:
-            await answering.whole(200, head.whole(await exchange.outcome()))
+            outcome = await exchange.outcome()
+            answering.headers[RUN_HEADER] = exchange.run_id  # of the one that answered
+            await answering.whole(200, Head(exchange.run_id, chat.model, int(time.time())).whole(outcome))
             return
+        head = Head(exchange.run_id, chat.model, int(time.time()))
         pieces = exchange.pieces()
         begun, coming = False, asyncio.ensure_future(anext(pieces))
         try:
@@ -196,15 +204,14 @@ class Endpoint:
             return _to_agent(self.mesh.crew, chat)
         if chat.model not in self.models:
             raise self._unknown(chat.model)
-        options = dict(chat.options)
-        if chat.model.startswith("local:") and "max_completion_tokens" in options:
-            options["max_tokens"] = options.pop("max_completion_tokens")
+        if chat.model.startswith("local:") and self.mesh.crew.servers_of(Ask(Asked.name, chat.model)) is None:
+            chat = for_engine(chat)
         question = Question(
             model=chat.model,
             messages=tuple(chat.messages),
             tools=tuple(chat.tools),
             output=chat.output,
-            options=options,
+            options=chat.options,
         )
         return Asked(), question, ()
 
@@ -222,7 +229,7 @@ def _was_answered(work: "asyncio.Task[None]") -> bool:
 
 def _to_agent(crew: Crew, chat: Chat) -> tuple[Agent[Any], Any, Sequence[Message]]:
     agent = crew.agents[chat.model]
-    for name, given in (("tools", chat.tools), ("response_format", chat.output)):
+    for name, given in (("tools", chat.tools), ("response_format", chat.options.get("response_format"))):
         if given:
             said = (
                 f"agent {chat.model!r} has its own {'tools' if name == 'tools' else 'output type'}; leave out `{name}`"

@@ -5,7 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/embeddings/create
 
 import asyncio
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,16 @@ class Embeddings:
         self.embedders = dict(embedders)
         self._turns = {name: asyncio.Lock() for name, one in self.embedders.items() if not one.remote}
 
-    async def answer(self, raw: bytes) -> dict[str, Any]:
+    async def answer(self, raw: bytes, *, is_left: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """The response to a request's body.
+
+        Args:
+            is_left: whether its client is gone, asked when its turn comes: clients that gave up and ask again would
+                else keep the embedder busy with what nobody reads.
 
         Raises:
             Refusal: the request is wrong, or the embedder failed.
+            ConnectionError: its client is gone.
         """
         asked = object_of(raw)
         for name in asked:
@@ -42,7 +47,7 @@ class Embeddings:
                 said = f"there is no parameter {name!r} here.{did_you_mean(name, KNOWN)}"
                 raise Refusal(400, said, "unknown_parameter", param=name)
         model = asked.get("model")
-        if model not in self.embedders:
+        if not isinstance(model, str) or model not in self.embedders:
             raise self._unknown(model)
         texts = _texts(asked.get("input"))
         form = _one_of(asked, "encoding_format", ("float", "base64"))
@@ -50,6 +55,8 @@ class Embeddings:
         async with AsyncExitStack() as stack:
             if model in self._turns:
                 await stack.enter_async_context(self._turns[model])
+            if is_left():
+                raise ConnectionError
             try:
                 rows = await asyncio.to_thread(_rows, self.embedders[model], texts, kind, asked.get("dimensions"))
             except MeshError as e:

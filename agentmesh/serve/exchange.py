@@ -19,6 +19,7 @@ from agentmesh.serve.refusal import Refusal, refusal_of
 from agentmesh.serve.reply import Outcome
 
 LOOK_S = 1.0  # how often a run that has not ended is asked whether it waits for somebody
+CLIENT = "its client"  # who cancels the run of a client that left
 STUCK_LOOKS = 2  # between two entries nothing may seem to move for a moment
 
 
@@ -70,15 +71,28 @@ class Exchange:
             raise refusal_of(e) from None
 
     async def _take_up(self) -> None:
+        """What this key has begun before, here or at another server."""
         started = (await self._journal.events(self._line))[0]
         assert isinstance(started, RunStarted)
         asked = self._agent.name, self._agent.task_json(self._task), [m.to_json() for m in self._history]
         if asked != (started.agent, started.task, started.history):
             raise self._other(None)
+        self._heard = not await self._go_on()
+
+    async def _go_on(self) -> bool:
+        """Turn to the newest of the line; True when it had been cancelled, so that a new one goes on from there."""
         last = await newest(self._journal, self._line)
-        self.run_id, self._heard = last.id, True
-        if last.status == "cancelled":
-            self.run_id, self._heard = await self._mesh.site.client.retry(self._line), False
+        self.run_id = last.id
+        if last.status != "cancelled":
+            return False
+        try:
+            self.run_id = await self._mesh.site.client.retry(self._line)
+        except RunError:  # unless somebody else who waits for it was quicker
+            last = await newest(self._journal, self._line)
+            if last.status == "cancelled":
+                raise
+            self.run_id = last.id
+        return True
 
     def _other(self, error: RunError | None) -> Refusal:
         said = "this Idempotency-Key was used for another request; take another key" if self.keyed else str(error)
@@ -88,11 +102,16 @@ class Exchange:
     async def outcome(self) -> Outcome:
         """What the run came to, once it has.
 
+        Another server cannot know who waits here: when its client leaves it cancels the run, and this one goes on with it.
+
         Raises:
             Refusal: it ended without a value, or waits for a person.
         """
         try:
             await self._ended()
+            while self.keyed and await self._was_left():
+                await self._go_on()
+                await self._ended()
             return await self._came_to()
         except MeshError as e:
             raise refusal_of(e) from None
@@ -107,6 +126,13 @@ class Exchange:
             looks = looks + 1 if waits else 0
             if looks >= STUCK_LOOKS:
                 raise self._waits(waits)
+
+    async def _was_left(self) -> bool:
+        """Whether a client that left has cancelled it."""
+        if (await self._run.head()).status != "cancelled":
+            return False
+        events = await self._journal.events(self.run_id)
+        return any(isinstance(e, RunCancelled) and e.by == CLIENT for e in events)
 
     def _waits(self, waits: Sequence[Approval]) -> Refusal:
         what = "; ".join(f"{a.run_id} step {a.n} ({a.tool}): {a.why}" for a in waits)

@@ -43,6 +43,14 @@ def key_from(name: str, host: str) -> str:
     return ""
 
 
+def _name_in(host: str) -> str:
+    """The name in a Host header; "" where it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
 class Guard:
     """Lets pass to `app` who may ask, and refuses the others.
 
@@ -68,7 +76,7 @@ class Guard:
             scheme, _, shown = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), self._key):
                 raise Refusal(401, "the key is missing or wrong; send `Authorization: Bearer KEY`", "invalid_api_key")
-        elif not is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or ""):
+        elif not is_loopback(_name_in(headers.get("host", ""))):
             raise Refusal(
                 403, f"host {headers.get('host')!r} is not this machine's own name; a server that others reach needs --key-env",
                 "host_refused",

@@ -3,12 +3,12 @@
 Source: https://platform.openai.com/docs/api-reference/chat/create
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from agentmesh.errors import did_you_mean
 from agentmesh.message import Message, ToolCall, ToolSpec
@@ -20,14 +20,24 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 })  # fmt: skip
-READ = frozenset({"model", "messages", "tools", "response_format", "stream", "stream_options", "n", "logprobs"})
+READ = frozenset({
+    "model", "messages", "tools", "response_format", "stream", "stream_options", "n", "logprobs", "top_logprobs",
+})  # fmt: skip
 WORDS_OF_CHOICE = ("none", "auto", "required")
+OF_STREAMS = ("include_usage", "include_obfuscation")  # the second pads chunks against who reads their lengths
+# What a model that this project's own engine computes is told; of the rest it takes only what changes nothing.
+ENGINE_TAKES = frozenset({"temperature", "top_p", "top_k", "seed", "stop", "max_tokens", "tool_choice"})
+CHANGES_NOTHING: Mapping[str, Any] = {
+    "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_p": 0, "logit_bias": {},
+    "parallel_tool_calls": True, "response_format": None,
+}  # fmt: skip
+Stop = Annotated[str, Field(min_length=1)]
 
 
 class Options(BaseModel):
     """What is given to the model as it is."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -36,7 +46,7 @@ class Options(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
@@ -67,8 +77,8 @@ def object_of(raw: bytes) -> dict[str, Any]:
         Refusal: it is none.
     """
     try:
-        data = json.loads(raw, parse_constant=_no_number)
-    except (ValueError, RecursionError) as e:
+        data = from_json(raw, allow_inf_nan=False)
+    except ValueError as e:
         raise Refusal(400, f"the body is not JSON: {e}", "invalid_json") from None
     if not isinstance(data, dict):
         raise Refusal(400, f"the body is a JSON {type(data).__name__}; it must be an object", "invalid_json")
@@ -88,18 +98,41 @@ def chat_of(raw: bytes) -> Chat:
             _wrong(name, f"there is no parameter {name!r} here.{did_you_mean(name, known)}", "unknown_parameter")
     if data.get("n", 1) != 1:
         _wrong("n", f"n is {data['n']!r}; each request gets one answer here: leave it out")
-    if data.get("logprobs"):
-        _wrong("logprobs", "logprobs are not given here; leave it out")
+    for name in ("logprobs", "top_logprobs"):
+        if data.get(name):
+            _wrong(name, "logprobs are not given here; leave it out")
     model = data.get("model")
     if not isinstance(model, str) or not model:
         _wrong("model", "the request names no model; GET /v1/models lists them")
     tools = _tools(data.get("tools", []))
     options = _options(data, tools)
     output = _output(data.get("response_format", {}), options)
+    of_stream = _object(data, "stream_options")
+    for name in of_stream:
+        if name not in OF_STREAMS:
+            _wrong("stream_options", f"there is no {name!r} in `stream_options`.{did_you_mean(name, OF_STREAMS)}")
     return Chat(
         model, _messages(data.get("messages")), tools, output, options, _flag(data, "stream"),
-        _flag(_object(data, "stream_options"), "include_usage"),
+        _flag(of_stream, "include_usage"),
     )  # fmt: skip
+
+
+def for_engine(chat: Chat) -> Chat:
+    """The same for a model that this project's own engine computes.
+
+    Raises:
+        Refusal: it asks for what the engine does not do.
+    """
+    options, output = dict(chat.options), chat.output
+    if most := options.pop("max_completion_tokens", None):
+        options["max_tokens"] = most
+    wanted = options.pop("response_format", {})
+    if wanted.get("type") == "json_object":
+        output = {"type": "object"}
+    for name in [name for name in options if name not in ENGINE_TAKES]:
+        if name not in CHANGES_NOTHING or options.pop(name) != CHANGES_NOTHING[name]:
+            _wrong(name, f"model {chat.model!r} takes no `{name}`: this project's engine computes it; leave it out")
+    return replace(chat, options=options, output=output)
 
 
 def _options(data: dict[str, Any], tools: Sequence[ToolSpec]) -> dict[str, Any]:
@@ -110,6 +143,8 @@ def _options(data: dict[str, Any], tools: Sequence[ToolSpec]) -> dict[str, Any]:
     choice = found.tool_choice
     if isinstance(choice, str) and choice not in WORDS_OF_CHOICE:
         _wrong("tool_choice", f"tool_choice is {choice!r}; it must be 'none', 'auto', 'required', or name a function")
+    if isinstance(choice, dict) and choice.get("type", "function") != "function":
+        _wrong("tool_choice", f"tool_choice has type {choice['type']!r}; only that of one 'function' is taken here")
     if isinstance(choice, dict):
         wanted = choice["function"].get("name") if isinstance(choice.get("function"), dict) else None
         if wanted not in [t.name for t in tools]:
@@ -125,6 +160,8 @@ def _output(wanted: Any, options: dict[str, Any]) -> Mapping[str, Any] | None:
         schema = wanted["json_schema"].get("schema") if isinstance(wanted.get("json_schema"), dict) else None
         if not isinstance(schema, dict):
             _wrong("response_format", "response_format is a json_schema without `json_schema.schema`, a JSON Schema")
+        # as it was written, for servers that read its name and strictness
+        options["response_format"] = {**wanted, "json_schema": {"name": "answer", **wanted["json_schema"]}}
         return schema
     if kind == "json_object":
         options["response_format"] = {"type": "json_object"}
@@ -144,7 +181,10 @@ def _tools(given: Any) -> list[ToolSpec]:
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         if not isinstance(parameters, dict):
             _wrong(f"tools[{i}]", f"tools[{i}]: `parameters` must be a JSON Schema object")
-        found.append(ToolSpec(function["name"], str(function.get("description") or ""), parameters))
+        strict = function.get("strict")
+        if not isinstance(strict, bool | None):
+            _wrong(f"tools[{i}]", f"tools[{i}]: `strict` is {strict!r}; it must be true or false")
+        found.append(ToolSpec(function["name"], str(function.get("description") or ""), parameters, strict))
     return found
 
 
@@ -165,7 +205,10 @@ def _message(where: str, one: Any) -> Message:
             _wrong(where, f"{where} is of role 'tool' and has no `tool_call_id`: say which call it answers")
         return Message("tool", text, tool_call_id=call)
     if role == "assistant":
-        calls = tuple(_call(where, c) for c in one.get("tool_calls") or ())
+        given = one.get("tool_calls") or []
+        if not isinstance(given, list):
+            _wrong(where, f"{where} has `tool_calls` of type {type(given).__name__!r}; it must be a list")
+        calls = tuple(_call(where, c) for c in given)
         return Message("assistant", text or str(one.get("refusal") or ""), calls)
     if one.get("content") is None:
         _wrong(where, f"{where} has no `content`")
@@ -194,10 +237,6 @@ def _call(where: str, given: Any) -> ToolCall:
     if len(texts) < len(said):
         _wrong(where, f"{where} has a tool call whose `id`, `function.name` or `function.arguments` is not text")
     return ToolCall(*texts)
-
-
-def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON number")
 
 
 def _object(data: dict[str, Any], name: str) -> dict[str, Any]:

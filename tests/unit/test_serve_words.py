@@ -45,14 +45,15 @@ def test_a_request_in_our_words() -> None:
     assert got.tools[0].name == "add"
     assert got.output == {"type": "object"}
     choice = {"type": "function", "function": {"name": "add"}}
-    assert got.options == {"temperature": 0.0, "stop": "x", "tool_choice": choice}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    assert got.options == {"temperature": 0.0, "stop": "x", "tool_choice": choice, "response_format": wanted}
     assert (got.stream, got.usage_in_stream) == (True, True)
     assert read(response_format={"type": "json_object"}).options == {"response_format": {"type": "json_object"}}
 
 
 WRONG = [
     (b"[1]", "a JSON list; it must be an object"),
-    (b'{"model": NaN}', "NaN is no JSON number"),
+    (b'{"model": NaN}', "the body is not JSON: expected value at line 1"),
     ({"model": ""}, "names no model"),
     ({"temprature": 1}, "no parameter 'temprature' here. Did you mean 'temperature'?"),
     ({"temperature": 3}, "temperature"),

@@ -1,0 +1,60 @@
+"""Who waits for a run's end, or listens to it, and leaves is let go, whenever that is."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from agentmesh.journals.redis import RedisJournal
+from agentmesh.ports import Next, RunSpec, Wire
+
+
+async def begun(url: str) -> RedisJournal:
+    journal = RedisJournal(url)
+    await journal.begin(RunSpec("r", "c", "", "A", "", wire=Wire("q", "advance|r|#", "")), Next())
+    return journal
+
+
+async def is_left(task: "asyncio.Task[None]") -> bool:
+    """Whether it ends when it is told to once."""
+    task.cancel()
+    await asyncio.wait([task], timeout=2)
+    left = task.cancelled()
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.05)
+    return left
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_watch_is_left_as_soon_as_the_channel_is_heard(valkey: Any, turns: int) -> None:
+    async def leaves() -> bool:
+        journal = await begun(valkey.url)
+        watching = asyncio.create_task(journal.watch("r", version=None, timeout_s=30))
+        while not (ends := list(journal._ends.values())) or not ends[0]._heard.is_set():
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        left = await is_left(watching)
+        await journal.close()
+        return left
+
+    assert asyncio.run(leaves())
+
+
+def test_a_live_stream_is_left_while_it_connects(valkey: Any) -> None:
+    async def leaves(turns: int) -> bool:
+        journal = await begun(valkey.url)
+
+        async def listen() -> None:
+            async for _ in journal.tokens("r"):
+                pass
+
+        listening = asyncio.create_task(listen())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        left = await is_left(listening)
+        await journal.close()
+        return left
+
+    assert [turns for turns in range(60) if not asyncio.run(leaves(turns))] == []

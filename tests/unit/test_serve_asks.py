@@ -1,0 +1,134 @@
+"""What applications send today, each honoured or refused by name; no server."""
+
+import asyncio
+import json
+from array import array
+from typing import Any
+
+import pytest
+
+from agentmesh.message import Message
+from agentmesh.models.wire import body
+from agentmesh.ports import Prompt
+from agentmesh.serve.embeddings import Embeddings
+from agentmesh.serve.refusal import Refusal
+from agentmesh.serve.request import Chat, chat_of, for_engine
+
+HI = [{"role": "user", "content": "hi"}]
+ADD = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
+
+
+def read(**asked: Any) -> Chat:
+    return chat_of(json.dumps({"model": "local:m", "messages": HI, **asked}).encode())
+
+
+def sent(chat: Chat) -> Any:
+    """What a model server gets of it."""
+    return json.loads(body(Prompt("m", chat.messages, chat.tools, chat.output, chat.options), stream=False))
+
+
+WRONG = [
+    (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON"),
+    (b'{"model": "m", "x": ' + b"[" * 999 + b"]" * 999 + b"}", "the body is not JSON: recursion limit"),
+    (b'{"model": "m", "logit_bias": {"1": 1e999}, "messages": []}', "logit_bias"),
+    ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "`tool_calls` of type 'int'; it must be a list"),
+    ({"top_logprobs": 2}, "logprobs are not given"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"stream_options": {"includ_usage": True}}, "Did you mean 'include_usage'"),
+    ({"tools": [{"function": {**ADD, "strict": "yes"}}]}, "`strict` is 'yes'"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice has type 'allowed_tools'"),
+]
+
+
+@pytest.mark.parametrize(("asked", "sentence"), WRONG, ids=[s for _, s in WRONG])
+def test_each_is_refused_by_name(asked: Any, sentence: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        chat_of(asked) if isinstance(asked, bytes) else read(**asked)
+    assert caught.value.status == 400
+    assert sentence in caught.value.message
+
+
+def test_logprobs_may_be_declined() -> None:
+    assert read(logprobs=False, top_logprobs=0, stream_options={"include_obfuscation": False}).options == {}
+
+
+def test_a_schema_and_a_tool_reach_a_server_as_they_were_written() -> None:
+    loose = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": False, "description": "d"}}
+    chat = read(response_format=loose, tools=[{"type": "function", "function": {**ADD, "strict": True}}])
+    assert sent(chat)["response_format"] == loose
+    assert sent(chat)["tools"][0]["function"]["strict"] is True
+    nameless = read(response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}})
+    assert sent(nameless)["response_format"]["json_schema"] == {"name": "answer", "schema": SCHEMA}
+    assert "strict" not in sent(read(tools=[{"function": ADD}]))["tools"][0]["function"]
+
+
+def test_an_agents_output_type_is_strict() -> None:
+    prompt = Prompt("m", [Message("user", "x")], (), SCHEMA, {"response_format": {"type": "json_object"}})
+    wanted = json.loads(body(prompt, stream=False))["response_format"]
+    assert wanted == {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+
+
+def test_what_our_own_engine_takes() -> None:
+    asked = read(
+        max_completion_tokens=5, temperature=0.5, stop=["x"], presence_penalty=0, repetition_penalty=1.0, logit_bias={},
+        parallel_tool_calls=True, response_format={"type": "json_object"},
+    )  # fmt: skip
+    told = for_engine(asked)
+    assert told.options == {"max_tokens": 5, "temperature": 0.5, "stop": ["x"]}
+    assert told.output == {"type": "object"}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+    assert for_engine(read(response_format=wanted)).output == SCHEMA
+    assert for_engine(read()).output is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"presence_penalty": 1}, {"frequency_penalty": 0.1}, {"repetition_penalty": 1.2}, {"min_p": 0.1},
+        {"logit_bias": {"1": 5}}, {"parallel_tool_calls": False}, {"reasoning_effort": "low"}, {"verbosity": "low"},
+    ],
+)  # fmt: skip
+def test_what_our_own_engine_does_not_do_is_refused_by_name(asked: Any) -> None:
+    (name,) = asked
+    with pytest.raises(Refusal, match=f"model 'local:m' takes no `{name}`") as caught:
+        for_engine(read(**asked))
+    assert (caught.value.status, caught.value.param) == (400, name)
+
+
+@pytest.mark.parametrize("model", [["m"], {}, 5, None])
+def test_an_embedder_has_a_name(model: Any) -> None:
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(Embeddings({}).answer(json.dumps({"model": model, "input": "x"}).encode()))
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+class Counting:
+    """An embedder of this process that remembers what it did."""
+
+    remote, d = False, 2
+
+    def __init__(self) -> None:
+        self.done = list[str]()
+
+    def documents(self, texts: list[str]) -> Any:
+        self.done += texts
+        return [array("f", [1.0, 1.0]) for _ in texts]
+
+
+def test_what_a_client_no_longer_waits_for_is_not_embedded() -> None:
+    async def work() -> list[str]:
+        counting = Counting()
+        embeddings = Embeddings({"m": counting})  # type: ignore[dict-item]
+
+        def ask(text: str, *, gone: bool) -> Any:
+            return embeddings.answer(json.dumps({"model": "m", "input": text}).encode(), is_left=lambda: gone)
+
+        asked = [ask("first", gone=False), ask("left", gone=True), ask("stays", gone=False)]
+        _, left, stays = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(left, ConnectionError)
+        assert stays["data"][0]["embedding"] == [1.0, 1.0]
+        return counting.done
+
+    assert asyncio.run(work()) == ["first", "stays"]
