@@ -15,6 +15,7 @@ import pytest
 
 from agentmesh.cli import elsewhere
 from agentmesh.cli.adding import add_documents
+from agentmesh.testing.hosts import children
 from agentmesh.testing.servers import ValkeyServer
 
 EMBED_WORKER = ("worker", "agentmesh.rag.ingest", "--queue", "embed", "--log", "text")
@@ -97,7 +98,9 @@ def test_when_that_worker_goes_away_the_command_goes_on_by_itself(
 
     def killed() -> None:
         embeddings.asked.wait(WAIT_S)
-        os.killpg(worker.pid, signal.SIGKILL)  # the supervisor; its workers leave when they see that
+        os.kill(worker.pid, signal.SIGSTOP)  # the supervisor would start others
+        for pid in [*children(worker.pid).values(), worker.pid]:
+            os.kill(pid, signal.SIGKILL)
         embeddings.may.set()
 
     killer = threading.Thread(target=killed)
