@@ -20,7 +20,8 @@ from agentmesh.errors import (
     error_to_json,
 )
 from agentmesh.event import Event, StepDone, StepFailed, StepInDoubt, StepRetried
-from agentmesh.ports import Answer, Model, Prompt, RetryLater, original
+from agentmesh.model import Answer, Model, Prompt, RetryLater
+from agentmesh.ports import original
 from agentmesh.schema import canonical, to_json
 from agentmesh.step import INSIDE, Ask, Call, Step, ToolContext
 from agentmesh.tool import NotDone, Unknown

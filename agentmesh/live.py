@@ -5,7 +5,8 @@ import threading
 from typing import Literal
 
 from agentmesh.journal import Journal
-from agentmesh.ports import Thought, Token
+from agentmesh.model import Thought
+from agentmesh.ports import Token
 
 FLUSH_S = 0.03
 

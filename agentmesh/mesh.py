@@ -35,8 +35,9 @@ from agentmesh.event import Event
 from agentmesh.journal import Journal
 from agentmesh.journals.redis import RedisJournal
 from agentmesh.message import Message
+from agentmesh.model import Model
 from agentmesh.models.named import Models
-from agentmesh.ports import Accepted, Model, Refused, RunHead, RunSpec
+from agentmesh.ports import Accepted, Refused, RunHead, RunSpec
 from agentmesh.queue import Suspects
 from agentmesh.run import Client, Run
 from agentmesh.schema import canonical

@@ -1,77 +1,10 @@
-"""What the engine needs of the world: a Model answers, a Dispatch renders; and the words a Journal is spoken to with.
+"""The words a Journal is spoken to with, and Dispatch, which renders messages. Adapters implement it; the engine knows nothing else."""
 
-Adapters implement these; the engine knows nothing else of them.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from agentmesh.event import Event
-from agentmesh.message import Message, ToolSpec, Usage
-
-# ---- models ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One question to a model.
-
-    Args:
-        model: the name after the provider: `gpt-5-mini`, `smollm2`.
-        output: a JSON Schema the answer's text must meet, or None for free text.
-        options: temperature, max_tokens, seed, stop: what the agent set, nothing else.
-    """
-
-    model: str
-    messages: Sequence[Message]
-    tools: Sequence[ToolSpec] = ()
-    output: Mapping[str, Any] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-NOTHING_USED = Usage()
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A model's answer; `finish` says why it ended."""
-
-    message: Message
-    usage: Usage = NOTHING_USED
-    finish: Literal["stop", "length", "tool_calls"] = "stop"
-
-
-class Thought(str):
-    """A piece of a model's reasoning, told by `on_token`; not part of the answer and never sent back."""
-
-    __slots__ = ()
-
-
-class RetryLater(Exception):
-    """An attempt failed and the next one should wait longer than a worker ought to: the step is retried."""
-
-    def __init__(self, error: Exception, after_s: float) -> None:
-        super().__init__(str(error))
-        self.error, self.after_s = error, after_s
-
-
-class Model(Protocol):
-    """Messages in, message out (or tokens). One object serves many concurrent asks of one event loop."""
-
-    async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """The answer; `on_token` gets each piece of text as it comes.
-
-        Raises:
-            ModelError: and its kin, when asking again would not help.
-            RetryLater: when it would, but not within 5 s.
-        """
-        ...
-
-    async def close(self) -> None:
-        """Give back connections."""
-        ...
-
 
 # ---- the journal -------------------------------------------------------------------------------
 # A unit is what a message may ask a worker to do: "s|RUN|N" a step, "a|RUN" advancing a run,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from agentmesh import Agent, Context, Crew, Queue
 from agentmesh.message import Message, Usage, user
-from agentmesh.ports import Answer, Prompt
+from agentmesh.model import Answer, Prompt
 
 ON_DEVICE = "agentmesh.cli.device" in " ".join(sys.orig_argv)
 NOTES = os.environ.get("BENCH_NOTES", "")

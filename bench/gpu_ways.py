@@ -28,8 +28,8 @@ from agentmesh.event import RunStarted, StepDone
 from agentmesh.gpu.request import Request
 from agentmesh.mesh import Mesh
 from agentmesh.message import user
+from agentmesh.model import Prompt
 from agentmesh.models.local import LocalModel, encoded
-from agentmesh.ports import Prompt
 
 HERE = Path(__file__).parent
 CREW = str(HERE / "gpu_crew.py")

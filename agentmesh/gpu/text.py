@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from agentmesh.errors import ModelError
-from agentmesh.ports import RetryLater
+from agentmesh.model import RetryLater
 
 HALF_CHARACTER = "\ufffd"  # what the first bytes of a character decode to
 THINK, THINK_END = "<think>", "</think>"

@@ -7,7 +7,7 @@ from typing import Any
 
 from agentmesh.errors import DefinitionError, ExtraMissing
 from agentmesh.message import Message, ToolCall, ToolSpec, Usage
-from agentmesh.ports import Answer, Prompt
+from agentmesh.model import Answer, Prompt
 from agentmesh.tool import Tool
 
 try:
@@ -27,7 +27,7 @@ class _ChatModel:
         self._chat = chat
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """See ports.Model."""
+        """See model.Model."""
         chat: Any = self._chat
         if prompt.output is not None:
             chat = chat.bind(
@@ -49,7 +49,7 @@ class _ChatModel:
         return answer_of(whole)
 
     async def close(self) -> None:
-        """See ports.Model."""
+        """See model.Model."""
 
 
 def as_model(chat: BaseChatModel) -> _ChatModel:

@@ -10,8 +10,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agentmesh.errors import ConfigError, ModelError
+from agentmesh.model import Answer, Prompt, RetryLater
 from agentmesh.models.http import HttpModel, Passing
-from agentmesh.ports import Answer, Prompt, RetryLater
 from agentmesh.queue import Servers
 
 log = logging.getLogger("agentmesh.models")
@@ -56,7 +56,7 @@ class Fleet:
         self._views: WeakKeyDictionary[asyncio.AbstractEventLoop, _View] = WeakKeyDictionary()
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """See ports.Model."""
+        """See model.Model."""
         return await self._view().ask(prompt, on_token)
 
     async def examine(self) -> dict[str, str]:
@@ -73,7 +73,7 @@ class Fleet:
         return self._views[loop]
 
     async def close(self) -> None:
-        """See ports.Model."""
+        """See model.Model."""
         view = self._views.pop(asyncio.get_running_loop(), None)
         if view is not None:
             await view.close()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentmesh.message import Message, ToolCall, ToolSpec
-from agentmesh.ports import Prompt
+from agentmesh.model import Prompt
 from agentmesh.schema import dumps
 
 CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)

@@ -14,8 +14,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from tenacity.wait import wait_base, wait_random_exponential
 
 from agentmesh.errors import ConfigError, ContextTooLong, ModelError, ModelRefused
+from agentmesh.model import Answer, Prompt, RetryLater
 from agentmesh.models.wire import NOT_AN_ANSWER, Assembly, Pieces, answer_of, body, retry_after_s, said_by
-from agentmesh.ports import Answer, Prompt, RetryLater
 from agentmesh.schema import loads
 
 OPENAI = "https://api.openai.com/v1"
@@ -97,7 +97,7 @@ class HttpModel:
         self._sessions: dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]] = {}
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """See ports.Model."""
+        """See model.Model."""
         sent = body(prompt, stream=on_token is not None)
         began_s = time.monotonic()
         try:
@@ -166,7 +166,7 @@ class HttpModel:
         return f"{url} answered {status}"
 
     async def close(self) -> None:
-        """See ports.Model."""
+        """See model.Model."""
         _, life = self._sessions.pop(asyncio.get_running_loop(), (None, None))
         if life is not None:
             await life.aclose()

@@ -15,10 +15,10 @@ from agentmesh.gpu.request import Done, EngineDown, Request
 from agentmesh.gpu.special import parted, token_ids
 from agentmesh.gpu.text import THINK, Piece, Telling
 from agentmesh.message import Message, Usage
+from agentmesh.model import Answer, Prompt, RetryLater, Thought
 from agentmesh.models.cache import is_installed, model_folder
 from agentmesh.models.hermes import calls_of, conversation
 from agentmesh.models.options import Options
-from agentmesh.ports import Answer, Prompt, RetryLater, Thought
 
 log = logging.getLogger("agentmesh.gpu")
 
@@ -55,7 +55,7 @@ class LocalModel:
             raise ConfigError(f"local model {self.name!r} is not here ({folder!r}); agentmesh models pull {self.name}")
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """See ports.Model."""
+        """See model.Model."""
         loop, over = asyncio.get_running_loop(), threading.Event()
 
         def tell(piece: Piece) -> None:

@@ -5,7 +5,7 @@ import threading
 from typing import Any
 
 from agentmesh.errors import ConfigError, ExtraMissing, did_you_mean
-from agentmesh.ports import Model
+from agentmesh.model import Model
 from agentmesh.queue import Servers
 
 PROVIDERS = ("openai", "local")

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from agentmesh.errors import ModelError
-from agentmesh.ports import Prompt
+from agentmesh.model import Prompt
 
 
 class Options(BaseModel):

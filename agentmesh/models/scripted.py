@@ -9,7 +9,7 @@ from typing import Any
 
 from agentmesh.errors import ModelError
 from agentmesh.message import Message, ToolCall, Usage
-from agentmesh.ports import Answer, Prompt
+from agentmesh.model import Answer, Prompt
 
 WORDS = re.compile(r"\s*\S+|\s+")  # every character is in one of them
 
@@ -51,7 +51,7 @@ class ScriptedModel:
         self.prompts: list[Prompt] = []
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """See ports.Model."""
+        """See model.Model."""
         with self._lock:
             self.prompts.append(prompt)
             count = len(self.prompts)
@@ -72,4 +72,4 @@ class ScriptedModel:
         return Answer(Message("assistant", reply.text, calls), usage, "tool_calls" if calls else "stop")
 
     async def close(self) -> None:
-        """See ports.Model."""
+        """See model.Model."""

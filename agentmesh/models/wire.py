@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from agentmesh.message import Message, ToolCall, ToolSpec, Usage
-from agentmesh.ports import Answer, Prompt
+from agentmesh.model import Answer, Prompt
 from agentmesh.schema import dumps, loads
 
 NOT_AN_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError)  # what foreign JSON does to `answer_of`

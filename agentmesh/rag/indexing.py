@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from agentmesh.errors import EmbedderError, MeshError, StoreDamaged, StoreError, StoreFull
-from agentmesh.ports import RetryLater
+from agentmesh.model import RetryLater
 from agentmesh.rag.embedder import Embedder, Identity
 from agentmesh.rag.here import embedder_for, shared, store_of
 from agentmesh.rag.packing import Replacement

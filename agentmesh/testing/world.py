@@ -10,8 +10,9 @@ from agentmesh.crew import Crew
 from agentmesh.doing import Doer
 from agentmesh.errors import RunError
 from agentmesh.message import Message
+from agentmesh.model import Model
 from agentmesh.models.scripted import ScriptedModel
-from agentmesh.ports import Model, Refused, RunSpec
+from agentmesh.ports import Refused, RunSpec
 from agentmesh.run import Client, Run
 from agentmesh.settle import PlainDispatch, Settling
 

@@ -22,7 +22,7 @@ from agentmesh.config import Config
 from agentmesh.event import StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message
-from agentmesh.ports import Answer, Prompt
+from agentmesh.model import Answer, Prompt
 from agentmesh.testing import FakeOpenAI, Host
 from agentmesh.testing.server import Fault
 

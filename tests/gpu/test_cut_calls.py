@@ -5,9 +5,9 @@ import pytest
 from agentmesh.gpu.request import Done, Request
 from agentmesh.gpu.text import Telling
 from agentmesh.message import ToolSpec, user
+from agentmesh.model import Prompt
 from agentmesh.models.hermes import calls_of
 from agentmesh.models.local import _answer
-from agentmesh.ports import Prompt
 from agentmesh.testing.tiny import made_tokenizer
 
 LOOK = ToolSpec("look", "Look.", {"type": "object", "properties": {"at": {"type": "string"}}})

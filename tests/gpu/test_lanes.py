@@ -12,7 +12,7 @@ from agentmesh.celery.lanes import LOOK_S, TURNS, Lanes
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message, user
-from agentmesh.ports import Answer, Prompt
+from agentmesh.model import Answer, Prompt
 
 THREE = {"a": "low", "b": "realtime", "c": "high"}
 PLACES, STEP_S = 4, 0.05

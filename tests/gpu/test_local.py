@@ -11,8 +11,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from agentmesh.errors import ConfigError, ContextTooLong, ModelError
 from agentmesh.message import Message, ToolSpec, Usage, user
+from agentmesh.model import Answer, Prompt, RetryLater, Thought
 from agentmesh.models.local import LocalModel
-from agentmesh.ports import Answer, Prompt, RetryLater, Thought
 from agentmesh.testing.tiny import saved
 
 SCHEMA = {

@@ -12,9 +12,9 @@ from agentmesh.gpu.engine import Engine
 from agentmesh.gpu.request import Done, Request
 from agentmesh.gpu.text import Telling
 from agentmesh.message import Message, ToolSpec, user
+from agentmesh.model import Answer, Prompt
 from agentmesh.models.local import _answer
 from agentmesh.models.options import Options
-from agentmesh.ports import Answer, Prompt
 from agentmesh.testing.tiny import made_tokenizer
 
 GO = ToolSpec("go", "Go.", {"type": "object", "properties": {}})

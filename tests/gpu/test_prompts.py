@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from agentmesh.message import Message, ToolCall, ToolSpec, system, user
+from agentmesh.model import Prompt
 from agentmesh.models.hermes import calls_of, conversation
-from agentmesh.ports import Prompt
 from agentmesh.testing.tiny import CHATML, made_tokenizer
 
 LOOK = ToolSpec("look", "Look at it.", {"type": "object", "properties": {"at": {"type": "string"}}})

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from agentmesh.gpu.text import Detokeniser, Piece, Telling
-from agentmesh.ports import RetryLater
+from agentmesh.model import RetryLater
 from agentmesh.testing.tiny import made_tokenizer
 
 TOKENIZER = made_tokenizer()

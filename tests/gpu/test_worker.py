@@ -25,8 +25,8 @@ from agentmesh.errors import ConfigError, DefinitionError
 from agentmesh.event import RunDone, StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message
+from agentmesh.model import Answer, Prompt
 from agentmesh.models.named import Models
-from agentmesh.ports import Answer, Prompt
 from agentmesh.queue import Queue
 from agentmesh.testing.tiny import made_tokenizer, saved
 

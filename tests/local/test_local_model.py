@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from agentmesh.errors import ConfigError, ContextTooLong, ServiceDown
 from agentmesh.message import Message, ToolCall, ToolSpec, system, user
+from agentmesh.model import Answer, Prompt
 from agentmesh.models.cache import cache_folder, model_folder
 from agentmesh.models.convert import convert
 from agentmesh.models.hermes import calls_of, conversation
 from agentmesh.models.local import LocalModel
 from agentmesh.models.pull import pull
-from agentmesh.ports import Answer, Prompt
 
 HEADS, KV_HEADS, WIDTH, CONTEXT = 4, 2, 32, 64
 HOME = str(cache_folder())  # before a test sets another

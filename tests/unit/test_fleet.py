@@ -18,10 +18,10 @@ from agentmesh.boot import check_models
 from agentmesh.config import Config
 from agentmesh.errors import ConfigError, DefinitionError, ModelRefused
 from agentmesh.message import user
+from agentmesh.model import Answer, Prompt, RetryLater
 from agentmesh.models import fleet
 from agentmesh.models.fleet import Fleet
 from agentmesh.models.named import Models
-from agentmesh.ports import Answer, Prompt, RetryLater
 from agentmesh.queue import Servers
 from agentmesh.step import Ask
 from agentmesh.testing import FakeOpenAI, Fault

@@ -9,8 +9,8 @@ import pytest
 
 from agentmesh.errors import ModelRefused
 from agentmesh.message import user
+from agentmesh.model import Prompt, RetryLater
 from agentmesh.models.fleet import Fleet
-from agentmesh.ports import Prompt, RetryLater
 from agentmesh.queue import Servers
 from agentmesh.testing import FakeOpenAI, Fault, says
 

@@ -9,8 +9,8 @@ import pytest
 
 from agentmesh.errors import ContextTooLong, ModelError, ModelRefused
 from agentmesh.message import Message, ToolCall, ToolSpec, system, user
+from agentmesh.model import Answer, Prompt, RetryLater
 from agentmesh.models.http import HttpModel
-from agentmesh.ports import Answer, Prompt, RetryLater
 from agentmesh.testing import FakeOpenAI, says, uses
 from agentmesh.testing.server import Fault
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentmesh.live import FLUSH_S, Live
-from agentmesh.ports import Thought, Token
+from agentmesh.model import Thought
+from agentmesh.ports import Token
 
 
 class Sent:

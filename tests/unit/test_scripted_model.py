@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from agentmesh.errors import ModelError
 from agentmesh.message import user
+from agentmesh.model import Answer, Prompt
 from agentmesh.models.scripted import ScriptedModel, says, uses
-from agentmesh.ports import Answer, Prompt
 
 
 def ask(model: ScriptedModel, text: str = "hi", on_token: Any = None) -> Answer:

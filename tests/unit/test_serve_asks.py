@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from agentmesh.message import Message
+from agentmesh.model import Prompt
 from agentmesh.models.wire import body
-from agentmesh.ports import Prompt
 from agentmesh.serve.embeddings import Embeddings
 from agentmesh.serve.refusal import Refusal
 from agentmesh.serve.request import Chat, chat_of, for_engine

@@ -10,7 +10,7 @@ from agentmesh import Agent, Crew
 from agentmesh.errors import ConfigError, NameTaken, RunFailed, ServiceDown
 from agentmesh.event import StepDone
 from agentmesh.message import Message, ToolCall, Usage
-from agentmesh.ports import Answer
+from agentmesh.model import Answer
 from agentmesh.question import Asked, Question
 from agentmesh.serve.guard import Guard, is_loopback, key_from
 from agentmesh.serve.refusal import Refusal, refusal_of

@@ -6,7 +6,8 @@ from typing import Any
 from agentmesh import Agent, Approve, Context, Crew, DelegateFailed, Sleep, StepError, ToolContext, tool
 from agentmesh.event import Approved, RunCancelled, StepResolved
 from agentmesh.message import Message
-from agentmesh.ports import Answer, Claimed, Prompt
+from agentmesh.model import Answer, Prompt
+from agentmesh.ports import Claimed
 from agentmesh.run import Run
 from agentmesh.testing import FakeMesh, says, uses
 from agentmesh.tool import NotDone, Unknown
