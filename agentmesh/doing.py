@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from agentmesh.tool import NotDone, Unknown
 # `def` tools on threads of this process, also those that nobody waits for any more: no thread can be stopped.
 RUNNING: set[object] = set()
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 60.0
+FIRST_AWAY_S, LONGEST_AWAY_S = 4.0, 30.0  # until the servers of a queue are asked again that are all away
 Charge = dict[str, float]
 
 
@@ -45,6 +46,7 @@ class Attempt:
     on_token: Callable[[str], None] | None = None
     agent: str = ""
     trace: str = ""
+    away_ms: Sequence[int] = ()  # how long earlier attempts, which are none of its `retries`, had it wait
 
     @property
     def key(self) -> str:
@@ -91,6 +93,7 @@ class Doer:
 
     # ---- models --------------------------------------------------------------------------------
     async def _ask(self, step: Ask, at: Attempt) -> tuple[Event, Charge]:
+        servers = None
         try:
             wanted, servers = step.model or self._model, self._servers_of(step)
             model, name = self._model_of(servers or wanted)
@@ -99,6 +102,8 @@ class Doer:
             prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
             answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
         except RetryLater as e:
+            if e.away and servers and sum(at.away_ms) < 1000 * servers.away_s:
+                return self._waits(at, e.error), {}
             return self._again(step, at, e.error, step.retries, e.after_s), {}
         except TimeoutError:
             late = StepTimeout(f"model call of `{step.name}` took longer than {step.timeout_s} s")
@@ -186,12 +191,18 @@ class Doer:
         self, step: Step[Any], at: Attempt, error: Exception, retries: int, after_s: float | None = None
     ) -> Event:
         """Another attempt later, or the end: exponential back-off with full jitter."""
-        if at.number > retries:
+        if at.number - len(at.away_ms) > retries:
             final = error if isinstance(error, StepError) else ModelError(str(error))
             return self._failed(step, at, final)
         if after_s is None:
             after_s = random.uniform(0, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**at.number))
         return StepRetried(n=at.n, error=error_to_json(error), attempt=at.number, after_ms=round(after_s * 1000))
+
+    def _waits(self, at: Attempt, error: Exception) -> Event:
+        """Another attempt later, for who was asked is away: not all at once when they are back."""
+        most_s = min(LONGEST_AWAY_S, FIRST_AWAY_S * 2 ** len(at.away_ms))
+        after_ms = round(1000 * random.uniform(most_s / 2, most_s))
+        return StepRetried(n=at.n, error=error_to_json(error), attempt=at.number, after_ms=after_ms, away=True)
 
 
 def _counted(call: Callable[[], Any]) -> Any:

@@ -194,6 +194,7 @@ class Engine:
         attempt = Attempt(
             history.run_id, n, claimed.attempt, claimed.in_doubt, lambda: lease.lost, live.progress,
             live.text if started.stream and step.kind == "Ask" else None, started.agent, started.trace,
+            history.away.get(n, ()),
         )  # fmt: skip
         if claimed.attempt > 1 and started.stream:
             live.retract()

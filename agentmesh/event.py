@@ -76,12 +76,13 @@ class StepFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRetried(Event):
-    """An attempt at step `n` failed; another follows after `after_ms`."""
+    """An attempt at step `n` failed; another follows after `after_ms`. `away`: nobody was there to be asked."""
 
     n: int
     error: Mapping[str, Any]
     attempt: int = 1
     after_ms: int = 0
+    away: bool = False
     usage: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -43,11 +43,15 @@ class Thought(str):
 
 
 class RetryLater(Exception):
-    """An attempt failed and the next one should wait longer than a worker ought to: the step is retried."""
+    """An attempt failed and the next one should wait longer than a worker ought to: the step is retried.
 
-    def __init__(self, error: Exception, after_s: float) -> None:
+    Args:
+        away: nobody was there to be asked, which is none of the step's `retries`; it waits as long as its queue says.
+    """
+
+    def __init__(self, error: Exception, after_s: float, *, away: bool = False) -> None:
         super().__init__(str(error))
-        self.error, self.after_s = error, after_s
+        self.error, self.after_s, self.away = error, after_s, away
 
 
 class Model(Protocol):

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -14,6 +14,7 @@ POOLS = ("asyncio", "prefork")
 LANES = ("realtime", "high", "low")
 EMBED = "embed"  # the queue that the embed steps of an ingest name
 Suspects = Literal["too", "elsewhere", "only"]  # what a worker does about the suspects of its queues
+AWAY_S = 600.0  # a model server that starts again loads its model first
 UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 
 
@@ -24,10 +25,12 @@ class Servers:
     Args:
         urls: their base URLs.
         key_env: the environment variable that holds their key; "" sends none.
+        away_s: how long a step waits for them while none of them answers.
     """
 
     urls: tuple[str, ...]
     key_env: str = ""
+    away_s: float = field(default=AWAY_S, compare=False)  # lanes in front of the same servers may differ in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Queue:
         model: the local model this queue's workers load; steps on `local:MODEL` go here.
         url: base URLs of OpenAI-compatible servers (vLLM, SGLang, llama-server), which then answer this queue's model calls.
         key_env: the environment variable that holds those servers' key; "" sends none.
+        away_s: while none of those servers answers, for so long its steps wait for one before they fail; that is none of
+            their `retries`. 0 has them fail after these.
         pool: "asyncio" for what waits; "prefork" for `def` tools that compute: a process each, killed when it will not stop.
         devices: with a model: one worker process for each of these GPUs; "all" is every one, or one process on the CPU.
         gpu_memory: with a model: the part of a GPU's free memory that prompts and answers may take, in (0, 1].
@@ -63,6 +68,7 @@ class Queue:
     lane: Literal["realtime", "high", "low"] = "high"
     url: str | Sequence[str] = ()
     key_env: str = ""
+    away_s: float = AWAY_S
     embed: str = ""
 
     def __post_init__(self) -> None:
@@ -141,6 +147,10 @@ class Queue:
             raise DefinitionError(
                 f"queue {self.name!r}: key_env={self.key_env!r} is for the servers of url=; name some"
             )
+        if self.away_s < 0 or (self.away_s != AWAY_S and not urls):
+            raise DefinitionError(
+                f"queue {self.name!r}: away_s={self.away_s} must be seconds, 0 or more, that steps wait for the servers of url="
+            )
         object.__setattr__(self, "url", tuple(dict.fromkeys(map(_with_path, urls))))
 
     @property
@@ -151,7 +161,7 @@ class Queue:
     @property
     def servers(self) -> Servers | None:
         """Who answers this queue's model calls, where that is not its workers themselves."""
-        return Servers(tuple(self.url), self.key_env) if self.url else None
+        return Servers(tuple(self.url), self.key_env, self.away_s) if self.url else None
 
     def pace(self) -> tuple[int, int] | None:
         """Milliseconds between two steps, and how many may go at once; None without a rate."""

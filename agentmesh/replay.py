@@ -18,6 +18,7 @@ from agentmesh.event import (
     StepFailed,
     StepPlanned,
     StepResolved,
+    StepRetried,
     Woken,
 )
 from agentmesh.message import Message
@@ -36,6 +37,7 @@ class History:
         self.planned: dict[int, StepPlanned] = {}
         self.ended: dict[int, Event] = {}
         self.closed: dict[int, GatherClosed] = {}
+        self.away: dict[int, list[int]] = {}  # of a step, how long it waited for who was away, in ms, time by time
         self.end: Event | None = None
         # What an earlier replay over this history has found out already: a run of n steps is replayed n times.
         self.checked: set[int] = set()
@@ -50,6 +52,9 @@ class History:
                 self.planned[event.n] = event
             elif isinstance(event, StepDone | StepFailed | Denied | Woken):
                 self.ended.setdefault(event.n, event)
+            elif isinstance(event, StepRetried):
+                if event.away:
+                    self.away.setdefault(event.n, []).append(event.after_ms)
             elif isinstance(event, GatherClosed):
                 self.closed[event.first] = event
             elif isinstance(event, RunStarted):

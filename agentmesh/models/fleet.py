@@ -124,7 +124,7 @@ class _View:
         why = {s.model.base_url: s.ails for s in self.servers if s.ails} | refused
         reasons = "; ".join(f"{url}: {one}" for url, one in why.items())
         raise RetryLater(
-            ModelError(f"none of {len(self.servers)} model servers answers ({reasons}); start one"), AWAY_S
+            ModelError(f"none of {len(self.servers)} model servers answers ({reasons}); start one"), AWAY_S, away=True
         )
 
     async def _next(self, tried: list[_Server]) -> _Server | None:

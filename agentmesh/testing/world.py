@@ -34,7 +34,10 @@ class FakeMesh(Settling):
     ) -> None:
         crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
-        doer = Doer(model_of=lambda name: (self.model, str(name)), model=crew.model, deps=crew.deps, threads=4)
+        doer = Doer(
+            model_of=lambda name: (self.model, str(name)), servers_of=crew.servers_of, model=crew.model, deps=crew.deps,
+            threads=4,
+        )  # fmt: skip
         super().__init__(crew, doer, start_ms=start_ms, workers=workers)
         self._ids = itertools.count(1)
         self.client = Client(

@@ -142,7 +142,7 @@ def test_when_none_answers() -> None:
         RetryLater, match=r"none of 2 model servers answers \(http://127.0.0.1:9/v1: .*start one"
     ) as caught:
         with_fleet(lambda model: model.ask(HI), NOBODY, "http://127.0.0.1:9/w1")
-    assert caught.value.after_s == 5
+    assert (caught.value.after_s, caught.value.away) == (5, True)
 
 
 def test_the_doctor_looks_at_them() -> None:
