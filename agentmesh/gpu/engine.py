@@ -19,6 +19,7 @@ import torch
 
 from agentmesh.errors import GpuOutOfMemory, ModelError
 from agentmesh.gpu.batching import Batching, Shape
+from agentmesh.gpu.errors import breaks_device
 from agentmesh.gpu.memory import Memory, memory_of
 from agentmesh.gpu.need import Need
 from agentmesh.gpu.request import Done, EngineDown, Gauge, Request, Room
@@ -264,7 +265,7 @@ class Engine:
                 self._shape = replace(self._batching.shape, batch_tokens=max(1, self._batching.shape.batch_tokens // 2))
                 log.warning("batches have at most %d tokens from now on", self._shape.batch_tokens)
                 self._apart.appendleft(victims)
-            elif _is_cuda(error) or (no_memory and self._hopeless is not None):
+            elif breaks_device(error) or (no_memory and self._hopeless is not None):
                 self._give_up(error, victims)
                 return
             elif len(victims) == 1 and victims[0].alone + 1 >= ALONE:
@@ -320,11 +321,6 @@ def _groups(victims: list[_Flight]) -> list[list[_Flight]]:
     fresh = [f for f in victims if f.deaths < TOGETHER]
     half = -(-len(again) // 2)
     return [group for group in (again[:half], again[half:], fresh) if group]
-
-
-def _is_cuda(error: Exception) -> bool:
-    """After an error of the device itself nothing in this process can use it again."""
-    return not isinstance(error, torch.OutOfMemoryError) and "CUDA" in str(error)
 
 
 def _settle(future: "Future[Done]", answer: Done | None = None, *, error: Exception | None = None) -> None:

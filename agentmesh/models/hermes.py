@@ -3,6 +3,7 @@
 Source: https://github.com/NousResearch/Hermes-Function-Calling
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from agentmesh.message import Message, ToolCall, ToolSpec
 from agentmesh.model import Prompt
 from agentmesh.schema import dumps
 
-CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
+OPEN, CLOSE = re.compile(r"<tool_call>\s*(?=\{)"), re.compile(r"\s*(?:</tool_call>|\Z)")
 CUT = re.compile(
     r'<tool_call>\s*\{\s*"name":\s*"([^"]*)",\s*"(?:arguments|parameters)":\s*((?:(?!</tool_call>).)*)\Z', re.DOTALL
 )
@@ -63,8 +64,7 @@ def calls_of(text: str, tools: Sequence[ToolSpec], *, turn: int) -> tuple[str, t
     if not tools:
         return text, ()
     names = {t.name for t in tools}
-    calls = [call for found in CALL.findall(text) for call in _read(found, turn)]
-    rest = CALL.sub("", text) if calls else text
+    rest, calls = _tagged(text, turn)
     if (cut := CUT.search(rest)) and cut[1] in names:
         calls, rest = [*calls, ToolCall(f"call_{turn}_", cut[1], cut[2].strip() or "{")], rest[: cut.start()]
     if calls:
@@ -76,12 +76,30 @@ def calls_of(text: str, tools: Sequence[ToolSpec], *, turn: int) -> tuple[str, t
     return text, ()
 
 
+def _tagged(text: str, turn: int) -> tuple[str, list[ToolCall]]:
+    """The text without the calls in tags, and these. Their JSON says where it ends: its strings may hold a closing tag."""
+    calls: list[ToolCall] = []
+    rest, after = "", 0
+    for tag in OPEN.finditer(text):
+        with contextlib.suppress(ValueError):
+            given, end = json.JSONDecoder().raw_decode(text, tag.end())
+            closing = CLOSE.match(text, end)
+            if tag.start() >= after and closing and (found := _asked(given, turn)):
+                calls += found
+                rest, after = rest + text[after : tag.start()], closing.end()
+    return rest + text[after:], calls
+
+
 def _read(found: str, turn: int) -> list[ToolCall]:
-    """The calls that a piece of JSON is, one or a list of them; none if it is something else."""
+    """The calls that a text of JSON is; none if it is something else."""
     try:
-        given = json.loads(found)
+        return _asked(json.loads(found), turn)
     except ValueError:
         return []
+
+
+def _asked(given: Any, turn: int) -> list[ToolCall]:
+    """The calls that a value is, one or a list of them."""
     calls = []
     for asked in given if isinstance(given, list) else [given]:
         if not isinstance(asked, dict) or "name" not in asked:

@@ -148,12 +148,13 @@ def test_no_memory_without_a_worker_fails_the_request_that_is_too_much(make_engi
     assert engine.submit(Request((5, 6), 4)).result(WAIT_S).tokens
 
 
-def test_an_error_of_the_device_ends_the_engine(make_engine: MakeEngine, eventually: Any) -> None:
+@pytest.mark.parametrize("said", ["CUDA error: an illegal memory access", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"])
+def test_an_error_of_the_device_ends_the_engine(make_engine: MakeEngine, eventually: Any, said: str) -> None:
     model = made_model()
     told: list[Exception] = []
-    Fault(model, RuntimeError("CUDA error: an illegal memory access"), lambda ids: True)
+    Fault(model, RuntimeError(said), lambda ids: True)
     engine = make_engine(model=model, hopeless=told.append)
-    with pytest.raises(EngineDown, match="illegal memory access"):
+    with pytest.raises(EngineDown, match=said):
         engine.submit(Request((5, 6), 4)).result(WAIT_S)
     eventually(lambda: told)
     assert not engine.alive

@@ -78,12 +78,15 @@ def test_a_poisonous_prompt_fails_alone_and_kills_no_process(working: Working, v
         assert work.device_pid == before
 
 
+@pytest.mark.timeout(5 * WAIT_S)
 def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(
     working: Working, valkey: Any, tmp_path: Path, eventually: Any
 ) -> None:
     with working(valkey, tmp_path, "death") as work:
         run = work.start("Many", f"{words(30)} a@@@b {words(33)}")
-        eventually(lambda: run.waiting_for)
+        eventually(
+            lambda: run.waiting_for, timeout_s=3 * WAIT_S
+        )  # several processes, each with torch and a model to load
         (item,) = run.waiting_for
         assert (item.run_id, item.why) == (f"{run.id}/31", "quarantined")
         run.resolve(item, "failed")

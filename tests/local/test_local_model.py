@@ -242,6 +242,11 @@ def test_a_template_of_this_format_is_given_the_tools() -> None:
     [
         ('Hm. <tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>', "Hm.", ['{"at": "x"}']),
         ('<tool_call>{"name": "look", "arguments": {}}', "", ["{}"]),
+        (
+            '<tool_call>{"name": "look", "arguments": {"at": "} </tool_call> {"}} </tool_call> <tool_call>{"name": 1</tool_call>',
+            '<tool_call>{"name": 1</tool_call>',
+            ['{"at": "} </tool_call> {"}'],
+        ),
         ('<tool_call>{"name": "look"</tool_call>', '<tool_call>{"name": "look"</tool_call>', []),
         ("plain", "plain", []),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 
 from agentmesh.errors import ConfigError, EmbedderError, ExtraMissing
 from agentmesh.gpu.dtype import best_dtype
+from agentmesh.gpu.errors import breaks_device
 from agentmesh.gpu.turns import Turn, turn_of  # and agentmesh.gpu says how OpenMP's threads wait, before torch is here
 from agentmesh.models.cache import is_installed, model_folder
 from agentmesh.rag.embedder import Base, Floats, trained_prefixes
@@ -141,7 +142,7 @@ class Encoder(Base):
                 said = f"there is no memory for a text of {len(tokens[0])} tokens; cut it shorter, or take a smaller encoder"
                 raise EmbedderError(f"{self.name!r}: {said} ({e})") from None
         except RuntimeError as e:
-            if self.hopeless is not None and "CUDA" in str(e):
+            if self.hopeless is not None and breaks_device(e):
                 self.hopeless(e)
             raise
         half = len(tokens) // 2
