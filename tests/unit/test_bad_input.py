@@ -156,6 +156,8 @@ def test_crews() -> None:
         ("from agentmesh import *\nclass A(Agent): pass\na=Crew(A())\nb=Crew(A())", "makes 2 crews (a, b); say which"),
         ("\n1/0", "line 2: ZeroDivisionError: division by zero"),
         ("import nowhere_to_be_found", "ModuleNotFoundError"),
+        ("x = 1\ndef f(:\n    pass", "bad_crew.py, line 2: SyntaxError: invalid syntax"),
+        ("import sys\n\nsys.exit(3)", "bad_crew.py, line 3: SystemExit: 3"),
     ],
 )
 def test_crew_files(tmp_path: Path, text: str, said: str) -> None:
