@@ -185,6 +185,24 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lease_s", 0.5), ("lease_s", float("nan")), ("sweep_s", 0), ("drain_s", -1), ("retain_days", 0)],
+)
+def test_settings_have_bounds(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"setting '{name}' is {value}: Input should be"):
+        load(**{name: value})
+
+
+def test_a_project_without_settings_hides_none_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "agentmesh.toml").write_text("model = 'openai:above'")
+    below = tmp_path / "package"
+    below.mkdir()
+    (below / "pyproject.toml").write_text("[project]\nname = 'package'\n")
+    monkeypatch.chdir(below)
+    assert load().model == "openai:above"
+
+
 def test_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
