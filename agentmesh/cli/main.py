@@ -27,21 +27,29 @@ app.add_typer(rag, name="rag")
 Broker = Annotated[str, typer.Option(help="Celery broker URL; left out, an embedded Valkey is used.", metavar="URL")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 RunId = Annotated[str, typer.Argument(metavar="ID", help="The run's id.")]
+StepN = Annotated[int, typer.Argument(metavar="N", help="The step's number.")]
 By = Annotated[str, typer.Option(help="Who says so; kept in the journal.")]
 
 
-@app.callback()
-def _options(
-    config: Annotated[Path | None, typer.Option(help="agentmesh.toml or pyproject.toml to read settings from.")] = None,
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    State.config, State.debug = config, debug
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         from agentmesh import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    config: Annotated[
+        Path | None, typer.Option(help="agentmesh.toml or pyproject.toml to read settings from.", metavar="FILE")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    State.config, State.debug = config, debug
 
 
 @app.command(
@@ -52,7 +60,10 @@ def run(
         str, typer.Argument(metavar="CREW", help="A Python file that makes a Crew: crew.py or crew.py:name.")
     ],
     task: Annotated[
-        str, typer.Argument(help="What the crew's first agent is to do; JSON where its flow takes more than text.")
+        str,
+        typer.Argument(
+            metavar="TASK", help="What the crew's first agent is to do; JSON where its flow takes more than text."
+        ),
     ],
     broker: Broker = "",
     model: Annotated[
@@ -144,7 +155,9 @@ def serve(
 
 
 @app.command()
-def doctor(crew: Annotated[str, typer.Argument(help="A crew file to check too.")] = "", broker: Broker = "") -> None:
+def doctor(
+    crew: Annotated[str, typer.Argument(metavar="CREW", help="A crew file to check too.")] = "", broker: Broker = ""
+) -> None:
     """Look at everything a run needs; each finding comes with its mend."""
     from agentmesh.cli.doctor import examine
 
@@ -153,7 +166,9 @@ def doctor(crew: Annotated[str, typer.Argument(help="A crew file to check too.")
 
 @runs.command("ls")
 def runs_ls(
-    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20, broker: Broker = "", json: Json = False
+    limit: Annotated[int, typer.Option(help="How many, newest first.", min=1)] = 20,
+    broker: Broker = "",
+    json: Json = False,
 ) -> None:
     """The newest runs: id, state, agent, steps' cost."""
     from agentmesh.cli.runs import list_runs
@@ -178,9 +193,7 @@ def runs_tail(id: RunId, broker: Broker = "", json: Json = False) -> None:
 
 
 @runs.command("approve")
-def runs_approve(
-    id: RunId, n: Annotated[int, typer.Argument(help="The step's number.")], by: By = "", broker: Broker = ""
-) -> None:
+def runs_approve(id: RunId, n: StepN, by: By = "", broker: Broker = "") -> None:
     """Say yes to a step that waits for it."""
     from agentmesh.cli.runs import tell_run
 
@@ -189,7 +202,7 @@ def runs_approve(
 
 @runs.command("deny")
 def runs_deny(
-    id: RunId, n: Annotated[int, typer.Argument(help="The step's number.")], by: By = "",
+    id: RunId, n: StepN, by: By = "",
     reason: Annotated[str, typer.Option(help="Told to whoever asked, a model too.")] = "", broker: Broker = "",
 ) -> None:  # fmt: skip
     """Say no to a step that waits for a yes."""
@@ -208,8 +221,8 @@ def runs_cancel(id: RunId, by: By = "", broker: Broker = "") -> None:
 
 @runs.command("resolve")
 def runs_resolve(
-    id: RunId, n: Annotated[int, typer.Argument(help="The step's number.")],
-    action: Annotated[str, typer.Argument(help="done, failed or retry: what became of a step in doubt.")],
+    id: RunId, n: StepN,
+    action: Annotated[str, typer.Argument(metavar="WHAT", help="done, failed or retry: what became of a step in doubt.")],
     value: Annotated[str, typer.Option(help="With done: the step's value, as JSON.")] = "null", by: By = "", broker: Broker = "",
 ) -> None:  # fmt: skip
     """Say what becomes of a step in doubt, or quarantined."""
@@ -221,7 +234,9 @@ def runs_resolve(
 @runs.command("resume")
 def runs_resume(
     id: RunId,
-    crew: Annotated[str, typer.Argument(help="The crew file; the one the run was begun from when left out.")] = "",
+    crew: Annotated[
+        str, typer.Argument(metavar="CREW", help="The crew file; the one the run was begun from when left out.")
+    ] = "",
     limit: Annotated[list[str] | None, typer.Option(help="Raise a limit, such as turns=50.")] = None,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
@@ -238,7 +253,9 @@ def runs_resume(
 @runs.command("retry")
 def runs_retry(
     id: RunId,
-    crew: Annotated[str, typer.Argument(help="The crew file; the one the run was begun from when left out.")] = "",
+    crew: Annotated[
+        str, typer.Argument(metavar="CREW", help="The crew file; the one the run was begun from when left out.")
+    ] = "",
     limit: Annotated[list[str] | None, typer.Option(help="Another limit than the crew's, such as turns=50.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the new run's id and leave it running.")] = False,
     broker: Broker = "",
@@ -254,7 +271,7 @@ def runs_retry(
 
 @models.command("pull")
 def models_pull(
-    name: Annotated[str, typer.Argument(help="smollm2, or a name of the hub such as Qwen/Qwen3-0.6B.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, or a name of the hub such as Qwen/Qwen3-0.6B.")],
 ) -> None:
     """Fetch a model into the cache; a second pull finds it there."""
     from agentmesh.cli.models import pull_model
@@ -264,7 +281,9 @@ def models_pull(
 
 @models.command("rm")
 def models_rm(
-    name: Annotated[str, typer.Argument(help="A name that `models ls` lists, or of a pull that broke off.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A name that `models ls` lists, or of a pull that broke off.")
+    ],
     json: Json = False,
 ) -> None:
     """Remove a model and what a broken-off pull left of it; a process that has loaded it goes on with what it has."""

@@ -1,16 +1,22 @@
 """`agentmesh models`: fetching models into the cache, with progress; what is there; taking them out."""
 
 import json
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from agentmesh.errors import ExtraMissing
-from agentmesh.models.cache import installed
+from agentmesh.models.cache import installed, is_installed, model_folder
 
 
 def pull_model(name: str) -> int:
-    """Fetch one model and say where it is."""
+    """Fetch one model, where it is not here, and say where it is."""
+    print(f"{name}: {model_folder(name) if is_installed(name) else _pulled(name)}")
+    return 0
+
+
+def _pulled(name: str) -> Path:
     try:
         from agentmesh.models.pull import pull
     except ImportError as e:
@@ -26,9 +32,7 @@ def pull_model(name: str) -> int:
                 tasks[what] = bar.add_task(what, total=total or None)
             bar.update(tasks[what], completed=done, total=total or None)  # type: ignore[arg-type]  # TaskID is an int
 
-        folder = pull(name, progress=progress)
-    print(f"{name}: {folder}")
-    return 0
+        return pull(name, progress=progress)
 
 
 def remove_model(name: str, *, as_json: bool) -> int:

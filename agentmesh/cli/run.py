@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -128,16 +129,7 @@ def see_through(
         queues: those that our worker serves; all when left out, but for what workers elsewhere do.
     """
     quiet = sys.stderr.isatty() and not as_json
-    away = left(config, path, mesh.crew, queues)
-    served = [queue for queue in mesh.crew.queues if queue not in away]
-    commands = specs_of(config, {path: mesh.crew}, queues=served, suspects="elsewhere")
-    drain_s = DRAIN_S if len(commands) == 1 else 2 * DRAIN_S
-    spares = spares_of(config, {path: mesh.crew}, queues=served)
-    spares += deserted(config, path, mesh.crew, away, start=not queues)
-    supervisor = Supervisor(
-        commands, spares=spares, drain_s=drain_s,
-        on_death=giver_back(config, taken_by([mesh.crew])), output=subprocess.DEVNULL if quiet else STDERR,
-    )  # fmt: skip
+    supervisor, drain_s = _supervisor(mesh.crew, path, config, queues, quiet=quiet)
     supervisor.start()
     view = view or make_view(as_json=as_json)
     try:
@@ -159,9 +151,28 @@ def see_through(
         return FAILED
     finally:
         view.close()
+        # of a worker that is killed now nobody needs to know
+        logging.getLogger("agentmesh.supervise").setLevel(logging.ERROR)
         supervisor.stop()
         supervisor.join(drain_s + 3)  # what does not drain is killed, and given back
         mesh.close()
+
+
+def _supervisor(
+    crew: Crew, path: str, config: Config, queues: Sequence[str], *, quiet: bool
+) -> tuple[Supervisor, float]:
+    """Of our own workers, and of those for the case that workers elsewhere are gone; and how long they may drain."""
+    away = left(config, path, crew, queues)
+    served = [queue for queue in crew.queues if queue not in away]
+    commands = specs_of(config, {path: crew}, queues=served, suspects="elsewhere")
+    drain_s = DRAIN_S if len(commands) == 1 else 2 * DRAIN_S
+    spares = spares_of(config, {path: crew}, queues=served)
+    spares += deserted(config, path, crew, away, start=not queues)
+    supervisor = Supervisor(
+        commands, spares=spares, drain_s=drain_s, on_death=giver_back(config, taken_by([crew])),
+        output=subprocess.DEVNULL if quiet else STDERR,
+    )  # fmt: skip
+    return supervisor, drain_s
 
 
 async def _show(run: Run[Any], view: View) -> bool:
@@ -238,6 +249,7 @@ def keep_worker(spec: dict[str, Any]) -> int:
             mesh.get(spec["run"]).result()
         supervisor.stop()
         supervisor.join(config.drain_s + 5)
+        mesh.close()
         return DONE
     except MeshError as e:
         say_error(e)

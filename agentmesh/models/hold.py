@@ -22,12 +22,11 @@ def holding(name: str, *, waiting: Callable[[], None] | None = None) -> Iterator
         waiting: told when another has it, which is then waited for; None does not wait.
 
     Raises:
-        ConfigError: another has it, and nobody wants to wait.
+        ConfigError: another has it, and nobody wants to wait; or the cache cannot be written.
     """
     path = cache_folder() / "downloads" / f"{model_folder(name).name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _opened(path)
         try:
             _lock(handle, name, waiting)
             if _is_at(handle, path):  # else who had it took the file along: whoever comes now has another
@@ -38,6 +37,16 @@ def holding(name: str, *, waiting: Callable[[], None] | None = None) -> Iterator
                 return
         finally:
             os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise ConfigError(
+            f"the cache of models {str(cache_folder())!r} cannot be written ({e.strerror}); set AGENTMESH_CACHE to a folder that can"
+        ) from None
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
-from agentmesh.errors import EmbedderError, EmbedderMismatch, ExtraMissing
-from agentmesh.rag.chunk import sound
+import numpy as np
+from numpy.typing import NDArray
 
-try:
-    import numpy as np
-    from numpy.typing import NDArray
-except ImportError:
-    raise ExtraMissing("vectors need numpy, which is not installed: pip install 'agentmesh-celery[rag]'") from None
+from agentmesh.errors import EmbedderError, EmbedderMismatch
+from agentmesh.rag.chunk import sound
 
 Floats = NDArray[np.float32]
 PROBE = "The quick brown fox jumps over the lazy dog; 敏捷的棕色狐狸跳过懒狗。"

@@ -71,7 +71,7 @@ class Librarian(Agent[Answer]):
         quotes = checked(consulted)[: self.quotes]
         if not quotes or consulted.score < self.least:
             return Answer(text=NOTHING, found=False)
-        said = ctx.do(self.ask([user(self._request(task, quotes))])).text
+        said = ctx.do(self.ask([user(self._request(task, quotes))], plain=True)).text
         if first_line(said).lower().startswith(NOT_FOUND):
             return Answer(text=NOTHING, found=False)
         return answer_from(said, quotes, consulted.passages, borne=self.borne)

@@ -1,6 +1,6 @@
 """Questions to a folder of documents: what is new in it is indexed first, then a Librarian answers with quotes.
 
-agentmesh run docs/examples/ask_docs.py "What does agentmesh promise?"
+agentmesh run docs/examples/ask_docs.py "What happens to a run when a worker dies?"
 ASK_DOCS_FOLDER=notes agentmesh run docs/examples/ask_docs.py "What was decided?" --model openai:gpt-5-mini
 """
 

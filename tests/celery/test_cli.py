@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,10 +88,25 @@ def test_ctrl_c_leaves_the_run_resumable(shell: Any, eventually: Any) -> None:
     assert shell("runs", "resume", "c1") == "TEA / TEA 0, TEA 1, TEA 2\n"
 
 
-def test_a_detached_run_needs_no_client(shell: Any) -> None:
+def keepers_in(folder: Path) -> list[str]:
+    """The processes that `--detach` left in this folder."""
+    found = subprocess.run(["pgrep", "-f", "agentmesh.cli.detached"], capture_output=True, text=True, check=False)
+    return [pid for pid in found.stdout.split() if Path(f"/proc/{pid}/cwd").resolve() == folder]
+
+
+def test_a_detached_run_needs_no_client(shell: Any, eventually: Any) -> None:
     assert shell("run", "crew.py", "tea", "--id", "d1", "--detach") == "d1\n"
     shell("runs", "tail", "d1")
     assert "RunDone" in shell("runs", "show", "d1")
+    eventually(lambda: not keepers_in(shell.folder))
+    assert (shell.folder / ".agentmesh" / "detached.log").read_text() == ""
+
+
+def test_a_worker_that_does_not_leave_is_no_news_after_the_answer(shell: Any) -> None:
+    stubborn = "import signal, sys\nif '--ready-fd' in sys.argv:\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    (shell.folder / "stubborn.py").write_text(stubborn + CREW)
+    assert shell("run", "stubborn.py", "tea") == "TEA / TEA 0, TEA 1, TEA 2\n"
+    assert shell.err.splitlines()[-1].split()[1] == "RunDone", shell.err
 
 
 def test_a_worker_killed_in_front_of_your_eyes(shell: Any, eventually: Any) -> None:

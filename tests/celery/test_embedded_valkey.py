@@ -200,3 +200,12 @@ def test_a_folder_that_cannot_be_made_is_named(folder):
     (folder / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot hold the embedded Valkey"):
         EmbeddedValkey.join(folder / "file")
+
+
+def test_a_folder_that_cannot_be_written_in_is_named_too(folder):
+    """As on a full disk, where empty files can still be made."""
+    (folder / "valkey" / "address.new").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"cannot hold the embedded Valkey \(Is a directory\)"):
+        EmbeddedValkey.join(folder)
+    (folder / "valkey" / "address.new").rmdir()
+    EmbeddedValkey.join(folder).leave()  # nobody holds the gate

@@ -38,6 +38,18 @@ def test_an_answer_rests_on_quotes_that_are_in_the_documents(store: str) -> None
     assert "docs/pay.md:" in answer.page()
 
 
+def test_its_model_is_asked_for_words(store: str) -> None:
+    """A model that is held to the schema of an Answer speaks JSON, which no document bears out."""
+    asked = []
+
+    def model(prompt: Any) -> Any:
+        asked.append(prompt.output)
+        return says("Wages are paid on the last working day [1].")
+
+    assert FakeMesh(Crew(Librarian(store=store)), model=model).run("When are wages paid?").found
+    assert asked == [None]
+
+
 @pytest.mark.parametrize(
     "invented",
     [

@@ -156,6 +156,8 @@ def test_crews() -> None:
         ("from agentmesh import *\nclass A(Agent): pass\na=Crew(A())\nb=Crew(A())", "makes 2 crews (a, b); say which"),
         ("\n1/0", "line 2: ZeroDivisionError: division by zero"),
         ("import nowhere_to_be_found", "ModuleNotFoundError"),
+        ("x = 1\ndef f(:\n    pass", "bad_crew.py, line 2: SyntaxError: invalid syntax"),
+        ("import sys\n\nsys.exit(3)", "bad_crew.py, line 3: SystemExit: 3"),
     ],
 )
 def test_crew_files(tmp_path: Path, text: str, said: str) -> None:
@@ -181,6 +183,24 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (load(file=file).lease_s, load(file=file).broker, load(file=file, broker="redis://arg").broker) == (
         3.0, "redis://env", "redis://arg",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lease_s", 0.5), ("lease_s", float("nan")), ("sweep_s", 0), ("drain_s", -1), ("retain_days", 0)],
+)
+def test_settings_have_bounds(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"setting '{name}' is {value}: Input should be"):
+        load(**{name: value})
+
+
+def test_a_project_without_settings_hides_none_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "agentmesh.toml").write_text("model = 'openai:above'")
+    below = tmp_path / "package"
+    below.mkdir()
+    (below / "pyproject.toml").write_text("[project]\nname = 'package'\n")
+    monkeypatch.chdir(below)
+    assert load().model == "openai:above"
 
 
 def test_models(monkeypatch: pytest.MonkeyPatch) -> None:

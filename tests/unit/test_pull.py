@@ -276,6 +276,13 @@ def test_nobody_there_says_what_to_do(monkeypatch: pytest.MonkeyPatch, web: Any)
         pull("org/tiny")
 
 
+def test_a_cache_that_cannot_be_written_names_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AGENTMESH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be written \(Not a directory\); set AGENTMESH_CACHE"):
+        pull("org/tiny")
+
+
 def test_no_room_is_said_before_it_is_filled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, web: Any) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with (

@@ -1,0 +1,73 @@
+"""What the command line says before anything runs: its version, and which extra is missing."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from agentmesh import __version__
+from agentmesh.models.cache import building
+
+WITHOUT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {gone!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+sys.argv = ["agentmesh", *sys.argv[1:]]
+from agentmesh.cli.main import main
+main()
+"""
+RAG = ("numpy", "faiss", "tantivy", "wordllama", "pypdf", "trafilatura", "torch", "transformers")
+CREW = "from agentmesh import Agent, Crew\nclass A(Agent):\n    'a'\n    model = 'openai:x'\ncrew = Crew(A())\n"
+READER = "from agentmesh_agents import Librarian\n" + CREW
+
+
+def agentmesh(*args: str, cwd: Path, gone: Sequence[str] = ()) -> tuple[int, str, str]:
+    """The command's code, output and error output, where these packages are not installed."""
+    argv = [sys.executable, "-c", WITHOUT.format(gone=set(gone)), *args]
+    env = {**os.environ, "OPENAI_API_KEY": "x"}
+    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_version_needs_no_command(tmp_path: Path) -> None:
+    assert agentmesh("--version", cwd=tmp_path) == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("rag", "add", "."),
+        ("rag", "search", "tea"),
+        ("rag", "stats"),
+        ("rag", "verify"),
+        ("run", "reader.py", "tea"),
+        ("run", "agentmesh.rag.ingest", "{}"),
+        ("worker", "agentmesh.rag.ingest"),
+        ("serve", "crew.py", "--embed", "wordllama"),
+    ],
+    ids=" ".join,
+)
+def test_without_the_extra_rag_each_door_says_what_to_install(args: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "crew.py").write_text(CREW)
+    (tmp_path / "reader.py").write_text(READER)
+    code, out, err = agentmesh(*args, cwd=tmp_path, gone=RAG)
+    assert (code, out) == (4, ""), err
+    assert "pip install 'agentmesh-celery[rag]'" in err
+    assert "Traceback" not in err
+
+
+def test_a_model_that_is_here_is_pulled_without_a_word_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTMESH_CACHE", str(tmp_path))
+    with building("org/tiny", "here") as folder:
+        (folder / "config.json").write_text("{}")
+    said = (0, f"org/tiny: {tmp_path / 'models' / 'org--tiny'}\n", "")
+    assert agentmesh("models", "pull", "org/tiny", cwd=tmp_path) == said
