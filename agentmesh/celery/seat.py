@@ -59,7 +59,7 @@ class Seat:
 
     def start(self, output: "int | IO[Any] | None", env: Mapping[str, str]) -> int:
         """Start a process here; the end of the pipe on which it says that it is ready."""
-        self.name = f"{socket.gethostname()}:{os.getpid()}/{uuid.uuid4().hex[:8]}{'-suspects' if self.spare else ''}"
+        self.name = f"{socket.gethostname()}:{os.getpid()}/{uuid.uuid4().hex[:8]}{'-spare' if self.spare else ''}"
         told, ready = os.pipe()
         try:
             self.process = subprocess.Popen(

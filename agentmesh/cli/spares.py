@@ -1,4 +1,4 @@
-"""Workers that a supervisor starts only when something waits for them: for suspects, which run in a process of their own."""
+"""Workers that a supervisor starts only when something waits for them: suspects, or steps that nobody else takes any more."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence

@@ -282,7 +282,7 @@ def test_a_spare_worker_is_there_only_while_it_is_wanted(supervised, tmp_path, e
     spare.now = True
     eventually(lambda: len(supervisor.names) == 2)
     (first,) = set(supervisor.names) - {kept}
-    assert first.endswith("-suspects")
+    assert first.endswith("-spare")
     assert supervisor.health == (1, 1)
     os.kill(supervisor.pids[first], signal.SIGKILL)  # it is still wanted
     eventually(lambda: len(supervisor.names) == 2 and first not in supervisor.names)
