@@ -27,12 +27,20 @@ def main(spec: dict[str, Any]) -> None:
     except BlockingIOError:
         return
     server = Server(spec["argv"])
-    signal.signal(signal.SIGTERM, lambda *_: server.leave())
+
+    def leave(*_: object) -> None:
+        server.end()
+        os.close(
+            alone
+        )  # before `users`: who then joins looks for a keeper, and at an exit the kernel chooses the order
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=server.keep, daemon=True).start()
     users = os.open("users.lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(users, fcntl.LOCK_EX)  # comes back when the last user is gone
-    server.leave()
+    leave()
 
 
 class Server:
@@ -58,14 +66,13 @@ class Server:
             again_s = AGAIN_S if time.monotonic() - began > STEADY_S else min(2 * again_s, AGAIN_MOST_S)
             time.sleep(again_s)
 
-    def leave(self) -> None:
-        """End the server, which writes what it still has to, and this process with it."""
+    def end(self) -> None:
+        """End the server, which writes what it still has to."""
         self._closing = True
         while pid := self._pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
             time.sleep(0.005)
-        os._exit(0)
 
 
 if __name__ == "__main__":

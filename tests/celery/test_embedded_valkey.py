@@ -83,6 +83,14 @@ def test_two_share_one_server_and_the_last_ends_it(folder, eventually):
     again.leave()
 
 
+def test_who_joins_while_the_last_one_leaves_gets_a_server(folder):
+    for _ in range(20):
+        share = EmbeddedValkey.join(folder)
+        with redis.Redis.from_url(share.url) as client:
+            assert client.ping()
+        share.leave()
+
+
 def test_who_joins_while_the_last_keeper_is_ending_starts_the_next(folder, eventually):
     last = EmbeddedValkey.join(folder)
     place = folder.resolve() / "valkey"
