@@ -23,6 +23,8 @@ MeshError
 """
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -269,6 +271,22 @@ def error_to_json(error: BaseException) -> dict[str, Any]:
     if isinstance(error, QuorumMissed) and error.errors:
         given["errors"] = [error_to_json(e) for e in error.errors]
     return {"type": type(error).__name__, "message": error.message, **given}
+
+
+def raised_at(error: BaseException) -> str:
+    """`crew.py:12`: where an exception came from in the folder of the code that we called; "" where we called none."""
+    ours = os.path.dirname(__file__) + os.sep
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    home = os.path.dirname(frames[0].filename) if frames else ""
+    own = [f for f in frames if f.filename.startswith(home)]
+    return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
+
+
+def said(data: Mapping[str, Any]) -> str:
+    """What `error_to_json` keeps, for a person: `KeyError: 'k' (crew.py:12)`, or the message of an error of ours."""
+    kind, at = data["type"], f" ({data['at']})" if "at" in data else ""
+    ours = kind in {cls.__name__ for cls in _tree(MeshError)}
+    return data["message"] if ours else f"{kind}: {data['message']}{at}"
 
 
 def error_from_json(data: Mapping[str, Any]) -> MeshError:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmesh.crew import Crew
-from agentmesh.errors import StepRefused, error_to_json
+from agentmesh.errors import MeshError, StepRefused, error_to_json, raised_at, said
 from agentmesh.event import Event, RunDone, RunFailed, RunStarted, StepDone, StepFailed, StepPlanned
 from agentmesh.ports import Dispatch, Member, Next, Plan, RunSpec
 from agentmesh.replay import Failed, Finished, History, Outcome, Waiting
@@ -30,9 +30,7 @@ class Planner:
         if isinstance(outcome, Waiting):
             return self._steps(history, outcome)
         end: Event = (
-            RunDone(value=outcome.value)
-            if isinstance(outcome, Finished)
-            else RunFailed(error=error_to_json(outcome.error))
+            RunDone(value=outcome.value) if isinstance(outcome, Finished) else RunFailed(error=_told(outcome.error))
         )
         return Next(end=end, up=upward(history, outcome))
 
@@ -116,10 +114,18 @@ def upward(history: History, outcome: Outcome) -> Event | None:
     assert isinstance(outcome, Failed)
     error = {
         "type": "DelegateFailed",
-        "message": f"`{started.agent}` failed: {outcome.error}",
+        "message": f"`{started.agent}` failed: {said(_told(outcome.error))}",
         "child": history.run_id,
     }
     return StepFailed(n=started.parent_n, error=error)
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """An exception of a flow as the journal keeps it: what a person wrote with its place in the code."""
+    told = error_to_json(error)
+    if not isinstance(error, MeshError) and (at := raised_at(error)):
+        told["at"] = at
+    return told
 
 
 def assumed(spec: RunSpec, events: Sequence[Event] = ()) -> History:

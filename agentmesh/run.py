@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from agentmesh.crew import Crew
-from agentmesh.errors import MeshError, RunCancelled, RunError, RunFailed, StepError, error_from_json
+from agentmesh.errors import RunCancelled, RunError, RunFailed, StepError, error_from_json, said
 from agentmesh.event import (
     ENDS,
     Approved,
@@ -294,10 +294,10 @@ def ended_badly(run_id: str, end: Failed) -> RunError:
         return cause
     where = f" in step {cause.n}" if isinstance(cause, StepError) and cause.n else ""
     kind = end.error["type"]
-    said = (
-        cause.message if isinstance(cause, MeshError) and kind in cause.message else f"{kind}: {end.error['message']}"
+    told = said(end.error)
+    return RunFailed(
+        f"run {run_id} failed{where}: {told if kind in told else f'{kind}: {told}'}", run_id=run_id, cause=kind
     )
-    return RunFailed(f"run {run_id} failed{where}: {said}", run_id=run_id, cause=kind)
 
 
 async def _next(stream: AsyncIterator[Token]) -> Token | None:

@@ -153,7 +153,8 @@ class Supervisor:
     def _on_ready(self, worker: Seat, process: "subprocess.Popen[bytes]") -> None:
         if worker.process is process:
             worker.ready = worker.ever_ready = True
-        if all(w.ready for w in self._kept):
+        if all(w.ready for w in self._kept) and not self._all_ready.is_set():
+            logger.info("ready: %d worker processes take steps", len(self._kept))
             self._all_ready.set()
 
     def _died(self, worker: Seat, code: int) -> None:
