@@ -32,7 +32,7 @@ class Passing(Exception):
         down: the connection was refused or broke off: the server may be gone.
         sent: the server may have begun to work on it.
         said: it had begun to answer; a new attempt of the step retracts that.
-        elsewhere: only another server may mend it: this one has another model, or takes another key.
+        elsewhere: only another server may mend it: this one has another model, takes another key, or is none.
     """
 
     def __init__(
@@ -246,9 +246,8 @@ class HttpModel:
             return answer_of(loads(raw))
         except NOT_AN_ANSWER:
             shown = raw[:200].decode(errors="replace")
-            raise ModelError(
-                f"{self.base_url} answered what is no chat completion: {shown!r}; is it an OpenAI-compatible server?"
-            ) from None
+            said = f"{self.base_url} answered what is no chat completion: {shown!r}; is it an OpenAI-compatible server?"
+            raise Passing(ModelError(said), elsewhere=True) from None
 
     def _refusal(self, prompt: Prompt, response: aiohttp.ClientResponse, text: str) -> Exception:
         status, said = response.status, said_by(text, self._key)

@@ -191,7 +191,7 @@ class Endpoint:
 
     # ---- from a request to a run ---------------------------------------------------------------
     def _exchange(self, chat: Chat, key: str) -> Exchange:
-        run_id = f"http-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}" if key else uuid.uuid4().hex[:12]
+        run_id = keyed_run(self.mesh.crew.name, key) if key else uuid.uuid4().hex[:12]
         agent, task, history = self._asked(chat)
         return Exchange(
             self.mesh, run_id, agent, task, history, keyed=bool(key), stream=chat.stream, origin=self._origin,
@@ -220,6 +220,13 @@ def _stops(exchange: Exchange) -> Refusal:
     then = "ask again with the same Idempotency-Key" if exchange.keyed else f"agentmesh runs resume {exchange.run_id}"
     said = f"the server stops and run {exchange.run_id} goes on where a worker is; {then}"
     return Refusal(503, said, "server_stops", again=exchange.keyed)
+
+
+def keyed_run(crew: str, key: str) -> str:
+    """The run of an Idempotency-Key; endpoints of several crews may share a journal."""
+    return (
+        f"http-{hashlib.blake2b(key.encode(), key=hashlib.sha256(crew.encode()).digest(), digest_size=16).hexdigest()}"
+    )
 
 
 def _was_answered(work: "asyncio.Task[None]") -> bool:

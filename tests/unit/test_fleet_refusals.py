@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh.errors import ModelRefused
+from agentmesh.errors import ModelError, ModelRefused
 from agentmesh.message import user
 from agentmesh.model import Prompt, RetryLater
 from agentmesh.models.fleet import Fleet
@@ -44,6 +44,15 @@ def test_a_server_with_another_model_or_key_fails_no_step(
     said = [record.message for record in caplog.records if two[0].url in record.message]
     assert len(said) == 1  # once, however often it refuses
     assert str(status) in said[0]
+
+
+def test_a_page_of_something_else_is_no_answer(two: list[FakeOpenAI]) -> None:
+    page = "<html>please sign in</html>"
+    with FakeOpenAI() as gateway:
+        gateway.faults.extend([Fault(200, body=page)] * 9)
+        assert asked(4, gateway.url, two[0].url) == ["from 0"] * 4
+        with pytest.raises(ModelError, match="answered what is no chat completion: '<html>"):
+            asked(1, gateway.url)
 
 
 def test_what_every_server_refuses_is_refused(two: list[FakeOpenAI]) -> None:

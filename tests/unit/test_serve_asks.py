@@ -10,6 +10,7 @@ import pytest
 from agentmesh.message import Message
 from agentmesh.model import Prompt
 from agentmesh.models.wire import body
+from agentmesh.serve.app import keyed_run
 from agentmesh.serve.embeddings import Embeddings
 from agentmesh.serve.refusal import Refusal
 from agentmesh.serve.request import Chat, chat_of, for_engine
@@ -132,3 +133,8 @@ def test_what_a_client_no_longer_waits_for_is_not_embedded() -> None:
         return counting.done
 
     assert asyncio.run(work()) == ["first", "stays"]
+
+
+def test_a_key_is_a_run_of_one_crew() -> None:
+    assert keyed_run("kitchen", "k") == keyed_run("kitchen", "k")
+    assert len({keyed_run("kitchen", "k"), keyed_run("kitchen", "l"), keyed_run("garden", "k")}) == 3
