@@ -154,6 +154,16 @@ def serve(
     )  # fmt: skip
 
 
+@app.command(epilog="Examples:  agentmesh new shop")
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The folder; made where you are.")],
+) -> None:
+    """Make a folder with a small crew, a test of it and a README, to begin from."""
+    from agentmesh.cli.new import make_new
+
+    raise typer.Exit(make_new(name))
+
+
 @app.command()
 def doctor(
     crew: Annotated[str, typer.Argument(metavar="CREW", help="A crew file to check too.")] = "", broker: Broker = ""

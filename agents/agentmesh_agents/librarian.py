@@ -12,6 +12,7 @@ from agentmesh.message import user
 from agentmesh.retriever import Passage
 from agentmesh_agents.reader import first_line
 from agentmesh_tools.retrieve import Consulted, Quote, in_store, sequence, stands
+from agentmesh_tools.sentences import one_line
 
 CITED = re.compile(r"\s*\[(\d+)\]")
 IN_MARKS = re.compile(r"[\"“]([^\"“”]{8,})[\"”]")
@@ -36,7 +37,7 @@ class Answer(BaseModel):
 
     def page(self) -> str:
         """The answer as a person reads it, with its quotes below."""
-        lines = [f"[{i}] “{' '.join(q.text.split())}”\n    {q.source}:{q.start}" for i, q in enumerate(self.quotes, 1)]
+        lines = [f"[{i}] “{one_line(q.text)}”\n    {q.source}:{q.start}" for i, q in enumerate(self.quotes, 1)]
         return "\n\n".join([self.text, *lines])
 
 
@@ -77,7 +78,7 @@ class Librarian(Agent[Answer]):
         return answer_from(said, quotes, consulted.passages, borne=self.borne)
 
     def _request(self, question: str, quotes: Sequence[Quote]) -> str:
-        told = "\n".join(f"[{i}] {' '.join(q.text.split())}" for i, q in enumerate(quotes, 1))
+        told = "\n".join(f"[{i}] {one_line(q.text)}" for i, q in enumerate(quotes, 1))
         return f"{told}\n\nQuestion: {question}\n\nAnswer in one sentence, with the words of these quotes, or write: {NOT_FOUND}."
 
 

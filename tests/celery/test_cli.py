@@ -41,6 +41,8 @@ def answer(body: dict[str, Any]) -> Any:
     last = body["messages"][-1]
     if last["role"] == "tool":
         return says(last["content"])
+    if "tea cost" in last["content"]:
+        return uses("price", item="tea")
     return (
         uses("refund", order=7) if body.get("tools") and "refund" in last["content"] else says(last["content"].upper())
     )
@@ -138,6 +140,13 @@ def test_wrong_use_says_what_is_wrong(shell: Any) -> None:
     shell("runs", "show", "nokey", code=2)  # nothing half-started is left behind
     shell("worker", "crew.py", "--queue", "mian", code=2)
     assert "Did you mean 'main'?" in shell.err
+
+
+def test_what_new_makes_runs_with_another_model(shell: Any) -> None:
+    shell("new", "shop")
+    crew = shell.folder / "shop" / "crew.py"
+    crew.write_text(crew.read_text().replace('"local:smollm2"', '"openai:fake"'))
+    assert shell("run", "shop/crew.py", "What does tea cost?") == "4.5\n"
 
 
 def test_doctor(shell: Any) -> None:

@@ -10,7 +10,7 @@ from agentmesh.retriever import Passage, Retriever
 from agentmesh.testing import FakeMesh, says
 from agentmesh_agents import Answer, Librarian
 from agentmesh_agents.librarian import answer_from, checked, locate
-from agentmesh_tools.retrieve import Consulted, Quote, in_store, sentences, stands
+from agentmesh_tools.retrieve import Consulted, Quote, in_store, quotable, stands
 
 PAY = "# Pay\n\nWages are paid on the last working day. Overtime is paid in the month after.\n"
 LEAVE = "# Leave\n\n| who | how long |\n|---|---|\n| parents | sixteen weeks of paid leave |\n\nIs leave paid? Yes."
@@ -98,7 +98,7 @@ def test_the_tool_ranks_sentences_and_hides_its_filter(store: str) -> None:
 
 def test_a_quote_that_does_not_stand_is_dropped() -> None:
     passage = Passage(source="a.md", start=100, text="One sentence of a text. Another sentence of it.")
-    good = list(sentences(passage))
+    good = [quote for quote, _ in quotable(passage)]
     assert [(q.start, q.end, q.text) for q in good] == [
         (100, 123, "One sentence of a text."),
         (124, 147, "Another sentence of it."),
@@ -123,5 +123,24 @@ def test_other_scripts_have_sentences_too() -> None:
         start=0,
         text="员工每年有十五天的带薪年假和五天病假可以使用。工资在每月最后一个工作日支付给员工。",
     )
-    assert [passage.text[q.start : q.end] == q.text for q in sentences(passage)] == [True, True]
-    assert answer_from("", list(sentences(passage)), [passage], borne=0.6).quotes[0].text.endswith("。")
+    quotes = [quote for quote, _ in quotable(passage)]
+    assert [passage.text[q.start : q.end] == q.text for q in quotes] == [True, True]
+    assert answer_from("", quotes, [passage], borne=0.6).quotes[0].text.endswith("。")
+
+
+def test_a_wrapped_sentence_is_quoted_whole_and_before_rows(tmp_path: Path, write: Any) -> None:
+    wrapped = "# Leave\n\n| leave | `leave_days_total` |\n|---|---|\n| parental leave | `leave_paid_total` |\n\n"
+    wrapped += "Parents are on paid leave for\nsixteen weeks after a child is born, and\nfor two more when it is ill.\n"
+    docs = write("docs", {"leave.md": wrapped})
+    agent, asked = Retriever.open(tmp_path / "kb", embed="wordllama").ingest(docs)
+    FakeMesh(Crew(agent)).run(asked)
+    for question in ("What is paid leave?", "How long is leave paid?"):
+        consulted = in_store(str(tmp_path / "kb"))(question)
+        assert consulted.quotes[0].text.startswith("Parents are on paid leave for\nsixteen"), question
+        assert consulted.quotes[0].text.endswith("when it is ill.")
+        assert checked(consulted) == consulted.quotes
+    answer = ask(str(tmp_path / "kb"), "How long is paid leave?", "Parents are on paid leave for sixteen weeks [1].")
+    assert (
+        "“Parents are on paid leave for sixteen weeks after a child is born, and for two more when it is ill.”"
+        in answer.page()
+    )

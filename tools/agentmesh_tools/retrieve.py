@@ -10,12 +10,12 @@ from pydantic import BaseModel
 
 from agentmesh import Tool, tool
 from agentmesh.retriever import Passage, Retriever
+from agentmesh_tools.sentences import LONGEST, one_line, pieces
 
-# A sentence ends at its mark before a space, at a full-width mark, or with its line: tables and lists are lines.
-SENTENCE = re.compile(r"[^\n。！？]+?(?:[.!?][\"')\]]*(?=\s|$)|[。！？]|(?=\n)|$)")
 WORD = re.compile(r"[^\W_]{2,}")
-SHORTEST, LONGEST = 20, 1200  # bytes of a sentence that can be quoted: a Chinese one has few characters
+SHORTEST = 20  # bytes of a sentence that can be quoted: a Chinese one has few characters
 WORDS_COUNT = 0.5  # what shared words add to a sentence's cosine, at most
+LINE_COSTS = 0.3  # so much nearer must a row, a title or a line of code be: short, it shares more by chance
 COMMON = frozenset(
     re.findall(
         r"\w+",
@@ -73,12 +73,14 @@ def in_store(
             Passage(source=h.source, start=h.start, text=h.text, heading=" > ".join(h.heading))
             for h in retriever.search(question, k)
         ]
-        found = {(q.source, q.start): q for p in passages for q in sentences(p)}
-        quotes = [q for q in found.values() if not _asks(q.text, question)]
-        if not quotes:
+        # where two passages overlap, the one that has the whole sentence counts
+        told = sorted((q for p in passages for q in quotable(p)), key=lambda t: t[0].end)
+        found = {(q.source, q.start): (q, prose) for q, prose in told if not _asks(q.text, question)}
+        if not found:
             return Consulted(passages=passages)
+        quotes, prose = map(list, zip(*found.values(), strict=True))
         scores = _scores(question, quotes, retriever)
-        order = np.argsort(-scores, kind="stable")
+        order = np.argsort(LINE_COSTS * ~np.array(prose) - scores, kind="stable")
         return Consulted(passages=passages, quotes=[quotes[i] for i in order], score=float(scores[order[0]]))
 
     return consult
@@ -96,16 +98,17 @@ def _scores(question: str, quotes: list[Quote], retriever: Retriever) -> Any:
 
 def _asks(text: str, question: str) -> bool:
     """Whether a sentence holds a question, or repeats this one: it answers nothing."""
-    return "?" in text or "？" in text or question.strip(" ?？").lower() in text.lower()
+    said, asked = one_line(text).lower(), one_line(question).lower().strip(" ?？")
+    return "?" in said or "？" in said or asked in said
 
 
-def sentences(passage: Passage) -> Iterator[Quote]:
-    """The sentences and lines of a passage, each with its place in the document."""
-    for found in SENTENCE.finditer(passage.text):
-        text = found.group().strip(" \t#>|*-")
+def quotable(passage: Passage) -> Iterator[tuple[Quote, bool]]:
+    """What of a passage can be quoted, with its place in the document; and whether it is a sentence, not a row or code."""
+    for piece in pieces(passage.text, source=passage.source, torn=passage.start > 0):
+        text = passage.text[piece.start : piece.end]
         if SHORTEST <= len(text.encode()) <= LONGEST and words(text):
-            start = passage.start + found.start() + found.group().index(text)
-            yield Quote(text=text, source=passage.source, start=start, end=start + len(text))
+            start = passage.start + piece.start
+            yield Quote(text=text, source=passage.source, start=start, end=start + len(text)), piece.prose
 
 
 def sequence(text: str) -> list[str]:

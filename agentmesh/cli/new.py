@@ -1,0 +1,91 @@
+"""`agentmesh new`: a folder with a crew, a test of it and a page about it, to begin from."""
+
+from pathlib import Path
+
+from agentmesh.cli.exits import DONE
+from agentmesh.errors import ConfigError, DefinitionError
+
+CREW = '''"""A clerk who looks prices up: a crew of one agent with one tool."""
+
+from agentmesh import Agent, Crew, TryAgain, tool
+
+PRICES = {"tea": 4.5, "cake": 6.0}
+
+
+@tool
+def price(item: str) -> float:
+    """The price of an item in euros.
+
+    Args:
+        item: what the shop calls it.
+    """
+    if item not in PRICES:
+        raise TryAgain(f"there is no {item!r}; there are {', '.join(PRICES)}")  # goes to the model, not to the user
+    return PRICES[item]
+
+
+class Clerk(Agent):
+    """Answers questions about prices."""
+
+    model = "local:smollm2"  # runs on any CPU, too small to call tools; "openai:gpt-5-mini" or your server's can
+    instructions = "Look prices up before you answer."
+    tools = (price,)
+
+
+crew = Crew(Clerk())
+'''
+TEST = '''"""The crew with a scripted model: no key, no server, no waiting."""
+
+from agentmesh.testing import FakeMesh, says, uses
+
+from crew import crew
+
+
+def test_a_price_is_looked_up() -> None:
+    run = FakeMesh(crew, model=[uses("price", item="tea"), says("Tea is 4.50 euros.")]).start("What does tea cost?")
+    assert run.result() == "Tea is 4.50 euros."
+    assert run.messages[-2].text == "4.5"  # what the tool told the model
+
+
+def test_what_there_is_not_is_told_to_the_model() -> None:
+    run = FakeMesh(crew, model=[uses("price", item="gold"), says("There is no gold.")]).start("What does gold cost?")
+    assert run.result() == "There is no gold."
+    assert "there are tea, cake" in run.messages[-2].text
+'''
+README = """# {name}
+
+`crew.py` has an agent with a tool, `test_crew.py` tests it with a scripted model: `python -m pytest`. Its model, SmolLM2, needs no key
+and no server (`pip install 'agentmesh-celery[local]'`, `agentmesh models pull smollm2`), but is too small to call the tool. For good
+answers name another in `crew.py`, set OPENAI_API_KEY or OPENAI_BASE_URL, and: `agentmesh run crew.py "What does tea cost?"`
+"""
+NEXT = """cd {name} && python -m pytest
+agentmesh models pull smollm2
+agentmesh run crew.py "What does tea cost?"
+"""
+LONGEST_NAME = 255  # bytes, of a file's name on most systems
+
+
+def make_new(name: str) -> int:
+    """Make the folder with its three files, and say how to go on.
+
+    Raises:
+        DefinitionError: the name is no folder's, or something is there already.
+        ConfigError: the folder cannot be written.
+    """
+    bad = not name.strip(" .") or not name.isprintable() or any(c in name for c in "/\\\"'$`") or name.startswith("-")
+    if bad or len(name.encode()) > LONGEST_NAME:
+        raise DefinitionError(
+            f"{name!r} is no name for a folder; give one such as 'shop', to be made in the folder you are in"
+        )
+    folder = Path(name)
+    try:
+        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+            raise DefinitionError(f"{name!r} is there already and is no empty folder; give another name")
+        folder.mkdir(exist_ok=True)
+        for file, text in (("crew.py", CREW), ("test_crew.py", TEST), ("README.md", README.replace("{name}", name))):
+            (folder / file).write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{name!r} cannot be made: {e.strerror or e}; go to a folder that you may write in") from None
+    shown = f'"{name}"' if " " in name else name
+    print(NEXT.replace("{name}", shown), end="")
+    return DONE
