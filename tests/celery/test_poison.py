@@ -55,9 +55,9 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
         assert [e.crashes for e in run.events() if isinstance(e, StepQuarantined)] == [3]
         assert [other.result(timeout_s=20) for other in others] == [20] * 10
         # After the second death suspects have a process of their own, and nobody else shares it.
-        poisoned, (ordinary,) = pids("7"), [pid for name, pid in supervisor.pids.items() if "suspects" not in name]
+        poisoned, (ordinary,) = pids("7"), [pid for name, pid in supervisor.pids.items() if "spare" not in name]
         assert len(poisoned) == len(deaths) <= 10
-        assert [name for name in deaths if "suspects" not in name] == deaths[:2]
+        assert [name for name in deaths if "spare" not in name] == deaths[:2]
         assert {pid for i in range(5) for pid in pids(f"late{i}")} == {str(ordinary)}
         assert supervisor.health == (1, 1)
         run.resolve(item, "failed", by="ana")
