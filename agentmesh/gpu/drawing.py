@@ -19,7 +19,8 @@ import torch
 
 CANDIDATES = 1024  # of the likeliest tokens, among which top-k and top-p nearly always end; else all are sorted
 AT_ONCE = 1 << 22  # numbers of noise that are in memory at once
-COLDEST, HOTTEST = 1e-37, 1e37  # that a float32 can be divided by, -inf too
+# A score divided by less could be infinite, and noise is nothing beside it already; -inf divided by inf is no number.
+COLDEST, HOTTEST = 1e-9, 1e37
 GOLDEN, FIRST, SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32  # as signed 32-bit numbers
 
 
@@ -78,9 +79,7 @@ def draw(scores: torch.Tensor, wishes: Sequence[Wish]) -> torch.Tensor:
     """
     device, v = scores.device, scores.shape[1]
     heat = torch.tensor([min(max(w.temperature, COLDEST), HOTTEST) for w in wishes], device=device)[:, None]
-    scores = scores.float()
-    # from the largest down: next to no heat makes none infinite
-    scores = (scores - scores.amax(1, keepdim=True)) / heat
+    scores = scores.float() / heat
     keys = torch.tensor([w.key for w in wishes], dtype=torch.int32, device=device)
     tokens = torch.empty(len(wishes), dtype=torch.int64, device=device)
     narrow = [i for i, w in enumerate(wishes) if 0 < w.top_k < v or w.top_p < 1]
