@@ -10,6 +10,7 @@ from agentmesh.testing.simulation import Faults, simulate
 SEEDS = [int(os.environ["AGENTMESH_SEED"])] if "AGENTMESH_SEED" in os.environ else range(1000)
 
 
+@pytest.mark.timeout(600)  # a thousand of them, on whatever machine
 def test_the_protocol_keeps_its_promises_in_bad_weather() -> None:
     for seed in SEEDS:
         try:
