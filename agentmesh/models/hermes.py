@@ -13,6 +13,7 @@ from agentmesh.message import Message, ToolCall, ToolSpec
 from agentmesh.model import Prompt
 from agentmesh.schema import dumps
 
+DECODER = json.JSONDecoder()
 OPEN, CLOSE = re.compile(r"<tool_call>\s*(?=\{)"), re.compile(r"\s*(?:</tool_call>|\Z)")
 CUT = re.compile(
     r'<tool_call>\s*\{\s*"name":\s*"([^"]*)",\s*"(?:arguments|parameters)":\s*((?:(?!</tool_call>).)*)\Z', re.DOTALL
@@ -82,7 +83,7 @@ def _tagged(text: str, turn: int) -> tuple[str, list[ToolCall]]:
     rest, after = "", 0
     for tag in OPEN.finditer(text):
         with contextlib.suppress(ValueError):
-            given, end = json.JSONDecoder().raw_decode(text, tag.end())
+            given, end = DECODER.raw_decode(text, tag.end())
             closing = CLOSE.match(text, end)
             if tag.start() >= after and closing and (found := _asked(given, turn)):
                 calls += found

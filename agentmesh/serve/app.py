@@ -224,9 +224,8 @@ def _stops(exchange: Exchange) -> Refusal:
 
 def keyed_run(crew: str, key: str) -> str:
     """The run of an Idempotency-Key; endpoints of several crews may share a journal."""
-    return (
-        f"http-{hashlib.blake2b(key.encode(), key=hashlib.sha256(crew.encode()).digest(), digest_size=16).hexdigest()}"
-    )
+    of_crew = hashlib.sha256(crew.encode()).digest()
+    return f"http-{hashlib.blake2b(key.encode(), key=of_crew, digest_size=16).hexdigest()}"
 
 
 def _was_answered(work: "asyncio.Task[None]") -> bool:

@@ -78,6 +78,16 @@ WRONG = [
     ({"response_format": {"type": "xml"}}, "must have type 'text'"),
     ({"response_format": {"type": "json_schema"}}, "without `json_schema.schema`"),
     ({"stream_options": 1}, "`stream_options` must be an object"),
+    (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON"),
+    (b'{"model": "m", "x": ' + b"[" * 999 + b"]" * 999 + b"}", "the body is not JSON: recursion limit"),
+    (b'{"model": "m", "logit_bias": {"1": 1e999}, "messages": []}', "logit_bias"),
+    ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "`tool_calls` of type 'int'; it must be a list"),
+    ({"top_logprobs": 2}, "logprobs are not given"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"stream_options": {"includ_usage": True}}, "Did you mean 'include_usage'"),
+    ({"tools": [{"function": {**ADD["function"], "strict": "yes"}}]}, "`strict` is 'yes'"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice has type 'allowed_tools'"),
 ]
 
 

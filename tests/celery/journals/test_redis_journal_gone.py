@@ -12,6 +12,11 @@ from agentmesh.journals.redis import RedisJournal
 from agentmesh.ports import Claimed, Refused, step_unit
 
 
+def restart(valkey: Any) -> None:
+    valkey.kill()
+    valkey.restart()
+
+
 def test_scripts_that_the_server_forgot_are_sent_again(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> None:
         await journals.whole_run(journal, "r")
@@ -24,15 +29,11 @@ def test_scripts_that_the_server_forgot_are_sent_again(valkey: Any, journals: An
 
 
 def test_a_server_killed_under_load_keeps_everything_it_answered(valkey: Any, journals: Any) -> None:
-    def restart() -> None:
-        valkey.kill()
-        valkey.restart()
-
     async def story(journal: RedisJournal) -> None:
         tasks = [asyncio.create_task(journals.whole_run(journal, f"r{i}")) for i in range(300)]
         for _ in range(3):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.to_thread(restart)
+            await asyncio.to_thread(restart, valkey)
         await asyncio.gather(*tasks)
         heads = await journal.runs(limit=1000)
         assert [(h.status, h.turns) for h in heads] == [("done", 1)] * 300
@@ -41,10 +42,6 @@ def test_a_server_killed_under_load_keeps_everything_it_answered(valkey: Any, jo
 
 
 def test_watchers_hear_of_an_end_after_the_server_was_away(valkey: Any, journals: Any) -> None:
-    def restart() -> None:
-        valkey.kill()
-        valkey.restart()
-
     async def story(journal: RedisJournal) -> None:
         async def ended() -> None:
             while (head := await journal.head("r")) is None or head.status == "open":
@@ -53,7 +50,7 @@ def test_watchers_hear_of_an_end_after_the_server_was_away(valkey: Any, journals
         await journal.begin(journals.spec("r"), journals.lone("r"))
         waiting = [asyncio.create_task(ended()) for _ in range(10)]
         await journal.watch("r", version=None, timeout_s=0.02)  # by now they are listened for
-        await asyncio.to_thread(restart)
+        await asyncio.to_thread(restart, valkey)
         await journals.whole_run(journal, "r")
         async with asyncio.timeout(20):
             await asyncio.gather(*waiting)
