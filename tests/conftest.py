@@ -31,6 +31,7 @@ def eventually() -> Callable[..., None]:
         __tracebackhide__ = True  # a failure is shown at the line that waits, with its condition
         deadline = time.monotonic() + timeout_s
         while True:
+            began = time.monotonic()
             try:
                 last = condition()
             except redis.RedisError as e:
@@ -39,9 +40,9 @@ def eventually() -> Callable[..., None]:
                 true = bool(last)
             if true:
                 return
-            if time.monotonic() > deadline:
+            if (now := time.monotonic()) > deadline:
                 pytest.fail(f"not within {timeout_s} s; the condition was {last!r} at last")
-            time.sleep(0.005)
+            time.sleep(max(0.005, 2 * (now - began)))  # what is waited for shall have the processor
 
     return wait
 

@@ -56,6 +56,7 @@ class Supervisor:
         self._ended = threading.Event()
         self._look = threading.Event()  # spare workers are to be asked now
         self._stops = 0
+        self._quiet = False
         self._give_up = 0.0  # when a drain ends
         self._code = 0
 
@@ -112,8 +113,9 @@ class Supervisor:
         """Supervise on a thread of its own; no signal is touched."""
         threading.Thread(target=self.run, name="agentmesh-supervisor", daemon=True).start()
 
-    def stop(self, *, now: bool = False) -> None:
-        """Ask for the end, from any thread: a drain, or `now` the kill."""
+    def stop(self, *, now: bool = False, quiet: bool = False) -> None:
+        """Ask for the end, from any thread: a drain, or `now` the kill. `quiet` logs none of what that takes."""
+        self._quiet = quiet
         self._news.put((self._on_stop, 0, now))
 
     def join(self, timeout_s: float) -> bool:
@@ -184,7 +186,8 @@ class Supervisor:
 
     def _end_late(self) -> None:
         if self._stops and self.names and time.monotonic() >= self._give_up:
-            logger.warning("killed, for not draining in %.0f s: %s", self._drain_s, ", ".join(self.names))
+            if not self._quiet:
+                logger.warning("killed, for not draining in %.0f s: %s", self._drain_s, ", ".join(self.names))
             self._code = self._code or LEFT_BY_FORCE
             self._give_up = time.monotonic() + self._drain_s
             self._kill()

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -151,9 +150,7 @@ def see_through(
         return FAILED
     finally:
         view.close()
-        # of a worker that is killed now nobody needs to know
-        logging.getLogger("agentmesh.supervise").setLevel(logging.ERROR)
-        supervisor.stop()
+        supervisor.stop(quiet=True)  # of a worker that is killed now nobody needs to know
         supervisor.join(drain_s + 3)  # what does not drain is killed, and given back
         mesh.close()
 

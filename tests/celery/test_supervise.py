@@ -209,6 +209,15 @@ def test_a_worker_that_does_not_drain_is_killed_at_the_end_of_its_time(outer, ev
     eventually(lambda: not any(map(lives, pids)))
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_quiet_stop_says_nothing_of_who_is_killed_at_its_end(supervised, tmp_path, caplog, quiet):
+    supervisor = supervised(DEAF, folder=tmp_path, drain_s=0.05)
+    assert supervisor.wait_ready(20)
+    supervisor.stop(quiet=quiet)
+    assert supervisor.join(20)
+    assert ("killed, for not draining" in caplog.text) is not quiet
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_second_signal_kills_at_once(outer, eventually, number, code):
     process, pids = outer(DEAF, drain_s=600.0)
