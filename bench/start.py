@@ -1,4 +1,4 @@
-"""What starting costs: `import agentmesh`, `agentmesh --help`, and a first run from cold.
+"""What starting costs: what a crew's file imports, `agentmesh --help`, and a first run from cold.
 
 python bench/start.py
 """
@@ -29,7 +29,8 @@ HEAVY = (
 LOOK = f"""
 import time
 t = time.perf_counter()
-import agentmesh, sys
+import sys
+from agentmesh import Agent, Crew, run, tool
 print(time.perf_counter() - t, [m for m in {HEAVY!r} if m in sys.modules])
 """
 CREW = """
@@ -54,7 +55,7 @@ def main() -> None:
     looks = [subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split(" ", 1) for _ in range(9)]
     bare = median([timed([sys.executable, "-c", "pass"]) for _ in range(9)])
     print(
-        f"import agentmesh        {median([float(x[0]) for x in looks]):.3f} s   heavy modules loaded: {looks[0][1].strip()}"
+        f"imports of a crew       {median([float(x[0]) for x in looks]):.3f} s   heavy modules loaded: {looks[0][1].strip()}"
         f"   (bare python {bare:.3f} s)"
     )
     helps = [timed([sys.executable, "-m", "agentmesh.cli.main", "--help"]) for _ in range(9)]

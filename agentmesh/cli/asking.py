@@ -9,7 +9,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from agentmesh.cli.exits import DONE, FAILED
+from agentmesh.cli.exits import DONE, FAILED, interruptible
 from agentmesh.config import load
 from agentmesh.errors import DefinitionError, ExtraMissing
 from agentmesh.rag.store import FaissStore
@@ -99,7 +99,7 @@ def reembed(embed: str, *, store: Path | None, file: Path | None) -> int:
     """New vectors for the stored passages."""
     _store(store, file)
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with interruptible(), Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         done = retriever(store, "", file).reembed(embed, progress=lambda n, of: bar.update(task, completed=n, total=of))
     print(f"{done.count()} passages now have the vectors of {embed}")

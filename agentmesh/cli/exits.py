@@ -1,4 +1,12 @@
-"""How a command ends: exit codes, and errors as an `error:` and a `help:` line."""
+"""How a command ends: exit codes, errors as an `error:` and a `help:` line, and what Ctrl-C does to it."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 import typer
 
@@ -27,3 +35,28 @@ def say_error(error: MeshError) -> None:
         )
     if mend:
         typer.echo(f"help: {mend}", err=True)
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------
+def leave_at_once(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGINT while there is nothing to take leave of, such as modules being loaded.
+
+    Python's own raises KeyboardInterrupt in whatever runs. In the middle of an import that may be the callback of a weak
+    reference, which drops the exception and leaves the import lock held: the command then waits for ever.
+    """
+    with suppress(Exception):
+        sys.stdout.flush()
+    os._exit(INTERRUPTED)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, Ctrl-C is a KeyboardInterrupt: something is to be said or put back before the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

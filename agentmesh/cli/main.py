@@ -1,12 +1,13 @@
 """`agentmesh`: the commands, their options and help. Each body is one call into its own module."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from agentmesh.cli.exits import INTERRUPTED, exit_code, say_error
+from agentmesh.cli.exits import INTERRUPTED, exit_code, leave_at_once, say_error
 from agentmesh.cli.rag import rag
 from agentmesh.cli.state import State
 from agentmesh.errors import MeshError
@@ -312,6 +313,7 @@ def models_ls(json: Json = False) -> None:
 
 def main() -> None:
     """The console script: errors become an `error:` and a `help:` line, and an exit code."""
+    before = signal.signal(signal.SIGINT, leave_at_once)
     try:
         app()
     except MeshError as e:
@@ -321,6 +323,8 @@ def main() -> None:
         sys.exit(exit_code(e))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from agentmesh.cli.exits import interruptible
 from agentmesh.errors import ExtraMissing
 from agentmesh.models.cache import installed, is_installed, model_folder
 
@@ -24,7 +25,7 @@ def _pulled(name: str) -> Path:
             f"local models need {e.name}, which is not installed: pip install 'agentmesh-celery[local]'"
         ) from None
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with interruptible(), Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, int] = {}
 
         def progress(what: str, done: int, total: int) -> None:

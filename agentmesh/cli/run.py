@@ -18,7 +18,7 @@ from agentmesh.celery.valkey import EmbeddedValkey
 from agentmesh.cli.child import SPEC_IN, specs_of
 from agentmesh.cli.elsewhere import deserted, left
 from agentmesh.cli.embedding import taken_by
-from agentmesh.cli.exits import DONE, FAILED, INTERRUPTED, WAITING, exit_code, say_error
+from agentmesh.cli.exits import DONE, FAILED, INTERRUPTED, WAITING, exit_code, interruptible, say_error
 from agentmesh.cli.place import Place
 from agentmesh.cli.show import View, answer, make_view
 from agentmesh.cli.spares import spares_of
@@ -117,6 +117,7 @@ def _crew_file(found: Place, run_id: str, verb: str) -> str:
     return str(path)
 
 
+@interruptible()
 def see_through(
     run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool, view: View | None = None,
     say: Callable[..., int | None] = answer, queues: Sequence[str] = (),

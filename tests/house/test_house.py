@@ -103,10 +103,27 @@ def test_the_face_is_sorted_and_whole() -> None:
     assert not missing
 
 
-def test_importing_agentmesh_is_light() -> None:
-    code = f"import sys, agentmesh; print([m for m in {HEAVY!r} if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("from agentmesh import Agent, Crew, run, tool", HEAVY),
+        ("import agentmesh", (*HEAVY, "pydantic")),
+        (
+            "from agentmesh.cli.main import main; sys.argv[1:] = ['--help']; main()",
+            (*(m for m in HEAVY if m != "typer"), "pydantic"),
+        ),
+    ],
+)
+def test_what_is_not_needed_is_not_loaded(code: str, heavy: tuple[str, ...]) -> None:
+    code = f"import sys, atexit; atexit.register(lambda: print([m for m in {heavy!r} if m in sys.modules])); {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_functions_of_the_face_are_not_hidden_by_the_modules_of_their_names() -> None:
+    code = "import agentmesh.run, agentmesh.tool; print(agentmesh.run.__name__, agentmesh.tool.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["run", "tool"]
 
 
 def test_public_things_have_docstrings() -> None:

@@ -71,3 +71,11 @@ def test_a_model_that_is_here_is_pulled_without_a_word_more(tmp_path: Path, monk
         (folder / "config.json").write_text("{}")
     said = (0, f"org/tiny: {tmp_path / 'models' / 'org--tiny'}\n", "")
     assert agentmesh("models", "pull", "org/tiny", cwd=tmp_path) == said
+
+
+def test_ctrl_c_before_anything_has_begun_ends_the_command_whoever_swallows_exceptions(tmp_path: Path) -> None:
+    """As the callback of a weak reference does in the middle of an import, which then holds its lock for ever."""
+    (tmp_path / "crew.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    assert agentmesh("run", "crew.py", "x", cwd=tmp_path) == (130, "", "")
