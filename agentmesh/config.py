@@ -1,6 +1,9 @@
 """Every setting, typed and frozen: default < `[tool.agentmesh]` or agentmesh.toml < `AGENTMESH_*` < arguments."""
 
+import logging
+import os
 import tomllib
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +12,10 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from agentmesh.errors import ConfigError, did_you_mean
+
+log = logging.getLogger("agentmesh")
+OURS = "AGENTMESH_"
+ALIKE = 0.75  # other variables may begin so too, such as one that holds a key: only a slip is told
 
 
 class Config(BaseSettings):
@@ -26,7 +33,7 @@ class Config(BaseSettings):
         retain_days: how long an ended run stays.
     """
 
-    model_config = SettingsConfigDict(env_prefix="AGENTMESH_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=OURS, frozen=True, extra="forbid")
 
     broker: str = ""
     journal: str = ""
@@ -48,11 +55,14 @@ class Config(BaseSettings):
 
 
 def load(*, file: Path | None = None, **arguments: Any) -> Config:
-    """The configuration in force here; arguments that are None do not count.
+    """The configuration in force here; arguments that are None do not count. A variable that looks misspelt is warned of.
 
     Raises:
         ConfigError: a key or value is wrong; it names the nearest known one.
     """
+    for name in os.environ:
+        if name.startswith(OURS):
+            _look_at(name)
     given = {k: v for k, v in arguments.items() if v is not None}
     path, from_file = _file(file or Path.cwd()) if file is None else (file, _read(file) or {})
     unknown = sorted(set(from_file) - set(Config.model_fields))
@@ -65,6 +75,14 @@ def load(*, file: Path | None = None, **arguments: Any) -> Config:
         first = e.errors()[0]
         name = ".".join(str(p) for p in first["loc"])
         raise ConfigError(f"setting {name!r} is {first['input']!r}: {first['msg']}") from None
+
+
+@lru_cache(maxsize=64)
+def _look_at(variable: str) -> None:
+    """Warn, once, of a variable that is nearly one of ours."""
+    name = variable.removeprefix(OURS).lower()
+    if name not in Config.model_fields and (near := get_close_matches(name, Config.model_fields, n=1, cutoff=ALIKE)):
+        log.warning("the variable %s sets nothing. Did you mean %s%s?", variable, OURS, near[0].upper())
 
 
 @lru_cache(maxsize=8)

@@ -229,3 +229,14 @@ def test_nested_errors_survive_too() -> None:
     again = error_from_json(error_to_json(error))
     assert isinstance(again, QuorumMissed)
     assert [(e.message, e.n) for e in again.errors or []] == [("a", 1)]
+
+
+def test_a_variable_that_looks_misspelt_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AGENTMESH_LEASES_S", "5")
+    monkeypatch.setenv("AGENTMESH_KEY", "of somebody's server")
+    load()
+    load()
+    (said,) = caplog.messages
+    assert said == "the variable AGENTMESH_LEASES_S sets nothing. Did you mean AGENTMESH_LEASE_S?"
