@@ -1,4 +1,4 @@
-"""For every test: a Ctrl-C sent to a process that a test starts must arrive. And for those that want it: waiting, the command line."""
+"""For every test: what the processes that it starts need. And for those that want it: waiting, the command line."""
 
 import os
 import signal
@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 import redis
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once() -> None:
+    """Where nothing compiled may be kept, each of some hundred processes would compile all of agentmesh anew."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session", autouse=True)

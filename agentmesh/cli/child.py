@@ -24,7 +24,7 @@ from agentmesh.celery.loop import drive
 from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.celery.seat import Command
 from agentmesh.cli.devices import device_env, devices_of
-from agentmesh.cli.exits import exit_code, say_error
+from agentmesh.cli.exits import end_quickly, exit_code, say_error
 from agentmesh.config import Config
 from agentmesh.crew import Crew
 from agentmesh.errors import MeshError
@@ -95,6 +95,7 @@ def spare_collector() -> None:
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+    gc.enable()
 
 
 def until_unwanted(over: threading.Event, wanted: Callable[[], object]) -> None:
@@ -185,6 +186,7 @@ def as_program(work: Callable[..., int]) -> int:
     parser.add_argument("--worker-name", default="")
     parser.add_argument("--ready-fd", type=int)
     given = parser.parse_args()
+    end_quickly()
     try:
         return work(taken_spec(), name=given.worker_name, ready_fd=given.ready_fd)
     except MeshError as error:

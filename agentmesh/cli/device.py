@@ -4,6 +4,7 @@ What it shall do is said as to `child.py`. It loads the model before it consumes
 room for, and leaves with code 70 when it had better be started again.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -39,6 +40,7 @@ CANCELLED_S = 1.0  # how long a cancelled run's answer may go on to be computed
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
     """Work until told to stop: SIGTERM drains."""
     set_up(spec.get("log", ""), worker=name)
+    gc.disable()  # until all is loaded: it would look again and again through what stays, a seventh of torch's import
     config = Config(**spec["config"])
     leave_with_parent(config.drain_s)
     over, models = told_to_stop(), Models()

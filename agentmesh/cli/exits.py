@@ -1,5 +1,7 @@
 """How a command ends: exit codes, errors as an `error:` and a `help:` line, and what Ctrl-C does to it."""
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -35,6 +37,11 @@ def say_error(error: MeshError) -> None:
         )
     if mend:
         typer.echo(f"help: {mend}", err=True)
+
+
+def end_quickly() -> None:
+    """Spare this process its last look for cycles through all that lives: 0.3 s in a worker, 2 s with torch."""
+    atexit.register(gc.freeze)
 
 
 # ---- Ctrl-C ------------------------------------------------------------------------------------

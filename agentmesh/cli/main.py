@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agentmesh.cli.exits import INTERRUPTED, exit_code, leave_at_once, say_error
+from agentmesh.cli.exits import INTERRUPTED, end_quickly, exit_code, leave_at_once, say_error
 from agentmesh.cli.rag import rag
 from agentmesh.cli.state import State
 from agentmesh.errors import MeshError
@@ -314,6 +314,7 @@ def models_ls(json: Json = False) -> None:
 def main() -> None:
     """The console script: errors become an `error:` and a `help:` line, and an exit code."""
     before = signal.signal(signal.SIGINT, leave_at_once)
+    end_quickly()
     try:
         app()
     except MeshError as e:
