@@ -27,12 +27,15 @@ class Oracle:
         self._tables, self._program_of = tables, program_of
         self.executed: Counter[str] = Counter()
         self.excuses: Counter[str] = Counter()  # crashes and retries
+        self._seen: dict[str, int] = {}  # how many events of each run were there at the last look
 
     def look(self) -> None:
         """After a verb: no run or step went two ways, or on past what has not ended; an open run has an entry."""
         for run in [k[3:] for k in self._tables.lists if k.startswith("ev:")]:
-            events = [json.loads(line.partition(" ")[2]) for line in self._tables.lists[f"ev:{run}"]]
-            self._look_at(run, events)
+            lines = self._tables.lists[f"ev:{run}"]
+            if len(lines) != self._seen.get(run):
+                self._seen[run] = len(lines)
+                self._look_at(run, [json.loads(line.partition(" ")[2]) for line in lines])
             if self._tables.hget(f"run:{run}", "status") == "open" and not self._has_entry(run):
                 raise Violation(f"open run {run} has no entry")
 
