@@ -39,7 +39,7 @@ Out = TypeVar("Out")
 
 
 def check_models(crew: Crew, config: "Config") -> None:
-    """Make every model the crew names, so that what is missing is said before a run begins.
+    """Look after every model the crew names, so that what is missing is said before a run begins.
 
     Raises:
         ConfigError: a provider, a key, a package or a model's files are missing.
@@ -53,9 +53,7 @@ def check_models(crew: Crew, config: "Config") -> None:
     for servers in {s for _, s in asking if s is not None}:
         models(servers)
     for wanted in {str(a.model or crew.model or config.model) for a, servers in asking if servers is None}:
-        model, name = models(wanted)
-        if hasattr(model, "check"):
-            model.check(name)
+        models.check(wanted)
 
 
 def _asks(agent: Agent[Any], crew: Crew) -> bool:

@@ -40,7 +40,6 @@ CANCELLED_S = 1.0  # how long a cancelled run's answer may go on to be computed
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
     """Work until told to stop: SIGTERM drains."""
     set_up(spec.get("log", ""), worker=name)
-    gc.disable()  # until all is loaded: it would look again and again through what stays, a seventh of torch's import
     config = Config(**spec["config"])
     leave_with_parent(config.drain_s)
     over, models = told_to_stop(), Models()
@@ -87,6 +86,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
 
 def _prepared(models: Models, model: str, queues: list[Queue], requests: int) -> Any:
     """The engine, loaded and warm; where two queues of a model differ, the smaller wish counts."""
+    gc.disable()  # until spare_collector: it would look again and again through what stays, a seventh of torch's import
     local: Any = models(f"local:{model}")[0]
     wishes = [q.max_batch_tokens for q in queues if q.max_batch_tokens]
     began = time.monotonic()

@@ -22,6 +22,7 @@ from agentmesh.config import Config, load
 from agentmesh.errors import ConfigError, MeshError, ServiceDown
 from agentmesh.journal import Journal
 from agentmesh.logs import Form, set_up
+from agentmesh.models.named import Models
 from agentmesh.ports import Counts
 from agentmesh.report import REPORTS_IN, EngineReport, reports_in
 
@@ -68,6 +69,8 @@ def run_workers(
     set_up(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
     loaded = {path: load_crew(path) for path in crews}  # what is wrong with a file is said once, here
+    for here in {c.queues[q].model for c in loaded.values() for q in c.queues_in("device", queues)}:
+        Models().check(f"local:{here}")
     served = taken_by(loaded.values(), queues)
     config, valkey = place(config)
     at_place = where(config, valkey)

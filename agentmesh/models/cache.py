@@ -55,6 +55,18 @@ def is_installed(name: str) -> bool:
     return (model_folder(name) / ORIGIN).is_file()
 
 
+def must_be_installed(name: str) -> None:
+    """Go on if the model is in the cache.
+
+    Raises:
+        ConfigError: it is not; the message has the command that fetches it.
+    """
+    if not is_installed(name):
+        raise ConfigError(
+            f"local model {name!r} is not here ({str(model_folder(name).parent)!r}); agentmesh models pull {name}"
+        )
+
+
 def installed() -> list[Installed]:
     """Every model of the cache, by name."""
     found = []

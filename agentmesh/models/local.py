@@ -16,7 +16,7 @@ from agentmesh.gpu.special import parted, token_ids
 from agentmesh.gpu.text import THINK, Piece, Telling
 from agentmesh.message import Message, Usage
 from agentmesh.model import Answer, Prompt, RetryLater, Thought
-from agentmesh.models.cache import is_installed, model_folder
+from agentmesh.models.cache import model_folder, must_be_installed
 from agentmesh.models.hermes import calls_of, conversation
 from agentmesh.models.options import Options
 
@@ -44,15 +44,9 @@ class LocalModel:
         # its own: asks that wait for the weights must not sit in the threads of everybody else's to_thread
         return ThreadPoolExecutor(1, thread_name_prefix=f"agentmesh-{self.name}")
 
-    def check(self, name: str = "") -> None:
-        """Whether the model is here.
-
-        Raises:
-            ConfigError: it is not.
-        """
-        if not is_installed(self.name):
-            folder = str(model_folder(self.name).parent)
-            raise ConfigError(f"local model {self.name!r} is not here ({folder!r}); agentmesh models pull {self.name}")
+    def check(self) -> None:
+        """See must_be_installed."""
+        must_be_installed(self.name)
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
         """See model.Model."""

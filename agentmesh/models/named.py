@@ -2,13 +2,16 @@
 
 import os
 import threading
+from importlib.util import find_spec
 from typing import Any
 
 from agentmesh.errors import ConfigError, ExtraMissing, did_you_mean
 from agentmesh.model import Model
+from agentmesh.models.cache import must_be_installed
 from agentmesh.queue import Servers
 
 PROVIDERS = ("openai", "local")
+FOR_LOCAL = ("torch", "transformers", "llguidance", "psutil")
 
 
 class Models:
@@ -41,6 +44,21 @@ class Models:
                 self._made[key] = _make_model(provider, name, wanted)
             return self._made[key], name
 
+    def check(self, wanted: str) -> None:
+        """Whether this model is to be had, without loading what it takes: torch alone is seconds, and another process's to load.
+
+        Raises:
+            ConfigError: no such provider, or something the model needs is missing.
+        """
+        provider, _, name = wanted.partition(":")
+        if provider != "local":
+            self(wanted)
+            return
+        for package in FOR_LOCAL:
+            if not _is_here(package):
+                raise _lacks(wanted, package)
+        must_be_installed(name)
+
     async def close(self) -> None:
         """Give back what the models hold on the running loop."""
         for model in list(self._made.values()):
@@ -64,12 +82,23 @@ def _make_model(provider: str, name: str, wanted: str) -> Model:
         try:
             from agentmesh.models.local import LocalModel
         except ImportError as e:
-            raise ExtraMissing(
-                f"model {wanted!r} needs {e.name}, which is not installed: pip install 'agentmesh-celery[local]'"
-            ) from None
+            raise _lacks(wanted, e.name) from None
         local: Model = LocalModel(name)
         return local
     raise ConfigError(
         f"there is no model provider {provider!r} in {wanted!r}; there are {', '.join(PROVIDERS)}."
         f"{did_you_mean(provider, PROVIDERS)} Any OpenAI-compatible server is `openai:NAME` with OPENAI_BASE_URL"
     )
+
+
+def _lacks(wanted: str, package: str | None) -> ExtraMissing:
+    return ExtraMissing(
+        f"model {wanted!r} needs {package}, which is not installed: pip install 'agentmesh-celery[local]'"
+    )
+
+
+def _is_here(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ImportError:
+        return False

@@ -184,7 +184,7 @@ class SlotModel(local.LocalModel):
 
     options: dict[str, Any] = {}
 
-    def check(self, name: str = "") -> None:
+    def check(self) -> None:
         """It is always here."""
 
     def load(self) -> Loaded:

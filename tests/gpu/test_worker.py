@@ -14,7 +14,6 @@ from agentmesh.celery.app import make_app
 from agentmesh.celery.embedded import EmbeddedWorker
 from agentmesh.celery.inprocess import InProcess
 from agentmesh.celery.loop import drive
-from agentmesh.celery.supervise import Supervisor
 from agentmesh.celery.sweep import Tender
 from agentmesh.cli import devices
 from agentmesh.cli.child import specs_of
@@ -121,15 +120,11 @@ def test_a_cancelled_run_is_no_longer_computed(
     assert took_s < 2 * CANCELLED_S
 
 
-def test_a_missing_model_is_said_before_anything_is_consumed(valkey: Any, tmp_path: Path) -> None:
-    config = Config(broker=valkey.broker_url, journal=valkey.url)
-    commands = specs_of(config, {CREW: load_crew(CREW)}, queues=["gpu"])
-    with (tmp_path / "log").open("wb") as out:
-        supervisor = Supervisor(commands, output=out, env={"AGENTMESH_CACHE": str(tmp_path)})
-        assert supervisor.run() == 4
-    told = (tmp_path / "log").read_text()
-    assert "local model 'tiny' is not here" in told
-    assert "agentmesh models pull tiny" in told
+def test_a_missing_model_is_said_before_a_process_is_started(shell: Any) -> None:
+    shell.env["AGENTMESH_CACHE"] = str(shell.folder)
+    shell("worker", CREW, "--queue", "gpu", code=4)
+    assert shell.err.startswith("error: local model 'tiny' is not here")
+    assert shell.err.endswith("help: agentmesh models pull tiny\n")
 
 
 def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
