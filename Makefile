@@ -25,7 +25,7 @@ ask: $(VENV)/.dev  ## ask the project's own docs, answered with quotes: no key, 
 
 test: $(VENV)/.dev  ## pass every test
 	$(BIN)/agentmesh models pull smollm2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.dev  ## lint, format, types, floors
 	$(BIN)/ruff check .

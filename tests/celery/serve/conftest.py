@@ -141,7 +141,7 @@ def served(_served: Served) -> Served:
     return _served
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve() -> type[Served]:
     """`serve(folder, valkey, model, "--key-env", "KEY")` starts another one, which is to be closed."""
     return Served

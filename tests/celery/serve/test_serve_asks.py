@@ -2,15 +2,10 @@
 
 import asyncio
 import json
-import os
-import re
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import aiohttp
@@ -19,52 +14,18 @@ import pytest
 
 from agentmesh.celery.loop import drive
 from agentmesh.event import RunCancelled
-from agentmesh.journals.redis import RedisJournal
-from agentmesh.testing import FakeOpenAI, Fault, ValkeyServer, says
+from agentmesh.testing import FakeOpenAI, Fault, ValkeyServer
 from agentmesh.testing.servers import a_server
 
-CREW = """
-from agentmesh import Agent, Crew
-
-class Desk(Agent):
-    "Answers."
-
-crew = Crew(Desk(), model="openai:fake")
-"""
-URL = re.compile(r"(http://\S+)/v1 ")
 RUN = "x-agentmesh-run"
 Eventually = Callable[..., None]
-
-
-def answer(body: dict[str, Any]) -> Any:
-    return says(f"you said {body['messages'][-1]['content'].upper()} to me")
-
-
-@contextmanager
-def serving(folder: Path, broker: str, model: FakeOpenAI, *args: str) -> Iterator[str]:
-    """The URL of an `agentmesh serve` process."""
-    (folder / "crew.py").write_text(CREW)
-    env = {
-        **os.environ, "OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "k", "AGENTMESH_BROKER": broker,
-        "AGENTMESH_DRAIN_S": "1", "AGENTMESH_LEASE_S": "3",
-    }  # fmt: skip
-    argv = [sys.executable, "-m", "agentmesh.cli.main", "serve", "crew.py", "--port", "0", *args]
-    process = subprocess.Popen(argv, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        found = URL.search(line := process.stderr.readline())
-        assert found, line + process.stderr.read()
-        yield found[1]
-    finally:
-        process.terminate()
-        process.communicate(timeout=40)
 
 
 class Two:
     """Two servers of one mesh, the model behind them, and the journal they share; the second has no workers."""
 
-    def __init__(self, urls: list[str], model: FakeOpenAI, journal: RedisJournal) -> None:
-        self.urls, self.model, self.journal = urls, model, journal
+    def __init__(self, one: Any, other: Any) -> None:
+        self.urls, self.model, self.journal = [one.url, other.url], one.model, one.journal
 
     def client(self, i: int, **how: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.urls[i]}/v1", api_key="any", max_retries=0, timeout=40, **how)
@@ -78,13 +39,13 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def _two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
-    with a_server(ValkeyServer) as valkey, FakeOpenAI(answer) as model:
-        folder, broker = tmp_path_factory.mktemp("two"), valkey.broker_url
-        with serving(folder, broker, model) as one, serving(folder, broker, model, "--processes", "0") as other:
-            journal = RedisJournal(valkey.url, prefix="agentmesh:", push=False)
-            yield Two([one, other], model, journal)
-            drive(journal.close())
+def _two(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    with a_server(ValkeyServer) as valkey, FakeOpenAI(serve.answer) as model, ExitStack() as stack:
+        made = []
+        for args in ((), ("--processes", "0")):
+            made.append(serve(tmp_path_factory.mktemp("two"), valkey, model, *args, AGENTMESH_DRAIN_S="1"))
+            stack.callback(made[-1].close)
+        yield Two(*made)
 
 
 @pytest.fixture
