@@ -21,7 +21,7 @@ from agentmesh.crew import Crew
 from agentmesh.errors import ConfigError, DefinitionError, ExtraMissing, MeshError, did_you_mean
 from agentmesh.journal import Journal
 from agentmesh.message import Message
-from agentmesh.models.named import Models
+from agentmesh.models.named import Models, findable
 from agentmesh.run import Run
 from agentmesh.step import INSIDE, Ask
 
@@ -157,7 +157,7 @@ def load_crew(path: str) -> Crew:
     file, _, name = path.partition(":")
     source = Path(file)
     if not source.is_file():
-        if source.suffix != ".py" and "." in file and file.replace(".", "").isidentifier() and _findable(file):
+        if source.suffix != ".py" and "." in file and file.replace(".", "").isidentifier() and findable(file):
             return _crew_in(vars(importlib.import_module(file)), file, name)
         raise DefinitionError(f"there is no file {file!r}; give the path of a Python file that makes a Crew")
     folder = str(source.resolve().parent)
@@ -181,13 +181,6 @@ def load_crew(path: str) -> Crew:
         )
         raise DefinitionError(f"{file}, line {line}: {type(e).__name__}: {e}") from e
     return _crew_in(vars(module), file, name)
-
-
-def _findable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
 
 
 def _crew_in(names: dict[str, Any], file: str, name: str) -> Crew:

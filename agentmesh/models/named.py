@@ -55,7 +55,7 @@ class Models:
             self(wanted)
             return
         for package in FOR_LOCAL:
-            if not _is_here(package):
+            if not findable(package):
                 raise _lacks(wanted, package)
         must_be_installed(name)
 
@@ -97,8 +97,9 @@ def _lacks(wanted: str, package: str | None) -> ExtraMissing:
     )
 
 
-def _is_here(package: str) -> bool:
+def findable(module: str) -> bool:
+    """Whether a module could be imported; only its parents are."""
     try:
-        return find_spec(package) is not None
+        return find_spec(module) is not None
     except ImportError:
         return False
