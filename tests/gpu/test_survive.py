@@ -221,4 +221,4 @@ def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
         assert engine._sampler._rows == {}
         assert engine.admits(0) == many + 50
     mesh.close()
-    assert took_s < 5.0
+    assert took_s < 15  # a second or two on a machine with time; uncancelled it would be forty

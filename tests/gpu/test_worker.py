@@ -117,7 +117,7 @@ def test_a_cancelled_run_is_no_longer_computed(
     new_tokens = engine.gauge.new_tokens
     mesh.close()
     assert new_tokens < 800
-    assert took_s < 2 * CANCELLED_S
+    assert took_s < 8  # a second on a machine with time; uncancelled it would be sixteen
 
 
 def test_a_missing_model_is_said_before_a_process_is_started(shell: Any) -> None:
