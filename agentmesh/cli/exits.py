@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-import typer
-
 from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshError, RunCancelled, RunError, RunFailed
 
 DONE, FAILED, WRONG_USE, WAITING, SURROUNDINGS, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -29,14 +27,14 @@ def exit_code(error: BaseException) -> int:
 def say_error(error: MeshError) -> None:
     """`error:` what happened, `help:` what to do."""
     happened, _, mend = error.message.partition("; ")
-    typer.echo(f"error: {happened}", err=True)
+    print(f"error: {happened}", file=sys.stderr)
     if isinstance(error, RunFailed | RunCancelled | LimitReached) and error.run_id:
         again = f"agentmesh runs retry {error.run_id.partition('/')[0]}"
         happened, mend = (
             (happened, f"{mend}, then: {again}") if isinstance(error, LimitReached) else (error.message, again)
         )
     if mend:
-        typer.echo(f"help: {mend}", err=True)
+        print(f"help: {mend}", file=sys.stderr)
 
 
 def end_quickly() -> None:
