@@ -51,7 +51,7 @@ def check_models(crew: Crew, config: "Config") -> None:
         if _asks(a, crew)
     ]
     for servers in {s for _, s in asking if s is not None}:
-        models(servers)
+        models.check(servers)
     for wanted in {str(a.model or crew.model or config.model) for a, servers in asking if servers is None}:
         models.check(wanted)
 

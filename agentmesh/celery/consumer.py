@@ -38,6 +38,7 @@ def thread_loop(
     if isinstance(prefetch, Room):
         prefetch.admits = getattr(obj.controller, "admits", None)
         prefetch.in_pool = lambda: obj.pool.in_flight
+        prefetch.leaving = lambda: blueprint.state != RUN
     while blueprint.state == RUN and obj.connection:
         if qos.prev != qos.value:
             qos.update()

@@ -34,6 +34,7 @@ class Room(base):  # type: ignore[misc]  # no types
     in_pool: Callable[[], int] = staticmethod(lambda: 0)  # how many go on, also of an earlier connection
     arriving = ""  # the queue of the messages that are being read
     at_once = False  # whether the next pop comes back with what is there, and waits for nothing
+    leaving: Callable[[], bool] = staticmethod(lambda: False)  # whether the worker takes nothing more
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -84,6 +85,8 @@ class ManyChannel(kombu.Channel):  # type: ignore[misc]  # no types
         if self.global_keyprefix:  # kombu knows where the keys stand in the commands it uses itself, and in no others
             super()._brpop_start(timeout)
             return
+        if isinstance(self.qos, Room) and self.qos.leaving():
+            raise TimeoutError  # out of kombu's drain_events, which would pop again until its time is over
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return

@@ -3,14 +3,14 @@
 import asyncio
 import itertools
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentmesh.errors import ConfigError, ModelError
+from agentmesh.errors import ModelError
 from agentmesh.model import Answer, Prompt, RetryLater
+from agentmesh.models.address import key_of
 from agentmesh.models.http import HttpModel, Passing
 from agentmesh.queue import Servers
 
@@ -46,12 +46,7 @@ class Fleet:
     """
 
     def __init__(self, servers: Servers) -> None:
-        key = os.environ.get(servers.key_env, "").strip() if servers.key_env else ""
-        if servers.key_env and not key:
-            raise ConfigError(
-                f"key_env names {servers.key_env}, which is not set; export it with the key of {', '.join(servers.urls)}"
-            )
-        self._urls, self._key = servers.urls, key
+        self._urls, self._key = servers.urls, key_of(servers)
         self._set_by = "the queue's url", servers.key_env or "the queue's key_env"
         self._views: WeakKeyDictionary[asyncio.AbstractEventLoop, _View] = WeakKeyDictionary()
 

@@ -2,23 +2,21 @@
 
 import asyncio
 import contextlib
-import os
 import random
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
-from urllib.parse import urlsplit
 
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_base, wait_random_exponential
 
-from agentmesh.errors import ConfigError, ContextTooLong, ModelError, ModelRefused
+from agentmesh.errors import ContextTooLong, ModelError, ModelRefused
 from agentmesh.model import Answer, Prompt, RetryLater
+from agentmesh.models.address import address_of
 from agentmesh.models.wire import NOT_AN_ANSWER, Assembly, Pieces, answer_of, body, retry_after_s, said_by
 from agentmesh.schema import loads
 
-OPENAI = "https://api.openai.com/v1"
 LONGEST_WAIT_S = 5.0  # a longer one is the journal's: it holds no worker
 FIRST_WAIT_S = 0.25
 DRAIN_S = 0.5  # for the few bytes after [DONE], without which the connection could not be used again
@@ -64,8 +62,7 @@ class HttpModel:
     """A Model behind `/chat/completions`.
 
     Args:
-        base_url: OPENAI_BASE_URL when left out, else OpenAI's.
-        api_key: OPENAI_API_KEY when left out, "" for none; only OpenAI itself insists on one.
+        base_url, api_key: see address_of.
         set_by: where URL and key come from, for sentences that say what to mend.
         tries: attempts within one step, as long as the waits between them stay under 5 s.
 
@@ -78,17 +75,7 @@ class HttpModel:
         connections: int = 1000, set_by: tuple[str, str] = ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
     ) -> None:  # fmt: skip
         self._url_by, self._key_by = set_by
-        self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
-        address = urlsplit(self.base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ConfigError(
-                f"OPENAI_BASE_URL is {self.base_url!r}, which is no URL; write it like 'http://localhost:8000/v1'"
-            )
-        key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
-        if not key and address.hostname == urlsplit(OPENAI).hostname:
-            raise ConfigError(
-                "there is no OPENAI_API_KEY in the environment; set it, or set OPENAI_BASE_URL to a server without keys"
-            )
+        self.base_url, key = address_of(base_url, api_key)
         self._url = f"{self.base_url}/chat/completions"
         self._key = key
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}

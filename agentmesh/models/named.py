@@ -7,6 +7,7 @@ from typing import Any
 
 from agentmesh.errors import ConfigError, ExtraMissing, did_you_mean
 from agentmesh.model import Model
+from agentmesh.models.address import address_of, key_of
 from agentmesh.models.cache import must_be_installed
 from agentmesh.queue import Servers
 
@@ -44,20 +45,25 @@ class Models:
                 self._made[key] = _make_model(provider, name, wanted)
             return self._made[key], name
 
-    def check(self, wanted: str) -> None:
-        """Whether this model is to be had, without loading what it takes: torch alone is seconds, and another process's to load.
+    def check(self, wanted: str | Servers) -> None:
+        """Whether this model is to be had, without loading what asking it takes: another process does that.
 
         Raises:
             ConfigError: no such provider, or something the model needs is missing.
         """
-        provider, _, name = wanted.partition(":")
-        if provider != "local":
-            self(wanted)
+        if isinstance(wanted, Servers):
+            key_of(wanted)
             return
-        for package in FOR_LOCAL:
-            if not findable(package):
-                raise _lacks(wanted, package)
-        must_be_installed(name)
+        provider, _, name = wanted.partition(":")
+        if provider == "openai":
+            address_of()
+        elif provider == "local":
+            for package in FOR_LOCAL:
+                if not findable(package):
+                    raise _lacks(wanted, package)
+            must_be_installed(name)
+        else:
+            self(wanted)
 
     async def close(self) -> None:
         """Give back what the models hold on the running loop."""

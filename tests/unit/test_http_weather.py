@@ -12,7 +12,8 @@ import pytest
 from agentmesh.errors import ConfigError, ModelError, ModelRefused
 from agentmesh.message import ToolCall, Usage, user
 from agentmesh.model import Answer, Prompt, RetryLater
-from agentmesh.models.http import OPENAI, HttpModel
+from agentmesh.models.address import OPENAI
+from agentmesh.models.http import HttpModel
 from agentmesh.models.wire import Pieces, retry_after_s, said_by
 from agentmesh.testing import FakeOpenAI, Fault, says, uses
 
