@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+import redis
 from celery import Celery, current_app
 from celery._state import default_app
 from kombu.asynchronous import get_event_loop
@@ -57,6 +58,21 @@ def test_it_consumes_when_started_and_is_gone_when_stopped_again_and_again(valke
         assert not worker.running
     assert surroundings() == before
     assert not [t.name for t in threading.enumerate() if t.name == "agentmesh-worker"]
+
+
+def test_one_that_is_told_to_stop_asks_the_broker_for_nothing_more(valkey, eventually):
+    app, _, _ = counting(valkey.broker_url)
+    with redis.Redis.from_url(valkey.url) as client:
+
+        def pops():
+            return client.info("commandstats").get("cmdstat_blmpop", {"calls": 0})["calls"]
+
+        worker = EmbeddedWorker(app, queues=["q"])
+        worker.start()
+        eventually(lambda: any("b" in c["flags"] for c in client.client_list()))
+        before = pops()
+        worker.stop()
+        assert pops() <= before + 1  # one may have been on its way
 
 
 def test_two_workers_of_two_apps_live_side_by_side(valkey, eventually):
