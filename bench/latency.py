@@ -91,8 +91,11 @@ def main() -> None:
             first = first or median(costs)
             print(f"{wanted:>6} open runs            {median(costs):.3f} ms CPU a step, client, worker and Valkey   "
                   f"x {median(costs) / first:.2f}   worker {rss_mb(pid):.0f} MB")  # fmt: skip
+        drive(chains(mesh, 1))
+        began = time.perf_counter()
         supervisor.stop()
         supervisor.join(10)
+        print(f"worker told to stop to gone {time.perf_counter() - began:.2f} s")
         mesh.close()
 
 
