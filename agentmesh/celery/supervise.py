@@ -114,7 +114,7 @@ class Supervisor:
         threading.Thread(target=self.run, name="agentmesh-supervisor", daemon=True).start()
 
     def stop(self, *, now: bool = False, quiet: bool = False) -> None:
-        """Ask for the end, from any thread: a drain, or `now` the kill. `quiet` logs none of what that takes."""
+        """Ask for the end, from any thread: a drain, or `now` the kill. `quiet` does not warn of who is killed at its end."""
         self._quiet = quiet
         self._news.put((self._on_stop, 0, now))
 

@@ -44,10 +44,6 @@ class LocalModel:
         # its own: asks that wait for the weights must not sit in the threads of everybody else's to_thread
         return ThreadPoolExecutor(1, thread_name_prefix=f"agentmesh-{self.name}")
 
-    def check(self) -> None:
-        """See must_be_installed."""
-        must_be_installed(self.name)
-
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
         """See model.Model."""
         loop, over = asyncio.get_running_loop(), threading.Event()
@@ -123,7 +119,7 @@ class LocalModel:
         """
         with self._lock:
             if self._loaded is None or not self._loaded.engine.alive:
-                self.check()
+                must_be_installed(self.name)
                 if self._loaded is not None:
                     self._loaded.engine.close()  # before the weights are loaded again, it lets go of its own
                     self._loaded = None

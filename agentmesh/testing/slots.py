@@ -184,9 +184,6 @@ class SlotModel(local.LocalModel):
 
     options: dict[str, Any] = {}
 
-    def check(self) -> None:
-        """It is always here."""
-
     def load(self) -> Loaded:
         """The engine on its slots."""
         with self._lock:

@@ -68,7 +68,7 @@ def test_a_run_with_everything_in_it(rabbitmq: RabbitServer, valkey: ValkeyServe
         assert facts.other == {}  # quorum, with our delivery limit
         eventually(lambda: set(rabbit.examine(mesh.app, mesh.crew.broker_queues()).messages.values()) == {0})
         began = time.monotonic()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 2.0
     mesh.close()
 
 

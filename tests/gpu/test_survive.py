@@ -213,12 +213,13 @@ def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
         others = [mesh.start(crew.lead, 4) for _ in range(8)]
         for run in runs:
             run.cancel()
-        cancelled = time.monotonic()
+        cancelled, steps = time.monotonic(), engine.gauge.steps
         eventually(lambda: engine.gauge.idle)
-        took_s = time.monotonic() - cancelled
+        took_s, more = time.monotonic() - cancelled, engine.gauge.steps - steps
         assert all(other.result(timeout_s=WAIT_S) == ["said"] * 4 for other in others)
         eventually(lambda: engine.gauge.free_pages == engine.gauge.pages)
         assert engine._sampler._rows == {}
         assert engine.admits(0) == many + 50
     mesh.close()
+    assert more < 5.0 / 0.05  # each step takes so long at least
     assert took_s < 15  # a second or two on a machine with time; uncancelled it would be forty

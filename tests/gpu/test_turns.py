@@ -196,7 +196,8 @@ def test_neither_waits_for_more_than_one_of_the_other_and_both_say_what_they_say
     assert contended.count("b") >= BATCHES
     assert max(len(list(run)) for letter, run in groupby(contended) if letter == "b") == 1
     steps = [len(list(run)) for letter, run in groupby(contended) if letter == "s"]
-    assert np.median(steps) <= 2  # the encoder has its vectors to put away first, on a machine that others use
+    assert np.median(steps) == 1
+    assert max(steps) <= 4  # the encoder has its vectors to put away first, on a machine that others use
 
 
 def test_alone_on_the_device_a_batch_is_as_large_as_it_can_be(beside: Beside, monkeypatch: pytest.MonkeyPatch) -> None:

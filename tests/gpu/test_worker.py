@@ -111,12 +111,13 @@ def test_a_cancelled_run_is_no_longer_computed(
         run = mesh.start(mesh.crew.agents["Long"], "go on")
         eventually(lambda: engine.gauge.new_tokens > 20)
         run.cancel()
-        cancelled = time.monotonic()
+        cancelled, steps = time.monotonic(), engine.gauge.steps
         eventually(lambda: engine.gauge.idle)
-        took_s = time.monotonic() - cancelled
+        took_s, more = time.monotonic() - cancelled, engine.gauge.steps - steps
     new_tokens = engine.gauge.new_tokens
     mesh.close()
     assert new_tokens < 800
+    assert more < 2 * CANCELLED_S / 0.02  # each step takes so long at least
     assert took_s < 8  # a second on a machine with time; uncancelled it would be sixteen
 
 

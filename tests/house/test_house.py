@@ -117,10 +117,7 @@ def test_the_face_is_sorted_and_whole() -> None:
     [
         ("from agentmesh import Agent, Crew, run, tool", HEAVY),
         ("import agentmesh", (*HEAVY, "pydantic")),
-        (
-            "from agentmesh.models.named import Models\ntry: Models().check('local:smollm2')\nexcept Exception: pass",
-            HEAVY,
-        ),
+        (LOOKS, HEAVY),
         (
             "from agentmesh.cli.main import main; sys.argv[1:] = ['--help']; main()",
             (*(m for m in HEAVY if m != "typer"), "pydantic"),

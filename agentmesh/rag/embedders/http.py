@@ -15,9 +15,9 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from tenacity.wait import wait_random_exponential
 
 from agentmesh.errors import ConfigError, EmbedderError
-from agentmesh.models.address import OPENAI
 from agentmesh.rag.embedder import Base, trained_prefixes
 
+OPENAI = "https://api.openai.com/v1"
 LONGEST_WAIT_S = 5.0  # a longer one is the caller's: it holds no worker
 BATCH_TEXTS, BATCH_CHARACTERS = 128, 200_000  # OpenAI takes 2,048 texts and 300,000 tokens
 
