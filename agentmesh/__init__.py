@@ -4,16 +4,19 @@ The names below are the whole public face. Each is loaded when it is first used 
 it can do loads none, an agent's definition loads pydantic, and `run`, `start` and `Mesh` bring Celery and Redis.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agentmesh.agent import Agent
-    from agentmesh.boot import run, start
     from agentmesh.config import Config
-    from agentmesh.crew import Crew
+    from agentmesh.definitions.agent import Agent
+    from agentmesh.definitions.crew import Crew
+    from agentmesh.definitions.limits import Limits
+    from agentmesh.definitions.queue import Queue
+    from agentmesh.definitions.schedule import Schedule
+    from agentmesh.definitions.step import Approve, Context, Sleep, ToolContext
+    from agentmesh.definitions.tool import NotDone, Tool, Unknown, tool
+    from agentmesh.engine.run import Run
     from agentmesh.errors import (
         ApprovalDenied,
         ConfigError,
@@ -53,14 +56,9 @@ if TYPE_CHECKING:
         TryAgain,
         UnknownName,
     )
-    from agentmesh.limits import Limits
     from agentmesh.mesh import Mesh
-    from agentmesh.queue import Queue
     from agentmesh.retriever import Retriever
-    from agentmesh.run import Run
-    from agentmesh.schedule import Schedule
-    from agentmesh.step import Approve, Context, Sleep, ToolContext
-    from agentmesh.tool import NotDone, Tool, Unknown, tool
+    from agentmesh.runtime.local import run, start
 
 __version__ = "0.3.0.dev0"
 __all__ = [
@@ -124,25 +122,25 @@ __all__ = [
 
 # Where each name is; those left out are errors.
 _HOME = {
-    "Agent": "agent",
-    "Approve": "step",
+    "Agent": "definitions.agent",
+    "Approve": "definitions.step",
     "Config": "config",
-    "Context": "step",
-    "Crew": "crew",
-    "Limits": "limits",
+    "Context": "definitions.step",
+    "Crew": "definitions.crew",
+    "Limits": "definitions.limits",
     "Mesh": "mesh",
-    "NotDone": "tool",
-    "Queue": "queue",
+    "NotDone": "definitions.tool",
+    "Queue": "definitions.queue",
     "Retriever": "retriever",
-    "Run": "run",
-    "Schedule": "schedule",
-    "Sleep": "step",
-    "Tool": "tool",
-    "ToolContext": "step",
-    "Unknown": "tool",
-    "run": "boot",
-    "start": "boot",
-    "tool": "tool",
+    "Run": "engine.run",
+    "Schedule": "definitions.schedule",
+    "Sleep": "definitions.step",
+    "Tool": "definitions.tool",
+    "ToolContext": "definitions.step",
+    "Unknown": "definitions.tool",
+    "run": "runtime.local",
+    "start": "runtime.local",
+    "tool": "definitions.tool",
 }
 
 
@@ -156,14 +154,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Face(ModuleType):
-    """`run` and `tool` are functions of this package and modules in it; an import of a module must not hide the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in __all__ or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Face

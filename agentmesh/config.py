@@ -14,8 +14,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from agentmesh.errors import ConfigError, did_you_mean
 
 log = logging.getLogger("agentmesh")
-OURS = "AGENTMESH_"
-ALIKE = 0.75  # other variables may begin so too, such as one that holds a key: only a slip is told
+ENV_PREFIX = "AGENTMESH_"
+SIMILARITY = 0.75  # other variables may begin so too, such as one that holds a key: only a slip is told
 
 
 class Config(BaseSettings):
@@ -33,7 +33,7 @@ class Config(BaseSettings):
         retain_days: how long an ended run stays.
     """
 
-    model_config = SettingsConfigDict(env_prefix=OURS, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
     broker: str = ""
     journal: str = ""
@@ -61,16 +61,16 @@ def load(*, file: Path | None = None, **arguments: Any) -> Config:
         ConfigError: a key or value is wrong; it names the nearest known one.
     """
     for name in os.environ:
-        if name.startswith(OURS):
-            _look_at(name)
-    given = {k: v for k, v in arguments.items() if v is not None}
-    path, from_file = _file(file or Path.cwd()) if file is None else (file, _read(file) or {})
+        if name.startswith(ENV_PREFIX):
+            _warn_if_misspelt(name)
+    settings = {k: v for k, v in arguments.items() if v is not None}
+    path, from_file = _nearest_file(file or Path.cwd()) if file is None else (file, _read_settings(file) or {})
     unknown = sorted(set(from_file) - set(Config.model_fields))
     if unknown:
-        raise ConfigError(f"{path}: there is no setting {unknown[0]!r}.{did_you_mean(unknown[0], Config.model_fields)}")
+        raise ConfigError(f"{path}: unknown setting {unknown[0]!r}.{did_you_mean(unknown[0], Config.model_fields)}")
     try:
-        named = set(Config().model_fields_set)  # what the environment says
-        return Config(**{**{k: v for k, v in from_file.items() if k not in named}, **given})
+        from_environment = set(Config().model_fields_set)  # what the environment says
+        return Config(**{**{k: v for k, v in from_file.items() if k not in from_environment}, **settings})
     except ValidationError as e:
         first = e.errors()[0]
         name = ".".join(str(p) for p in first["loc"])
@@ -78,26 +78,30 @@ def load(*, file: Path | None = None, **arguments: Any) -> Config:
 
 
 @lru_cache(maxsize=64)
-def _look_at(variable: str) -> None:
+def _warn_if_misspelt(variable: str) -> None:
     """Warn, once, of a variable that is nearly one of ours."""
-    name = variable.removeprefix(OURS).lower()
-    if name not in Config.model_fields and (near := get_close_matches(name, Config.model_fields, n=1, cutoff=ALIKE)):
-        log.warning("the variable %s sets nothing. Did you mean %s%s?", variable, OURS, near[0].upper())
+    name = variable.removeprefix(ENV_PREFIX).lower()
+    if name not in Config.model_fields and (
+        near := get_close_matches(name, Config.model_fields, n=1, cutoff=SIMILARITY)
+    ):
+        log.warning(
+            "the environment variable %s is not a setting. Did you mean %s%s?", variable, ENV_PREFIX, near[0].upper()
+        )
 
 
 @lru_cache(maxsize=8)
-def _file(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+def _nearest_file(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The nearest agentmesh.toml or `[tool.agentmesh]` at or above a folder."""
     for place in (folder, *folder.parents):
         own, project = place / "agentmesh.toml", place / "pyproject.toml"
         if own.is_file():
-            return own, _read(own) or {}
-        if project.is_file() and (found := _read(project)) is not None:
-            return project, found
+            return own, _read_settings(own) or {}
+        if project.is_file() and (settings := _read_settings(project)) is not None:
+            return project, settings
     return None, {}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_settings(path: Path) -> dict[str, Any] | None:
     """What a file sets; None for a pyproject.toml without a table of ours."""
     try:
         data = tomllib.loads(path.read_text())
@@ -105,5 +109,5 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from None
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path} is not TOML: {e}") from None
-    found: dict[str, Any] | None = data.get("tool", {}).get("agentmesh") if path.name == "pyproject.toml" else data
-    return found
+    settings: dict[str, Any] | None = data.get("tool", {}).get("agentmesh") if path.name == "pyproject.toml" else data
+    return settings

@@ -90,7 +90,7 @@ class ExtraMissing(ConfigError):
 
 
 class ServiceDown(ConfigError):
-    """A server does not answer."""
+    """A server does not respond."""
 
 
 class StepError(MeshError):
@@ -193,7 +193,7 @@ class ReplayError(MeshError):
 
 
 class JournalError(MeshError):
-    """The journal answered what it should not."""
+    """The journal gave an unexpected answer."""
 
 
 class JournalVersion(JournalError):
@@ -267,10 +267,10 @@ def error_to_json(error: BaseException) -> dict[str, Any]:
     """An error as the journal keeps it: type, message, fields; foreign ones keep only type and text."""
     if not isinstance(error, MeshError):
         return {"type": type(error).__name__, "message": str(error)}
-    given = error._given()
+    fields = error._given()
     if isinstance(error, QuorumMissed) and error.errors:
-        given["errors"] = [error_to_json(e) for e in error.errors]
-    return {"type": type(error).__name__, "message": error.message, **given}
+        fields["errors"] = [error_to_json(e) for e in error.errors]
+    return {"type": type(error).__name__, "message": error.message, **fields}
 
 
 def raised_at(error: BaseException) -> str:
@@ -282,7 +282,7 @@ def raised_at(error: BaseException) -> str:
     return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
 
 
-def said(data: Mapping[str, Any]) -> str:
+def message_of(data: Mapping[str, Any]) -> str:
     """What `error_to_json` keeps, for a person: `KeyError: 'k' (crew.py:12)`, or the message of an error of ours."""
     kind, at = data["type"], f" ({data['at']})" if "at" in data else ""
     ours = kind in {cls.__name__ for cls in _tree(MeshError)}
@@ -291,8 +291,8 @@ def said(data: Mapping[str, Any]) -> str:
 
 def error_from_json(data: Mapping[str, Any]) -> MeshError:
     """The error again; an unknown type comes back as StepError that names it."""
-    known = {cls.__name__: cls for cls in _tree(MeshError)}
-    cls = known.get(data["type"])
+    classes = {cls.__name__: cls for cls in _tree(MeshError)}
+    cls = classes.get(data["type"])
     if cls is None:
         return StepError(f"{data['type']}: {data['message']}")
     fields = {f: data[f] for f in cls.fields if f in data}

@@ -12,38 +12,38 @@ from typing import Any, TypeVar
 
 from celery import Celery, Signature, group
 
-from agentmesh.agent import Agent
 from agentmesh.celery import canvas
-from agentmesh.celery.app import QueueLengths, check_broker, journal_url, make_app, same_server
-from agentmesh.celery.beat import schedule
+from agentmesh.celery.app import journal_url, make_app, same_server
+from agentmesh.celery.beat import add_schedules
+from agentmesh.celery.bootstep import add_bootstep
+from agentmesh.celery.broker import QueueLengths, check_broker
 from agentmesh.celery.dispatch import CeleryDispatch
-from agentmesh.celery.eager import eager_site, is_eager
-from agentmesh.celery.embedded import Admits
-from agentmesh.celery.inprocess import InProcess, embedded
-from agentmesh.celery.loop import drive, threads
-from agentmesh.celery.publish import publisher_of
-from agentmesh.celery.site import Site
-from agentmesh.celery.steps import attach
-from agentmesh.celery.sweep import Tender
-from agentmesh.celery.tasks import register
+from agentmesh.celery.eager import eager_process_state, is_eager
+from agentmesh.celery.embedded import Admits, InProcessWorker, make_workers
+from agentmesh.celery.event_loop import blocking_executor, run_sync
+from agentmesh.celery.housekeeping import Housekeeper
+from agentmesh.celery.mesh_runtime import ProcessState
+from agentmesh.celery.publisher import publisher_for
+from agentmesh.celery.tasks import register_tasks
 from agentmesh.config import Config, load
-from agentmesh.crew import Crew
-from agentmesh.doing import Doer
-from agentmesh.engine import Engine
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.queue import Suspects
+from agentmesh.definitions.step import RUNNING_INSIDE
+from agentmesh.engine.engine import Engine
+from agentmesh.engine.executor import LocalExecutor
+from agentmesh.engine.run import Run, RunClient
 from agentmesh.errors import DefinitionError, MeshError, RunError
-from agentmesh.event import Event
-from agentmesh.journal import Journal
-from agentmesh.journals.redis import RedisJournal
+from agentmesh.journal.events import Event
+from agentmesh.journal.journal import Journal
+from agentmesh.journal.redis import RedisJournal
+from agentmesh.journal.types import Accepted, Refused, RunHead, RunSpec
 from agentmesh.message import Message
 from agentmesh.model import Model
-from agentmesh.models.named import Models
-from agentmesh.ports import Accepted, Refused, RunHead, RunSpec
-from agentmesh.queue import Suspects
-from agentmesh.run import Client, Run
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.observability.observer import ObservedExecutor, Observer
+from agentmesh.observability.tracing import TracingObserver, current_traceparent
 from agentmesh.schema import canonical
-from agentmesh.sight import Sight, Watched
-from agentmesh.step import INSIDE
-from agentmesh.telemetry import Tracing, current
 
 Out = TypeVar("Out")
 ModelOf = Callable[[Any], tuple[Model, str]]
@@ -68,8 +68,8 @@ class Mesh:
 
     def __init__(
         self, crew: Crew, *, app: Celery | None = None, broker: str = "", journal: str = "",
-        config: Config | None = None, models: ModelOf | None = None, worker: str = "", sights: Sequence[Sight] = (),
-        suspects: Suspects = "too",
+        config: Config | None = None, models: ModelOf | None = None, worker: str = "", observers: Sequence[Observer] = (),
+        suspects: Suspects = "include",
     ) -> None:  # fmt: skip
         self.crew, self.config = crew, config or load()
         broker = broker or self.config.broker
@@ -79,17 +79,17 @@ class Mesh:
         self.journal_url = url if is_eager(self.app) else journal_url(self.broker, url)
         self._worker = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
         self._pid, self.suspects = os.getpid(), suspects
-        self._models, self._sights = models or Models(), (*sights, Tracing())
+        self._models, self._observers = models or ModelRegistry(), (*observers, TracingObserver())
         self._lock = threading.Lock()
         self._checked = False
         self.dispatch = CeleryDispatch(self.app, crew.name)
-        self._sites: dict[tuple[int, bool], Site] = {}
-        homes = register(self.app)
-        canvas.register(self.app, homes)
-        attach(self.app)
+        self._process_states: dict[tuple[int, bool], ProcessState] = {}
+        homes = register_tasks(self.app)
+        canvas.register_canvas(self.app, homes)
+        add_bootstep(self.app)
         homes[crew.name] = self
         if crew.schedules:
-            schedule(self.app, homes, crew.name, list(crew.schedules.values()))
+            add_schedules(self.app, homes, crew.name, list(crew.schedules.values()))
 
     # ---- for users -----------------------------------------------------------------------------
     def start(
@@ -106,12 +106,12 @@ class Mesh:
             DefinitionError: the task is not what the agent takes, or the id is not one.
             RunError: the id is taken by another task.
         """
-        self._outside("start")
-        return drive(self.begin(agent, task, id=id, history=history, stream=stream, origin=origin))
+        self._refuse_inside_step("start")
+        return run_sync(self.begin(agent, task, id=id, history=history, stream=stream, origin=origin))
 
     def run(self, agent: Agent[Out], task: Any = "", *, timeout_s: float | None = None, **options: Any) -> Out:
         """`start` and its result."""
-        self._outside("run")
+        self._refuse_inside_step("run")
         return self.start(agent, task, **options).result(timeout_s=timeout_s)
 
     async def begin(
@@ -120,24 +120,26 @@ class Mesh:
     ) -> Run[Out]:  # fmt: skip
         """`start`, for code on an event loop."""
         spec = self._spec(agent, task, id or uuid.uuid4().hex[:12], history, stream, origin or self.crew.file)
-        answer = await self.site.begin(spec)
+        answer = await self.process_state.begin(spec)
         if isinstance(answer, Refused):
             raise RunError(
-                f"run {spec.id!r} exists with another agent or task; choose another id, or look at it: agentmesh runs show {spec.id}",
+                f"run {spec.id!r} already exists with another agent or task; use another id, or see: agentmesh runs show {spec.id}",
                 run_id=spec.id,
             )
         return self.get(spec.id)
 
-    def s(self, agent: Agent[Any], task: Any = None) -> Signature:
+    def signature(self, agent: Agent[Any], task: Any = None) -> Signature:
         """The agent as a signature of the app, for your own chain, group or chord; the result is the run's value.
 
         Without a task it takes what the canvas gives it: text as it is, anything else as JSON text.
         """
         args = () if task is None else (agent.task_json(task),)
-        wanted: Signature = self.app.tasks[canvas.AgentTask.name].s(
+        signature: Signature = self.app.tasks[canvas.AgentTask.name].s(
             *args, agent=agent.name, crew=self.crew.name, fields=agent.fields_json()
         )
-        return wanted
+        return signature
+
+    s = signature  # Celery's own short word
 
     def map(self, agent: Agent[Any], tasks: Iterable[Any]) -> group:
         """A group with one run a task, results in the order of the tasks: what Celery's `map` and `chunks` are used for."""
@@ -146,7 +148,7 @@ class Mesh:
     def begin_for_canvas(
         self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
     ) -> Sequence[Event]:
-        """See tasks.Home."""
+        """See MeshRuntime."""
         who = self.crew.agent(agent, fields)
         if who.task_type is str and not isinstance(task, str):
             task = canonical(task)
@@ -154,22 +156,22 @@ class Mesh:
         if not is_eager(self.app):
             home = self.crew.broker_queue(self.crew.queue)
             spec = replace(spec, canvas=saved, finish=self.dispatch.finish(run_id, agent, home))
-        if isinstance(drive(_begun(self.site, spec)), Refused):
+        if isinstance(run_sync(_begun(self.process_state, spec)), Refused):
             raise RunError(f"run {run_id!r} exists with another agent or task", run_id=run_id)
-        return drive(self.journal.events(run_id)) if is_eager(self.app) else ()
+        return run_sync(self.journal.events(run_id)) if is_eager(self.app) else ()
 
     def begin_scheduled(self, name: str, now: datetime) -> str:
-        """See tasks.Home."""
+        """See MeshRuntime."""
         one = self.crew.schedules[name]
         return self.start(one.agent, one.task, id=one.run_id(one.times.last(now))).id
 
     def get(self, run_id: str) -> Run[Any]:
         """A handle to a run; whether it exists shows when it is used."""
-        return Run(run_id, self.site.client)
+        return Run(run_id, self.process_state.client)
 
     def runs(self, *, limit: int = 50) -> list[RunHead]:
         """The newest root runs."""
-        return drive(self.journal.runs(limit=limit))
+        return run_sync(self.journal.runs(limit=limit))
 
     def check(self) -> None:
         """Look once whether broker and journal answer and are safe to use.
@@ -184,109 +186,115 @@ class Mesh:
 
     # ---- for workers ---------------------------------------------------------------------------
     @property
-    def site(self) -> Site:
+    def process_state(self) -> ProcessState:
         """What the mesh has in this process."""
         key = os.getpid(), is_eager(self.app)
-        site = self._sites.get(key)
+        site = self._process_states.get(key)
         if site is None:  # no lock, which a fork might find taken: of two threads that get here one wins
-            site = self._sites.setdefault(key, self._make_site(*key))
+            site = self._process_states.setdefault(key, self._make_process_state(*key))
         return site
 
-    def _make_site(self, pid: int, eager: bool) -> Site:
-        model, name = self.crew.model or self.config.model, self.name_of(pid)
-        doer = Doer(
+    def _make_process_state(self, pid: int, eager: bool) -> ProcessState:
+        model, name = self.crew.model or self.config.model, self.lease_name(pid)
+        doer = LocalExecutor(
             model_of=self._models, servers_of=lambda step: self.crew.servers_of(step, model), model=model,
-            deps=self.crew.deps, executor=threads(64),
+            deps=self.crew.deps, executor=blocking_executor(64),
         )  # fmt: skip
-        watched = Watched(doer, self._sights, model)
+        watched = ObservedExecutor(doer, self._observers, model)
         if eager:
-            return eager_site(self.crew, watched, name, watched.ended)
+            return eager_process_state(self.crew, watched, name, watched.ended)
         journal = make_journal(self.config, self.app, self.journal_url)
         engine = Engine(
-            crew=self.crew, journal=journal, dispatch=self.dispatch, doer=watched, worker=name, ended=watched.ended,
-            apart=self.suspects == "elsewhere", model=model,
+            crew=self.crew, journal=journal, dispatch=self.dispatch, executor=watched, worker=name, on_run_end=watched.ended,
+            apart=self.suspects == "exclude", model=model,
         )  # fmt: skip
-        client = Client(crew=self.crew, journal=journal, drive=drive, dispatch=self.dispatch)
-        return Site(name, journal, client, engine, self.dispatch, engine.begin)
+        client = RunClient(crew=self.crew, journal=journal, run_sync=run_sync, dispatch=self.dispatch)
+        return ProcessState(name, journal, client, engine, self.dispatch, engine.begin)
 
     @property
     def journal(self) -> Journal:
         """This process's journal."""
-        return self.site.journal
+        return self.process_state.journal
 
     @property
     def engine(self) -> Engine:
         """This process's engine for the crew."""
-        return self.site.engine
+        return self.process_state.engine
 
     @property
     def worker_name(self) -> str:
         """This process's name in leases."""
-        return self.site.worker
+        return self.process_state.worker
 
-    def name_of(self, pid: int) -> str:
-        """See tasks.Home."""
+    def lease_name(self, pid: int) -> str:
+        """See MeshRuntime."""
         return self._worker if pid == self._pid else f"{self._worker}/{pid}"
 
-    def serves(self) -> list[str]:
-        """See tasks.Home."""
+    def broker_queues(self) -> list[str]:
+        """See MeshRuntime."""
         return self.crew.broker_queues()
 
-    def working(self) -> Engine:
-        """See tasks.Home."""
-        tender = self.site.tender or self._tend((), math.inf)  # a child of a prefork pool: its parent sweeps
-        tender.stir()
-        return self.site.engine
+    def active_engine(self) -> Engine:
+        """See MeshRuntime."""
+        housekeeper = self.process_state.housekeeper or self._start_housekeeping(
+            (), math.inf
+        )  # a child of a prefork pool: its parent sweeps
+        housekeeper.wake()
+        return self.process_state.engine
 
-    def tend(self, *, queues: Sequence[str] = ()) -> Tender:
+    def start_housekeeping(self, *, queues: Sequence[str] = ()) -> Housekeeper:
         """Start renewing leases and sweeping in a thread of this process."""
-        return self._tend(queues or self.crew.broker_queues(), self.config.sweep_s)
+        return self._start_housekeeping(queues or self.crew.broker_queues(), self.config.sweep_s)
 
-    def _tend(self, queues: Sequence[str], sweep_s: float) -> Tender:
-        site = self.site
+    def _start_housekeeping(self, queues: Sequence[str], sweep_s: float) -> Housekeeper:
+        site = self.process_state
         journal = make_journal(self.config, self.app, self.journal_url)
-        tender = Tender(
+        housekeeper = Housekeeper(
             engines=[site.engine], journal=journal, worker=site.worker, queues=queues,
             lengths=None if journal.pushes else QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
         )  # fmt: skip
-        site.tenders.append(tender)
-        tender.start()
-        return tender
+        site.housekeepers.append(housekeeper)
+        housekeeper.start()
+        return housekeeper
 
-    def untend(self, tender: Tender | None = None) -> bool:
-        """See tasks.Home."""
-        tenders = self.site.tenders
-        for one in [tender] if tender is not None else list(tenders):
+    def stop_housekeeping(self, housekeeper: Housekeeper | None = None) -> bool:
+        """See MeshRuntime."""
+        tenders = self.process_state.housekeepers
+        for one in [housekeeper] if housekeeper is not None else list(tenders):
             tenders.remove(one)
             one.stop()
         return not tenders
 
-    async def leave(self, pids: Sequence[int]) -> None:
-        """See tasks.Home."""
+    async def release_processes(self, pids: Sequence[int]) -> None:
+        """See MeshRuntime."""
         for pid in pids:
-            await self.journal.release(self.name_of(pid), crashed=False, queues=self.crew.broker_queues())
+            await self.journal.release(self.lease_name(pid), crashed=False, queues=self.crew.broker_queues())
 
-    def bury(self, pid: int) -> None:
-        """See tasks.Home."""
-        if self.site.tender is not None and pid != os.getpid():
-            self.site.tender.bury(self.name_of(pid))
+    def release_dead(self, pid: int) -> None:
+        """See MeshRuntime."""
+        if self.process_state.housekeeper is not None and pid != os.getpid():
+            self.process_state.housekeeper.release_dead(self.lease_name(pid))
 
-    def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0, admits: Admits | None = None) -> InProcess:
+    def worker(
+        self, *, queues: Sequence[str] = (), concurrency: int = 0, admits: Admits | None = None
+    ) -> InProcessWorker:
         """A worker in a thread of this process: `with mesh.worker(): …`.
 
         Args:
             concurrency: of its queues together, and of each group in front of the same servers; 0 is as declared.
             admits: how many more steps there is room for, given how many are in hand; all queues share it then.
         """
-        workers = embedded(self.app, self.crew, queues, concurrency=concurrency, suspects=self.suspects, admits=admits)
-        return InProcess([self], workers)
+        workers = make_workers(
+            self.app, self.crew, queues, concurrency=concurrency, suspects=self.suspects, admits=admits
+        )
+        return InProcessWorker([self], workers)
 
     def close(self) -> None:
         """Give back connections; the mesh may be used again."""
-        drive(self.journal.close())
+        run_sync(self.journal.close())
         close = getattr(self._models, "close", None)
         if close is not None:
-            drive(close())
+            run_sync(close())
 
     # ---- parts ---------------------------------------------------------------------------------
     def _spec(
@@ -299,22 +307,22 @@ class Mesh:
         return RunSpec(
             run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
             [m.to_json() for m in history], limits=self.crew.limits.to_json(),
-            wire=self.site.dispatch.advance(run_id, agent.name, home), origin=origin, stream=stream,
-            trace=current(),
+            wire=self.process_state.dispatch.advance(run_id, agent.name, home), origin=origin, stream=stream,
+            trace=current_traceparent(),
         )  # fmt: skip
 
-    def _outside(self, verb: str) -> None:
-        inside = INSIDE.get()
+    def _refuse_inside_step(self, verb: str) -> None:
+        inside = RUNNING_INSIDE.get()
         if inside:
             mend = (
                 "write `ctx.do(Researcher().on(task))`"
                 if "flow" in inside
                 else "make it an agent's flow, or a team member"
             )
-            raise MeshError(f"`{verb}()` inside {inside} would hold a worker while it waits: {mend}")
+            raise MeshError(f"`{verb}()` inside {inside} would block a worker while it waits: {mend}")
 
 
-async def _begun(site: Site, spec: RunSpec) -> Accepted | Refused:
+async def _begun(site: ProcessState, spec: RunSpec) -> Accepted | Refused:
     return await site.begin(spec)
 
 
@@ -325,6 +333,6 @@ def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
     # A prefix of the user's broker keys is kombu's to add, not the scripts'.
     push = same_server(broker, url) and not (app.conf.broker_transport_options or {}).get("global_keyprefix")
     return RedisJournal(
-        url, prefix=config.prefix, push=push, send=None if push else publisher_of(app),
+        url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
         ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
     )  # fmt: skip

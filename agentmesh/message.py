@@ -70,7 +70,7 @@ def user(text: str) -> Message:
     return Message("user", text)
 
 
-def answers(call: ToolCall, text: str) -> Message:
+def tool_result(call: ToolCall, text: str) -> Message:
     """A tool's answer to one call."""
     return Message("tool", text, tool_call_id=call.id)
 
@@ -101,14 +101,14 @@ class Usage:
 
     def to_json(self) -> dict[str, float]:
         """Only what is not zero, in short names: in out cached usd batch."""
-        given = {
+        values = {
             "in": self.input_tokens,
             "out": self.output_tokens,
             "cached": self.cached_tokens,
             "usd": self.cost_usd,
             "batch": self.batch,
         }
-        return {k: v for k, v in given.items() if v}
+        return {k: v for k, v in values.items() if v}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Usage":

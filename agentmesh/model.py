@@ -24,7 +24,7 @@ class Prompt:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-NOTHING_USED = Usage()
+NO_USAGE = Usage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Answer:
     """A model's answer; `finish` says why it ended."""
 
     message: Message
-    usage: Usage = NOTHING_USED
+    usage: Usage = NO_USAGE
     finish: Literal["stop", "length", "tool_calls"] = "stop"
 
 

@@ -10,21 +10,21 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
-from agentmesh.boot import start
-from agentmesh.crew import Crew
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.tool import Tool, tool
+from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, MeshError
-from agentmesh.rag.chunk import Chunk, Hit, Value
-from agentmesh.rag.embed import embedder as make_embedder
-from agentmesh.rag.embedder import Embedder
-from agentmesh.rag.fuse import mmr
-from agentmesh.rag.here import HERE, embedder_for, lend, store_of
+from agentmesh.rag.documents import Chunk, Hit, Value
+from agentmesh.rag.embedders import embedder as make_embedder
+from agentmesh.rag.embedders.base import Embedder
+from agentmesh.rag.evaluation import Scores, evaluate
 from agentmesh.rag.ingest import QUEUES, WINDOW, Added, Ingest
-from agentmesh.rag.parts import plain
-from agentmesh.rag.plan import Asked, How
-from agentmesh.rag.scores import Scores, evaluate
-from agentmesh.rag.store import FaissStore
-from agentmesh.run import Run
-from agentmesh.tool import Tool, tool
+from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
+from agentmesh.rag.ingestion.scratch import metadata_to_json
+from agentmesh.rag.process_cache import LOCAL_PREFIX, embedder_for, register_embedder, store_of
+from agentmesh.rag.ranking import mmr
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.runtime.local import start
 
 Mode = Literal["hybrid", "dense", "text"]
 Where = Mapping[str, Any]
@@ -94,17 +94,17 @@ class Retriever:
 
     def start_adding(self, paths: str | Path | Iterable[str | Path], *, id: str = "", **how: Any) -> Run[Added]:
         """`add` without waiting: a handle to its run."""
-        agent, asked = self.ingest(paths, **how)
-        check_paths(asked)
-        name = "rag" if not agent.embed.startswith(HERE) else f"rag-{agent.embed.removeprefix(HERE)}"
+        agent, request = self.ingest(paths, **how)
+        check_paths(request)
+        name = "rag" if not agent.embed.startswith(LOCAL_PREFIX) else f"rag-{agent.embed.removeprefix(LOCAL_PREFIX)}"
         crew = Crew(agent, name=name, queues=QUEUES)
-        return cast(Run[Added], start(crew, asked, id=id))
+        return cast(Run[Added], start(crew, request, id=id))
 
     def ingest(
         self, paths: str | Path | Iterable[str | Path], *, glob: str = "", label: str = "", size: int = 1000,
         overlap: int = 150, encoding: str = "utf-8", metadata: Mapping[str, Value] | None = None, sync: bool = False,
         force: bool = False, window: int = WINDOW,
-    ) -> tuple[Ingest, Asked]:  # fmt: skip
+    ) -> tuple[Ingest, IngestRequest]:  # fmt: skip
         """The agent and its task that `add` runs, for a flow of your own: `ctx.do(agent.on(task))`. Touches no disk.
 
         Raises:
@@ -118,11 +118,11 @@ class Retriever:
             raise DefinitionError(f"size={size}, overlap={overlap}: size must be at least 1, and overlap less than it")
         if window < 1:
             raise DefinitionError(f"window={window} must be at least 1")
-        given = [paths] if isinstance(paths, str | Path) else list(paths)
-        absolute = [os.path.abspath(p) for p in given]
-        how = How(size=size, overlap=overlap, encoding=encoding, metadata=plain(metadata or {}))
+        path_list = [paths] if isinstance(paths, str | Path) else list(paths)
+        absolute = [os.path.abspath(p) for p in path_list]
+        how = ChunkOptions(size=size, overlap=overlap, encoding=encoding, metadata=metadata_to_json(metadata or {}))
         agent = Ingest(store=self.path, embed=self._embed_name(), how=how, window=window)
-        return agent, Asked(paths=absolute, glob=glob, label=label, sync=sync, force=force)
+        return agent, IngestRequest(paths=absolute, glob=glob, label=label, sync=sync, force=force)
 
     def sync(self, paths: str | Path | Iterable[str | Path], **how: Any) -> Added:
         """`add`, and what vanished from these folders leaves the store."""
@@ -130,8 +130,8 @@ class Retriever:
 
     def remove(self, sources: str | Iterable[str]) -> int:
         """Take documents out, by their sources' names; how many passages went."""
-        wanted = [sources] if isinstance(sources, str) else list(sources)
-        return self._store().remove(wanted).removed
+        names = [sources] if isinstance(sources, str) else list(sources)
+        return self._store().remove(names).removed
 
     # ---- out -----------------------------------------------------------------------------------
     def search(
@@ -153,7 +153,7 @@ class Retriever:
         if k < 1:
             raise DefinitionError(f"search(k={k}): k must be at least 1")
         if mode not in MODES:
-            raise DefinitionError(f"search(mode={mode!r}): there are {', '.join(MODES)}")
+            raise DefinitionError(f"search(mode={mode!r}): mode must be one of {', '.join(MODES)}")
         if not 0 <= diverse <= 1:
             raise DefinitionError(f"search(diverse={diverse}) must be 0 to 1")
         if not self.count(where):
@@ -225,7 +225,7 @@ class Retriever:
         store.reembed(by.documents, identity=by.identity, progress=progress)
         return other
 
-    def eval(
+    def evaluate(
         self,
         questions: str | Path | Iterable[Mapping[str, Any]],
         *,
@@ -243,10 +243,16 @@ class Retriever:
         """
         return evaluate(lambda text, most: self.search(text, most, mode=mode), questions, k)
 
+    eval = evaluate  # its old name
+
     # ---- parts ---------------------------------------------------------------------------------
     def _embed_name(self) -> str:
         """What names the embedder to a worker; an object is lent, to workers of this process."""
-        return self._embed if isinstance(self._embed, str) else make_embedder(self._embed).name or lend(self._embed)
+        return (
+            self._embed
+            if isinstance(self._embed, str)
+            else make_embedder(self._embed).name or register_embedder(self._embed)
+        )
 
     def _store(self, by: Embedder | None = None) -> FaissStore:
         store = store_of(self.path, by.identity if by is not None else None)
@@ -255,7 +261,7 @@ class Retriever:
         return store
 
 
-def check_paths(asked: Asked) -> None:
+def check_paths(asked: IngestRequest) -> None:
     """Nothing, where all paths of an ingest are there.
 
     Raises:

@@ -111,17 +111,17 @@ class Parameters:
         hints = get_type_hints(func, include_extras=True)
         self.returns = hints.get("return", Any)
         docs = parameter_docs(inspect.getdoc(func) or "")
-        wanted: dict[str, Any] = {}
+        definitions: dict[str, Any] = {}
         for name, p in self.signature.parameters.items():
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 raise TypeError(f"parameter `*{name}` has no fixed form; name each parameter")
             if name not in hints:
                 raise TypeError(f"parameter `{name}` has no type; write `{name}: str`, or whatever it is")
-            wanted[name] = (hints[name], _field(p, docs.get(name)))
+            definitions[name] = (hints[name], _field(p, docs.get(name)))
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
         try:
-            self.model: type[BaseModel] = create_model(func.__name__, __config__=config, **wanted)
-            self.schema = _slim(self.model.model_json_schema())
+            self.model: type[BaseModel] = create_model(func.__name__, __config__=config, **definitions)
+            self.schema = _without_titles(self.model.model_json_schema())
         except PydanticSchemaGenerationError as e:
             raise TypeError(str(e).splitlines()[0]) from None
 
@@ -150,18 +150,18 @@ def _field(p: inspect.Parameter, doc: str | None) -> Any:
     return Field(default, description=doc)
 
 
-def _slim(schema: dict[str, Any]) -> dict[str, Any]:
+def _without_titles(schema: dict[str, Any]) -> dict[str, Any]:
     """Without pydantic's titles, which cost a model tokens and tell it nothing."""
     drop = {k: v for k, v in schema.items() if k != "title" or not isinstance(v, str)}
     for key in ("properties", "$defs"):
         if key in drop:
-            drop[key] = {name: _slim(sub) for name, sub in drop[key].items()}
+            drop[key] = {name: _without_titles(sub) for name, sub in drop[key].items()}
     return drop
 
 
 def parameter_docs(doc: str) -> dict[str, str]:
     """What a Google-style `Args:` section says of each parameter."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     name, inside = "", False
     for line in doc.splitlines():
         text = line.strip()
@@ -173,10 +173,10 @@ def parameter_docs(doc: str) -> dict[str, str]:
             head, colon, rest = text.partition(":")
             word = head.split("(")[0].strip()
             if colon and word.isidentifier() and len(line) - len(line.lstrip()) <= 4:
-                name, found[word] = word, rest.strip()
+                name, docs[word] = word, rest.strip()
             elif name:
-                found[name] += f" {text}"
-    return found
+                docs[name] += f" {text}"
+    return docs
 
 
 def summary(doc: str) -> str:

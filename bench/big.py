@@ -16,7 +16,7 @@ import redis
 from common import machine, rss_mb, valkey
 
 from agentmesh import Agent, Context, Crew, tool
-from agentmesh.celery.loop import drive
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 
@@ -107,14 +107,14 @@ class Scene:
             return [await self.mesh.begin(Leaf(), i) for i in range(runs)]
 
         before, began, cpu = self.used_mb(), time.perf_counter(), time.process_time()
-        handles = drive(begin())
+        handles = run_sync(begin())
         self.say(f"{runs} runs begun", runs, time.perf_counter() - began, time.process_time() - cpu)
         each = (self.used_mb() - before) * 1e6 / runs
         print(f"    an open run is {each:.0f} bytes in Valkey; largest message {self.largest_message()} bytes")
         time.sleep(3.1)  # until nobody else is the sweeper
         for verb, look in (
             ("mesh.runs(50)", lambda: self.mesh.runs()),
-            ("sweep", lambda: drive(self.mesh.journal.sweep("bench"))),
+            ("sweep", lambda: run_sync(self.mesh.journal.sweep("bench"))),
         ):
             began = time.perf_counter()
             look()
@@ -125,7 +125,7 @@ class Scene:
 
         with self.mesh.worker(concurrency=100):
             began, cpu = time.perf_counter(), time.process_time()
-            drive(end())
+            run_sync(end())
             self.say(f"{runs} runs ended", runs, time.perf_counter() - began, time.process_time() - cpu)
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import redis
 from chaos_oracle import Oracle, answer, expected, repeats
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.loop import drive
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
-from agentmesh.event import StepDone, StepInDoubt
+from agentmesh.journal.events import StepDone, StepInDoubt
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeOpenAI, Proxy, ValkeyServer, WorkerProcess
-from agentmesh.testing.servers import a_server
+from agentmesh.testing.servers import running_server
 
 CREW = str(Path(__file__).parent / "chaos_crew.py")
 MOST_K = 400
@@ -32,7 +32,7 @@ class Bench:
     """A store, the oracle, a mesh for the client."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
-        self.store: ValkeyServer = stack.enter_context(a_server(ValkeyServer))
+        self.store: ValkeyServer = stack.enter_context(running_server(ValkeyServer))
         self.server = stack.enter_context(FakeOpenAI(answer))
         self.log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))) / "log"
         self.log.touch()
@@ -48,7 +48,7 @@ class Bench:
 
     def give_back(self, worker: WorkerProcess) -> None:
         """As its supervisor would."""
-        drive(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.broker_queues()))
+        run_sync(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.broker_queues()))
 
 
 def kth(given: argparse.Namespace) -> list[str]:
@@ -87,7 +87,7 @@ def _cut_at(bench: Bench, proxy: Proxy, k: int, lose: Any) -> tuple[list[str], b
 
     proxy.cut_after(k, lose=lose, then=killed)
     run = bench.mesh.start(bench.mesh.crew.agent("Lead"), task, id=task)
-    while not cut.wait(0.005) and drive(run.head()).status == "open":
+    while not cut.wait(0.005) and run_sync(run.head()).status == "open":
         pass
     excused = 0
     if cut.is_set():
@@ -103,8 +103,8 @@ def _cut_at(bench: Bench, proxy: Proxy, k: int, lose: Any) -> tuple[list[str], b
             wrong.append(f"result {got!r}")
     except Exception as e:
         wrong.append(repr(e))
-    for member in drive(bench.mesh.journal.tree(task)):
-        if repeats(Counter(e.n for e in drive(bench.mesh.journal.events(member)) if isinstance(e, StepDone))):
+    for member in run_sync(bench.mesh.journal.tree(task)):
+        if repeats(Counter(e.n for e in run_sync(bench.mesh.journal.events(member)) if isinstance(e, StepDone))):
             wrong.append(f"a step of {member} ended twice")
     again = repeats(Counter(json.dumps(r.body["messages"]) for r in bench.server.requests[asked_before:]))
     if again > excused:
@@ -131,7 +131,7 @@ def once(given: argparse.Namespace) -> list[str]:
         workers = [bench.worker(), bench.worker()]
         held = 0
         for kill in range(given.once):
-            while len([r for r in runs[-2 * AT_ONCE :] if drive(r.head()).status == "open"]) < AT_ONCE:
+            while len([r for r in runs[-2 * AT_ONCE :] if run_sync(r.head()).status == "open"]) < AT_ONCE:
                 runs.append(bench.mesh.start(payer, f"p{len(runs)}", id=f"p{len(runs)}"))
             victim = workers[kill % 2]
             until = time.monotonic() + 5
@@ -157,7 +157,7 @@ def once(given: argparse.Namespace) -> list[str]:
             worker.kill()
             worker.join()
         store.close()
-        doubts = sum(isinstance(e, StepInDoubt) for r in runs for e in drive(bench.mesh.journal.events(r.id)))
+        doubts = sum(isinstance(e, StepInDoubt) for r in runs for e in run_sync(bench.mesh.journal.events(r.id)))
         done = Counter(bench.log.read_text().split())
         print(f"at_most_once: {given.once} kills ({held} with work in hand), {len(runs)} runs, {sum(done.values())} executions, "
               f"{doubts} in doubt, {repeats(done)} executed twice, {hung} hung, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
@@ -170,7 +170,7 @@ def _resolve(bench: Bench, runs: list[Any], over: threading.Event) -> None:
         for run in list(runs):
             if run.id in ended:
                 continue
-            if drive(run.head()).status != "open":
+            if run_sync(run.head()).status != "open":
                 ended.add(run.id)
                 continue
             for item in run.waiting_for:

@@ -11,8 +11,8 @@ from typing import Any
 
 import redis
 
-from agentmesh.celery.loop import drive
-from agentmesh.event import StepDone, StepFailed
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.journal.events import StepDone, StepFailed
 from agentmesh.mesh import Mesh
 from agentmesh.testing import FakeOpenAI, says, uses
 
@@ -104,8 +104,8 @@ class Oracle:
                 tally.notes.append(f"lost: {task}: {result!r}"[:300])
         ended: dict[str, int] = {}
         for task in results:
-            for member in drive(mesh.journal.tree(task)):
-                events = drive(mesh.journal.events(member))
+            for member in run_sync(mesh.journal.tree(task)):
+                events = run_sync(mesh.journal.events(member))
                 ends = Counter(e.n for e in events if isinstance(e, StepDone | StepFailed))
                 tally.double += repeats(ends)
                 for e in events:

@@ -16,9 +16,9 @@ import chaos_plain
 from chaos_oracle import Oracle, Tally, answer, expected, repeats
 from redis.exceptions import RedisError
 
-from agentmesh.boot import load_crew
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import (
     Chaos,
     DisturbLinks,
@@ -33,7 +33,7 @@ from agentmesh.testing import (
     StopWorker,
     ValkeyServer,
 )
-from agentmesh.testing.servers import a_server
+from agentmesh.testing.servers import running_server
 
 CREW = str(Path(__file__).parent / "chaos_crew.py")
 LATENCY_S = 0.1
@@ -211,8 +211,8 @@ def _plain_result(started: Any, timeout_s: float) -> Any:
 
 def _servers(stack: contextlib.ExitStack, given: argparse.Namespace) -> tuple[Any, Any]:
     """The store and the broker; one Valkey is both."""
-    store = stack.enter_context(a_server(ValkeyServer))
-    return store, stack.enter_context(a_server(RabbitServer)) if given.broker == "rabbitmq" else store
+    store = stack.enter_context(running_server(ValkeyServer))
+    return store, stack.enter_context(running_server(RabbitServer)) if given.broker == "rabbitmq" else store
 
 
 def _log(stack: contextlib.ExitStack) -> Path:

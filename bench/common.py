@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from agentmesh.celery.valkey import EmbeddedValkey
+from agentmesh.runtime.valkey import EmbeddedValkey
 
 TICK = os.sysconf("SC_CLK_TCK")
 
@@ -30,7 +30,7 @@ def valkey() -> Iterator[EmbeddedValkey]:
 @contextlib.contextmanager
 def fake_server(*, latency_s: float = 0.0, rounds: int = 1) -> Iterator[str]:
     """The fake OpenAI server as a process of its own, so that its CPU is nobody else's."""
-    argv = [sys.executable, "-m", "agentmesh.testing.server", "--latency", str(latency_s), "--rounds", str(rounds)]
+    argv = [sys.executable, "-m", "agentmesh.testing.fake_openai", "--latency", str(latency_s), "--rounds", str(rounds)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

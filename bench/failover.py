@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import redis
 from common import machine, median
 
-from agentmesh.celery.valkey import server_binary
+from agentmesh.runtime.valkey import server_binary
 
 LOAD_S = 0.5
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import openai
 from common import cpu_s, fake_server, machine, rss_mb, valkey
 
-from agentmesh.boot import Models, load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import spec_of
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.worker.asyncio_worker import worker_command
+from agentmesh.worker.supervisor import Supervisor
 
 IDEAL_S = 2.0
 
@@ -46,9 +47,9 @@ def main() -> None:
         os.environ |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "k"}
         config = Config(broker=server.broker_url, journal=server.url)
         crew = str(Path(__file__).parent / "crew.py")
-        mesh = Mesh(load_crew(crew), config=config, models=Models())
+        mesh = Mesh(load_crew(crew), config=config, models=ModelRegistry())
         fan = mesh.crew.agent("Fan")
-        supervisor = Supervisor([spec_of(config, crews=[crew], queues=[], concurrency=0)])
+        supervisor = Supervisor([worker_command(config, crews=[crew], queues=[], concurrency=0)])
         supervisor.start()
         supervisor.wait_ready(20)
         (pid,) = supervisor.pids.values()

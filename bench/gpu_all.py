@@ -54,8 +54,7 @@ def part(title: str, began: float) -> Iterator[None]:
 
 def kernels_tried(model: Any) -> None:
     """Which attention kernels there are here and whether each says what the formula says."""
-    from agentmesh.gpu.kernels import kernels
-    from agentmesh.gpu.trial import Heads, difference, page_difference
+    from agentmesh.inference.kernels import Heads, difference, kernels, page_difference
 
     heads = Heads.of(model)
     print(f"{heads}, {model.dtype}")
@@ -80,9 +79,9 @@ class Asked(NamedTuple):
 
 def rate(model: Any, asked: Asked, attention: str = "", **how: Any) -> tuple[float, str]:
     """New tokens a second of a fresh engine, the best of some rounds, and its attention."""
-    from agentmesh.gpu.batching import Shape
-    from agentmesh.gpu.engine import Engine
-    from agentmesh.gpu.request import Request
+    from agentmesh.inference.batching import Shape
+    from agentmesh.inference.engine import Engine
+    from agentmesh.inference.request import Request
 
     engine, took = Engine(model, Shape(pages=asked.pages, batch_requests=256, attention=attention)), list[float]()
     try:
@@ -100,7 +99,7 @@ def rate(model: Any, asked: Asked, attention: str = "", **how: Any) -> tuple[flo
 
 def attentions(model: Any, asked: Asked) -> None:
     """The chosen attention beside the others there are, and what drawing costs beside taking the likeliest token."""
-    from agentmesh.gpu.kernels import kernels
+    from agentmesh.inference.kernels import kernels
 
     print(f"{asked.steps} prompts of {asked.prompt_tokens} tokens, {asked.new_tokens} new tokens each")
     best, chosen = rate(model, asked)

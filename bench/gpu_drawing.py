@@ -14,7 +14,7 @@ import torch
 from common import machine, median
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from agentmesh.gpu.drawing import Wish, draw
+from agentmesh.inference.sampling import DrawOptions, draw
 
 
 def took_ms(what: Callable[[], torch.Tensor]) -> float:
@@ -39,7 +39,7 @@ def main() -> None:
     print(f"{'the likeliest':<24} {took_ms(lambda: scores.argmax(1)):7.2f} ms")
     none = torch.zeros((given.rows, 0), dtype=torch.int64, device=device)
     for name, top_k, top_p in (("temperature", 0, 1.0), ("top_k 50", 50, 1.0), ("top_p 0.9", 0, 0.9)):
-        wishes = [Wish(0.8, top_k, top_p, i, 0) for i in range(given.rows)]
+        wishes = [DrawOptions(0.8, top_k, top_p, i, 0) for i in range(given.rows)]
         warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
         warpers += [TopKLogitsWarper(top_k)] if top_k else [TopPLogitsWarper(top_p)] if top_p < 1 else []
 

@@ -21,9 +21,9 @@ import numpy as np
 from common import machine
 from rag_ingest import SIZE, make_encoder
 
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Request
-from agentmesh.gpu.turns import Turn, turn_of
+from agentmesh.inference.device import DeviceLock, lock_of
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import Request
 from agentmesh.models.local import LocalModel
 from agentmesh.rag.embedders.encoder import Encoder
 
@@ -106,7 +106,7 @@ def measured(engine: Engine, encoder: Counted, texts: list[str], way: str, answe
             at = (at + 128) % len(texts)
 
     thread = threading.Thread(target=chunks)
-    turn_of(str(engine._model.device)).shared = not turns
+    lock_of(str(engine._model.device)).shared = not turns
     flying = Answers(engine, answers if decode else 0)
     if embed:
         thread.start()
@@ -128,7 +128,7 @@ def measured(engine: Engine, encoder: Counted, texts: list[str], way: str, answe
 
 def one_turn_us() -> float:
     """What a turn costs where nobody else wants it."""
-    turn, many = Turn(), 20_000
+    turn, many = DeviceLock(), 20_000
     began = time.perf_counter()
     for _ in range(many):
         with turn.step():

@@ -25,14 +25,14 @@ from typing import Any
 
 from common import machine, valkey
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import specs_of
 from agentmesh.config import Config
 from agentmesh.errors import RunError
 from agentmesh.mesh import Mesh
-from agentmesh.testing.servers import RabbitServer, a_server
-from agentmesh.testing.tiny import made_tokenizer, saved
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.testing.servers import RabbitServer, running_server
+from agentmesh.testing.tiny_models import make_tokenizer, save_model
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.supervisor import Supervisor
 
 CREW = str(Path(__file__).parent / "gpu_lanes_crew.py")
 SHARE, WARM_S, AT_ONCE, LEAST = 100, 3.0, 64, 3
@@ -86,10 +86,10 @@ def measured(folder: Path, given: argparse.Namespace, *, in_lanes: bool) -> Row:
     sys.modules.pop("gpu_lanes_crew", None)
     with ExitStack() as stack:
         server = stack.enter_context(valkey())
-        broker = stack.enter_context(a_server(RabbitServer)) if given.broker == "rabbitmq" else server
+        broker = stack.enter_context(running_server(RabbitServer)) if given.broker == "rabbitmq" else server
         config, crew = Config(broker=broker.broker_url, journal=server.url), load_crew(CREW)
         mesh = Mesh(crew, config=config)
-        supervisor = Supervisor(specs_of(config, {CREW: crew}), env=env, drain_s=1)
+        supervisor = Supervisor(worker_commands(config, {CREW: crew}), env=env, drain_s=1)
         supervisor.start()
         assert supervisor.wait_ready(120)
         try:
@@ -114,7 +114,7 @@ def measured(folder: Path, given: argparse.Namespace, *, in_lanes: bool) -> Row:
 
 def read(steps_in: Path, published: dict[str, float], began: float, low: int) -> Row:
     """What the worker wrote down."""
-    tokenizer, first, at, sizes = made_tokenizer(), {}, [], []
+    tokenizer, first, at, sizes = make_tokenizer(), {}, [], []
     for line in steps_in.read_text().splitlines():
         now, size, fresh = json.loads(line)
         if now >= began:
@@ -148,7 +148,7 @@ def main() -> None:
     given = parser.parse_args()
     print(f"{given.waiting} low requests, {given.places} places, 1 in {SHARE} urgent; {given.broker}; {machine()}")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        saved(Path(folder))
+        save_model(Path(folder))
         rows = {name: measured(Path(folder), given, in_lanes=name == "lanes") for name in ("lanes", "one queue")}
     print("ms                 wait p50      p95   step p50      p95   batch   urgent of all")
     for name, row in rows.items():

@@ -42,7 +42,7 @@ class Urgent(Agent[str]):
 
 def write_down(path: str) -> None:
     """From now on, each step of this process's engine goes into a file."""
-    from agentmesh.gpu.sampling import Sampler
+    from agentmesh.inference.sampling import Sampler
 
     seen: set[str] = set()
     out = open(path, "a", buffering=1)  # noqa: SIM115  # until the process ends
@@ -62,7 +62,7 @@ def write_down(path: str) -> None:
     Sampler.prepare_tensor_args = prepared  # type: ignore[method-assign]
 
 
-if "BENCH_STEPS" in os.environ and "agentmesh.cli.device" in " ".join(sys.orig_argv):
+if "BENCH_STEPS" in os.environ and "agentmesh.worker.gpu_worker" in " ".join(sys.orig_argv):
     write_down(os.environ["BENCH_STEPS"])
 
 night = Queue("night", model=MODEL, lane="low", concurrency=PLACES)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from agentmesh.testing.tiny import made_tokenizer
+from agentmesh.testing.tiny_models import make_tokenizer
 
 NAME = "made"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,8 +43,8 @@ def made(shape: str, device: str, cache: Path) -> tuple[Any, str]:
         torch.set_default_dtype(before)
     place = cache / "models" / NAME
     model.save_pretrained(place)
-    bytes_of = made_tokenizer()
-    made_tokenizer(words=size["vocab_size"] - len(bytes_of)).save_pretrained(place)
+    bytes_of = make_tokenizer()
+    make_tokenizer(words=size["vocab_size"] - len(bytes_of)).save_pretrained(place)
     (place / "agentmesh.json").write_text(json.dumps({"name": NAME, "source": "made"}))
     weights = sum(p.numel() for p in model.parameters())
     return (

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from common import machine
 
-from agentmesh.gpu.batching import Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Request
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import Request
 from agentmesh.models.local import LocalModel
 
 NEW_TOKENS, TAIL = 8, 40

@@ -20,11 +20,11 @@ from typing import Any
 
 from common import cpu_s, machine, median, valkey
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import specs_of
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.supervisor import Supervisor
 
 CREW = str(Path(__file__).parent / "gpu_slots_crew.py")
 
@@ -34,7 +34,7 @@ def working(store: Any, workers: int, **settings: object) -> Iterator[tuple[Mesh
     """A mesh, the pids of its device workers and of the others; the settings go to the crew's file."""
     named = {f"BENCH_{k.upper()}": str(v) for k, v in settings.items()}
     config, crew = Config(broker=store.broker_url, journal=store.url), load_crew(CREW)
-    first, device = specs_of(config, {CREW: crew})
+    first, device = worker_commands(config, {CREW: crew})
     supervisor = Supervisor([first, *[device] * workers], env={**named, "OMP_NUM_THREADS": "1"})
     supervisor.start()
     mesh = Mesh(crew, config=config)

@@ -8,11 +8,11 @@ from agentmesh import Agent, Context, Crew, Queue
 from agentmesh.message import Message, Usage, user
 from agentmesh.model import Answer, Prompt
 
-ON_DEVICE = "agentmesh.cli.device" in " ".join(sys.orig_argv)
+ON_DEVICE = "agentmesh.worker.gpu_worker" in " ".join(sys.orig_argv)
 NOTES = os.environ.get("BENCH_NOTES", "")
 
 if ON_DEVICE:
-    from agentmesh.testing.slots import SlotModel, install
+    from agentmesh.testing.slot_engine import SlotModel, install
 
     if os.environ.get("BENCH_INSTANT"):  # the same worker on a model that answers at once
 

@@ -14,7 +14,7 @@ import time
 from common import cpu_s, machine, valkey
 from gpu_slots import working
 
-from agentmesh.run import Run
+from agentmesh.engine.run import Run
 
 WAIT_S = 120
 

@@ -7,8 +7,8 @@ from celery import Celery
 from gpu_crew import MODEL, NEW_TOKENS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agentmesh.gpu.dtype import best_dtype
-from agentmesh.models.cache import model_folder
+from agentmesh.hub.cache import model_folder
+from agentmesh.inference.device import best_dtype
 
 app = Celery("usual", broker=os.environ["BENCH_BROKER"], backend=os.environ["BENCH_BROKER"])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

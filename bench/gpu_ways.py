@@ -19,17 +19,17 @@ from celery import Celery
 from common import cpu_s, valkey
 from gpu_crew import MEMORY, MODEL, NEW_TOKENS, prompt
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.loop import drive
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import specs_of
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
-from agentmesh.event import RunStarted, StepDone
-from agentmesh.gpu.request import Request
+from agentmesh.inference.request import Request
+from agentmesh.journal.events import RunStarted, StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.message import user
 from agentmesh.model import Prompt
-from agentmesh.models.local import LocalModel, encoded
+from agentmesh.models.local import LocalModel, encode_prompt
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.supervisor import Supervisor
 
 HERE = Path(__file__).parent
 CREW = str(HERE / "gpu_crew.py")
@@ -87,7 +87,7 @@ def three_ways() -> Iterator[Ways]:
     loaded = local.load()
 
     def bare(steps: int, turn: int) -> Took:
-        ids = [tuple(encoded(loaded, Prompt(MODEL, [user(prompt(i, turn))]))) for i in range(steps)]
+        ids = [tuple(encode_prompt(loaded, Prompt(MODEL, [user(prompt(i, turn))]))) for i in range(steps)]
         began, ends = time.perf_counter(), list[float]()
         futures = [engine.submit(Request(t, NEW_TOKENS)) for t in ids]
         for future in futures:
@@ -98,14 +98,14 @@ def three_ways() -> Iterator[Ways]:
 
     with valkey() as server, usual_worker(server.broker_url) as (ask, usual_pid):
         config, crew = Config(broker=server.broker_url, journal=server.url), load_crew(CREW)
-        mesh, supervisor = Mesh(crew, config=config), Supervisor(specs_of(config, {CREW: crew}))
+        mesh, supervisor = Mesh(crew, config=config), Supervisor(worker_commands(config, {CREW: crew}))
         supervisor.start()
         assert supervisor.wait_ready(LOAD_S)
 
         def celery(steps: int, turn: int, *, stream: bool = False) -> Took:
             began = time.perf_counter()
             run = mesh.start(crew.lead, [steps, turn], stream=stream)
-            firsts = drive(_first_tokens(run.live(), began)) if stream else []
+            firsts = run_sync(_first_tokens(run.live(), began)) if stream else []
             run.result(timeout_s=600)
             wall, events = time.perf_counter() - began, run.events()
             (at_ms,) = [e.at_ms for e in events if isinstance(e, RunStarted)]

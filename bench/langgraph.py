@@ -18,11 +18,12 @@ from pathlib import Path
 from common import fake_server, machine, median, valkey
 from steps import AT_ONCE, HERE, mesh_runs
 
-from agentmesh.boot import Models, load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import spec_of
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.worker.asyncio_worker import worker_command
+from agentmesh.worker.supervisor import Supervisor
 
 PLACE = Path(".agentmesh") / "bench-langgraph"
 
@@ -103,8 +104,8 @@ def main() -> None:
         os.environ |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "k"}
         config = Config(broker=server.broker_url, journal=server.url)
         crew = str(HERE / "crew.py")
-        mesh = Mesh(load_crew(crew), config=config, models=Models())
-        supervisor = Supervisor([spec_of(config, crews=[crew], queues=[], concurrency=0)])
+        mesh = Mesh(load_crew(crew), config=config, models=ModelRegistry())
+        supervisor = Supervisor([worker_command(config, crews=[crew], queues=[], concurrency=0)])
         supervisor.start()
         supervisor.wait_ready(20)
         for _ in range(given.rounds):

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from common import cpu_s, machine, median, rss_mb, valkey, valkey_cpu_s
 
-from agentmesh.boot import Models, load_crew
-from agentmesh.celery.loop import drive
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import spec_of
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.worker.asyncio_worker import worker_command
+from agentmesh.worker.supervisor import Supervisor
 
 STEPS, IDLE_S = 10, 20
 
@@ -60,15 +61,15 @@ def main() -> None:
         os.environ.setdefault("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")  # nobody is asked
         config = Config(broker=server.broker_url, journal=server.url)
         crew = str(Path(__file__).parent / "crew.py")
-        mesh = Mesh(load_crew(crew), config=config, models=Models())
-        supervisor = Supervisor([spec_of(config, crews=[crew], queues=[], concurrency=0)])
+        mesh = Mesh(load_crew(crew), config=config, models=ModelRegistry())
+        supervisor = Supervisor([worker_command(config, crews=[crew], queues=[], concurrency=0)])
         began = time.perf_counter()
         supervisor.start()
         supervisor.wait_ready(20)
         print(f"worker started to ready     {time.perf_counter() - began:.2f} s")
         (pid,) = supervisor.pids.values()
-        drive(chains(mesh, 20))
-        took = sorted(drive(chains(mesh, given.chains)))
+        run_sync(chains(mesh, 20))
+        took = sorted(run_sync(chains(mesh, given.chains)))
         print(
             f"chain of {STEPS} steps           p50 {median(took) * 1e3:.1f} ms   p95 {took[int(len(took) * 0.95)] * 1e3:.1f} ms"
         )
@@ -79,19 +80,19 @@ def main() -> None:
         print(f"idle                        worker {cpu / at * 1e3:.1f}, Valkey {store / at * 1e3:.1f} ms CPU a second")
         there, first = 0, 0.0
         for wanted in given.open:
-            drive(leave_open(mesh, wanted - there))
+            run_sync(leave_open(mesh, wanted - there))
             there = wanted
-            drive(side_by_side(mesh, 50))
+            run_sync(side_by_side(mesh, 50))
             costs = []
             for _ in range(3):
                 cpu, store = time.process_time() + cpu_s(pid), valkey_cpu_s(server.url)
-                drive(side_by_side(mesh, 100))
+                run_sync(side_by_side(mesh, 100))
                 used = time.process_time() + cpu_s(pid) - cpu + valkey_cpu_s(server.url) - store
                 costs.append(used / 100 / (STEPS + 1) * 1e3)
             first = first or median(costs)
             print(f"{wanted:>6} open runs            {median(costs):.3f} ms CPU a step, client, worker and Valkey   "
                   f"x {median(costs) / first:.2f}   worker {rss_mb(pid):.0f} MB")  # fmt: skip
-        drive(chains(mesh, 1))
+        run_sync(chains(mesh, 1))
         began = time.perf_counter()
         supervisor.stop()
         supervisor.join(10)

@@ -20,20 +20,20 @@ import torch
 from common import cpu_s, machine, valkey, valkey_cpu_s
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.worker import giver_back
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.rag import loaders
-from agentmesh.rag.embed import embedder
+from agentmesh.rag.embedders import embedder
 from agentmesh.rag.ingest import Added
-from agentmesh.rag.packing import Replacement
-from agentmesh.rag.plan import How, content_digest
-from agentmesh.rag.split import split
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.ingestion.plan import ChunkOptions, content_digest
+from agentmesh.rag.splitter import split
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.store.writer import Replacement
 from agentmesh.retriever import Retriever
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.supervisor import Supervisor
 
 CREW = "agentmesh.rag.ingest"
 SIZE = 600  # characters in a chunk: about 128 tokens of the made words
@@ -71,7 +71,7 @@ def make_documents(folder: Path, words: list[str], rng: random.Random, *, docume
 
 def bare(docs: Path, store: Path, name: str) -> tuple[float, float, int]:
     """Seconds, CPU seconds, and how many chunks."""
-    by, how = embedder(name), How(size=SIZE, overlap=0)
+    by, how = embedder(name), ChunkOptions(size=SIZE, overlap=0)
     identity = by.identity
     began, spent = time.perf_counter(), time.process_time()
     found = []
@@ -99,8 +99,8 @@ class Ingesting:
         config = Config(broker=broker, journal=url)
         self.mesh = Mesh(load_crew(CREW), config=config)
         self._supervisor = Supervisor(
-            specs_of(config, {CREW: self.mesh.crew}), drain_s=2, output=subprocess.DEVNULL,
-            on_death=giver_back(config, self.mesh.crew.broker_queues()),
+            worker_commands(config, {CREW: self.mesh.crew}), drain_s=2, output=subprocess.DEVNULL,
+            on_death=release_on_death(config, self.mesh.crew.broker_queues()),
         )  # fmt: skip
 
     def __enter__(self) -> "Ingesting":

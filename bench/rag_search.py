@@ -19,8 +19,8 @@ import faiss
 import numpy as np
 from common import machine, median
 
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.store.faiss_store import FaissStore
 
 D, K, QUERIES = 384, 10, 200
 SHARES = (500, 100, 20, 1)  # of 1000: the filters pass 50, 10, 2 and 0.1 %
@@ -153,7 +153,7 @@ def million(folder: Path, name: str, n: int) -> None:
 MEMORY = """
 import sys, time
 import numpy as np
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.store.faiss_store import FaissStore
 def anonymous():
     found = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Rss"))
     return [int(found[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile")]

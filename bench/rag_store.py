@@ -16,8 +16,8 @@ import numpy as np
 from common import machine, median
 from rag_search import D, K, clustered, memory
 
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.store.faiss_store import FaissStore
 
 TEXT = "A passage of about as many words as one that was cut from a document at its paragraphs has in it. " * 6
 
@@ -53,8 +53,8 @@ def commits(folder: Path) -> None:
 WRITER = """
 import sys, time
 import numpy as np
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.store.faiss_store import FaissStore
 store, log = FaissStore(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
 rng = np.random.default_rng(1)
 for n in range(200):

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from common import machine
 
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.store.faiss_store import FaissStore
 
 D, WORDS, CHUNK_WORDS, K, ASKED, BATCH = 384, 50_000, 150, 10, 300, 5_000
 

@@ -12,9 +12,9 @@ import time
 from common import machine, valkey
 
 from agentmesh import Agent, tool
-from agentmesh.celery.loop import drive
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
-from agentmesh.crew import Crew
+from agentmesh.definitions.crew import Crew
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says, uses
 
@@ -56,7 +56,7 @@ def main() -> None:
                 await asyncio.gather(*[r.wait() for r in runs])
 
             began = time.process_time()
-            drive(all_of())
+            run_sync(all_of())
             return (time.process_time() - began) / given.runs * 1e3
 
         with mesh.worker():

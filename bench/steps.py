@@ -20,14 +20,15 @@ from pathlib import Path
 
 from common import cpu_s, fake_server, machine, median, valkey, valkey_cpu_s
 
-from agentmesh.boot import Models, load_crew
-from agentmesh.celery.loop import drive
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.celery.valkey import EmbeddedValkey
-from agentmesh.cli.child import spec_of
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
-from agentmesh.testing.servers import RabbitServer, a_server
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.runtime.valkey import EmbeddedValkey
+from agentmesh.testing.servers import RabbitServer, running_server
+from agentmesh.worker.asyncio_worker import worker_command
+from agentmesh.worker.supervisor import Supervisor
 
 HERE = Path(__file__).parent
 AT_ONCE = 50
@@ -62,9 +63,9 @@ def mesh_runs(
 
         await asyncio.gather(*[one(i) for i in range(count)])
 
-    drive(all_of(20))
+    run_sync(all_of(20))
     store, cpu, began = servers_cpu_s(), time.process_time() + sum(map(cpu_s, pids)), time.perf_counter()
-    drive(all_of(runs))
+    run_sync(all_of(runs))
     return (
         time.perf_counter() - began,
         time.process_time() + sum(map(cpu_s, pids)) - cpu,
@@ -94,8 +95,8 @@ def working(
     prefix = "rabbit:" if broker else "agentmesh:"
     config = Config(broker=broker.url if broker else server.broker_url, journal=server.url, prefix=prefix)
     crew = str(HERE / "crew.py")
-    mesh = Mesh(load_crew(crew), config=config, models=Models())
-    supervisor = Supervisor([spec_of(config, crews=[crew], queues=[], concurrency=0)])
+    mesh = Mesh(load_crew(crew), config=config, models=ModelRegistry())
+    supervisor = Supervisor([worker_command(config, crews=[crew], queues=[], concurrency=0)])
     supervisor.start()
     supervisor.wait_ready(20)
     yield mesh, supervisor, broker
@@ -117,7 +118,7 @@ def main() -> None:
         os.environ |= {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "k"}
         ways = {"agentmesh": stack.enter_context(working(server, None))}
         if given.broker == "rabbitmq":
-            rabbit = stack.enter_context(a_server(RabbitServer))
+            rabbit = stack.enter_context(running_server(RabbitServer))
             ways["on RabbitMQ"], rows["on RabbitMQ"] = stack.enter_context(working(server, rabbit)), []
         for _ in range(given.rounds):
             rows["bare loop"].append(bare(url, given.runs))

@@ -1,34 +1,78 @@
-"""The Celery app: given, or made here; its broker's queues counted, its foreign parts told from ours."""
+"""The Celery app that agentmesh makes itself, and its settings; an app that is given keeps its own."""
 
-import contextlib
-from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from celery import Celery
-from kombu.exceptions import ChannelError, OperationalError
 
-from agentmesh.celery.links import BROKEN
-from agentmesh.celery.rabbit import declare, on_rabbit, tuned
-from agentmesh.celery.settings import is_redis, settings
-from agentmesh.errors import ConfigError, ServiceDown
+from agentmesh.errors import ConfigError
 
-LOOK_S = 2.0  # how long a look at a queue may take
+_REDIS_SCHEMES = ("redis", "rediss", "valkey", "valkeys")
+_AMQP_SCHEMES = ("amqp", "amqps", "pyamqp", "librabbitmq")
+
+
+def is_redis(broker_url: str) -> bool:
+    """Whether the broker is Redis or Valkey, over TCP, TLS or a unix socket."""
+    return broker_url.partition(":")[0].partition("+")[0] in _REDIS_SCHEMES
+
+
+def is_amqp(broker_url: str) -> bool:
+    """Whether the broker is RabbitMQ or speaks its protocol."""
+    return broker_url.partition(":")[0].partition("+")[0] in _AMQP_SCHEMES
+
+
+def celery_settings(broker_url: str) -> dict[str, Any]:
+    """What our own app is configured with: JSON only, late and local acks, nothing hijacked, retries for ever.
+
+    Gossip, mingle and heartbeat are no settings: whoever makes a worker passes without_gossip, without_mingle and
+    without_heartbeat.
+    """
+    return {
+        "broker_url": broker_url,
+        "broker_transport_options": transport_options(broker_url),
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "event_serializer": "json",
+        "task_ignore_result": True,
+        "task_acks_late": True,  # an early ack lets one worker take the whole queue
+        "task_reject_on_worker_lost": False,  # the journal sends again what a dead worker held
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_rate_limits": True,  # Celery's are per worker; a queue's rate is the journal's
+        "worker_cancel_long_running_tasks_on_connection_loss": False,  # a lost connection must not throw calls away
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_detect_quorum_queues": True,
+    }
+
+
+def transport_options(broker_url: str) -> dict[str, Any]:
+    """The connection's options: no ack emulation on Redis, where leases do that work; confirms on AMQP."""
+    if is_redis(broker_url):
+        return {"ack_emulation": False, "socket_keepalive": True}
+    if is_amqp(broker_url):
+        return {"confirm_publish": True}  # off by default: a publish would return before the broker has the message
+    return {}
+
+
+# ---- The Celery app -----------------------------------------------------------------------------
 
 
 def make_app(broker: str) -> Celery:
     """An app of our own; it becomes nobody's current or default app."""
     app = Celery("agentmesh", set_as_current=False)
-    app.conf.update(settings(broker))
+    app.conf.update(celery_settings(broker))
     return app
 
 
 def same_server(broker: str, journal: str) -> bool:
     """Whether broker and journal are one server and database, so that one script can write both."""
-    return is_redis(broker) and _place(broker) == _place(journal)
+    return is_redis(broker) and _server_of(broker) == _server_of(journal)
 
 
-def _place(url: str) -> tuple[Any, ...]:
+def _server_of(url: str) -> tuple[Any, ...]:
     parts = urlsplit(url.replace("redis+socket://", "unix://"))
     if parts.scheme == "unix":
         db = dict(p.split("=", 1) for p in parts.query.split("&") if "=" in p)
@@ -46,83 +90,12 @@ def journal_url(broker: str, journal: str) -> str:
         return journal
     if not is_redis(broker):
         raise ConfigError(
-            f"the broker {_shown(broker)} cannot hold the journal: set `journal` to a Redis or Valkey URL (AGENTMESH_JOURNAL=redis://…)"
+            f"the broker {without_password(broker)} cannot hold the journal: set `journal` to a Redis or Valkey URL (AGENTMESH_JOURNAL=redis://…)"
         )
     return broker
 
 
-def check_broker(app: Celery) -> None:
-    """Look whether the broker answers and keeps what it is given.
-
-    Raises:
-        ServiceDown: nobody answers.
-        ConfigError: its eviction policy would drop messages.
-    """
-    url = app.conf.broker_url or app.connection_for_read().as_uri()
-    try:
-        with app.connection_for_write(connect_timeout=3) as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=3)
-            client = getattr(connection.default_channel, "client", None)
-            policy = (
-                client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction") if client else "noeviction"
-            )
-    except (OperationalError, OSError) as e:
-        raise ServiceDown(
-            f"no broker answers at {_shown(url)} ({e.__cause__ or e}). Start one, or leave `broker` empty to use the embedded one"
-        ) from None
-    if policy != "noeviction":
-        raise ConfigError(
-            f"the broker at {_shown(url)} has maxmemory-policy {policy!r} and would drop messages and journals when memory is short: "
-            "set `maxmemory-policy noeviction`"
-        )
-
-
-class QueueLengths:
-    """Counts the messages waiting in broker queues, over a connection it keeps until `close`; for one thread."""
-
-    def __init__(self, app: Celery) -> None:
-        self._app = app
-        self._connection: Any = None
-
-    def __call__(self, queues: Sequence[str]) -> dict[str, int]:
-        """How many wait in each; nothing when the broker is away."""
-        try:
-            if self._connection is None:
-                self._connection = _impatient(self._app.connection_for_read())
-            if on_rabbit(self._app):
-                return declare(tuned(self._connection), queues)
-            return {q: _length(self._connection.default_channel, q) for q in queues}
-        except Exception as e:
-            broken = self._connection.connection_errors if self._connection is not None else ()
-            self.close()  # nothing is known of its queues
-            if not isinstance(e, (*BROKEN, *broken)):  # redis-py's errors are no OSErrors
-                raise
-            return {}
-
-    def close(self) -> None:
-        """Give back the connection; the next count makes another."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):  # it may be what failed
-                connection.collect(socket_timeout=1.0)
-
-
-def _impatient(connection: Any) -> Any:
-    """A connection that gives a Redis server up which does not answer: whoever waits for it has leases to renew."""
-    if connection.get_transport_cls().driver_type == "redis":
-        options = {"socket_timeout": LOOK_S, "socket_connect_timeout": LOOK_S}
-        connection.transport_options = {**(connection.transport_options or {}), **options}
-    return connection
-
-
-def _length(channel: Any, queue: str) -> int:
-    try:
-        return int(channel.queue_declare(queue, passive=True).message_count)
-    except ChannelError:
-        return 0  # Redis keeps no empty list
-
-
-def _shown(url: str) -> str:
+def without_password(url: str) -> str:
     """A URL without its password."""
     parts = urlsplit(url)
     return url.replace(f":{parts.password}@", ":***@") if parts.password else url

@@ -8,15 +8,15 @@ from celery import Celery, Task
 from celery.beat import Service
 from celery.schedules import BaseSchedule, schedstate
 
-from agentmesh.celery.loop import NativeThread
-from agentmesh.celery.tasks import Home
-from agentmesh.schedule import Schedule, Times
+from agentmesh.celery.event_loop import NativeThread
+from agentmesh.celery.mesh_runtime import MeshRuntime
+from agentmesh.definitions.schedule import Recurrence, Schedule
 
 
-class Due(BaseSchedule):  # type: ignore[misc]  # celery is untyped
+class BeatSchedule(BaseSchedule):  # type: ignore[misc]  # celery is untyped
     """Times as beat asks for them."""
 
-    def __init__(self, times: Times, **kwargs: Any) -> None:
+    def __init__(self, times: Recurrence, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.times = times
 
@@ -31,7 +31,7 @@ class Due(BaseSchedule):  # type: ignore[misc]  # celery is untyped
         return self.times.next(now) - now
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Due) and other.times == self.times
+        return isinstance(other, BeatSchedule) and other.times == self.times
 
     def __hash__(self) -> int:
         return hash(self.times)
@@ -40,7 +40,7 @@ class Due(BaseSchedule):  # type: ignore[misc]  # celery is untyped
         return f"<{self.times.when} {self.times.timezone}>"
 
     def __reduce__(self) -> Any:
-        return Due, (self.times,)
+        return BeatSchedule, (self.times,)
 
 
 class ScheduleTask(Task):  # type: ignore[misc]  # celery is untyped
@@ -48,25 +48,27 @@ class ScheduleTask(Task):  # type: ignore[misc]  # celery is untyped
 
     name = "agentmesh.schedule"
     ignore_result = True
-    homes: dict[str, Home]
+    meshes: dict[str, MeshRuntime]
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Begin the run that is due."""
         return self.run(*args)
 
     def run(self, crew: str, name: str) -> str:
-        return self.homes[crew].begin_scheduled(name, datetime.now(UTC))
+        return self.meshes[crew].begin_scheduled(name, datetime.now(UTC))
 
 
-def schedule(app: Celery, homes: dict[str, Home], crew: str, schedules: Sequence[Schedule]) -> None:
+def add_schedules(app: Celery, meshes: dict[str, MeshRuntime], crew: str, schedules: Sequence[Schedule]) -> None:
     """Put a crew's schedules into the app's `beat_schedule`: the one setting of an app that is written."""
     if ScheduleTask.name not in app.tasks:
         task = ScheduleTask()
-        task.homes = homes
+        task.meshes = meshes
         app.register_task(task)
     for one in schedules:
         app.add_periodic_task(
-            Due(one.times), app.tasks[ScheduleTask.name].si(crew, one.name), name=f"agentmesh.{crew}.{one.name}"
+            BeatSchedule(one.times),
+            app.tasks[ScheduleTask.name].si(crew, one.name),
+            name=f"agentmesh.{crew}.{one.name}",
         )
 
 

@@ -1,30 +1,71 @@
-"""Agents as Celery signatures: `mesh.s(agent, task)` in the user's own chain, group or chord. Holds no worker.
+"""A chord of the user's whose state Celery's Redis backend let go of while a run of ours was still waiting for a person.
 
-Publishing such a signature writes the run's beginning instead of an entry message, which a worker that prefetched it
-could take to its grave. When the run ends, a leased and repeatable `finish` reports to the app's own result backend.
+Celery forgets how large a chord is `result_expires` after its last part came, and then counts for ever: no body, no
+error. Whoever comes later than that fails the chord, so that its result and its errbacks say what happened.
 """
 
 import asyncio
 import json
+import logging
 import time
 from typing import Any
 
 from celery import Celery, Task, signature
 from celery.app.task import Context
-from celery.exceptions import Ignore
+from celery.exceptions import ChordError, Ignore
 from celery.result import AsyncResult
+from celery.states import READY_STATES
 from kombu.utils import json as kombu_json
 from kombu.utils.uuid import uuid
 
-from agentmesh.celery.eager import is_eager, value_of
-from agentmesh.celery.lapse import fail_if_lapsed
-from agentmesh.celery.tasks import EngineTask, Home, nobody
-from agentmesh.engine import Engine
+from agentmesh.celery.eager import canvas_value, is_eager
+from agentmesh.celery.mesh_runtime import MeshRuntime
+from agentmesh.celery.tasks import EngineTask, unknown_crew
+from agentmesh.engine.engine import Engine
 from agentmesh.errors import DefinitionError, MeshError, error_from_json
-from agentmesh.event import RunDone, RunFailed, RunStarted
-from agentmesh.ports import Claimed, finish_unit
+from agentmesh.journal.events import RunDone, RunFailed, RunStarted
+from agentmesh.journal.types import Claimed, finish_unit
 
-KEPT = ("group", "group_index", "chord", "chain", "callbacks", "errbacks", "root_id", "parent_id", "reply_to",
+log = logging.getLogger("agentmesh")
+
+FAILED_CHORD_S = 86_400  # how long the other late parts find that it was said
+
+
+def fail_if_expired(app: Any, backend: Any, request: Any, waited_s: float) -> bool:
+    """Whether the chord of this part was gone, and is failed now.
+
+    Args:
+        request: the part's, with its chord and group.
+        waited_s: since the part was begun.
+    """
+    expires_s = getattr(backend, "chord_expires", None)
+    if not hasattr(backend, "_chord_part_return_script") or not expires_s or waited_s < expires_s:
+        return False
+    size, claim = (backend.get_key_for_group(request.group, part) for part in (".s", ".c"))
+    body = signature(request.chord, app=app)
+    # Told a second time: an ended chord has no size either.
+    if backend.client.exists(size, claim) or any(backend.get_state(id) in READY_STATES for id in _task_ids(body)):
+        return False
+    message = (
+        f"run {request.id} took {waited_s:.0f} s, and Celery forgets a chord {expires_s:.0f} s after its last part: set "
+        "`result_chord_expires` of your app longer than your longest wait"
+    )
+    log.error(message)
+    try:
+        raise ChordError(message)  # Celery wants it from the stack
+    except ChordError as error:
+        backend.chord_error_from_stack(body, error)
+    backend.client.set(claim, "done", ex=FAILED_CHORD_S)
+    return True
+
+
+def _task_ids(body: Any) -> list[str]:
+    return [one.id for one in (body, *(getattr(body, "tasks", None) or ())) if getattr(one, "id", None)]
+
+
+# ---- Agents as Celery signatures ----------------------------------------------------------------
+
+SAVED_FIELDS = ("group", "group_index", "chord", "chain", "callbacks", "errbacks", "root_id", "parent_id", "reply_to",
         "replaced_task_nesting", "ignore_result")  # fmt: skip
 
 
@@ -35,7 +76,7 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
     acks_late = True
     typing = False
     serializer = "json"
-    homes: dict[str, Home]
+    meshes: dict[str, MeshRuntime]
 
     def apply_async(
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, producer: Any = None, link: Any = None,
@@ -55,8 +96,8 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
             )
         options = {**self._get_exec_options(), **options}
         request = {
-            "group": options.get("group_id"), "callbacks": _listed(link), "errbacks": _listed(link_error),
-            **{name: options.get(name) for name in KEPT if name in options and name not in ("callbacks", "errbacks")},
+            "group": options.get("group_id"), "callbacks": _as_list(link), "errbacks": _as_list(link_error),
+            **{name: options.get(name) for name in SAVED_FIELDS if name in options and name not in ("callbacks", "errbacks")},
         }  # fmt: skip
         run_id = task_id or uuid()
         if hasattr(self.backend, "oid"):  # rpc://: the result is a message to this thread's own queue
@@ -74,25 +115,27 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         """
         if self.request.called_directly:
             raise DefinitionError(
-                "an agent called as a function would hold this worker: write `mesh.map(agent, tasks)` where Celery's "
+                "an agent called as a function would block this worker: write `mesh.map(agent, tasks)` where Celery's "
                 "`map`, `starmap` or `chunks` would be, and `mesh.run(agent, task)` outside of workers"
             )
         return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """A message of this task that somebody else published: begin the run, and let `finish` answer for it."""
-        request = {name: getattr(self.request, name, None) for name in KEPT}
+        """A message of this task that somebody else published: begin the run, and let `report_end` answer for it."""
+        request = {name: getattr(self.request, name, None) for name in SAVED_FIELDS}
         events = self._begin(self.request.id, args, kwargs, request)
         if is_eager(self.app):
-            return value_of(events, self.request.id)
+            return canvas_value(events, self.request.id)
         raise Ignore
 
     def _begin(self, run_id: str, args: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> Any:
-        home = self.homes.get(kwargs.get("crew", ""))
+        home = self.meshes.get(kwargs.get("crew", ""))
         if home is None:
             raise DefinitionError(f"no mesh of crew {kwargs.get('crew')!r} was made on this app in this process")
         saved = {name: value for name, value in request.items() if value is not None} | {"id": run_id}
-        return home.begin_for_canvas(kwargs["agent"], args[0] if args else "", run_id, _plain(saved), kwargs["fields"])
+        return home.begin_for_canvas(
+            kwargs["agent"], args[0] if args else "", run_id, _to_plain_json(saved), kwargs["fields"]
+        )
 
 
 class FinishTask(EngineTask):
@@ -101,13 +144,13 @@ class FinishTask(EngineTask):
     name = "agentmesh.finish"
 
     async def coro(self, crew: str, run_id: str) -> str:
-        home = self.homes.get(crew)
-        return await finish(self.app, home.working(), run_id) if home else nobody(crew)
+        home = self.meshes.get(crew)
+        return await report_end(self.app, home.active_engine(), run_id) if home else unknown_crew(crew)
 
 
-async def finish(app: Celery, engine: Engine, run_id: str) -> str:
+async def report_end(app: Celery, engine: Engine, run_id: str) -> str:
     """Report a run's end to the app's result backend, then strike it off."""
-    claimed = await engine.take(finish_unit(run_id), run_id)
+    claimed = await engine.claim_unit(finish_unit(run_id), run_id)
     if not isinstance(claimed, Claimed):
         return claimed.why
     events = await engine.journal.events(run_id)
@@ -118,14 +161,14 @@ async def finish(app: Celery, engine: Engine, run_id: str) -> str:
     assert isinstance(started, RunStarted)
     try:
         waited_s = time.time() - started.at_ms / 1000
-        if await asyncio.to_thread(report, app, dict(started.canvas or {}), end, waited_s):
-            await engine.journal.told(run_id)
+        if await asyncio.to_thread(report_to_backend, app, dict(started.canvas or {}), end, waited_s):
+            await engine.journal.notified(run_id)
     finally:
         engine.leases.pop(finish_unit(run_id), None)
-    return "told"
+    return "notified"
 
 
-def report(app: Celery, saved: dict[str, Any], end: Any, waited_s: float = 0.0) -> bool:
+def report_to_backend(app: Celery, saved: dict[str, Any], end: Any, waited_s: float = 0.0) -> bool:
     """What Celery's tracer would have done at the end of a task; whether all of it is certain to have happened."""
     request = Context(saved, called_directly=False, delivery_info={}, task=AgentTask.name)
     task = app.tasks[AgentTask.name]
@@ -143,35 +186,35 @@ def report(app: Celery, saved: dict[str, Any], end: Any, waited_s: float = 0.0) 
             error_from_json(end.error) if isinstance(end, RunFailed) else MeshError(f"run {request.id} was cancelled")
         )
         task.backend.mark_as_failure(request.id, RuntimeError(str(error)), request=request)
-    if not request.chord or fail_if_lapsed(app, task.backend, request, waited_s):
+    if not request.chord or fail_if_expired(app, task.backend, request, waited_s):
         return True
-    return _joined(task.backend, request.group)
+    return _join_is_over(task.backend, request.group)
 
 
-def _joined(backend: Any, group: str) -> bool:
+def _join_is_over(backend: Any, group: str) -> bool:
     """Whether Celery's own join is not in the middle of dying: its claim is gone, or says that the body is sent."""
     if not hasattr(backend, "_chord_part_return_script"):
         return True  # other backends count without a claim
     return backend.client.get(backend.get_key_for_group(group, ".c")) in (None, b"done", "done")
 
 
-def _plain(saved: dict[str, Any]) -> Any:
+def _to_plain_json(saved: dict[str, Any]) -> Any:
     """Signatures and all, as JSON."""
     dumps: Any = kombu_json.dumps  # kombu is untyped
     return json.loads(dumps(saved))
 
 
-def _listed(link: Any) -> list[Any] | None:
+def _as_list(link: Any) -> list[Any] | None:
     if link is None:
         return None
     return [dict(x) for x in link] if isinstance(link, list | tuple) else [dict(link)]
 
 
-def register(app: Celery, homes: dict[str, Home]) -> None:
+def register_canvas(app: Celery, meshes: dict[str, MeshRuntime]) -> None:
     """Put the agent's and the finish task on this app."""
     if AgentTask.name in app.tasks:
         return
     for cls in (AgentTask, FinishTask):
         task = cls()
-        task.homes = homes
+        task.meshes = meshes
         app.register_task(task)

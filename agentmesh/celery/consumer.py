@@ -13,12 +13,11 @@ from kombu.common import QoS
 from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import ResponseError
 
-from agentmesh.celery.admission import Admission
-from agentmesh.celery.lanes import LOOK_S, Lanes
-from agentmesh.celery.rabbit import declare, heartbeat_s, on_rabbit, own_queue, tuned
-from agentmesh.celery.rabbitloop import Unacked, rabbit_loop
-from agentmesh.celery.takers import client_name
-from agentmesh.celery.transport import MALFORMED, Room, take_many
+from agentmesh.celery.broker import consumer_client_name
+from agentmesh.celery.lanes import RECENT_S, Lanes
+from agentmesh.celery.rabbitmq import declare_queues, heartbeat_s, kombu_queue, on_rabbit, with_socket_limits
+from agentmesh.celery.rabbitmq_consumer import AdmissionQueue, UnackedMessages, rabbitmq_loop
+from agentmesh.celery.redis_transport import MALFORMED, PrefetchRoom, enable_batching
 
 logger = get_logger("agentmesh.consumer")
 
@@ -35,7 +34,7 @@ def thread_loop(
     consumer.consume()
     obj.on_ready()
     prefetch: Any = getattr(consumer.channel, "qos", None)  # AMQP has none: there the broker counts
-    if isinstance(prefetch, Room):
+    if isinstance(prefetch, PrefetchRoom):
         prefetch.admits = getattr(obj.controller, "admits", None)
         prefetch.in_pool = lambda: obj.pool.in_flight
         prefetch.leaving = lambda: blueprint.state != RUN
@@ -49,8 +48,8 @@ def thread_loop(
             if not prefetch.can_consume():
                 obj.pool.room.wait(POLL_S)
         try:
-            if isinstance(prefetch, Room) and prefetch.narrow:
-                look_for_urgent(obj, connection, prefetch)
+            if isinstance(prefetch, PrefetchRoom) and prefetch.narrow:
+                poll_realtime(obj, connection, prefetch)
             else:
                 connection.drain_events(timeout=0.001 if full and not prefetch.can_consume() else IDLE_S)
         except TimeoutError:
@@ -58,7 +57,7 @@ def thread_loop(
         except ResponseError as e:
             if not str(e).startswith("MISCONF"):
                 raise
-            logger.warning("the broker does not write (%s); trying again", e)  # its disk is full; what runs goes on
+            logger.warning("the broker rejects writes (%s); retrying", e)  # its disk is full; what runs goes on
             obj.pool.room.clear()  # it may be set since long ago, and would not wait
             obj.pool.room.wait(IDLE_S)
         except OSError:
@@ -66,7 +65,7 @@ def thread_loop(
                 raise
 
 
-def look_for_urgent(obj: Any, connection: Any, prefetch: Room) -> None:
+def poll_realtime(obj: Any, connection: Any, prefetch: PrefetchRoom) -> None:
     """Take what there is in the realtime lane; if nothing, wait a moment for that, or until a step's end makes room."""
     obj.pool.room.clear()
     prefetch.at_once = True
@@ -74,12 +73,12 @@ def look_for_urgent(obj: Any, connection: Any, prefetch: Room) -> None:
         connection.drain_events(timeout=0)
     except TimeoutError:
         if prefetch.narrow:
-            obj.pool.room.wait(LOOK_S)
+            obj.pool.room.wait(RECENT_S)
     finally:
         prefetch.at_once = False
 
 
-class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
+class ConsumeOwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
     """Celery's step that begins to consume: from this worker's queues, since the app's registry knows those of the last one.
 
     On RabbitMQ they are quorum queues that we declare, whatever the app's conf says.
@@ -96,12 +95,12 @@ class OwnQueues(Tasks):  # type: ignore[misc]  # Celery has no types
         c.update_strategies()
         rabbit = on_rabbit(c.app)
         if rabbit:
-            declare(c.connection, names)
+            declare_queues(c.connection, names)
         c.qos_global = False  # quorum queues know no other, and on Redis it is all the same
         prefetch = (c.unacked.prefetch if c.unacked is not None else 0) or c.initial_prefetch_count
         c.connection.default_channel.basic_qos(0, prefetch, False)
         c.task_consumer = c.app.amqp.Consumer(
-            c.connection, queues=[own_queue(q) if rabbit else c.app.amqp.queues[q] for q in names], accept=["json"],
+            c.connection, queues=[kombu_queue(q) if rabbit else c.app.amqp.queues[q] for q in names], accept=["json"],
             auto_declare=not rabbit, on_decode_error=c.on_decode_error,
         )  # fmt: skip
         counted: Any = QoS  # kombu has no types for it
@@ -126,7 +125,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         ]
 
         def _finalize_steps(self, steps: Any) -> list[Any]:
-            return [OwnQueues if step is Tasks else step for step in super()._finalize_steps(steps)]
+            return [ConsumeOwnQueues if step is Tasks else step for step in super()._finalize_steps(steps)]
 
     client_name: str
     connection: Any
@@ -134,25 +133,27 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         own = getattr(self.controller, "own_queues", None)
-        self.client_name = client_name(self.app.amqp.queues.consume_from if own is None else own)
-        self.unacked: Unacked | None = None
+        self.client_name = consumer_client_name(self.app.amqp.queues.consume_from if own is None else own)
+        self.unacked: UnackedMessages | None = None
         if self.hub is None:
             self.loop = thread_loop
             admits = getattr(self.controller, "admits", None)
             if isinstance(admits, Lanes):
                 self.pool.not_begun = admits.not_begun
             if on_rabbit(self.app):
-                self.loop = rabbit_loop
-                self.unacked = Unacked(self) if admits is None else Admission(self, admits)
+                self.loop = rabbitmq_loop
+                self.unacked = UnackedMessages(self) if admits is None else AdmissionQueue(self, admits)
                 self.pool.meanwhile = self.unacked.keep_alive
 
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
-        """A connected connection, whose Redis clients bear `client_name`."""
+        """A connected connection, whose Redis clients bear `consumer_client_name`."""
         if self.unacked is not None:
-            return self.ensure_connected(tuned(self.app.connection_for_read(heartbeat=int(heartbeat_s(self.app)))))
+            return self.ensure_connected(
+                with_socket_limits(self.app.connection_for_read(heartbeat=int(heartbeat_s(self.app))))
+            )
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         is_redis = connection.get_transport_cls().driver_type == "redis"
-        take_many(connection)
+        enable_batching(connection)
         if is_redis:
             connection.transport_options = {
                 **(connection.transport_options or {}), "ack_emulation": False, "client_name": self.client_name,
@@ -170,7 +171,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
 
         def failed(error: Exception, interval_s: float) -> None:
             url = maybe_sanitize_url(self.app.conf.broker_url)
-            logger.warning("no broker answers at %s (%s); trying again in %.1f s", url, error, interval_s)
+            logger.warning("no broker responds at %s (%s); retrying in %.1f s", url, error, interval_s)
             self._leave_if_closing()
 
         conn.ensure_connection(
@@ -189,7 +190,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Let go of the connection; what runs goes on, and its acks fall away with the channel they were for."""
-        logger.warning("the connection to the broker is lost (%r); connecting again", exc)
+        logger.warning("lost the connection to the broker (%r); reconnecting", exc)
         connection, self.connection = self.connection, None
         with contextlib.suppress(Exception):
             connection.collect(socket_timeout=1.0)
@@ -212,7 +213,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         """On RabbitMQ acks go out on the thread that reads: two threads on one socket would cut each other's timeouts."""
         if self.unacked is None:
             return super().call_soon_ack(p, *args, **kwargs)
-        return self.unacked.settle(p, args, kwargs)
+        return self.unacked.acknowledge(p, args, kwargs)
 
     def unblock(self) -> None:
         """End what waits for the broker, from another thread: a BRPOP would hold up the closing for its second."""
@@ -229,7 +230,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
                     client.client_unblock(int(other["id"]))
 
 
-def broker_answers(app: Any, timeout_s: float) -> Exception | None:
+def broker_error(app: Any, timeout_s: float) -> Exception | None:
     """None when the app's broker answers, else what came instead."""
     connection = app.connection_for_read(connect_timeout=timeout_s)
     if connection.get_transport_cls().driver_type == "redis":

@@ -1,22 +1,97 @@
-"""Renders messages through Celery's own send path, once a kind; after that a message is a string with its names put in."""
+"""A gather as Celery sees it: a chord, frozen and rendered by Celery's send path, joined by the journal alone."""
 
+import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from celery import Celery
+import celery
+from celery import Celery, Signature
 
-from agentmesh.celery.gather import TAG, Buffer, Gather
-from agentmesh.ports import GatherPlan, Member, Wire
+from agentmesh.engine.dispatch import MessageSpec
+from agentmesh.journal.types import GatherPlan, TaskMessage
+
+TAG = "@TAG@"  # where the store puts the delivery tag
+
+
+class _Connection:
+    """What Celery's send path asks of a producer's connection when it guards a publish."""
+
+    recoverable_connection_errors: tuple[type[Exception], ...] = ()
+    recoverable_channel_errors: tuple[type[Exception], ...] = ()
+    transport = None
+
+    def _reraise_as_library_errors(self) -> nullcontext[None]:
+        return nullcontext()
+
+
+class BufferProducer:
+    """A producer that renders and sends nothing: `out` has each message as kombu's Redis transport would store it."""
+
+    connection = _Connection()
+    channel = None
+
+    def __init__(self) -> None:
+        self.out: list[str] = []
+
+    def publish(
+        self, body: Any, exchange: Any = "", routing_key: str = "", headers: dict[str, Any] | None = None,
+        correlation_id: str = "", reply_to: str = "", priority: int | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """Keep the message's text."""
+        name = exchange if isinstance(exchange, str) else getattr(exchange, "name", "")
+        properties = {
+            "correlation_id": correlation_id,
+            "reply_to": reply_to,
+            "delivery_mode": 2,
+            "priority": priority or 0,
+            "delivery_info": {"exchange": name or "", "routing_key": routing_key},
+            "delivery_tag": TAG,
+        }
+        message = {
+            "body": json.dumps(body, separators=(",", ":")),
+            "content-type": "application/json",
+            "content-encoding": "utf-8",
+            "headers": headers or {},
+            "properties": properties,
+        }
+        self.out.append(json.dumps(message, separators=(",", ":")))
+
+
+class Gather(celery.chord):  # type: ignore[misc]  # celery is untyped
+    """A chord whose header and body are a gather's steps and its advance.
+
+    Its members carry group id and index, but not the `chord` option: no result backend counts anything, because the
+    count is the journal's (docs/decisions/join.md).
+    """
+
+    def rendered(self, group_id: str, index: int) -> list[str]:
+        """The header's messages; nothing is sent.
+
+        Args:
+            index: of the first member; the others follow.
+        """
+        buffer = BufferProducer()
+        members: list[Signature] = list(self.tasks)
+        for i, member in enumerate(members):
+            task_id = member.options.get("task_id")
+            member.freeze(_id=task_id, group_id=group_id, group_index=index + i)
+            member.options.pop("chord", None)
+            member.apply_async(producer=buffer, add_to_parent=False)
+        return buffer.out
+
+
+# ---- Renders messages through Celery's own send path, once a kind -------------------------------
 
 # A pool that can kill does so this long after a tool's own timeout: by then the step should have ended as StepTimeout.
-KILL_S = 10.0
+KILL_GRACE_S = 10.0
 # Placeholders that Celery carries through unharmed; each is replaced when a message is made.
 UNIT, RUN, ROOT, PARENT, GROUP, N, INDEX = "@UNIT@", "@RUN@", "@ROOT@", "@PARENT@", "@GROUP@", "@N@", 918273645
 SPLIT = re.compile(f"({UNIT}|{RUN}|{ROOT}|{PARENT}|{GROUP}|{N}|{INDEX}|{TAG})")
 
 
-class Template:
+class MessageTemplate:
     """A rendered message, cut at its placeholders."""
 
     __slots__ = ("_parts", "queue")
@@ -25,11 +100,11 @@ class Template:
         self.queue = queue
         self._parts = SPLIT.split(text)
 
-    def wire(self, names: dict[str, str]) -> Wire:
+    def render(self, names: dict[str, str]) -> TaskMessage:
         """The message with these names in it."""
         text = "".join([names.get(part, part) for part in self._parts])
         head, _, tail = text.partition(TAG)
-        return Wire(self.queue, head, tail)
+        return TaskMessage(self.queue, head, tail)
 
 
 class CeleryDispatch:
@@ -40,10 +115,12 @@ class CeleryDispatch:
 
     def __init__(self, app: Celery, crew: str) -> None:
         self._app, self._crew = app, crew
-        self._templates: dict[tuple[str | float | None, ...], Template] = {}
+        self._templates: dict[tuple[str | float | None, ...], MessageTemplate] = {}
 
-    def steps(self, run_id: str, members: Sequence[Member], gather: GatherPlan | None, queue: str) -> list[Wire]:
-        """See ports.Dispatch."""
+    def steps(
+        self, run_id: str, members: Sequence[MessageSpec], gather: GatherPlan | None, queue: str
+    ) -> list[TaskMessage]:
+        """See Dispatch."""
         group = f"{run_id}:g{gather.first}" if gather else ""
         wires = []
         for i, m in enumerate(members):
@@ -53,16 +130,16 @@ class CeleryDispatch:
             names = self._names(child if of_child else run_id, "a" if of_child else str(m.n))
             if gather:
                 names |= {GROUP: group, str(INDEX): str(i)}
-            wires.append(template.wire(names))
+            wires.append(template.render(names))
         return wires
 
-    def advance(self, run_id: str, agent: str, queue: str) -> Wire:
-        """See ports.Dispatch."""
-        return self._template("Advance", agent, queue, "", queue).wire(self._names(run_id, "a"))
+    def advance(self, run_id: str, agent: str, queue: str) -> TaskMessage:
+        """See Dispatch."""
+        return self._template("Advance", agent, queue, "", queue).render(self._names(run_id, "a"))
 
-    def finish(self, run_id: str, agent: str, queue: str) -> Wire:
-        """See ports.Dispatch."""
-        return self._template("Finish", agent, queue, "", queue).wire(self._names(run_id, "f"))
+    def finish(self, run_id: str, agent: str, queue: str) -> TaskMessage:
+        """See Dispatch."""
+        return self._template("Finish", agent, queue, "", queue).render(self._names(run_id, "f"))
 
     def _names(self, run_id: str, n: str) -> dict[str, str]:
         parent, _, of = run_id.rpartition("/")
@@ -73,31 +150,31 @@ class CeleryDispatch:
 
     def _template(
         self, kind: str, name: str, queue: str, gathered: str, home: str, timeout_s: float | None = None
-    ) -> Template:
+    ) -> MessageTemplate:
         key = (kind, name, queue, gathered, timeout_s)
         if key not in self._templates:
             signature = self._signature(kind, name, queue)
             if timeout_s is not None:
-                signature.set(time_limit=timeout_s + KILL_S)
+                signature.set(time_limit=timeout_s + KILL_GRACE_S)
             if gathered:
                 body = self._signature("Advance", name, home)
                 text = Gather([signature], body).rendered(GROUP, INDEX)[0]
             else:
-                buffer = Buffer()
+                buffer = BufferProducer()
                 signature.apply_async(producer=buffer, add_to_parent=False)
                 text = buffer.out[0]
-            self._templates[key] = Template(queue, text)
+            self._templates[key] = MessageTemplate(queue, text)
         return self._templates[key]
 
     def _signature(self, kind: str, name: str, queue: str) -> Any:
         args: tuple[str, ...]
         task, args = "agentmesh.step", (self._crew, RUN, N, kind, queue.rpartition(".")[2])
-        shown = f"{RUN} step {N}"
+        label = f"{RUN} step {N}"
         if kind in ("Advance", "Delegate"):
-            task, args, shown = "agentmesh.advance", (self._crew, RUN), RUN
+            task, args, label = "agentmesh.advance", (self._crew, RUN), RUN
         elif kind == "Finish":
-            task, args, shown = "agentmesh.finish", (self._crew, RUN), RUN
+            task, args, label = "agentmesh.finish", (self._crew, RUN), RUN
         return self._app.tasks[task].si(*args).set(
             queue=queue, task_id=UNIT, root_id=ROOT, parent_id=PARENT, shadow=f"{name}.{kind.lower()}",
-            argsrepr=shown, kwargsrepr="", ignore_result=True,
+            argsrepr=label, kwargsrepr="", ignore_result=True,
         )  # fmt: skip

@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 from celery import Celery
 
-from agentmesh.celery.loop import drive, loop_of_this_process
-from agentmesh.celery.site import Site
-from agentmesh.crew import Crew
-from agentmesh.doing import Doing
+from agentmesh.celery.event_loop import loop_of_this_process, run_sync
+from agentmesh.celery.mesh_runtime import ProcessState
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.step import RUNNING_INSIDE
+from agentmesh.engine.executor import StepExecutor
+from agentmesh.engine.local_runner import LocalRunner
+from agentmesh.engine.replay import History
+from agentmesh.engine.run import RunClient
 from agentmesh.errors import MeshError, RunError, error_from_json
-from agentmesh.event import Event, RunCancelled, RunDone, RunFailed
-from agentmesh.ports import Accepted, Refused, RunSpec
-from agentmesh.replay import History
-from agentmesh.run import Client
-from agentmesh.settle import Settling
-from agentmesh.step import INSIDE
+from agentmesh.journal.events import Event, RunCancelled, RunDone, RunFailed
+from agentmesh.journal.types import Accepted, Refused, RunSpec
 
 T = TypeVar("T")
 
@@ -31,39 +31,41 @@ def is_eager(app: Celery) -> bool:
     return bool(app.conf.task_always_eager)
 
 
-def eager_site(crew: Crew, doer: Doing, worker: str, ended: Callable[[History, Event], None]) -> Site:
+def eager_process_state(
+    crew: Crew, executor: StepExecutor, worker: str, on_run_end: Callable[[History, Event], None]
+) -> ProcessState:
     """What a mesh of an eager app has in this process."""
-    settling = Settling(crew, doer, start_ms=_now_ms(), ended=ended)
+    settling = LocalRunner(crew, executor, start_ms=_now_ms(), on_run_end=on_run_end)
     one = asyncio.Lock()  # time must not skip while another thread's step is at work
 
     async def begin(spec: RunSpec) -> Accepted | Refused:
-        inside = INSIDE.get()
+        inside = RUNNING_INSIDE.get()
         if inside:
             raise MeshError(
-                f"a run begun inside {inside} would wait for itself on an app with task_always_eager: make it an agent's flow"
+                f"a run started inside {inside} would wait for itself on an app with task_always_eager: make it an agent's flow"
             )
         wire = settling.dispatch.advance(spec.id, spec.agent, crew.queue)
-        return await _on_our_loop(alone(settling.begin(replace(spec, wire=wire))))
+        return await _on_mesh_loop(alone(settling.begin(replace(spec, wire=wire))))
 
     async def moved() -> None:
-        if not INSIDE.get():  # else whoever works on that step goes on with what was told
-            await _on_our_loop(alone(settling.settle()))
+        if not RUNNING_INSIDE.get():  # else whoever works on that step goes on with what was told
+            await _on_mesh_loop(alone(settling.run_until_idle()))
 
     async def alone(work: Coroutine[Any, Any, T]) -> T:
         async with one:
             settling.now_ms = max(settling.now_ms, _now_ms())
             return await work
 
-    client = Client(crew=crew, journal=settling.journal, drive=drive, moved=moved)
-    return Site(worker, settling.journal, client, settling.engines[0], settling.dispatch, begin)
+    client = RunClient(crew=crew, journal=settling.journal, run_sync=run_sync, on_change=moved)
+    return ProcessState(worker, settling.journal, client, settling.engines[0], settling.dispatch, begin)
 
 
-def value_of(events: Sequence[Event], run_id: str) -> Any:
+def canvas_value(events: Sequence[Event], run_id: str) -> Any:
     """What an eager canvas goes on with.
 
     Raises:
         RuntimeError: the run failed.
-        RunError: it was cancelled, or waits for somebody.
+        RunError: it was cancelled, or is waiting for a decision.
     """
     for event in reversed(events):
         if isinstance(event, RunDone):
@@ -73,12 +75,12 @@ def value_of(events: Sequence[Event], run_id: str) -> Any:
         if isinstance(event, RunCancelled):
             raise RunError(f"run {run_id} was cancelled", run_id=run_id)
     raise RunError(
-        f"run {run_id} waits for somebody, and an eager canvas cannot; ask `mesh.get({run_id!r}).waiting_for`",
+        f"run {run_id} is waiting for a decision, and an eager canvas cannot wait; see `mesh.get({run_id!r}).waiting_for`",
         run_id=run_id,
     )
 
 
-async def _on_our_loop(work: Coroutine[Any, Any, T]) -> T:
+async def _on_mesh_loop(work: Coroutine[Any, Any, T]) -> T:
     loop = loop_of_this_process()
     if asyncio.get_running_loop() is loop:
         return await work

@@ -4,9 +4,10 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import Any
+from typing import Any, Self
 
 from celery.bootsteps import CLOSE, RUN
 from celery.exceptions import WorkerShutdown, WorkerTerminate
@@ -14,17 +15,23 @@ from celery.utils.log import get_logger
 from celery.worker import WorkController
 from kombu.utils.url import maybe_sanitize_url
 
-from agentmesh.celery.consumer import MeshConsumer, broker_answers
+from agentmesh.celery.consumer import MeshConsumer, broker_error
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.housekeeping import Housekeeper
+from agentmesh.celery.lanes import Lanes
+from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.celery.pool import CANCEL_S, TaskPool
-from agentmesh.celery.rabbit import on_rabbit
+from agentmesh.celery.rabbitmq import on_rabbit
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.queue import Suspects
 from agentmesh.errors import ConfigError, ServiceDown
 
 logger = get_logger("agentmesh.embedded")
 
 Admits = Callable[[int], int]
 READY_S = 10.0
-AGAIN_S = 0.2  # a worker that ended by itself is made again after this, doubled up to AGAIN_MOST_S
-AGAIN_MOST_S = 5.0
+RESTART_S = 0.2  # a worker that ended by itself is made again after this, doubled up to MAX_RESTART_S
+MAX_RESTART_S = 5.0
 
 
 class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
@@ -101,15 +108,15 @@ class EmbeddedWorker:
         """Come back when it consumes; a second start does nothing.
 
         Raises:
-            ServiceDown: the broker does not answer.
+            ServiceDown: the broker does not respond.
             ConfigError: it did not get ready within 10 s.
         """
         if self.running:
             return
-        error = broker_answers(self._app, READY_S / 2)
+        error = broker_error(self._app, READY_S / 2)
         if error is not None:
             raise ServiceDown(
-                f"no broker answers at {maybe_sanitize_url(self._app.conf.broker_url)} ({error}). Start one, or leave "
+                f"no broker responds at {maybe_sanitize_url(self._app.conf.broker_url)} ({error}). Start one, or leave "
                 "`broker` empty to use the embedded one"
             ) from error
         self._leaving.clear()
@@ -122,7 +129,7 @@ class EmbeddedWorker:
                 self.stop(grace_s=0.0)
                 raise ConfigError(
                     f"the worker in this process is not ready for {list(self._queues)!r} after {READY_S:.0f} s "
-                    f"({worker.cause or 'no reason given'}). Look at the broker with `agentmesh doctor`"
+                    f"({worker.cause or 'no reason given'}). Check the broker with `agentmesh doctor`"
                 ) from worker.cause
 
     def stop(self, *, grace_s: float = 5.0) -> None:
@@ -140,7 +147,7 @@ class EmbeddedWorker:
                 worker.consumer.unblock()
             thread.join(0.02)
         if thread.is_alive():
-            logger.error("the worker thread of %s does not end; it is left to the end of the process", self.name)
+            logger.error("the worker thread of %s did not stop; it ends with the process", self.name)
         self._thread = self._worker = None
 
     def _make(self) -> _Worker:
@@ -149,12 +156,92 @@ class EmbeddedWorker:
         )
 
     def _live(self, worker: _Worker) -> None:
-        again_s = AGAIN_S
+        again_s = RESTART_S
         while True:
             began = monotonic()
             worker.live()
             if not worker.ready.is_set() or self._leaving.wait(again_s):
                 return
-            logger.error("the worker %s ended (%r) and is made again", self.name, worker.cause)
-            again_s = AGAIN_S if monotonic() - began > AGAIN_MOST_S else min(2 * again_s, AGAIN_MOST_S)
+            logger.error("worker %s ended (%r); starting a new one", self.name, worker.cause)
+            again_s = RESTART_S if monotonic() - began > MAX_RESTART_S else min(2 * again_s, MAX_RESTART_S)
             worker = self._worker = self._make()
+
+
+# ---- A worker in this process, for a while ------------------------------------------------------
+
+
+class InProcessWorker:
+    """Works for meshes of one Celery app; also usable as a context manager.
+
+    Args:
+        homes: the meshes, whose crews' leases are renewed and whose outboxes are swept meanwhile.
+        workers: one for all queues, or one for each group of queues that has places of its own.
+    """
+
+    def __init__(self, meshes: Sequence[MeshRuntime], workers: Sequence[EmbeddedWorker]) -> None:
+        self._homes, self._workers = list(meshes), list(workers)
+        self._tenders: list[tuple[MeshRuntime, Housekeeper]] = []
+
+    def start(self) -> Self:
+        """Returns when it consumes."""
+        for home in self._homes:
+            home.check()
+        try:
+            for home in self._homes:
+                # all queues: it may be the one sweeper, also for workers that serve others
+                self._tenders.append((home, home.start_housekeeping()))
+            for worker in self._workers:
+                worker.start()
+        except BaseException:
+            for worker in self._workers:
+                worker.stop(grace_s=0.0)
+            self._untend()
+            raise
+        return self
+
+    def stop(self, *, grace_s: float = 5.0) -> None:
+        """Stop consuming and let steps end for up to `grace_s`; what is cut off is given back."""
+        # at once: none takes more while another drains
+        with ThreadPoolExecutor(max(1, len(self._workers))) as stopping:
+            for done in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
+                done.result()
+        for home in self._untend():
+            run_sync(home.release_processes([os.getpid()]))
+
+    def _untend(self) -> list[MeshRuntime]:
+        """Those for which no other worker of this process works: what they still hold is given back."""
+        tended, self._tenders = self._tenders, []
+        return [home for home, tender in tended if home.stop_housekeeping(tender)]
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def make_workers(
+    app: Any, crew: Crew, queues: Sequence[str] = (), *, concurrency: int = 0, suspects: Suspects = "include",
+    admits: Admits | None = None,
+) -> list[EmbeddedWorker]:  # fmt: skip
+    """The workers of a crew's queues: one, and one more for each group of queues that stand in front of the same servers.
+
+    Args:
+        concurrency: of each; 0 is as the queues say.
+        admits: what all of them share; then it is one worker.
+    """
+    workers = []
+    for group in [list(queues)] if admits is not None else crew.worker_groups(queues):
+        declared = [crew.queues[name] for name in group or crew.queues]
+        of_servers = admits is None and bool(declared[0].url)
+        most = concurrency or (max if of_servers else sum)(q.concurrency for q in declared)
+        broker_queues = crew.broker_queues(group, suspects=suspects)
+        if broker_queues:
+            lanes = {crew.broker_queue(q.name): q.lane for q in declared}
+            room = _lanes(lanes, most) if of_servers and len({*lanes.values()}) > 1 else admits
+            workers.append(EmbeddedWorker(app, queues=broker_queues, concurrency=most, admits=room))
+    return workers
+
+
+def _lanes(lanes: Mapping[str, str], places: int) -> Lanes:
+    return Lanes(lanes, lambda in_hand: places - in_hand)

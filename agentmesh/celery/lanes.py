@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 RESERVED = 16  # of so many places one is kept for the realtime lane, at least one
 TURNS = 8  # in one of so many turns the low lane comes first, and in another one the high lane
-LOOK_S = 0.02  # how long only the realtime lane is asked before it is seen whether there is room for the others again
+RECENT_S = 0.02  # how long only the realtime lane is asked before it is seen whether there is room for the others again
 RANKS = {"realtime": 0, "high": 1, "low": 2}
 
 
@@ -47,7 +47,7 @@ class Lanes:
         """
         kept = self.kept(urgent)
         if room <= kept:
-            return [q for q in queues if self.is_urgent(q)], room, LOOK_S
+            return [q for q in queues if self.is_urgent(q)], room, RECENT_S
         first = self._owed_to(queues) or self._next_turn()
         ranked = sorted(queues, key=lambda queue: -1 if self._lane(queue) == first else RANKS[self._lane(queue)])
         return ranked, room - kept, wait_s

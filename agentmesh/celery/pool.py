@@ -16,8 +16,8 @@ from celery.concurrency.base import BasePool, apply_target
 from celery.utils.log import get_logger
 from celery.utils.saferepr import saferepr
 
-from agentmesh.celery.loop import loop_of_this_process
-from agentmesh.engine import NotBegun
+from agentmesh.celery.event_loop import loop_of_this_process
+from agentmesh.engine.engine import Skipped
 
 logger = get_logger("agentmesh.pool")
 
@@ -25,7 +25,7 @@ MEANWHILE_S = 0.5  # a consumer keeps its connection alive this often while the 
 CANCEL_S = 2.0  # how long a cancelled coroutine may take to clean up
 
 
-class Running:
+class RunningCoroutine:
     """A coroutine in flight. Celery holds it weakly as the request's handle, the pool holds it until its end."""
 
     __slots__ = ("__weakref__", "_callback", "_coro", "_name", "_pool", "_queue", "_stopped", "task")
@@ -56,7 +56,7 @@ class Running:
             if self._stopped:
                 return
             value = await self._coro()
-            if isinstance(value, NotBegun):
+            if isinstance(value, Skipped):
                 self._pool.not_begun(self._queue)
             self._report((0, "None" if value is None else saferepr(value), monotonic() - started))
         except BaseException as error:  # a SystemExit out of a step would end the loop, and with it every other step
@@ -100,8 +100,8 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
 
     def __init__(self, limit: int | None = None, **options: Any) -> None:
         super().__init__(limit, **options)
-        self._running: set[Running] = set()
-        self._arrived: deque[Running] = deque()
+        self._running: set[RunningCoroutine] = set()
+        self._arrived: deque[RunningCoroutine] = deque()
         self._woken = False
         self._pid = os.getpid()
         self._on_threads: set[concurrent.futures.Future[None]] = set()
@@ -137,7 +137,7 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         request = args[2]  # Request has decoded the body: the tracer would do it a second time
         if accept_callback is not None:
             accept_callback(self._pid, monotonic())
-        running = Running(
+        running = RunningCoroutine(
             self, args[0], lambda: coro(*request["args"], **request["kwargs"]), callback or (lambda _outcome: None),
             (request.get("delivery_info") or {}).get("routing_key") or "",
         )  # fmt: skip
@@ -154,7 +154,7 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
             running = self._arrived.popleft()
             running.task = self.loop.create_task(running.live())
 
-    def ended(self, running: Running) -> None:
+    def ended(self, running: RunningCoroutine) -> None:
         """Called on the loop by each coroutine that is through."""
         self._running.discard(running)
         self.room.set()
@@ -208,7 +208,7 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
             return
         late = tasks if grace_s <= 0 else (await asyncio.wait(tasks, timeout=grace_s))[1]
         if late:
-            logger.warning("%d steps did not end within %s s and are cancelled", len(late), grace_s)
+            logger.warning("%d steps did not finish within %s s and were cancelled", len(late), grace_s)
         for running in tuple(self._running):
             running.cancel()
         if late:

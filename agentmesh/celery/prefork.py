@@ -18,7 +18,7 @@ from celery.signals import setup_logging
 from celery.utils.log import get_logger
 
 from agentmesh.celery.consumer import MeshConsumer
-from agentmesh.doing import RUNNING
+from agentmesh.engine.executor import RUNNING_THREADS
 
 logger = get_logger("agentmesh.prefork")
 
@@ -34,8 +34,8 @@ class _Process(asynpool.Worker):  # type: ignore[misc]  # celery is untyped
 
         def wait_or_leave() -> Any:
             # Between two jobs: the last one is committed and reported, the next one not yet taken.
-            if RUNNING:
-                logger.warning("a tool did not stop when its time was up; process %d ends, and the tool with it", pid)
+            if RUNNING_THREADS:
+                logger.warning("a tool did not stop at its timeout; process %d exits, and the tool with it", pid)
                 sys.exit(EX_RECYCLE)
             return wait()
 

@@ -2,10 +2,10 @@
 
 import sys
 
-from agentmesh.cli.child import taken_spec
-from agentmesh.cli.exits import end_quickly
 from agentmesh.cli.run import keep_worker
+from agentmesh.runtime.process_exit import skip_final_collection
+from agentmesh.worker.asyncio_worker import take_spec
 
 if __name__ == "__main__":
-    end_quickly()
-    sys.exit(keep_worker(taken_spec()))
+    skip_final_collection()
+    sys.exit(keep_worker(take_spec()))

@@ -7,17 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from agentmesh.cli.exits import INTERRUPTED, end_quickly, exit_code, leave_at_once, say_error
+from agentmesh.cli.options import Options
 from agentmesh.cli.rag import rag
-from agentmesh.cli.state import State
 from agentmesh.errors import MeshError
+from agentmesh.runtime.process_exit import INTERRUPTED, exit_at_once, exit_code, print_error, skip_final_collection
 
 app = typer.Typer(
     name="agentmesh", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Run crews of agents on Celery. Every step is journaled: whatever dies, the run goes on.",
     epilog="Examples:  agentmesh run crew.py 'write about tea'  ·  agentmesh worker crew.py  ·  agentmesh runs ls",
 )  # fmt: skip
-runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at runs and speak to them.",
+runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect and control runs.",
                    epilog="Examples:  agentmesh runs show ID  ·  agentmesh runs approve ID 2  ·  agentmesh runs resume ID")  # fmt: skip
 models = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models on this machine.",
                      epilog="Examples:  agentmesh models pull smollm2  ·  agentmesh models ls  ·  agentmesh models rm smollm2")  # fmt: skip
@@ -25,11 +25,11 @@ app.add_typer(runs, name="runs")
 app.add_typer(models, name="models")
 app.add_typer(rag, name="rag")
 
-Broker = Annotated[str, typer.Option(help="Celery broker URL; left out, an embedded Valkey is used.", metavar="URL")]
+Broker = Annotated[str, typer.Option(help="Celery broker URL; defaults to an embedded Valkey.", metavar="URL")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 RunId = Annotated[str, typer.Argument(metavar="ID", help="The run's id.")]
 StepN = Annotated[int, typer.Argument(metavar="N", help="The step's number.")]
-By = Annotated[str, typer.Option(help="Who says so; kept in the journal.")]
+By = Annotated[str, typer.Option(help="Who decides; recorded in the journal.")]
 
 
 def _version(wanted: bool) -> None:
@@ -50,7 +50,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    State.config, State.debug = config, debug
+    Options.config, Options.debug = config, debug
 
 
 @app.command(
@@ -58,19 +58,19 @@ def _options(
 )
 def run(
     crew: Annotated[
-        str, typer.Argument(metavar="CREW", help="A Python file that makes a Crew: crew.py or crew.py:name.")
+        str, typer.Argument(metavar="CREW", help="A Python file that defines a Crew: crew.py or crew.py:name.")
     ],
     task: Annotated[
         str,
         typer.Argument(
-            metavar="TASK", help="What the crew's first agent is to do; JSON where its flow takes more than text."
+            metavar="TASK", help="The task of the crew's first agent: text, or JSON where its flow takes more."
         ),
     ],
     broker: Broker = "",
     model: Annotated[
-        str, typer.Option(help="For agents that name none, such as openai:gpt-5-mini.", metavar="NAME")
+        str, typer.Option(help="Model for agents without one, such as openai:gpt-5-mini.", metavar="NAME")
     ] = "",
-    id: Annotated[str, typer.Option(help="The run's id; the same id and task take up the run that is there.")] = "",
+    id: Annotated[str, typer.Option(help="The run's id; an existing run with the same id and task is resumed.")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and leave it running.")] = False,
     json: Json = False,
 ) -> None:
@@ -78,7 +78,7 @@ def run(
     from agentmesh.cli.run import run_crew
 
     raise typer.Exit(
-        run_crew(crew, task, broker=broker, model=model, run_id=id, detach=detach, as_json=json, file=State.config)
+        run_crew(crew, task, broker=broker, model=model, run_id=id, detach=detach, as_json=json, file=Options.config)
     )
 
 
@@ -87,23 +87,23 @@ def run(
 )
 def worker(
     crews: Annotated[list[str], typer.Argument(metavar="CREW...", help="Crew files; one worker may serve several.")],
-    queue: Annotated[list[str] | None, typer.Option(help="Queues to serve; all of the crews' when left out.")] = None,
+    queue: Annotated[list[str] | None, typer.Option(help="Queues to serve; defaults to all of the crews'.")] = None,
     concurrency: Annotated[int, typer.Option(help="Steps at once in a process; 0 is what the queues say.")] = 0,
     processes: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
     metrics: Annotated[
         str, typer.Option(help="Serve /metrics and /health here: PORT on loopback, or HOST:PORT.", metavar="PORT")
     ] = "",
     log: Annotated[
-        str, typer.Option(help="Log each step, as text or json; warnings alone when left out.", metavar="FORM")
+        str, typer.Option(help="Log each step, as text or json; defaults to warnings only.", metavar="FORM")
     ] = "",
     beat: Annotated[
-        bool, typer.Option("--beat", help="Begin what the crews' schedules say; any number may do so.")
+        bool, typer.Option("--beat", help="Start the crews' scheduled runs; safe on any number of workers.")
     ] = False,
     events: Annotated[bool, typer.Option("--events", help="Send task events, for Flower.")] = False,
     broker: Broker = "",
-    model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
+    model: Annotated[str, typer.Option(help="Model for agents without one.", metavar="NAME")] = "",
 ) -> None:
-    """Run supervised Celery workers: a process that dies is started again, and what it held goes on at once."""
+    """Run supervised Celery workers: a process that dies is restarted, and its steps continue at once."""
     from agentmesh.cli.worker import run_workers
 
     raise typer.Exit(
@@ -116,7 +116,7 @@ def worker(
             log=log,
             broker=broker,
             model=model,
-            file=State.config,
+            file=Options.config,
             beat=beat,
             events=events,
         )
@@ -128,10 +128,10 @@ def worker(
 )
 def serve(
     crew: Annotated[
-        str, typer.Argument(metavar="CREW", help="A Python file that makes a Crew; its agents and models are served.")
+        str, typer.Argument(metavar="CREW", help="A Python file that defines a Crew; its agents and models are served.")
     ],
     host: Annotated[
-        str, typer.Option(help="The address to listen at; another than loopback needs --key-env.")
+        str, typer.Option(help="The address to listen on; any other than loopback needs --key-env.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
     key_env: Annotated[
@@ -142,7 +142,7 @@ def serve(
     ] = None,
     processes: Annotated[int, typer.Option(help="Worker processes; 0 where workers run elsewhere.", min=0)] = 1,
     broker: Broker = "",
-    model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
+    model: Annotated[str, typer.Option(help="Model for agents without one.", metavar="NAME")] = "",
 ) -> None:
     """Serve a crew's agents and models to any client of OpenAI's API; each request is a run."""
     from agentmesh.cli.serve import serve_crew
@@ -150,16 +150,16 @@ def serve(
     raise typer.Exit(
         serve_crew(
             crew, host=host, port=port, key_env=key_env, embed=embed or [], processes=processes, broker=broker, model=model,
-            file=State.config,
+            file=Options.config,
         )
     )  # fmt: skip
 
 
 @app.command(epilog="Examples:  agentmesh new shop")
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The folder; made where you are.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The folder to create.")],
 ) -> None:
-    """Make a folder with a small crew, a test of it and a README, to begin from."""
+    """Create a folder with a small crew, its test and a README."""
     from agentmesh.cli.new import make_new
 
     raise typer.Exit(make_new(name))
@@ -167,12 +167,12 @@ def new(
 
 @app.command()
 def doctor(
-    crew: Annotated[str, typer.Argument(metavar="CREW", help="A crew file to check too.")] = "", broker: Broker = ""
+    crew: Annotated[str, typer.Argument(metavar="CREW", help="Also check this crew file.")] = "", broker: Broker = ""
 ) -> None:
-    """Look at everything a run needs; each finding comes with its mend."""
-    from agentmesh.cli.doctor import examine
+    """Check everything a run needs; every problem comes with a fix."""
+    from agentmesh.cli.doctor import run_doctor
 
-    raise typer.Exit(examine(crew, broker=broker, file=State.config))
+    raise typer.Exit(run_doctor(crew, broker=broker, file=Options.config))
 
 
 @runs.command("ls")
@@ -181,18 +181,18 @@ def runs_ls(
     broker: Broker = "",
     json: Json = False,
 ) -> None:
-    """The newest runs: id, state, agent, steps' cost."""
+    """List the newest runs: id, state, agent, cost."""
     from agentmesh.cli.runs import list_runs
 
-    raise typer.Exit(list_runs(limit, broker=broker, as_json=json, file=State.config))
+    raise typer.Exit(list_runs(limit, broker=broker, as_json=json, file=Options.config))
 
 
 @runs.command("show")
 def runs_show(id: RunId, broker: Broker = "", json: Json = False) -> None:
-    """One run's journal, and what it waits for."""
+    """Show a run's journal and what it is waiting for."""
     from agentmesh.cli.runs import show_run
 
-    raise typer.Exit(show_run(id, broker=broker, as_json=json, file=State.config))
+    raise typer.Exit(show_run(id, broker=broker, as_json=json, file=Options.config))
 
 
 @runs.command("tail")
@@ -200,64 +200,66 @@ def runs_tail(id: RunId, broker: Broker = "", json: Json = False) -> None:
     """Follow a run until it ends; starts no worker."""
     from agentmesh.cli.runs import tail_run
 
-    raise typer.Exit(tail_run(id, broker=broker, as_json=json, file=State.config))
+    raise typer.Exit(tail_run(id, broker=broker, as_json=json, file=Options.config))
 
 
 @runs.command("approve")
 def runs_approve(id: RunId, n: StepN, by: By = "", broker: Broker = "") -> None:
-    """Say yes to a step that waits for it."""
+    """Approve a step that is waiting for approval."""
     from agentmesh.cli.runs import tell_run
 
-    raise typer.Exit(tell_run(id, "approve", n=n, by=by, broker=broker, file=State.config))
+    raise typer.Exit(tell_run(id, "approve", n=n, by=by, broker=broker, file=Options.config))
 
 
 @runs.command("deny")
 def runs_deny(
     id: RunId, n: StepN, by: By = "",
-    reason: Annotated[str, typer.Option(help="Told to whoever asked, a model too.")] = "", broker: Broker = "",
+    reason: Annotated[str, typer.Option(help="Shown to whoever asked, including a model.")] = "", broker: Broker = "",
 ) -> None:  # fmt: skip
-    """Say no to a step that waits for a yes."""
+    """Deny a step that is waiting for approval."""
     from agentmesh.cli.runs import tell_run
 
-    raise typer.Exit(tell_run(id, "deny", n=n, by=by, reason=reason, broker=broker, file=State.config))
+    raise typer.Exit(tell_run(id, "deny", n=n, by=by, reason=reason, broker=broker, file=Options.config))
 
 
 @runs.command("cancel")
 def runs_cancel(id: RunId, by: By = "", broker: Broker = "") -> None:
-    """End a run and everything below it."""
+    """Cancel a run and all its sub-agents."""
     from agentmesh.cli.runs import tell_run
 
-    raise typer.Exit(tell_run(id, "cancel", by=by, broker=broker, file=State.config))
+    raise typer.Exit(tell_run(id, "cancel", by=by, broker=broker, file=Options.config))
 
 
 @runs.command("resolve")
 def runs_resolve(
     id: RunId, n: StepN,
-    action: Annotated[str, typer.Argument(metavar="WHAT", help="done, failed or retry: what became of a step in doubt.")],
+    action: Annotated[str, typer.Argument(metavar="WHAT", help="done, failed or retry: the outcome of the step.")],
     value: Annotated[str, typer.Option(help="With done: the step's value, as JSON.")] = "null", by: By = "", broker: Broker = "",
 ) -> None:  # fmt: skip
-    """Say what becomes of a step in doubt, or quarantined."""
+    """Resolve a step that is in doubt or quarantined."""
     from agentmesh.cli.runs import tell_run
 
-    raise typer.Exit(tell_run(id, "resolve", n=n, action=action, value=value, by=by, broker=broker, file=State.config))
+    raise typer.Exit(
+        tell_run(id, "resolve", n=n, action=action, value=value, by=by, broker=broker, file=Options.config)
+    )
 
 
 @runs.command("resume")
 def runs_resume(
     id: RunId,
     crew: Annotated[
-        str, typer.Argument(metavar="CREW", help="The crew file; the one the run was begun from when left out.")
+        str, typer.Argument(metavar="CREW", help="The crew file; defaults to the one the run was started from.")
     ] = "",
     limit: Annotated[list[str] | None, typer.Option(help="Raise a limit, such as turns=50.")] = None,
     broker: Broker = "",
-    model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
+    model: Annotated[str, typer.Option(help="Model for agents without one.", metavar="NAME")] = "",
     json: Json = False,
 ) -> None:
-    """Go on with a run where it was; finished steps are not done again."""
+    """Resume a run; finished steps are not repeated."""
     from agentmesh.cli.run import resume_run
 
     raise typer.Exit(
-        resume_run(id, crew=crew, limits=limit or [], broker=broker, model=model, as_json=json, file=State.config)
+        resume_run(id, crew=crew, limits=limit or [], broker=broker, model=model, as_json=json, file=Options.config)
     )
 
 
@@ -265,26 +267,28 @@ def runs_resume(
 def runs_retry(
     id: RunId,
     crew: Annotated[
-        str, typer.Argument(metavar="CREW", help="The crew file; the one the run was begun from when left out.")
+        str, typer.Argument(metavar="CREW", help="The crew file; defaults to the one the run was started from.")
     ] = "",
     limit: Annotated[list[str] | None, typer.Option(help="Another limit than the crew's, such as turns=50.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the new run's id and leave it running.")] = False,
     broker: Broker = "",
-    model: Annotated[str, typer.Option(help="For agents that name none.", metavar="NAME")] = "",
+    model: Annotated[str, typer.Option(help="Model for agents without one.", metavar="NAME")] = "",
     json: Json = False,
 ) -> None:
-    """Do an ended run's failed steps again, in a run ID~2 that begins with all the others."""
+    """Retry the failed steps of a finished run, as a run ID~2 that keeps all the others."""
     from agentmesh.cli.run import retry_run
 
-    said: dict[str, Any] = {"broker": broker, "model": model, "as_json": json, "file": State.config}
-    raise typer.Exit(retry_run(id, crew=crew, limits=limit or [], detach=detach, **said))
+    options: dict[str, Any] = {"broker": broker, "model": model, "as_json": json, "file": Options.config}
+    raise typer.Exit(retry_run(id, crew=crew, limits=limit or [], detach=detach, **options))
 
 
 @models.command("pull")
 def models_pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, or a name of the hub such as Qwen/Qwen3-0.6B.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="smollm2, or a name from the hub such as Qwen/Qwen3-0.6B.")
+    ],
 ) -> None:
-    """Fetch a model into the cache; a second pull finds it there."""
+    """Download a model into the cache."""
     from agentmesh.cli.models import pull_model
 
     raise typer.Exit(pull_model(name))
@@ -293,11 +297,11 @@ def models_pull(
 @models.command("rm")
 def models_rm(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A name that `models ls` lists, or of a pull that broke off.")
+        str, typer.Argument(metavar="NAME", help="A name listed by `models ls`, or of an unfinished pull.")
     ],
     json: Json = False,
 ) -> None:
-    """Remove a model and what a broken-off pull left of it; a process that has loaded it goes on with what it has."""
+    """Remove a model and its unfinished downloads; a process that has loaded it keeps working."""
     from agentmesh.cli.models import remove_model
 
     raise typer.Exit(remove_model(name, as_json=json))
@@ -313,14 +317,14 @@ def models_ls(json: Json = False) -> None:
 
 def main() -> None:
     """The console script: errors become an `error:` and a `help:` line, and an exit code."""
-    before = signal.signal(signal.SIGINT, leave_at_once)
-    end_quickly()
+    before = signal.signal(signal.SIGINT, exit_at_once)
+    skip_final_collection()
     try:
         app()
     except MeshError as e:
-        if State.debug:
+        if Options.debug:
             raise
-        say_error(e)
+        print_error(e)
         sys.exit(exit_code(e))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

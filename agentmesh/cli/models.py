@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from agentmesh.cli.exits import interruptible
 from agentmesh.errors import ExtraMissing
-from agentmesh.models.cache import installed, is_installed, model_folder
+from agentmesh.hub.cache import installed, is_installed, model_folder
+from agentmesh.runtime.process_exit import interruptible
 
 
 def pull_model(name: str) -> int:
@@ -19,7 +19,7 @@ def pull_model(name: str) -> int:
 
 def _pulled(name: str) -> Path:
     try:
-        from agentmesh.models.pull import pull
+        from agentmesh.hub.pull import pull
     except ImportError as e:
         raise ExtraMissing(
             f"local models need {e.name}, which is not installed: pip install 'agentmesh-celery[local]'"
@@ -38,9 +38,9 @@ def _pulled(name: str) -> Path:
 
 def remove_model(name: str, *, as_json: bool) -> int:
     """Take one model out of the cache."""
-    from agentmesh.models.remove import remove  # what it knows of pip takes a while to load
+    from agentmesh.hub.pull import remove_cached  # what it knows of pip takes a while to load
 
-    freed = remove(name)
+    freed = remove_cached(name)
     print(json.dumps({"name": name, "bytes": freed}) if as_json else f"{name}: removed, {freed / 1e6:.0f} MB")
     return 0
 

@@ -5,16 +5,19 @@ from typing import Annotated
 
 import typer
 
-from agentmesh.cli.state import State
+from agentmesh.cli.options import Options
 
 rag = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Documents in, passages out: a store that many processes share.",
     epilog="Examples:  agentmesh rag add docs/  ·  agentmesh rag search 'parental leave'  ·  agentmesh rag stats",
 )  # fmt: skip
 
-Store = Annotated[Path | None, typer.Option(help="The store's folder; .agentmesh/rag when left out.", metavar="DIR")]
+Store = Annotated[Path | None, typer.Option(help="The store's folder; defaults to .agentmesh/rag.", metavar="DIR")]
 Embed = Annotated[
-    str, typer.Option(help="wordllama, local:NAME, openai:NAME or a server's URL; what the store has.", metavar="NAME")
+    str,
+    typer.Option(
+        help="wordllama, local:NAME, openai:NAME or a server's URL; defaults to the store's own.", metavar="NAME"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help="Folders and files.")]
@@ -25,8 +28,8 @@ Overlap = Annotated[int, typer.Option(help="Characters that it shares with the o
 Meta = Annotated[list[str] | None, typer.Option(help="Metadata of every passage, such as year=2026.", metavar="K=V")]
 Mode = Annotated[str, typer.Option(help="hybrid, dense or text.")]
 Where = Annotated[str, typer.Option(help='A filter as JSON, such as \'{"year": {"$gte": 2024}}\'.', metavar="JSON")]
-Broker = Annotated[str, typer.Option(help="Celery broker URL; left out, an embedded Valkey is used.", metavar="URL")]
-Id = Annotated[str, typer.Option(help="The run's id; the same id takes up the run that is there.")]
+Broker = Annotated[str, typer.Option(help="Celery broker URL; defaults to an embedded Valkey.", metavar="URL")]
+Id = Annotated[str, typer.Option(help="The run's id; an existing run with this id is resumed.")]
 Queues = Annotated[
     list[str] | None,
     typer.Option(
@@ -44,11 +47,11 @@ def rag_add(
     overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", queue: Queues = None, id: Id = "", json: Json = False,
 ) -> None:  # fmt: skip
     """Index what is new or changed. Ctrl-C leaves the run resumable."""
-    from agentmesh.cli.adding import add_documents
+    from agentmesh.cli.rag_add import add_documents
 
     raise typer.Exit(add_documents(
         paths, store=store, embed=embed, glob=glob, label=label, size=size, overlap=overlap, meta=meta or [],
-        broker=broker, queues=queue or [], run_id=id, as_json=json, file=State.config,
+        broker=broker, queues=queue or [], run_id=id, as_json=json, file=Options.config,
     ))  # fmt: skip
 
 
@@ -56,14 +59,14 @@ def rag_add(
 def rag_sync(
     paths: Paths, store: Store = None, embed: Embed = "", glob: Glob = "", label: Label = "", size: Size = 1000,
     overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", queue: Queues = None, id: Id = "", json: Json = False,
-    force: Annotated[bool, typer.Option("--force", help="Also when more than half vanished.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove documents even when more than half have vanished.")] = False,
 ) -> None:  # fmt: skip
     """`add`, and what vanished from these folders leaves the store."""
-    from agentmesh.cli.adding import add_documents
+    from agentmesh.cli.rag_add import add_documents
 
     raise typer.Exit(add_documents(
         paths, store=store, embed=embed, glob=glob, label=label, size=size, overlap=overlap, meta=meta or [],
-        broker=broker, queues=queue or [], run_id=id, as_json=json, file=State.config, sync=True, force=force,
+        broker=broker, queues=queue or [], run_id=id, as_json=json, file=Options.config, sync=True, force=force,
     ))  # fmt: skip
 
 
@@ -72,39 +75,39 @@ def rag_sync(
 )
 def rag_search(
     text: Annotated[str, typer.Argument(help="What to look for.")], k: K = 5, mode: Mode = "hybrid", where: Where = "",
-    diverse: Annotated[float, typer.Option(help="0 to 1: how far passages that repeat each other stand back.")] = 0.0,
+    diverse: Annotated[float, typer.Option(help="0 to 1: how strongly near-duplicate passages are demoted.")] = 0.0,
     store: Store = None, embed: Embed = "", json: Json = False,
 ) -> None:  # fmt: skip
     """The passages that fit best, best first."""
-    from agentmesh.cli.asking import search
+    from agentmesh.cli.rag_query import search
 
     raise typer.Exit(search(
-        text, k=k, mode=mode, where=where, diverse=diverse, store=store, embed=embed, as_json=json, file=State.config
+        text, k=k, mode=mode, where=where, diverse=diverse, store=store, embed=embed, as_json=json, file=Options.config
     ))  # fmt: skip
 
 
 @rag.command("stats")
 def rag_stats(store: Store = None, json: Json = False) -> None:
     """How much there is, of what, and by which embedder."""
-    from agentmesh.cli.asking import stats
+    from agentmesh.cli.rag_query import stats
 
-    raise typer.Exit(stats(store=store, as_json=json, file=State.config))
+    raise typer.Exit(stats(store=store, as_json=json, file=Options.config))
 
 
 @rag.command("verify")
 def rag_verify(store: Store = None) -> None:
     """Read everything and compare checksums; names each damaged file."""
-    from agentmesh.cli.asking import verify
+    from agentmesh.cli.rag_query import verify
 
-    raise typer.Exit(verify(store=store, file=State.config))
+    raise typer.Exit(verify(store=store, file=Options.config))
 
 
 @rag.command("compact")
 def rag_compact(store: Store = None) -> None:
     """Merge small segments into large ones; ingests do it by themselves."""
-    from agentmesh.cli.asking import compact
+    from agentmesh.cli.rag_query import compact
 
-    raise typer.Exit(compact(store=store, file=State.config))
+    raise typer.Exit(compact(store=store, file=Options.config))
 
 
 @rag.command("reembed", epilog="Examples:  agentmesh rag reembed --embed local:BAAI/bge-small-en-v1.5")
@@ -112,9 +115,9 @@ def rag_reembed(
     embed: Annotated[str, typer.Option(help="The new embedder.", metavar="NAME")], store: Store = None
 ) -> None:
     """Give the stored passages the vectors of another embedder; searches go on meanwhile."""
-    from agentmesh.cli.asking import reembed
+    from agentmesh.cli.rag_query import reembed
 
-    raise typer.Exit(reembed(embed, store=store, file=State.config))
+    raise typer.Exit(reembed(embed, store=store, file=Options.config))
 
 
 @rag.command(
@@ -127,10 +130,10 @@ def rag_eval(
     mode: Mode = "hybrid", store: Store = None, embed: Embed = "", json: Json = False,
 ) -> None:  # fmt: skip
     """How often questions find the passage that answers them: recall and mean reciprocal rank."""
-    from agentmesh.cli.asking import evaluate
+    from agentmesh.cli.rag_query import evaluate
 
     raise typer.Exit(evaluate(
-        questions, k=k or [1, 3, 5, 10], mode=mode, store=store, embed=embed, as_json=json, file=State.config
+        questions, k=k or [1, 3, 5, 10], mode=mode, store=store, embed=embed, as_json=json, file=Options.config
     ))  # fmt: skip
 
 
@@ -142,8 +145,8 @@ def rag_import(
     store: Store = None, embed: Embed = "",
 ) -> None:  # fmt: skip
     """Take over the passages and vectors of an old LangChain folder."""
-    from agentmesh.cli.asking import import_langchain
+    from agentmesh.cli.rag_query import import_langchain
 
     raise typer.Exit(import_langchain(
-        folder, name=name, trust_pickle=trust_pickle, store=store, embed=embed, file=State.config
+        folder, name=name, trust_pickle=trust_pickle, store=store, embed=embed, file=Options.config
     ))  # fmt: skip

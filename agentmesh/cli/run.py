@@ -11,29 +11,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agentmesh.boot import check_models, load_crew, place
-from agentmesh.celery.loop import drive
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.celery.valkey import EmbeddedValkey
-from agentmesh.cli.child import SPEC_IN, specs_of
-from agentmesh.cli.elsewhere import deserted, left
-from agentmesh.cli.embedding import taken_by
-from agentmesh.cli.exits import DONE, FAILED, INTERRUPTED, WAITING, exit_code, interruptible, say_error
-from agentmesh.cli.place import Place
-from agentmesh.cli.show import View, answer, make_view
-from agentmesh.cli.spares import spares_of
-from agentmesh.cli.watching import follow
-from agentmesh.cli.worker import giver_back
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.cli.run_view import View, answer, follow, make_view
+from agentmesh.cli.runs import JournalAccess
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config, load
-from agentmesh.crew import Crew
+from agentmesh.definitions.crew import Crew
+from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, MeshError, RunError, ServiceDown
 from agentmesh.mesh import Mesh
-from agentmesh.models.named import Models
-from agentmesh.run import Run
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.bootstrap import check_models, resolve_servers
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.runtime.process_exit import DONE, FAILED, INTERRUPTED, WAITING, exit_code, interruptible, print_error
+from agentmesh.runtime.valkey import EmbeddedValkey
 from agentmesh.schema import from_json
+from agentmesh.worker.asyncio_worker import SPEC_ENV, worker_commands
+from agentmesh.worker.embed_queues import consumed_queues
+from agentmesh.worker.standby import fallback_workers, queues_left_to_others, standby_workers
+from agentmesh.worker.supervisor import Supervisor
 
 READY_S = 60.0
-LOADED_S = 900.0  # where a worker loads a model first
+MODEL_READY_S = 900.0  # where a worker loads a model first
 STUCK_LOOKS = 3
 STDERR = 2  # of workers too: the answer alone goes to the output
 DRAIN_S = 3.0  # a worker with a model in it takes two to leave; twice that where processes of a pool end too
@@ -44,19 +43,19 @@ def run_crew(
 ) -> int:
     """Begin a run and see it to its end."""
     crew = load_crew(path)
-    asked = load(file=file, broker=broker or None, model=model or None)
-    check_models(crew, asked)
-    given = _task(crew, task)
-    config, valkey = place(asked)
+    config_ = load(file=file, broker=broker or None, model=model or None)
+    check_models(crew, config_)
+    task_ = _task(crew, task)
+    config, valkey = resolve_servers(config_)
     try:
-        mesh = Mesh(crew, config=config, models=Models())
+        mesh = Mesh(crew, config=config, models=ModelRegistry())
         mesh.check()
-        run = mesh.start(crew.lead, given, id=run_id, stream=not detach, origin=origin_of(path))
+        run = mesh.start(crew.lead, task_, id=run_id, stream=not detach, origin=origin_of(path))
         if detach:
-            _leave_a_worker(path, asked, run.id)
+            _leave_a_worker(path, config_, run.id)
             print(run.id)
             return DONE
-        return see_through(run, mesh, path, config, as_json=as_json)
+        return follow_run(run, mesh, path, config, as_json=as_json)
     finally:
         _leave(valkey)
 
@@ -65,20 +64,20 @@ def resume_run(
     run_id: str, *, crew: str, limits: list[str], broker: str, model: str, as_json: bool, file: Path | None
 ) -> int:
     """Go on with a run: with the crew file it was begun from, unless another is named."""
-    found = Place.open(broker=broker, model=model, file=file)
+    access = JournalAccess.open(broker=broker, model=model, file=file)
     try:
-        run = found.run(run_id)
-        path = crew or _crew_file(found, run_id, "resume")
+        run = access.run(run_id)
+        path = crew or _crew_file(access, run_id, "resume")
         loaded = load_crew(path)
         if limits:
             run.raise_limits(_limits(limits))
         for item in run.waiting_for:
             if item.why.startswith("replay"):
                 run.revive(item)
-        mesh = Mesh(loaded, config=found.config, models=Models())
-        return see_through(mesh.get(run_id), mesh, path, found.config, as_json=as_json)
+        mesh = Mesh(loaded, config=access.config, models=ModelRegistry())
+        return follow_run(mesh.get(run_id), mesh, path, access.config, as_json=as_json)
     finally:
-        found.close()
+        access.close()
 
 
 def retry_run(
@@ -86,13 +85,13 @@ def retry_run(
 ) -> int:  # fmt: skip
     """Do the failed steps of an ended run again, in a run that begins with the others, and see it to its end."""
     raised = _limits(limits)
-    found = Place.open(broker=broker, model=model, file=file)
+    access = JournalAccess.open(broker=broker, model=model, file=file)
     try:
-        found.run(run_id)
-        path = crew or _crew_file(found, run_id, "retry")
+        access.run(run_id)
+        path = crew or _crew_file(access, run_id, "retry")
         loaded = load_crew(path)
-        check_models(loaded, found.config)
-        mesh = Mesh(loaded, config=found.config, models=Models())
+        check_models(loaded, access.config)
+        mesh = Mesh(loaded, config=access.config, models=ModelRegistry())
         run = mesh.get(run_id).retry()
         print(f"{run_id} goes on as {run.id}", file=sys.stderr)
         if raised:
@@ -101,14 +100,14 @@ def retry_run(
             _leave_a_worker(path, load(file=file, broker=broker or None, model=model or None), run.id)
             print(run.id)
             return DONE
-        return see_through(run, mesh, path, found.config, as_json=as_json)
+        return follow_run(run, mesh, path, access.config, as_json=as_json)
     finally:
-        found.close()
+        access.close()
 
 
-def _crew_file(found: Place, run_id: str, verb: str) -> str:
+def _crew_file(found: JournalAccess, run_id: str, verb: str) -> str:
     """The file that the run was begun from."""
-    started = drive(found.journal.events(run_id.partition("/")[0]))[0]
+    started = run_sync(found.journal.events(run_id.partition("/")[0]))[0]
     path = getattr(started, "origin", "")
     if not path:
         raise DefinitionError(
@@ -118,7 +117,7 @@ def _crew_file(found: Place, run_id: str, verb: str) -> str:
 
 
 @interruptible()
-def see_through(
+def follow_run(
     run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool, view: View | None = None,
     say: Callable[..., int | None] = answer, queues: Sequence[str] = (),
 ) -> int:  # fmt: skip
@@ -133,21 +132,23 @@ def see_through(
     supervisor.start()
     view = view or make_view(as_json=as_json)
     try:
-        ready_s = LOADED_S if mesh.crew.queues_in("device") else READY_S
-        if drive(run.head()).status == "open" and not supervisor.wait_ready(ready_s):
-            raise ServiceDown(f"the worker did not get ready in {ready_s:.0f} s; see why with: agentmesh worker {path}")
+        ready_s = MODEL_READY_S if mesh.crew.queues_of_pool("device") else READY_S
+        if run_sync(run.head()).status == "open" and not supervisor.wait_ready(ready_s):
+            raise ServiceDown(
+                f"the worker was not ready within {ready_s:.0f} s; find out why with: agentmesh worker {path}"
+            )
         waits = asyncio.run(_show(run, view))
         view.close()
         if waits:
-            return _say_waiting(run)
+            return _print_waiting(run)
         return say(run.result(timeout_s=10), as_json=as_json) or DONE
     except KeyboardInterrupt:
         view.close()
-        print(f"\ninterrupted; the run is where it was: agentmesh runs resume {run.id}", file=sys.stderr)
+        print(f"\ninterrupted; resume the run with: agentmesh runs resume {run.id}", file=sys.stderr)
         return INTERRUPTED
     except RunError as e:
         view.close()
-        say_error(e)
+        print_error(e)
         return FAILED
     finally:
         view.close()
@@ -160,14 +161,14 @@ def _supervisor(
     crew: Crew, path: str, config: Config, queues: Sequence[str], *, quiet: bool
 ) -> tuple[Supervisor, float]:
     """Of our own workers, and of those for the case that workers elsewhere are gone; and how long they may drain."""
-    away = left(config, path, crew, queues)
+    away = queues_left_to_others(config, path, crew, queues)
     served = [queue for queue in crew.queues if queue not in away]
-    commands = specs_of(config, {path: crew}, queues=served, suspects="elsewhere")
+    commands = worker_commands(config, {path: crew}, queues=served, suspects="exclude")
     drain_s = DRAIN_S if len(commands) == 1 else 2 * DRAIN_S
-    spares = spares_of(config, {path: crew}, queues=served)
-    spares += deserted(config, path, crew, away, start=not queues)
+    spares = standby_workers(config, {path: crew}, queues=served)
+    spares += fallback_workers(config, path, crew, away, start=not queues)
     supervisor = Supervisor(
-        commands, spares=spares, drain_s=drain_s, on_death=giver_back(config, taken_by([crew])),
+        commands, spares=spares, drain_s=drain_s, on_death=release_on_death(config, consumed_queues([crew])),
         output=subprocess.DEVNULL if quiet else STDERR,
     )  # fmt: skip
     return supervisor, drain_s
@@ -204,9 +205,9 @@ async def _show(run: Run[Any], view: View) -> bool:
         await run._journal.close()  # this loop's connections
 
 
-def _say_waiting(run: Run[Any]) -> int:
+def _print_waiting(run: Run[Any]) -> int:
     for item in run.waiting_for:
-        what = f"{item.tool} {json.dumps(dict(item.args), ensure_ascii=False)}" if item.args else item.tool
+        what = f"{item.name} {json.dumps(dict(item.args), ensure_ascii=False)}" if item.args else item.name
         print(f"waiting ({item.why}): run {item.run_id}, step {item.n}: {what}", file=sys.stderr)
         if item.why == "approve":
             print(
@@ -221,8 +222,8 @@ def _say_waiting(run: Run[Any]) -> int:
 
 def _leave_a_worker(path: str, config: Config, run_id: str) -> None:
     """A process of its own that keeps a supervised worker up while the run is open; it joins the embedded Valkey itself."""
-    told = {"crew": path, "run": run_id, "config": config.model_dump(mode="json")}
-    env = {**os.environ, SPEC_IN: json.dumps(told)}  # a command line is for everybody to read
+    spec = {"crew": path, "run": run_id, "config": config.model_dump(mode="json")}
+    env = {**os.environ, SPEC_ENV: json.dumps(spec)}  # a command line is for everybody to read
     config.home.mkdir(parents=True, exist_ok=True)
     with (config.home / "detached.log").open("ab") as log:
         subprocess.Popen(
@@ -233,13 +234,13 @@ def _leave_a_worker(path: str, config: Config, run_id: str) -> None:
 
 def keep_worker(spec: dict[str, Any]) -> int:
     """Supervise a worker until the run has ended or waits for a person; what `--detach` leaves behind."""
-    config, valkey = place(Config(**spec["config"]))
+    config, valkey = resolve_servers(Config(**spec["config"]))
     try:
         crew = load_crew(spec["crew"])
-        mesh = Mesh(crew, config=config, models=Models())
+        mesh = Mesh(crew, config=config, models=ModelRegistry())
         supervisor = Supervisor(
-            specs_of(config, {spec["crew"]: crew}, suspects="elsewhere"), drain_s=config.drain_s,
-            spares=spares_of(config, {spec["crew"]: crew}), on_death=giver_back(config, taken_by([crew])),
+            worker_commands(config, {spec["crew"]: crew}, suspects="exclude"), drain_s=config.drain_s,
+            spares=standby_workers(config, {spec["crew"]: crew}), on_death=release_on_death(config, consumed_queues([crew])),
         )  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
         supervisor.start()
@@ -250,7 +251,7 @@ def keep_worker(spec: dict[str, Any]) -> int:
         mesh.close()
         return DONE
     except MeshError as e:
-        say_error(e)
+        print_error(e)
         return exit_code(e)
     finally:
         _leave(valkey)
@@ -271,14 +272,14 @@ def origin_of(path: str) -> str:
 
 def _task(crew: Crew, task: str) -> Any:
     """The task as the leading agent takes it: text, or JSON for any other type."""
-    wanted = crew.lead.task_type
-    if wanted is str:
+    task_type = crew.lead.task_type
+    if task_type is str:
         return task
     try:
-        return from_json(json.loads(task), wanted)
+        return from_json(json.loads(task), task_type)
     except ValueError as e:
         raise DefinitionError(
-            f"agent `{crew.lead.name}` takes a {getattr(wanted, '__name__', wanted)}; the task {task!r} is none: {e}"
+            f"agent `{crew.lead.name}` takes a {getattr(task_type, '__name__', task_type)}; the task {task!r} is not one: {e}"
         ) from None
 
 

@@ -3,26 +3,29 @@
 import asyncio
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from agentmesh.celery.loop import drive
-from agentmesh.cli.place import Place
-from agentmesh.cli.show import make_view
-from agentmesh.cli.watching import follow, sentence
-from agentmesh.errors import DefinitionError
-from agentmesh.ports import RunHead
-from agentmesh.run import Approval, Run
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.cli.run_view import describe_event, follow, make_view
+from agentmesh.config import Config, load
+from agentmesh.engine.run import Approval, Run, RunClient
+from agentmesh.errors import DefinitionError, RunError
+from agentmesh.journal.journal import Journal
+from agentmesh.journal.types import RunHead
+from agentmesh.runtime.bootstrap import open_journal
+from agentmesh.runtime.valkey import EmbeddedValkey
 
 
 def list_runs(limit: int, *, broker: str, as_json: bool, file: Path | None) -> int:
     """Print the newest runs."""
-    place = Place.open(broker=broker, file=file)
+    place = JournalAccess.open(broker=broker, file=file)
     try:
-        heads = drive(place.journal.runs(limit=limit))
+        heads = run_sync(place.journal.runs(limit=limit))
         if as_json:
             for head in heads:
                 print(json.dumps({name: getattr(head, name) for name in RunHead.__dataclass_fields__}))
@@ -43,19 +46,19 @@ def list_runs(limit: int, *, broker: str, as_json: bool, file: Path | None) -> i
 
 def show_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> int:
     """Print a run's journal with those below it, and what it waits for."""
-    place = Place.open(broker=broker, file=file)
+    place = JournalAccess.open(broker=broker, file=file)
     try:
         run = place.run(run_id)
-        for member in drive(place.journal.tree(run_id)):
-            for event in drive(place.journal.events(member)):
+        for member in run_sync(place.journal.tree(run_id)):
+            for event in run_sync(place.journal.events(member)):
                 line = json.dumps({"run": member, "at_ms": event.at_ms, **event.to_json()}, ensure_ascii=False)
-                print(line if as_json else sentence(member, event))
+                print(line if as_json else describe_event(member, event))
         for item in run.waiting_for:
             told = json.dumps({"waiting": item.why, "run": item.run_id, "n": item.n, "args": item.args})
             print(
                 told
                 if as_json
-                else f"waiting: {_reason(item)} (run {item.run_id}, step {item.n}, {item.tool} {dict(item.args)})"
+                else f"waiting: {_reason(item)} (run {item.run_id}, step {item.n}, {item.name} {dict(item.args)})"
             )
         return 0
     finally:
@@ -64,7 +67,7 @@ def show_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> i
 
 def tail_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> int:
     """Follow a run to its end."""
-    place = Place.open(broker=broker, file=file)
+    place = JournalAccess.open(broker=broker, file=file)
     view = make_view(as_json=as_json)
     try:
         place.run(run_id)
@@ -88,7 +91,7 @@ def tell_run(
     action: str = "", value: str = "null", broker: str = "", file: Path | None = None,
 ) -> int:  # fmt: skip
     """Say one word to a run."""
-    place = Place.open(broker=broker, file=file)
+    place = JournalAccess.open(broker=broker, file=file)
     try:
         run = place.run(run_id)
         item = Approval(run_id, n, "")
@@ -112,13 +115,55 @@ def _reason(item: Approval) -> str:
     kind, _, rest = item.why.partition(":")
     where = f"{item.run_id} {item.n}"
     if kind == "quarantined":
-        return f"a decision: it ended its worker again and again: agentmesh runs resolve {where} retry|failed|done"
+        return f"a decision: it crashed its worker repeatedly: agentmesh runs resolve {where} retry|failed|done"
     if kind == "in_doubt":
-        return f"a decision: it was cut off and may have happened: agentmesh runs resolve {where} done|failed|retry"
-    said = {"approve": "a person's yes"}
+        return f"a decision: it was interrupted and may have happened: agentmesh runs resolve {where} done|failed|retry"
+    reasons = {"approve": "a person's yes"}
     if kind == "version":
         crew, _, version = rest.partition(" ")
         return f"no worker of crew {crew!r}" + (f" version {version!r}" if version else "")
     if kind == "limit":
         return f"a higher limit of {rest}: agentmesh runs resume {item.run_id.partition('/')[0]} --limit {rest}=…"
-    return said.get(kind, item.why)
+    return reasons.get(kind, item.why)
+
+
+# ---- Where a command finds its runs -------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class JournalAccess:
+    """Settings and an open journal; `close` gives both back."""
+
+    config: Config
+    journal: Journal
+    valkey: EmbeddedValkey | None
+
+    @classmethod
+    def open(cls, *, broker: str = "", model: str = "", file: Path | None = None) -> "JournalAccess":
+        """From the settings in force here."""
+        config = load(file=file, broker=broker or None, model=model or None)
+        return cls(*open_journal(config))
+
+    @property
+    def client(self) -> RunClient:
+        """For handles; it needs no crew's code."""
+        return RunClient(crew=None, journal=self.journal, run_sync=run_sync)
+
+    def run(self, run_id: str) -> Run[Any]:
+        """A handle to a run that exists.
+
+        Raises:
+            RunError: it does not.
+        """
+        if run_sync(self.journal.head(run_id)) is None:
+            where = self.config.broker if self.valkey is None else str(self.config.home)
+            raise RunError(
+                f"there is no run {run_id!r} in {where}; `agentmesh runs ls` lists those that are", run_id=run_id
+            )
+        return Run(run_id, self.client)
+
+    def close(self) -> None:
+        """Leave."""
+        run_sync(self.journal.close())
+        if self.valkey is not None:
+            self.valkey.leave()

@@ -10,28 +10,30 @@ from typing import Literal, cast
 
 from kombu.utils.url import maybe_sanitize_url
 
-from agentmesh.boot import COUNTS_IN, load_crew, metrics_page, open_journal, place
-from agentmesh.celery.loop import drive
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.celery.valkey import EmbeddedValkey
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.embedding import taken_by
-from agentmesh.cli.endpoint import Endpoint, Health, address
-from agentmesh.cli.spares import spares_of
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config, load
 from agentmesh.errors import ConfigError, MeshError, ServiceDown
-from agentmesh.journal import Journal
-from agentmesh.logs import Form, set_up
-from agentmesh.models.named import Models
-from agentmesh.ports import Counts
-from agentmesh.report import REPORTS_IN, EngineReport, reports_in
+from agentmesh.journal.journal import Journal
+from agentmesh.journal.types import JournalCounts
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.observability.engine_status import STATUS_FOLDER_ENV, EngineStatus, read_statuses
+from agentmesh.observability.logs import Form, set_up_logging
+from agentmesh.runtime.bootstrap import open_journal, resolve_servers
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.runtime.optional import METRICS_FOLDER_ENV, metrics_page
+from agentmesh.runtime.valkey import EmbeddedValkey
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.embed_queues import consumed_queues
+from agentmesh.worker.health_server import Health, HealthServer, parse_address
+from agentmesh.worker.standby import standby_workers
+from agentmesh.worker.supervisor import Supervisor
 
-AGAIN_S = 0.2
+RETRY_S = 0.2
 STOPPED = -15  # killed by our own SIGTERM before it could answer it
-ANSWER_S = 2.0  # how long a probe or a scrape waits for the journal
+REPLY_TIMEOUT_S = 2.0  # how long a probe or a scrape waits for the journal
 
 
-def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
+def release_on_death(config: Config, queues: list[str]) -> Callable[[str, int], None]:
     """Gives back what a dead worker held: its leases at once, and what it had taken from the broker at the next sweep.
 
     A store that is away as well is asked again for as long as the leases may run.
@@ -46,14 +48,14 @@ def giver_back(config: Config, queues: list[str]) -> Callable[[str, int], None]:
             except (ServiceDown, OSError):
                 if time.monotonic() > until:
                     raise
-                time.sleep(AGAIN_S)
+                time.sleep(RETRY_S)
 
     def _give_back(worker: str, code: int) -> None:
         _, journal, valkey = open_journal(config)
         try:
-            drive(journal.release(worker, crashed=code not in (0, STOPPED), queues=queues, below=True))
+            run_sync(journal.release(worker, crashed=code not in (0, STOPPED), queues=queues, below=True))
         finally:
-            drive(journal.close())
+            run_sync(journal.close())
             if valkey is not None:
                 valkey.leave()
 
@@ -65,27 +67,27 @@ def run_workers(
     metrics: str = "", log: str = "", beat: bool = False, events: bool = False,
 ) -> int:  # fmt: skip
     """Supervise until stopped."""
-    form = _form(log)
-    set_up(form or "text")
+    form = _log_form(log)
+    set_up_logging(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
     loaded = {path: load_crew(path) for path in crews}  # what is wrong with a file is said once, here
-    for here in {c.queues[q].model for c in loaded.values() for q in c.queues_in("device", queues)}:
-        Models().check(f"local:{here}")
-    served = taken_by(loaded.values(), queues)
-    config, valkey = place(config)
+    for here in {c.queues[q].model for c in loaded.values() for q in c.queues_of_pool("device", queues)}:
+        ModelRegistry().check(f"local:{here}")
+    served = consumed_queues(loaded.values(), queues)
+    config, valkey = resolve_servers(config)
     at_place = where(config, valkey)
-    commands = specs_of(
+    commands = worker_commands(
         config, loaded, queues=queues, concurrency=concurrency, processes=processes, log=form, beat=beat, events=events,
-        suspects="elsewhere",
+        suspects="exclude",
     )  # fmt: skip
-    spares = spares_of(config, loaded, queues=queues, concurrency=concurrency, log=form, events=events)
+    spares = standby_workers(config, loaded, queues=queues, concurrency=concurrency, log=form, events=events)
     with ExitStack() as stack:
         if valkey is not None:
             stack.callback(valkey.leave)
-        counts_in = stack.enter_context(folder()) if metrics else ""
+        counts_in = stack.enter_context(status_folder()) if metrics else ""
         supervisor = Supervisor(
-            commands, spares=spares, on_death=giver_back(config, served), drain_s=config.drain_s + 2,
-            env={COUNTS_IN: counts_in, REPORTS_IN: counts_in} if metrics else {},
+            commands, spares=spares, on_death=release_on_death(config, served), drain_s=config.drain_s + 2,
+            env={METRICS_FOLDER_ENV: counts_in, STATUS_FOLDER_ENV: counts_in} if metrics else {},
         )  # fmt: skip
         at = serve_metrics(stack, metrics, config, supervisor, counts_in) if metrics else ""
         hands = f"{processes} × {concurrency or 'as declared'}"
@@ -104,13 +106,13 @@ def where(config: Config, valkey: EmbeddedValkey | None) -> str:
     return f"{broker} · journal {maybe_sanitize_url(config.journal)}" if config.journal else broker
 
 
-def _form(log: str) -> Form | Literal[""]:
+def _log_form(log: str) -> Form | Literal[""]:
     if log not in ("", "text", "json"):
-        raise ConfigError(f"--log {log!r} is no form; there are `text` and `json`")
+        raise ConfigError(f"--log {log!r} is not a log format; use `text` or `json`")
     return cast("Form", log)
 
 
-def folder() -> "tempfile.TemporaryDirectory[str]":
+def status_folder() -> "tempfile.TemporaryDirectory[str]":
     """Where worker processes count and report, while their supervisor lives."""
     return tempfile.TemporaryDirectory(prefix="agentmesh-metrics-", ignore_cleanup_errors=True)
 
@@ -124,31 +126,31 @@ def serve_metrics(stack: ExitStack, metrics: str, config: Config, supervisor: Su
     _, journal, valkey = open_journal(config)
     if valkey is not None:
         stack.callback(valkey.leave)
-    stack.callback(lambda: drive(journal.close()))
+    stack.callback(lambda: run_sync(journal.close()))
 
-    def counts() -> Counts | None:
-        return drive(_counts(journal))
+    def counts() -> JournalCounts | None:
+        return run_sync(_counts(journal))
 
-    def engines() -> list[EngineReport]:
-        return reports_in(counts_in, supervisor.names)
+    def engines() -> list[EngineStatus]:
+        return read_statuses(counts_in, supervisor.names)
 
     def health() -> Health:
         return Health(*supervisor.health, journal=counts() is not None, engines=engines())
 
-    host, port = address(metrics)
+    host, port = parse_address(metrics)
     page = metrics_page(counts_in, counts, lambda: supervisor.health, engines)
-    endpoint = Endpoint((host, port), page=page, health=health)
+    endpoint = HealthServer((host, port), page=page, health=health)
     stack.callback(endpoint.close)
     return f" · metrics http://{host}:{endpoint.port}/metrics"
 
 
-def answers(journal: Journal) -> bool:
+def journal_answers(journal: Journal) -> bool:
     """Whether the journal's server does."""
-    return drive(_counts(journal)) is not None
+    return run_sync(_counts(journal)) is not None
 
 
-async def _counts(journal: Journal) -> Counts | None:
+async def _counts(journal: Journal) -> JournalCounts | None:
     try:
-        return await asyncio.wait_for(journal.counts(), ANSWER_S)
+        return await asyncio.wait_for(journal.counts(), REPLY_TIMEOUT_S)
     except (TimeoutError, MeshError):
         return None

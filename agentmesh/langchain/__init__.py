@@ -10,7 +10,7 @@ from agentmesh.langchain.chat import answer_of, as_model, as_tool, from_langchai
 
 if TYPE_CHECKING:
     from agentmesh.langchain.documents import as_embeddings, as_splitter, load_with
-    from agentmesh.langchain.old import import_folder
+    from agentmesh.langchain.legacy_import import import_folder
     from agentmesh.langchain.vectorstore import FaissVectorStore
 
 __all__ = [
@@ -29,7 +29,7 @@ _LAZY = {
     "FaissVectorStore": "vectorstore",
     "as_embeddings": "documents",
     "as_splitter": "documents",
-    "import_folder": "old",
+    "import_folder": "legacy_import",
     "load_with": "documents",
 }
 

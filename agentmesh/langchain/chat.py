@@ -5,10 +5,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from agentmesh.definitions.tool import Tool
 from agentmesh.errors import DefinitionError, ExtraMissing
 from agentmesh.message import Message, ToolCall, ToolSpec, Usage
 from agentmesh.model import Answer, Prompt
-from agentmesh.tool import Tool
 
 try:
     from langchain_core.language_models import BaseChatModel
@@ -27,7 +27,7 @@ class _ChatModel:
         self._chat = chat
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """See model.Model."""
+        """See Model."""
         chat: Any = self._chat
         if prompt.output is not None:
             chat = chat.bind(
@@ -49,7 +49,7 @@ class _ChatModel:
         return answer_of(whole)
 
     async def close(self) -> None:
-        """See model.Model."""
+        """See Model."""
 
 
 def as_model(chat: BaseChatModel) -> _ChatModel:

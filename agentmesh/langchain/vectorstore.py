@@ -14,12 +14,12 @@ from langchain_core.vectorstores import VectorStore
 
 from agentmesh.errors import DefinitionError, StoreError
 from agentmesh.langchain.documents import as_embeddings, is_value
-from agentmesh.rag.chunk import Chunk, Hit, sound
-from agentmesh.rag.embed import embedder
-from agentmesh.rag.embedder import Embedder
-from agentmesh.rag.embedders.wrapped import Wrapped
-from agentmesh.rag.fuse import mmr
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.documents import Chunk, Hit, without_surrogates
+from agentmesh.rag.embedders import embedder
+from agentmesh.rag.embedders.base import Embedder
+from agentmesh.rag.embedders.langchain import LangChainEmbedder
+from agentmesh.rag.ranking import mmr
+from agentmesh.rag.store.faiss_store import FaissStore
 
 REST = "_rest"  # a field for the metadata that a store cannot filter by, as JSON
 BATCH = 1000
@@ -48,9 +48,9 @@ class FaissVectorStore(VectorStore):
     def store(self) -> FaissStore:
         """Our own store behind it; embeds one sentence, to know whether it was filled by the same embedder."""
         store = FaissStore(self.path, metric=self._metric, identity=self.embedder.identity)
-        if store.metric == "l2" and isinstance(self.embedder, Wrapped):
+        if store.metric == "l2" and isinstance(self.embedder, LangChainEmbedder):
             # there a vector's length counts, and old folders hold them as they were made
-            self.embedder = Wrapped(self.embedder.embeddings, scaled=False)
+            self.embedder = LangChainEmbedder(self.embedder.embeddings, scaled=False)
         return store
 
     @property
@@ -84,7 +84,7 @@ class FaissVectorStore(VectorStore):
             StoreError: lists of several lengths, an id twice, metadata that is no JSON.
             EmbedderMismatch: the store was filled by another embedder.
         """
-        told = [sound(t) for t in texts]
+        told = [without_surrogates(t) for t in texts]
         fields, names = metadatas or [{} for _ in told], ids or [None] * len(told)
         if not len(told) == len(fields) == len(names):
             raise StoreError(f"{len(told)} texts came with {len(fields)} metadatas and {len(names)} ids")

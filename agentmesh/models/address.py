@@ -3,8 +3,8 @@
 import os
 from urllib.parse import urlsplit
 
+from agentmesh.definitions.queue import Servers
 from agentmesh.errors import ConfigError
-from agentmesh.queue import Servers
 
 OPENAI = "https://api.openai.com/v1"
 
@@ -22,12 +22,10 @@ def address_of(base_url: str | None = None, api_key: str | None = None) -> tuple
     url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"OPENAI_BASE_URL is {url!r}, which is no URL; write it like 'http://localhost:8000/v1'")
+        raise ConfigError(f"OPENAI_BASE_URL is {url!r}, which is not a URL; write it like 'http://localhost:8000/v1'")
     key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
     if not key and parts.hostname == urlsplit(OPENAI).hostname:
-        raise ConfigError(
-            "there is no OPENAI_API_KEY in the environment; set it, or set OPENAI_BASE_URL to a server without keys"
-        )
+        raise ConfigError("OPENAI_API_KEY is not set; set it, or set OPENAI_BASE_URL to a server without keys")
     return url, key
 
 

@@ -14,16 +14,24 @@ from tenacity.wait import wait_base, wait_random_exponential
 from agentmesh.errors import ContextTooLong, ModelError, ModelRefused
 from agentmesh.model import Answer, Prompt, RetryLater
 from agentmesh.models.address import address_of
-from agentmesh.models.wire import NOT_AN_ANSWER, Assembly, Pieces, answer_of, body, retry_after_s, said_by
+from agentmesh.models.openai_format import (
+    MALFORMED_ANSWER,
+    SseParser,
+    StreamAssembler,
+    answer_of,
+    error_text,
+    request_body,
+    retry_after_s,
+)
 from agentmesh.schema import loads
 
-LONGEST_WAIT_S = 5.0  # a longer one is the journal's: it holds no worker
+MAX_WAIT_S = 5.0  # a longer one is the journal's: it holds no worker
 FIRST_WAIT_S = 0.25
 DRAIN_S = 0.5  # for the few bytes after [DONE], without which the connection could not be used again
-TOO_LONG = re.compile(r"context_length_exceeded|context (size|window|length)|too many tokens", re.I)
+CONTEXT_TOO_LONG = re.compile(r"context_length_exceeded|context (size|window|length)|too many tokens", re.I)
 
 
-class Passing(Exception):
+class TransientFailure(Exception):
     """Something that asking again may mend.
 
     Attributes:
@@ -49,11 +57,11 @@ class _Wait(wait_base):
     """
 
     def __init__(self) -> None:
-        self._jitter = wait_random_exponential(multiplier=2 * FIRST_WAIT_S, max=LONGEST_WAIT_S)
+        self._jitter = wait_random_exponential(multiplier=2 * FIRST_WAIT_S, max=MAX_WAIT_S)
 
     def __call__(self, retry_state: RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None
-        if isinstance(error, Passing) and error.after_s is not None:
+        if isinstance(error, TransientFailure) and error.after_s is not None:
             return error.after_s
         return float(self._jitter(retry_state))
 
@@ -84,45 +92,45 @@ class HttpModel:
         self._sessions: dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]] = {}
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """See model.Model."""
-        sent = body(prompt, stream=on_token is not None)
+        """See Model."""
+        sent = request_body(prompt, stream=on_token is not None)
         began_s = time.monotonic()
         try:
             return await self._post(prompt, sent, on_token)  # nearly always enough, and tenacity is not free
-        except Passing as e:
+        except TransientFailure as e:
             self._hand_over(e)
             failed = e
         if self._tries > 1:
             await asyncio.sleep(random.uniform(0, FIRST_WAIT_S) if failed.after_s is None else failed.after_s)
             try:
                 return await self._again(prompt, sent, on_token)
-            except Passing as e:
+            except TransientFailure as e:
                 failed = e
         tried = f"({self._tries} {'try' if self._tries == 1 else 'tries'}) within {time.monotonic() - began_s:.1f} s"
-        raise RetryLater(ModelError(f"{failed.error.message} {tried}"), LONGEST_WAIT_S) from None
+        raise RetryLater(ModelError(f"{failed.error.message} {tried}"), MAX_WAIT_S) from None
 
     async def _again(self, prompt: Prompt, sent: bytes, on_token: Callable[[str], None] | None) -> Answer:
         async for attempt in AsyncRetrying(
             stop=stop_after_attempt(self._tries - 1),
             wait=_Wait(),
             reraise=True,
-            retry=retry_if_exception_type(Passing),
+            retry=retry_if_exception_type(TransientFailure),
         ):
             with attempt:
                 try:
                     return await self._post(prompt, sent, on_token)
-                except Passing as e:
+                except TransientFailure as e:
                     self._hand_over(e)
                     raise
         raise AssertionError("unreachable")
 
-    def _hand_over(self, failed: Passing) -> None:
+    def _hand_over(self, failed: TransientFailure) -> None:
         """What was said before it broke off, or a long wait, becomes the journal's; there is no other server."""
         if failed.elsewhere:
             raise failed.error from None
         if failed.said:
             raise RetryLater(failed.error, 0.0) from None
-        if failed.after_s is not None and failed.after_s > LONGEST_WAIT_S:
+        if failed.after_s is not None and failed.after_s > MAX_WAIT_S:
             raise RetryLater(failed.error, failed.after_s) from None
 
     async def once(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
@@ -132,9 +140,9 @@ class HttpModel:
             Passing: asking again may mend it.
             ModelError: it would not.
         """
-        return await self._post(prompt, body(prompt, stream=on_token is not None), on_token)
+        return await self._post(prompt, request_body(prompt, stream=on_token is not None), on_token)
 
-    async def ails(self, timeout_s: float) -> str:
+    async def unhealthy_reason(self, timeout_s: float) -> str:
         """Why the server cannot be asked now, or nothing: by GET /health, and where it has none by GET /v1/models.
 
         Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html, llama.cpp's and SGLang's servers
@@ -153,7 +161,7 @@ class HttpModel:
         return f"{url} answered {status}"
 
     async def close(self) -> None:
-        """See model.Model."""
+        """See Model."""
         _, life = self._sessions.pop(asyncio.get_running_loop(), (None, None))
         if life is not None:
             await life.aclose()
@@ -163,20 +171,20 @@ class HttpModel:
         known = self._sessions.get(loop)
         if known is not None:
             return known[0]
-        for gone in [other for other in self._sessions if other.is_closed()]:
-            del self._sessions[gone]
+        for closed in [other for other in self._sessions if other.is_closed()]:
+            del self._sessions[closed]
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        life = _life(session)
+        life = _session_lifetime(session)
         self._sessions[loop] = session, life
         await anext(life)
         return session
 
     async def _post(self, prompt: Prompt, sent: bytes, on_token: Callable[[str], None] | None) -> Answer:
-        session, assembly = await self._session(), Assembly()
+        session, assembly = await self._session(), StreamAssembler()
         try:
             async with session.post(self._url, data=sent, headers=self._headers) as response:
                 if response.status != 200:
@@ -184,13 +192,13 @@ class HttpModel:
                 if on_token is not None and response.content_type != "application/json":
                     return await self._streamed(response, assembly, on_token)
                 answer = self._whole(await response.read())
-        except Passing as e:
+        except TransientFailure as e:
             e.said = assembly.said
             raise
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as e:
             refused = isinstance(e, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
             slow = isinstance(e, TimeoutError) and not refused
-            passing = Passing(ModelError(self._broken(e)), down=not slow, sent=not refused)
+            passing = TransientFailure(ModelError(self._broken(e)), down=not slow, sent=not refused)
             passing.said = assembly.said
             raise passing from None
         if on_token is not None and answer.message.text:  # a server that does not stream
@@ -198,9 +206,9 @@ class HttpModel:
         return answer
 
     async def _streamed(
-        self, response: aiohttp.ClientResponse, assembly: Assembly, on_token: Callable[[str], None]
+        self, response: aiohttp.ClientResponse, assembly: StreamAssembler, on_token: Callable[[str], None]
     ) -> Answer:  # fmt: skip
-        pieces = Pieces()
+        pieces = SseParser()
         async for chunk in response.content.iter_any():
             for data in pieces.feed(chunk):
                 if text := self._added(assembly, data):
@@ -208,49 +216,49 @@ class HttpModel:
             if pieces.done:
                 break
         if assembly.finish is None:
-            raise Passing(ModelError(f"the stream from {self.base_url} ended in the middle of an answer"))
+            raise TransientFailure(ModelError(f"the stream from {self.base_url} ended in the middle of an answer"))
         if not response.content.at_eof():
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, ConnectionError):
                 async with asyncio.timeout(DRAIN_S):
                     await response.read()
         return assembly.answer()
 
-    def _added(self, assembly: Assembly, data: bytes) -> str:
+    def _added(self, assembly: StreamAssembler, data: bytes) -> str:
         """The text of a piece of the stream."""
         try:
             piece = loads(data)
             if piece.get("error"):
-                reason = said_by(data.decode(errors="replace"), self._key)
-                raise Passing(ModelError(f"{self.base_url} broke off its answer: {reason}"))
+                reason = error_text(data.decode(errors="replace"), self._key)
+                raise TransientFailure(ModelError(f"{self.base_url} broke off its answer: {reason}"))
             return assembly.add(piece)
-        except NOT_AN_ANSWER:
-            raise Passing(ModelError(
-                f"the stream from {self.base_url} is no chat completion: {data[:200].decode(errors='replace')!r}"
+        except MALFORMED_ANSWER:
+            raise TransientFailure(ModelError(
+                f"the stream from {self.base_url} is not a chat completion: {data[:200].decode(errors='replace')!r}"
             )) from None  # fmt: skip
 
     def _whole(self, raw: bytes) -> Answer:
         try:
             return answer_of(loads(raw))
-        except NOT_AN_ANSWER:
-            shown = raw[:200].decode(errors="replace")
-            said = f"{self.base_url} answered what is no chat completion: {shown!r}; is it an OpenAI-compatible server?"
-            raise Passing(ModelError(said), elsewhere=True) from None
+        except MALFORMED_ANSWER:
+            excerpt = raw[:200].decode(errors="replace")
+            message = f"{self.base_url} did not answer with a chat completion: {excerpt!r}; is it an OpenAI-compatible server?"
+            raise TransientFailure(ModelError(message), elsewhere=True) from None
 
     def _refusal(self, prompt: Prompt, response: aiohttp.ClientResponse, text: str) -> Exception:
-        status, said = response.status, said_by(text, self._key)
+        status, said = response.status, error_text(text, self._key)
         if status in (401, 403):
-            return Passing(
+            return TransientFailure(
                 ModelRefused(f"{self.base_url} refused the key ({status}: {said}); check {self._key_by}"),
                 elsewhere=True,
             )
         if status == 404:
-            return Passing(
+            return TransientFailure(
                 ModelRefused(
                     f"{self.base_url} has no model {prompt.model!r} (404: {said}); check its name and the URL"
                 ),
                 elsewhere=True,
             )
-        if status in (400, 413) and TOO_LONG.search(text):
+        if status in (400, 413) and CONTEXT_TOO_LONG.search(text):
             return ContextTooLong(
                 f"the prompt is longer than {prompt.model!r} takes: {said}; send less, or a model with more context"
             )
@@ -258,20 +266,20 @@ class HttpModel:
             return ModelRefused(f"{self.base_url} says that the account's quota is used up: {said}")
         if status in (408, 409, 429) or status >= 500:
             wait_s = retry_after_s(response.headers.get("Retry-After"))
-            return Passing(ModelError(f"{self.base_url} answered {status}: {said}"), wait_s)
+            return TransientFailure(ModelError(f"{self.base_url} answered {status}: {said}"), wait_s)
         return ModelRefused(f"{self.base_url} refused the request ({status}): {said}")
 
     def _broken(self, error: Exception) -> str:
         """What a failed connection means."""
         reason = str(error) or type(error).__name__
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-            return f"no model answers at {self.base_url} ({reason}); start the server, or set {self._url_by} to yours"
+            return f"no model server responds at {self.base_url} ({reason}); start the server, or set {self._url_by} to yours"
         if isinstance(error, TimeoutError):
             return f"{self.base_url} did not end its answer in {self._timeout_s:g} s; ask for less, or raise timeout_s"
         return f"the connection to {self.base_url} broke off ({reason}); see that server's log"
 
 
-async def _life(session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
+async def _session_lifetime(session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:

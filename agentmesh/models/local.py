@@ -1,28 +1,89 @@
-"""`local:NAME`: a model of the cache through transformers and torch, in this process; all who ask at once share batches."""
+"""An agent's `options` as a local model takes them, checked before anything is computed."""
 
 import asyncio
 import logging
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from agentmesh.errors import ConfigError, ContextTooLong, ModelError
-from agentmesh.gpu.batching import Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.grammar import Constraint, grammar_of
-from agentmesh.gpu.load import Loaded, load
-from agentmesh.gpu.request import Done, EngineDown, Request
-from agentmesh.gpu.special import parted, token_ids
-from agentmesh.gpu.text import THINK, Piece, Telling
+from agentmesh.hub.cache import model_folder, must_be_installed
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.grammar import Constraint, grammar_of
+from agentmesh.inference.loader import Loaded, load
+from agentmesh.inference.request import Done, EngineDown, Request
+from agentmesh.inference.tokenization import THINK, AnswerStream, Piece, separate_special, token_ids
 from agentmesh.message import Message, Usage
 from agentmesh.model import Answer, Prompt, RetryLater, Thought
-from agentmesh.models.cache import model_folder, must_be_installed
-from agentmesh.models.hermes import calls_of, conversation
-from agentmesh.models.options import Options
+from agentmesh.models.tool_call_parser import chat_turns, parse_tool_calls
+
+
+class LocalOptions(BaseModel):
+    """What of the options is a local model's; the rest is for servers and overlooked.
+
+    Args:
+        top_k: below 1 it is all.
+        top_p: 0 is the likeliest alone.
+        stop: strings that end the answer, one or several.
+        tool_choice: `auto`, `required`, `none`, or the name of the tool that must be called, which OpenAI writes
+            `{"type": "function", "function": {"name": ...}}`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    max_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    top_k: int = 0
+    top_p: float = Field(1.0, ge=0, le=1)
+    seed: int = Field(default_factory=lambda: secrets.randbits(63))
+    stop: tuple[str, ...] = ()
+    tool_choice: str = "auto"
+    ignore_eos: bool = False
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> "LocalOptions":
+        """Those of a prompt.
+
+        Raises:
+            ModelError: one is no such value, or wants a tool that is not among the prompt's.
+        """
+        try:
+            options_ = cls(**prompt.options)
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise ModelError(f"option `{first['loc'][0]}` is {first['input']!r}: {first['msg']}") from None
+        names = [t.name for t in prompt.tools]  # where there are none, there is no choice
+        if names and options_.tool_choice not in ("auto", "none", "required", *names):
+            raise ModelError(f"option `tool_choice` is {options_.tool_choice!r}; the tools are {', '.join(names)}")
+        return options_
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in options.items() if v is not None}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_several(cls, stop: Any) -> Any:
+        return (stop,) if isinstance(stop, str) else stop
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _name(cls, choice: Any) -> Any:
+        function = choice.get("function") if isinstance(choice, dict) else None
+        return function.get("name", choice) if isinstance(function, dict) else choice
+
+
+# ---- `local -------------------------------------------------------------------------------------
 
 log = logging.getLogger("agentmesh.gpu")
 
-AGAIN_S = 1.0
+RELOAD_S = 1.0
 
 
 class LocalModel:
@@ -45,7 +106,7 @@ class LocalModel:
         return ThreadPoolExecutor(1, thread_name_prefix=f"agentmesh-{self.name}")
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """See model.Model."""
+        """See Model."""
         loop, over = asyncio.get_running_loop(), threading.Event()
 
         def tell(piece: Piece) -> None:
@@ -59,14 +120,14 @@ class LocalModel:
             done = await asyncio.wrap_future(loaded.engine.submit(request, telling.hear if listens else None))
             telling.finish(done.tokens)
         except EngineDown as e:
-            raise RetryLater(ModelError(f"the engine of {self.name!r} went down: {e}"), AGAIN_S) from None
+            raise RetryLater(ModelError(f"the engine of {self.name!r} went down: {e}"), RELOAD_S) from None
         finally:
             over.set()  # a cancelled asker hears nothing more
         return _answer(prompt, request, telling, done)
 
     def prepare(
         self, *, memory: float = 0.85, batch_tokens: int = 0, requests: int = 0,
-        hopeless: Callable[[Exception], None] | None = None,
+        on_fatal: Callable[[Exception], None] | None = None,
     ) -> Engine:  # fmt: skip
         """Load it for a worker of its own and answer one token, so that the first step does not wait for that.
 
@@ -79,13 +140,13 @@ class LocalModel:
             ConfigError: it is not here, or damaged, or there is no memory for it.
         """
         self._shape = Shape(memory=memory, batch_tokens=batch_tokens, batch_requests=requests)
-        self._hopeless = hopeless
+        self._hopeless = on_fatal
         try:
             engine = self.load().engine
         except (MemoryError, ValueError) as e:
             raise ConfigError(
-                f"there is no memory for model {self.name!r} and its prompts ({e}); lower max_batch_tokens, raise "
-                "gpu_memory, or take a smaller model"
+                f"not enough memory for model {self.name!r} and its prompts ({e}); lower max_batch_tokens, raise "
+                "gpu_memory, or use a smaller model"
             ) from None
         engine.submit(Request((0,), 1)).result()
         return engine
@@ -109,7 +170,7 @@ class LocalModel:
     def fits(self, prompt: Prompt) -> bool:
         """Whether prompt and answer have room in the model's context."""
         loaded = self.load()
-        return len(encoded(loaded, prompt)) + Options.of(prompt).max_tokens <= loaded.context_tokens
+        return len(encode_prompt(loaded, prompt)) + LocalOptions.of(prompt).max_tokens <= loaded.context_tokens
 
     def load(self) -> Loaded:
         """The model, loaded the first time it is needed.
@@ -123,39 +184,39 @@ class LocalModel:
                 if self._loaded is not None:
                     self._loaded.engine.close()  # before the weights are loaded again, it lets go of its own
                     self._loaded = None
-                self._loaded = load(model_folder(self.name), self.name, self._shape, hopeless=self._hopeless)
+                self._loaded = load(model_folder(self.name), self.name, self._shape, on_fatal=self._hopeless)
             return self._loaded
 
-    def _begun(self, prompt: Prompt, tell: Callable[[Piece], None]) -> tuple[Loaded, Request, Telling]:
-        loaded, options = self.load(), Options.of(prompt)
-        text = rendered(loaded, prompt)
-        ids, wanted = token_ids(loaded.tokenizer, text), options.max_tokens
-        if len(ids) + wanted > loaded.context_tokens:
+    def _begun(self, prompt: Prompt, tell: Callable[[Piece], None]) -> tuple[Loaded, Request, AnswerStream]:
+        loaded, options = self.load(), LocalOptions.of(prompt)
+        text = render_prompt(loaded, prompt)
+        ids, max_tokens = token_ids(loaded.tokenizer, text), options.max_tokens
+        if len(ids) + max_tokens > loaded.context_tokens:
             raise ContextTooLong(
-                f"the prompt has {len(ids)} tokens and asks for {wanted} more; "
+                f"the prompt has {len(ids)} tokens and asks for {max_tokens} more; "
                 f"{self.name!r} takes {loaded.context_tokens} together: send less"
             )
         thinking = text.rstrip().endswith(THINK)
         request = Request(
-            tuple(ids), wanted, frozenset() if options.ignore_eos else loaded.ends, options.temperature, options.top_k,
+            tuple(ids), max_tokens, frozenset() if options.ignore_eos else loaded.ends, options.temperature, options.top_k,
             options.top_p, constraint=_constraint(loaded, prompt, options.tool_choice, thinking=thinking), seed=options.seed,
         )  # fmt: skip
-        return loaded, request, Telling(loaded.tokenizer, stops=options.stop, thinking=thinking, tell=tell)
+        return loaded, request, AnswerStream(loaded.tokenizer, stops=options.stop, thinking=thinking, tell=tell)
 
 
-def rendered(loaded: Loaded, prompt: Prompt) -> str:
+def render_prompt(loaded: Loaded, prompt: Prompt) -> str:
     """The prompt as the model's own chat template writes it, for `token_ids`."""
     template = str(loaded.tokenizer.chat_template)
-    messages, tools = parted(
-        conversation(prompt, template=template, takes_system=loaded.takes_system), loaded.special_tokens
+    messages, tools = separate_special(
+        chat_turns(prompt, template=template, takes_system=loaded.takes_system), loaded.special_tokens
     )
     text: str = loaded.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     return text
 
 
-def encoded(loaded: Loaded, prompt: Prompt) -> list[int]:
+def encode_prompt(loaded: Loaded, prompt: Prompt) -> list[int]:
     """The prompt as token ids."""
-    return token_ids(loaded.tokenizer, rendered(loaded, prompt))
+    return token_ids(loaded.tokenizer, render_prompt(loaded, prompt))
 
 
 def _constraint(loaded: Loaded, prompt: Prompt, choice: str, *, thinking: bool) -> Constraint | None:
@@ -170,9 +231,9 @@ def _constraint(loaded: Loaded, prompt: Prompt, choice: str, *, thinking: bool) 
         return None
 
 
-def _answer(prompt: Prompt, request: Request, telling: Telling, done: Done) -> Answer:
+def _answer(prompt: Prompt, request: Request, telling: AnswerStream, done: Done) -> Answer:
     tools = () if prompt.options.get("tool_choice") == "none" else prompt.tools
-    text, calls = calls_of(telling.text, tools, turn=len(prompt.messages))
+    text, calls = parse_tool_calls(telling.text, tools, turn=len(prompt.messages))
     usage = Usage(len(request.tokens), len(done.tokens), done.cached_tokens, batch=done.batch)
     if calls:
         return Answer(Message("assistant", text, calls), usage, "length" if done.finish == "length" else "tool_calls")

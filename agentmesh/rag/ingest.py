@@ -5,15 +5,24 @@
 
 from pydantic import BaseModel
 
-from agentmesh.agent import Agent
-from agentmesh.crew import Crew
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.queue import Queue
+from agentmesh.definitions.step import Context
 from agentmesh.errors import RunFailed, StepError
-from agentmesh.queue import Queue
-from agentmesh.rag.indexing import embed_batch, index_batch
-from agentmesh.rag.plan import Asked, How
-from agentmesh.rag.reports import Batch, Failure
-from agentmesh.rag.steps import blame, check_embedder, compact, parse_pack, plan_ingest, remove_vanished, tidy
-from agentmesh.step import Context
+from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
+from agentmesh.rag.ingestion.scratch import Batch, Failure
+from agentmesh.rag.ingestion.steps import (
+    check_embedder,
+    clean_up,
+    compact,
+    embed_batch,
+    failures_of,
+    index_batch,
+    parse_pack,
+    plan_ingest,
+    remove_vanished,
+)
 
 WINDOW = 8  # packs in flight: what lies in parts at once
 
@@ -50,21 +59,21 @@ class Pack(Agent[Packed]):
     store: str = ""
     embed: str = ""
     parts: str = ""
-    how: How = How()
+    how: ChunkOptions = ChunkOptions()
 
     def flow(self, task: str, ctx: Context) -> Packed:
         """What fails is told and stops nothing else."""
         try:
             parsed = ctx.do(parse_pack.on(self.store, self.parts, task, self.how))
         except StepError as e:
-            failed = ctx.do(blame.on(self.store, self.parts, task, e.message))
+            failed = ctx.do(failures_of.on(self.store, self.parts, task, e.message))
             return Packed(failed=failed)
         packed = Packed(bytes=parsed.bytes, failed=parsed.failed)
         for batch in parsed.batches:
             try:
                 self._index(batch, packed, ctx)
             except StepError as e:
-                failed = ctx.do(blame.on(self.store, self.parts, batch.part, e.message))
+                failed = ctx.do(failures_of.on(self.store, self.parts, batch.part, e.message))
                 packed.failed += failed
         return packed
 
@@ -89,16 +98,16 @@ class Ingest(Agent[Added]):
     team = (Pack(),)
     store: str = ""
     embed: str = ""
-    how: How = How()
+    how: ChunkOptions = ChunkOptions()
     window: int = WINDOW
 
-    def flow(self, task: Asked, ctx: Context) -> Added:
+    def flow(self, task: IngestRequest, ctx: Context) -> Added:
         """Plan; packs in a window; then what vanished."""
         planned = ctx.do(plan_ingest.on(self.store, task, self.how))
         if planned.packs:
             planned.refused = ctx.do(check_embedder.on(self.store, self.embed))
             if planned.refused:
-                ctx.do(tidy.on(self.store, planned.parts))
+                ctx.do(clean_up.on(self.store, planned.parts))
         if planned.refused:
             raise RunFailed(planned.refused)
         pack = Pack(store=self.store, embed=self.embed, parts=planned.parts, how=self.how)
@@ -114,7 +123,7 @@ class Ingest(Agent[Added]):
         if planned.vanished:
             added.removed = ctx.do(remove_vanished.on(self.store, planned.parts, planned.vanished))
         if planned.packs or planned.vanished:
-            ctx.do(tidy.on(self.store, planned.parts))
+            ctx.do(clean_up.on(self.store, planned.parts))
             try:
                 ctx.do(compact.on(self.store))
             except StepError:  # a store searches as well without; the next ingest tries again

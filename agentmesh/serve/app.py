@@ -16,24 +16,36 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from agentmesh.agent import Agent
-from agentmesh.crew import Crew
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.passthrough import ModelRequest, Passthrough
+from agentmesh.definitions.step import Ask
 from agentmesh.errors import did_you_mean
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message
-from agentmesh.question import Asked, Question
 from agentmesh.schema import explain, from_json, loads
-from agentmesh.serve.answering import Answering, Receive, Scope, Send, body_of, headers_of, left
+from agentmesh.serve.auth import AuthMiddleware
 from agentmesh.serve.embeddings import Embeddings
-from agentmesh.serve.exchange import CLIENT, Exchange
-from agentmesh.serve.guard import Guard
-from agentmesh.serve.refusal import Refusal
-from agentmesh.serve.reply import PING, Head, Outcome, model_json, models_json
-from agentmesh.serve.request import Chat, chat_of, for_engine
-from agentmesh.step import Ask
+from agentmesh.serve.request import ChatRequest, check_for_local_engine, parse_chat
+from agentmesh.serve.request_run import CANCELLED_BY_CLIENT, RequestRun
+from agentmesh.serve.responses import (
+    SSE_PING,
+    ApiError,
+    ChatResponse,
+    HttpResponse,
+    Receive,
+    RunOutcome,
+    Scope,
+    Send,
+    body_of,
+    client_gone,
+    headers_of,
+    model_json,
+    models_json,
+)
 
 if TYPE_CHECKING:
-    from agentmesh.rag.embedder import Embedder
+    from agentmesh.rag.embedders.base import Embedder
 
 logger = logging.getLogger("agentmesh.serve")
 
@@ -66,11 +78,11 @@ class Endpoint:
             Route("/health", self.health),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.one_model),
-            Route("/v1/chat/completions", _Raw(self.chat), methods=["POST"]),
-            Route("/v1/embeddings", _Raw(self.embed), methods=["POST"]),
+            Route("/v1/chat/completions", _RawAsgi(self.chat), methods=["POST"]),
+            Route("/v1/embeddings", _RawAsgi(self.embed), methods=["POST"]),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _lost, Exception: _broken})
-        self.app = Guard(app, key)
+        self.app = AuthMiddleware(app, key)
 
     @property
     def names(self) -> list[str]:
@@ -83,15 +95,15 @@ class Endpoint:
 
     async def embed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/embeddings."""
-        answering = Answering(send)
+        answering = HttpResponse(send)
         try:
             raw = await body_of(headers_of(scope), receive)
-            gone = asyncio.create_task(left(receive))
+            disconnect = asyncio.create_task(client_gone(receive))
             try:
-                await answering.whole(200, await self._embeddings.answer(raw, is_left=gone.done))
+                await answering.whole(200, await self._embeddings.answer(raw, is_left=disconnect.done))
             finally:
-                gone.cancel()
-        except Refusal as refusal:
+                disconnect.cancel()
+        except ApiError as refusal:
             await answering.refuse(refusal)
         except ConnectionError:
             return
@@ -99,8 +111,8 @@ class Endpoint:
     # ---- small answers -------------------------------------------------------------------------
     async def health(self, request: Request) -> Response:
         """GET /health."""
-        good, said = await asyncio.to_thread(self._health)
-        return JSONResponse({"ready": good, **said}, 200 if good else 503)
+        good, report = await asyncio.to_thread(self._health)
+        return JSONResponse({"ready": good, **report}, 200 if good else 503)
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -114,70 +126,70 @@ class Endpoint:
             return JSONResponse(refusal.to_json(), refusal.status)
         return JSONResponse(model_json(name, self._began_s))
 
-    def _unknown(self, name: str) -> Refusal:
-        said = f"there is no model {name!r} here; there are {', '.join(self.names)}.{did_you_mean(name, self.names)}"
-        return Refusal(404, said, "model_not_found", param="model")
+    def _unknown(self, name: str) -> ApiError:
+        message = f"there is no model {name!r} here; there are {', '.join(self.names)}.{did_you_mean(name, self.names)}"
+        return ApiError(404, message, "model_not_found", param="model")
 
     # ---- chat ----------------------------------------------------------------------------------
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/chat/completions."""
-        answering = Answering(send)
+        answering = HttpResponse(send)
         try:
             headers = headers_of(scope)
-            chat = chat_of(await body_of(headers, receive))
+            chat = parse_chat(await body_of(headers, receive))
             exchange = self._exchange(chat, headers.get("idempotency-key", ""))
-        except Refusal as refusal:
+        except ApiError as refusal:
             await answering.refuse(refusal)
             return
         except ConnectionError:
             return
         await self._attend(answering, exchange, chat, receive)
 
-    async def _attend(self, answering: Answering, exchange: Exchange, chat: Chat, receive: Receive) -> None:
+    async def _attend(self, answering: HttpResponse, exchange: RequestRun, chat: ChatRequest, receive: Receive) -> None:
         """See the run to its end, the client's leaving, or the server's, whichever comes first."""
         work = asyncio.create_task(self._work(answering, exchange, chat))
-        gone, closing = asyncio.create_task(left(receive)), asyncio.create_task(self._closing.wait())
+        disconnect, closing = asyncio.create_task(client_gone(receive)), asyncio.create_task(self._closing.wait())
         try:
-            await asyncio.wait({work, gone, closing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, disconnect, closing}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
-            elif not gone.done():
+            elif not disconnect.done():
                 work.cancel()
                 await asyncio.wait({work})
-                await answering.refuse(_stops(exchange))
-        except Refusal as refusal:
+                await answering.refuse(_server_stopping(exchange))
+        except ApiError as refusal:
             await answering.refuse(refusal)
             if refusal.code == "retried" and not exchange.keyed:
                 await exchange.cancel("agentmesh serve")  # nobody can ask for it any more
         finally:
-            for task in (work, gone, closing):
+            for task in (work, disconnect, closing):
                 task.cancel()
-            await asyncio.gather(work, gone, closing, return_exceptions=True)
+            await asyncio.gather(work, disconnect, closing, return_exceptions=True)
             if exchange.close() and not _was_answered(work) and not self._closing.is_set():
-                await exchange.cancel(CLIENT)
+                await exchange.cancel(CANCELLED_BY_CLIENT)
 
-    async def _work(self, answering: Answering, exchange: Exchange, chat: Chat) -> None:
+    async def _work(self, answering: HttpResponse, exchange: RequestRun, chat: ChatRequest) -> None:
         await exchange.begin()
         answering.headers[RUN_HEADER] = exchange.run_id
         if not chat.stream:
             outcome = await exchange.outcome()
             answering.headers[RUN_HEADER] = exchange.run_id  # of the one that answered
-            await answering.whole(200, Head(exchange.run_id, chat.model, int(time.time())).whole(outcome))
+            await answering.whole(200, ChatResponse(exchange.run_id, chat.model, int(time.time())).whole(outcome))
             return
-        head = Head(exchange.run_id, chat.model, int(time.time()))
+        head = ChatResponse(exchange.run_id, chat.model, int(time.time()))
         pieces = exchange.pieces()
         begun, coming = False, asyncio.ensure_future(anext(pieces))
         try:
             while True:
                 done, _ = await asyncio.wait({coming}, timeout=PING_S)
                 if not done:
-                    await answering.event(PING)
+                    await answering.event(SSE_PING)
                     continue
                 piece = coming.result()
                 if not begun:
                     begun = True
                     await answering.event(head.begins())
-                if isinstance(piece, Outcome):
+                if isinstance(piece, RunOutcome):
                     for chunk in head.ends(piece, with_usage=chat.usage_in_stream):
                         await answering.event(chunk)
                     await answering.end()
@@ -190,36 +202,36 @@ class Endpoint:
             await pieces.aclose()
 
     # ---- from a request to a run ---------------------------------------------------------------
-    def _exchange(self, chat: Chat, key: str) -> Exchange:
+    def _exchange(self, chat: ChatRequest, key: str) -> RequestRun:
         run_id = keyed_run(self.mesh.crew.name, key) if key else uuid.uuid4().hex[:12]
         agent, task, history = self._asked(chat)
-        return Exchange(
+        return RequestRun(
             self.mesh, run_id, agent, task, history, keyed=bool(key), stream=chat.stream, origin=self._origin,
             waiting=self._waiting,
         )  # fmt: skip
 
-    def _asked(self, chat: Chat) -> tuple[Agent[Any], Any, Sequence[Message]]:
+    def _asked(self, chat: ChatRequest) -> tuple[Agent[Any], Any, Sequence[Message]]:
         """The agent, its task and what was said before."""
         if chat.model in self.mesh.crew.agents:
             return _to_agent(self.mesh.crew, chat)
         if chat.model not in self.models:
             raise self._unknown(chat.model)
-        if chat.model.startswith("local:") and self.mesh.crew.servers_of(Ask(Asked.name, chat.model)) is None:
-            chat = for_engine(chat)
-        question = Question(
+        if chat.model.startswith("local:") and self.mesh.crew.servers_of(Ask(Passthrough.name, chat.model)) is None:
+            chat = check_for_local_engine(chat)
+        question = ModelRequest(
             model=chat.model,
             messages=tuple(chat.messages),
             tools=tuple(chat.tools),
             output=chat.output,
             options=chat.options,
         )
-        return Asked(), question, ()
+        return Passthrough(), question, ()
 
 
-def _stops(exchange: Exchange) -> Refusal:
+def _server_stopping(exchange: RequestRun) -> ApiError:
     then = "ask again with the same Idempotency-Key" if exchange.keyed else f"agentmesh runs resume {exchange.run_id}"
-    said = f"the server stops and run {exchange.run_id} goes on where a worker is; {then}"
-    return Refusal(503, said, "server_stops", again=exchange.keyed)
+    message = f"the server is shutting down; run {exchange.run_id} continues on the workers; {then}"
+    return ApiError(503, message, "server_stops", again=exchange.keyed)
 
 
 def keyed_run(crew: str, key: str) -> str:
@@ -233,29 +245,29 @@ def _was_answered(work: "asyncio.Task[None]") -> bool:
     return work.done() and not work.cancelled()
 
 
-def _to_agent(crew: Crew, chat: Chat) -> tuple[Agent[Any], Any, Sequence[Message]]:
+def _to_agent(crew: Crew, chat: ChatRequest) -> tuple[Agent[Any], Any, Sequence[Message]]:
     agent = crew.agents[chat.model]
     for name, given in (("tools", chat.tools), ("response_format", chat.options.get("response_format"))):
         if given:
-            said = (
+            message = (
                 f"agent {chat.model!r} has its own {'tools' if name == 'tools' else 'output type'}; leave out `{name}`"
             )
-            raise Refusal(400, said, "invalid_value", param=name)
+            raise ApiError(400, message, "invalid_value", param=name)
     *history, last = chat.messages
     if last.role != "user":
-        said = f"the last message to an agent is its task: it must be of role 'user', not {last.role!r}"
-        raise Refusal(400, said, "invalid_value", param="messages")
+        message = f"the last message to an agent is its task: it must be of role 'user', not {last.role!r}"
+        raise ApiError(400, message, "invalid_value", param="messages")
     if agent.task_type is str:
         return agent, last.text, history
     try:
         return agent, from_json(loads(last.text), agent.task_type), history
     except (ValueError, ValidationError) as e:
         why = explain(e) if isinstance(e, ValidationError) else str(e)
-        said = f"agent {chat.model!r} takes JSON as the last message's text: {why}"
-        raise Refusal(400, said, "invalid_value", param="messages") from None
+        message = f"agent {chat.model!r} takes JSON as the last message's text: {why}"
+        raise ApiError(400, message, "invalid_value", param="messages") from None
 
 
-class _Raw:
+class _RawAsgi:
     """An ASGI app that Starlette does not take for a function of a Request."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Any]) -> None:
@@ -267,11 +279,11 @@ class _Raw:
 
 async def _lost(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    there = "there are POST /v1/chat/completions and /v1/embeddings, GET /v1/models and GET /health"
-    refusal = Refusal(error.status_code, f"there is no {request.method} {request.url.path}; {there}", "not_found")
+    routes = "there are POST /v1/chat/completions and /v1/embeddings, GET /v1/models and GET /health"
+    refusal = ApiError(error.status_code, f"there is no {request.method} {request.url.path}; {routes}", "not_found")
     return JSONResponse(refusal.to_json(), error.status_code, error.headers)
 
 
 async def _broken(request: Request, error: Exception) -> Response:
     logger.error("a request failed", exc_info=error)
-    return JSONResponse(Refusal(500, "the server failed; its log says why").to_json(), 500)
+    return JSONResponse(ApiError(500, "the server failed; its log says why").to_json(), 500)

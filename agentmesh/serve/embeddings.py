@@ -10,11 +10,11 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from agentmesh.errors import MeshError, did_you_mean
-from agentmesh.serve.refusal import Refusal, refusal_of
-from agentmesh.serve.request import object_of
+from agentmesh.serve.request import parse_object
+from agentmesh.serve.responses import ApiError, api_error_of
 
 if TYPE_CHECKING:
-    from agentmesh.rag.embedder import Embedder, Floats
+    from agentmesh.rag.embedders.base import Embedder, Floats
 
 KNOWN = ("model", "input", "encoding_format", "dimensions", "input_type", "user")
 MOST_TEXTS = 2048
@@ -41,45 +41,45 @@ class Embeddings:
             Refusal: the request is wrong, or the embedder failed.
             ConnectionError: its client is gone.
         """
-        asked = object_of(raw)
-        for name in asked:
+        request = parse_object(raw)
+        for name in request:
             if name not in KNOWN:
-                said = f"there is no parameter {name!r} here.{did_you_mean(name, KNOWN)}"
-                raise Refusal(400, said, "unknown_parameter", param=name)
-        model = asked.get("model")
+                message = f"there is no parameter {name!r} here.{did_you_mean(name, KNOWN)}"
+                raise ApiError(400, message, "unknown_parameter", param=name)
+        model = request.get("model")
         if not isinstance(model, str) or model not in self.embedders:
             raise self._unknown(model)
-        texts = _texts(asked.get("input"))
-        form = _one_of(asked, "encoding_format", ("float", "base64"))
-        kind = _one_of(asked, "input_type", ("passage", "query"))
+        texts = _texts(request.get("input"))
+        form = _one_of(request, "encoding_format", ("float", "base64"))
+        kind = _one_of(request, "input_type", ("passage", "query"))
         async with AsyncExitStack() as stack:
             if model in self._turns:
                 await stack.enter_async_context(self._turns[model])
             if is_left():
                 raise ConnectionError
             try:
-                rows = await asyncio.to_thread(_rows, self.embedders[model], texts, kind, asked.get("dimensions"))
+                rows = await asyncio.to_thread(_rows, self.embedders[model], texts, kind, request.get("dimensions"))
             except MeshError as e:
-                refusal = refusal_of(e)
-                raise Refusal(refusal.status, e.message, "embedder_error") from None
+                refusal = api_error_of(e)
+                raise ApiError(refusal.status, e.message, "embedder_error") from None
         data = [
             {"object": "embedding", "index": i, "embedding": _written(row, form)} for i, row in enumerate(rows)
         ]  # fmt: skip
         return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
-    def _unknown(self, name: Any) -> Refusal:
-        there = (
+    def _unknown(self, name: Any) -> ApiError:
+        known = (
             f"there are {', '.join(self.embedders)}" if self.embedders else "none is served; start with --embed NAME"
         )
         hint = did_you_mean(str(name), self.embedders)
-        return Refusal(404, f"there is no embedder {name!r} here: {there}.{hint}", "model_not_found", param="model")
+        return ApiError(404, f"there is no embedder {name!r} here: {known}.{hint}", "model_not_found", param="model")
 
 
 def _rows(embedder: "Embedder", texts: list[str], kind: str, d: Any) -> "Floats | list[Floats]":
     rows = embedder.documents(texts) if kind == "passage" else [embedder.query(text) for text in texts]
     if d is not None and d != len(rows[0]):
-        said = f"dimensions is {d!r} and the vectors have {len(rows[0])}; leave it out"
-        raise Refusal(400, said, "invalid_value", param="dimensions")
+        message = f"dimensions is {d!r} and the vectors have {len(rows[0])}; leave it out"
+        raise ApiError(400, message, "invalid_value", param="dimensions")
     return rows
 
 
@@ -90,21 +90,21 @@ def _written(row: "Floats", form: str) -> list[float] | str:
 def _texts(given: Any) -> list[str]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise Refusal(
+        raise ApiError(
             400, "`input` must be text, or a list of texts; tokens are not taken", "invalid_value", param="input"
         )
     if not all(texts):
-        raise Refusal(400, f"input[{texts.index('')}] is empty", "invalid_value", param="input")
+        raise ApiError(400, f"input[{texts.index('')}] is empty", "invalid_value", param="input")
     if len(texts) > MOST_TEXTS:
-        said = f"`input` has {len(texts)} texts; at most {MOST_TEXTS} a request"
-        raise Refusal(400, said, "invalid_value", param="input")
+        message = f"`input` has {len(texts)} texts; at most {MOST_TEXTS} a request"
+        raise ApiError(400, message, "invalid_value", param="input")
     return texts
 
 
 def _one_of(asked: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
-    found = asked.get(name, known[0])
-    if found not in known:
-        raise Refusal(
-            400, f"{name} is {found!r}; it must be {' or '.join(map(repr, known))}", "invalid_value", param=name
+    value = asked.get(name, known[0])
+    if value not in known:
+        raise ApiError(
+            400, f"{name} is {value!r}; it must be {' or '.join(map(repr, known))}", "invalid_value", param=name
         )
-    return str(found)
+    return str(value)

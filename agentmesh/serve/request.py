@@ -13,28 +13,28 @@ from pydantic_core import from_json
 from agentmesh.errors import did_you_mean
 from agentmesh.message import Message, ToolCall, ToolSpec
 from agentmesh.schema import explain
-from agentmesh.serve.refusal import Refusal
+from agentmesh.serve.responses import ApiError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # It changes nothing here, and clients send it unasked.
-IGNORED = frozenset({
+IGNORED_FIELDS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 })  # fmt: skip
-READ = frozenset({
+READ_FIELDS = frozenset({
     "model", "messages", "tools", "response_format", "stream", "stream_options", "n", "logprobs", "top_logprobs",
 })  # fmt: skip
-WORDS_OF_CHOICE = ("none", "auto", "required")
-OF_STREAMS = ("include_usage", "include_obfuscation")  # the second pads chunks against who reads their lengths
+TOOL_CHOICES = ("none", "auto", "required")
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second pads chunks against who reads their lengths
 # What a model that this project's own engine computes is told; of the rest it takes only what changes nothing.
-ENGINE_TAKES = frozenset({"temperature", "top_p", "top_k", "seed", "stop", "max_tokens", "tool_choice"})
-CHANGES_NOTHING: Mapping[str, Any] = {
+ENGINE_OPTIONS = frozenset({"temperature", "top_p", "top_k", "seed", "stop", "max_tokens", "tool_choice"})
+NEUTRAL_VALUES: Mapping[str, Any] = {
     "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_p": 0, "logit_bias": {},
     "parallel_tool_calls": True, "response_format": None,
 }  # fmt: skip
 Stop = Annotated[str, Field(min_length=1)]
 
 
-class Options(BaseModel):
+class ChatOptions(BaseModel):
     """What is given to the model as it is."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -58,7 +58,7 @@ class Options(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class ChatRequest:
     """A chat request in our words."""
 
     model: str
@@ -70,7 +70,7 @@ class Chat:
     usage_in_stream: bool = False
 
 
-def object_of(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object of a body.
 
     Raises:
@@ -79,45 +79,47 @@ def object_of(raw: bytes) -> dict[str, Any]:
     try:
         data = from_json(raw, allow_inf_nan=False)
     except ValueError as e:
-        raise Refusal(400, f"the body is not JSON: {e}", "invalid_json") from None
+        raise ApiError(400, f"the body is not JSON: {e}", "invalid_json") from None
     if not isinstance(data, dict):
-        raise Refusal(400, f"the body is a JSON {type(data).__name__}; it must be an object", "invalid_json")
+        raise ApiError(400, f"the body is a JSON {type(data).__name__}; it must be an object", "invalid_json")
     return {k: v for k, v in data.items() if v is not None}
 
 
-def chat_of(raw: bytes) -> Chat:
+def parse_chat(raw: bytes) -> ChatRequest:
     """The request.
 
     Raises:
         Refusal: with the sentence that says what is wrong.
     """
-    data = object_of(raw)
-    known = {*READ, *IGNORED, *Options.model_fields}
+    data = parse_object(raw)
+    known_fields = {*READ_FIELDS, *IGNORED_FIELDS, *ChatOptions.model_fields}
     for name in data:
-        if name not in known:
-            _wrong(name, f"there is no parameter {name!r} here.{did_you_mean(name, known)}", "unknown_parameter")
+        if name not in known_fields:
+            _invalid(
+                name, f"there is no parameter {name!r} here.{did_you_mean(name, known_fields)}", "unknown_parameter"
+            )
     if data.get("n", 1) != 1:
-        _wrong("n", f"n is {data['n']!r}; each request gets one answer here: leave it out")
+        _invalid("n", f"n is {data['n']!r}; each request gets one answer here: leave it out")
     for name in ("logprobs", "top_logprobs"):
         if data.get(name):
-            _wrong(name, "logprobs are not given here; leave it out")
+            _invalid(name, "logprobs are not given here; leave it out")
     model = data.get("model")
     if not isinstance(model, str) or not model:
-        _wrong("model", "the request names no model; GET /v1/models lists them")
+        _invalid("model", "the request names no model; GET /v1/models lists them")
     tools = _tools(data.get("tools", []))
     options = _options(data, tools)
     output = _output(data.get("response_format", {}), options)
     of_stream = _object(data, "stream_options")
     for name in of_stream:
-        if name not in OF_STREAMS:
-            _wrong("stream_options", f"there is no {name!r} in `stream_options`.{did_you_mean(name, OF_STREAMS)}")
-    return Chat(
+        if name not in STREAM_OPTIONS:
+            _invalid("stream_options", f"there is no {name!r} in `stream_options`.{did_you_mean(name, STREAM_OPTIONS)}")
+    return ChatRequest(
         model, _messages(data.get("messages")), tools, output, options, _flag(data, "stream"),
         _flag(of_stream, "include_usage"),
     )  # fmt: skip
 
 
-def for_engine(chat: Chat) -> Chat:
+def check_for_local_engine(chat: ChatRequest) -> ChatRequest:
     """The same for a model that this project's own engine computes.
 
     Raises:
@@ -126,32 +128,32 @@ def for_engine(chat: Chat) -> Chat:
     options, output = dict(chat.options), chat.output
     if most := options.pop("max_completion_tokens", None):
         options["max_tokens"] = most
-    wanted = options.pop("response_format", {})
-    if wanted.get("type") == "json_object":
+    response_format = options.pop("response_format", {})
+    if response_format.get("type") == "json_object":
         output = {"type": "object"}
-    for name in [name for name in options if name not in ENGINE_TAKES]:
-        if name not in CHANGES_NOTHING or options.pop(name) != CHANGES_NOTHING[name]:
-            _wrong(name, f"model {chat.model!r} takes no `{name}`: this project's engine computes it; leave it out")
+    for name in [name for name in options if name not in ENGINE_OPTIONS]:
+        if name not in NEUTRAL_VALUES or options.pop(name) != NEUTRAL_VALUES[name]:
+            _invalid(name, f"model {chat.model!r} takes no `{name}`: this project's engine computes it; leave it out")
     return replace(chat, options=options, output=output)
 
 
 def _options(data: dict[str, Any], tools: Sequence[ToolSpec]) -> dict[str, Any]:
     try:
-        found = Options(**{k: v for k, v in data.items() if k in Options.model_fields})
+        parsed = ChatOptions(**{k: v for k, v in data.items() if k in ChatOptions.model_fields})
     except ValidationError as e:
-        raise Refusal(400, explain(e), "invalid_value", param=str(e.errors()[0]["loc"][0])) from None
-    choice = found.tool_choice
-    if isinstance(choice, str) and choice not in WORDS_OF_CHOICE:
-        _wrong("tool_choice", f"tool_choice is {choice!r}; it must be 'none', 'auto', 'required', or name a function")
+        raise ApiError(400, explain(e), "invalid_value", param=str(e.errors()[0]["loc"][0])) from None
+    choice = parsed.tool_choice
+    if isinstance(choice, str) and choice not in TOOL_CHOICES:
+        _invalid("tool_choice", f"tool_choice is {choice!r}; it must be 'none', 'auto', 'required', or name a function")
     if isinstance(choice, dict) and choice.get("type", "function") != "function":
-        _wrong("tool_choice", f"tool_choice has type {choice['type']!r}; only that of one 'function' is taken here")
+        _invalid("tool_choice", f"tool_choice has type {choice['type']!r}; only that of one 'function' is taken here")
     if isinstance(choice, dict):
-        wanted = choice["function"].get("name") if isinstance(choice.get("function"), dict) else None
-        if wanted not in [t.name for t in tools]:
-            _wrong("tool_choice", f"tool_choice names the function {wanted!r}, which is not among `tools`")
+        function_name = choice["function"].get("name") if isinstance(choice.get("function"), dict) else None
+        if function_name not in [t.name for t in tools]:
+            _invalid("tool_choice", f"tool_choice names the function {function_name!r}, which is not among `tools`")
     if choice == "required" and not tools:
-        _wrong("tool_choice", "tool_choice is 'required' and there are no `tools`; send some, or leave it out")
-    return found.model_dump(exclude_none=True)
+        _invalid("tool_choice", "tool_choice is 'required' and there are no `tools`; send some, or leave it out")
+    return parsed.model_dump(exclude_none=True)
 
 
 def _output(wanted: Any, options: dict[str, Any]) -> Mapping[str, Any] | None:
@@ -159,59 +161,59 @@ def _output(wanted: Any, options: dict[str, Any]) -> Mapping[str, Any] | None:
     if kind == "json_schema":
         schema = wanted["json_schema"].get("schema") if isinstance(wanted.get("json_schema"), dict) else None
         if not isinstance(schema, dict):
-            _wrong("response_format", "response_format is a json_schema without `json_schema.schema`, a JSON Schema")
+            _invalid("response_format", "response_format is a json_schema without `json_schema.schema`, a JSON Schema")
         # as it was written, for servers that read its name and strictness
         options["response_format"] = {**wanted, "json_schema": {"name": "answer", **wanted["json_schema"]}}
         return schema
     if kind == "json_object":
         options["response_format"] = {"type": "json_object"}
     elif kind != "text":
-        _wrong("response_format", f"response_format {wanted!r} must have type 'text', 'json_object' or 'json_schema'")
+        _invalid("response_format", f"response_format {wanted!r} must have type 'text', 'json_object' or 'json_schema'")
     return None
 
 
 def _tools(given: Any) -> list[ToolSpec]:
     if not isinstance(given, list):
-        _wrong("tools", "`tools` must be a list")
-    found = []
+        _invalid("tools", "`tools` must be a list")
+    specs = []
     for i, one in enumerate(given):
         function = one.get("function") if isinstance(one, dict) and one.get("type", "function") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            _wrong(f"tools[{i}]", f"tools[{i}] must be a function with a name: other kinds of tools are not here")
+            _invalid(f"tools[{i}]", f"tools[{i}] must be a function with a name: other kinds of tools are not here")
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         if not isinstance(parameters, dict):
-            _wrong(f"tools[{i}]", f"tools[{i}]: `parameters` must be a JSON Schema object")
+            _invalid(f"tools[{i}]", f"tools[{i}]: `parameters` must be a JSON Schema object")
         strict = function.get("strict")
         if not isinstance(strict, bool | None):
-            _wrong(f"tools[{i}]", f"tools[{i}]: `strict` is {strict!r}; it must be true or false")
-        found.append(ToolSpec(function["name"], str(function.get("description") or ""), parameters, strict))
-    return found
+            _invalid(f"tools[{i}]", f"tools[{i}]: `strict` is {strict!r}; it must be true or false")
+        specs.append(ToolSpec(function["name"], str(function.get("description") or ""), parameters, strict))
+    return specs
 
 
 def _messages(given: Any) -> list[Message]:
     if not isinstance(given, list) or not given:
-        _wrong("messages", "`messages` must be a list with at least one message")
+        _invalid("messages", "`messages` must be a list with at least one message")
     return [_message(f"messages[{i}]", one) for i, one in enumerate(given)]
 
 
 def _message(where: str, one: Any) -> Message:
     role = one.get("role") if isinstance(one, dict) else None
     if role not in ROLES:
-        _wrong(where, f"{where} has role {role!r}; it must be one of {', '.join(ROLES)}")
+        _invalid(where, f"{where} has role {role!r}; it must be one of {', '.join(ROLES)}")
     text = _text(where, one.get("content"))
     if role == "tool":
         call = one.get("tool_call_id")
         if not isinstance(call, str) or not call:
-            _wrong(where, f"{where} is of role 'tool' and has no `tool_call_id`: say which call it answers")
+            _invalid(where, f"{where} is of role 'tool' and has no `tool_call_id`: say which call it answers")
         return Message("tool", text, tool_call_id=call)
     if role == "assistant":
-        given = one.get("tool_calls") or []
-        if not isinstance(given, list):
-            _wrong(where, f"{where} has `tool_calls` of type {type(given).__name__!r}; it must be a list")
-        calls = tuple(_call(where, c) for c in given)
+        raw_calls = one.get("tool_calls") or []
+        if not isinstance(raw_calls, list):
+            _invalid(where, f"{where} has `tool_calls` of type {type(raw_calls).__name__!r}; it must be a list")
+        calls = tuple(_call(where, c) for c in raw_calls)
         return Message("assistant", text or str(one.get("refusal") or ""), calls)
     if one.get("content") is None:
-        _wrong(where, f"{where} has no `content`")
+        _invalid(where, f"{where} has no `content`")
     return Message("user" if role == "user" else "system", text)
 
 
@@ -223,7 +225,7 @@ def _text(where: str, content: Any) -> str:
     for part in content if isinstance(content, list) else [content]:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            _wrong(where, f"{where} has content of type {kind!r}; only text is taken here")
+            _invalid(where, f"{where} has content of type {kind!r}; only text is taken here")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -231,27 +233,27 @@ def _text(where: str, content: Any) -> str:
 def _call(where: str, given: Any) -> ToolCall:
     function = given.get("function") if isinstance(given, dict) else None
     if not isinstance(function, dict):
-        _wrong(where, f"{where} has a tool call without a `function`")
-    said = [given.get("id"), function.get("name"), function.get("arguments", "")]
-    texts = [text for text in said if isinstance(text, str)]
-    if len(texts) < len(said):
-        _wrong(where, f"{where} has a tool call whose `id`, `function.name` or `function.arguments` is not text")
+        _invalid(where, f"{where} has a tool call without a `function`")
+    parts = [given.get("id"), function.get("name"), function.get("arguments", "")]
+    texts = [text for text in parts if isinstance(text, str)]
+    if len(texts) < len(parts):
+        _invalid(where, f"{where} has a tool call whose `id`, `function.name` or `function.arguments` is not text")
     return ToolCall(*texts)
 
 
 def _object(data: dict[str, Any], name: str) -> dict[str, Any]:
-    found = data.get(name, {})
-    if not isinstance(found, dict):
-        _wrong(name, f"`{name}` must be an object")
-    return dict(found)
+    value = data.get(name, {})
+    if not isinstance(value, dict):
+        _invalid(name, f"`{name}` must be an object")
+    return dict(value)
 
 
 def _flag(data: dict[str, Any], name: str) -> bool:
-    found = data.get(name) or False
-    if not isinstance(found, bool):
-        _wrong(name, f"{name} is {found!r}; it must be true or false")
-    return bool(found)
+    value = data.get(name) or False
+    if not isinstance(value, bool):
+        _invalid(name, f"{name} is {value!r}; it must be true or false")
+    return bool(value)
 
 
-def _wrong(param: str, message: str, code: str = "invalid_value") -> NoReturn:
-    raise Refusal(400, message, code, param=param)
+def _invalid(param: str, message: str, code: str = "invalid_value") -> NoReturn:
+    raise ApiError(400, message, code, param=param)

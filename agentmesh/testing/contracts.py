@@ -11,18 +11,18 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from agentmesh.event import Event, RunCancelled, RunDone, StepDone, StepPlanned, StepRetried
-from agentmesh.journal import Journal
-from agentmesh.ports import (
+from agentmesh.journal.events import Event, RunCancelled, RunDone, StepDone, StepPlanned, StepRetried
+from agentmesh.journal.journal import Journal
+from agentmesh.journal.types import (
     Accepted,
     Claimed,
     GatherPlan,
-    Next,
-    Plan,
+    NextSteps,
     Refused,
     RunSpec,
+    StepPlan,
+    TaskMessage,
     Token,
-    Wire,
     advance_unit,
     step_unit,
 )
@@ -36,13 +36,13 @@ def _spec(run_id: str, task: Any = "task") -> RunSpec:
     return RunSpec(run_id, "crew", "", "Agent", task, wire=_wire(advance_unit(run_id)))
 
 
-def _wire(unit: str) -> Wire:
-    return Wire("queue", f"{unit}#", "")
+def _wire(unit: str) -> TaskMessage:
+    return TaskMessage("queue", f"{unit}#", "")
 
 
-def _steps(run_id: str, *ns: int, gather: GatherPlan | None = None) -> Next:
+def _steps(run_id: str, *ns: int, gather: GatherPlan | None = None) -> NextSteps:
     event = {n: StepPlanned(n=n, kind="Call", name="f", digest="d", gather=gather.first if gather else 0) for n in ns}
-    return Next([Plan(event[n], "queued", _wire(step_unit(run_id, n))) for n in ns], gather)
+    return NextSteps([StepPlan(event[n], "queued", _wire(step_unit(run_id, n))) for n in ns], gather)
 
 
 async def _claim(journal: Journal, unit: str, *, worker: str = "w", token: str = "t") -> Claimed | Refused:
@@ -63,7 +63,7 @@ async def a_run_from_begin_to_end(journal: Journal) -> None:
     """Begin, claim, commit with the end; the head and the list of runs tell of it."""
     assert isinstance(await journal.begin(_spec("r"), _steps("r", 1)), Accepted)
     claimed = await _claimed(journal, step_unit("r", 1))
-    done, end = StepDone(n=1, value="v"), Next(end=RunDone(value="v"))
+    done, end = StepDone(n=1, value="v"), NextSteps(end=RunDone(value="v"))
     await journal.commit(step_unit("r", 1), fence=claimed.fence, event=done, version=claimed.version, next=end)
     assert await _kinds(journal, "r") == ["RunStarted", "StepPlanned", "StepDone", "RunDone"]
     head = await journal.head("r")
@@ -80,7 +80,7 @@ async def begin_is_repeatable(journal: Journal) -> None:
     before = await _kinds(journal, "r")
     again = await journal.begin(_spec("r"), _steps("r", 1))
     assert isinstance(again, Accepted)
-    assert again.again
+    assert again.is_repeat
     other = await journal.begin(_spec("r", "another"), _steps("r", 1))
     assert isinstance(other, Refused)
     assert other.why == "exists"
@@ -149,7 +149,9 @@ async def a_gather_joins_once(journal: Journal) -> None:
         await journal.commit(step_unit("r", n), fence=claimed.fence, event=StepDone(n=n, value=n))
     advance = await _claimed(journal, advance_unit("r"), token="a")
     for _ in range(2):
-        answer = await journal.plan("r", fence=advance.fence, version=advance.version, next=Next(end=RunDone(value=6)))
+        answer = await journal.plan(
+            "r", fence=advance.fence, version=advance.version, next=NextSteps(end=RunDone(value=6))
+        )
         assert isinstance(answer, Accepted), answer
     kinds = await _kinds(journal, "r")
     assert [kinds.count(k) for k in ("StepDone", "GatherClosed", "RunDone")] == [3, 1, 1]
@@ -159,7 +161,7 @@ async def a_cancelled_run_takes_no_more(journal: Journal) -> None:
     """After a person's word and a sweep the run has ended, and a commit of what was in hand is refused."""
     await journal.begin(_spec("r"), _steps("r", 1))
     held = await _claimed(journal, step_unit("r", 1))
-    assert isinstance(await journal.tell("r", RunCancelled(by="me")), Accepted)
+    assert isinstance(await journal.signal("r", RunCancelled(by="me")), Accepted)
     await journal.sweep("w")
     late: Event = StepDone(n=1, value=1)
     assert isinstance(await journal.commit(step_unit("r", 1), fence=held.fence, event=late), Refused)
@@ -186,7 +188,7 @@ async def watch_and_stream_end_with_the_run(journal: Journal) -> None:
     await journal.stream("r", [Token("r", 1, 1, "text", word) for word in ("one ", "two")])
     watching = asyncio.ensure_future(journal.watch("r", version=None, timeout_s=10))
     await asyncio.sleep(0)
-    done, end = StepDone(n=1, value=1), Next(end=RunDone(value=1))
+    done, end = StepDone(n=1, value=1), NextSteps(end=RunDone(value=1))
     await journal.commit(step_unit("r", 1), fence=claimed.fence, event=done, version=claimed.version, next=end)
     await asyncio.wait_for(watching, 8)
     assert [token.text async for token in journal.tokens("r")] == ["one ", "two"]

@@ -18,7 +18,7 @@ from typing import IO, Any
 from agentmesh.config import Config
 
 READY_S = 30.0
-WORKER = "agentmesh.cli.child"  # started by its name, as the command line does: the rooms above are not imported here
+WORKER = "agentmesh.worker.asyncio_worker"  # started by its name, as the command line does: the rooms above are not imported here
 
 
 class Host:

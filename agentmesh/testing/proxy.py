@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from agentmesh.testing.listening import Listening
+from agentmesh.testing.loopback import LoopbackServer
 
 PIECE_BYTES = 65536
 GONE_S = 1.0  # how long a server may take to close a link that was cut after its command
@@ -74,7 +74,7 @@ class _Link:
             _reset(writer)
 
 
-class Proxy(Listening):
+class Proxy(LoopbackServer):
     """Stands between clients and one server; every method may be called from any thread.
 
     Args:

@@ -17,8 +17,8 @@ from typing import Any
 import redis
 from celery import Celery
 
-from agentmesh.celery.consumer import broker_answers
-from agentmesh.celery.valkey import server_binary
+from agentmesh.celery.consumer import broker_error
+from agentmesh.runtime.valkey import server_binary
 
 READY_S = 10.0
 RABBIT_READY_S = 60.0  # it takes 4 s alone, and many times that on a busy machine
@@ -135,7 +135,7 @@ class RabbitServer(_Process):
             )  # fmt: skip
         app = Celery("ask", set_as_current=False, broker=self.url)
         until = time.monotonic() + RABBIT_READY_S
-        while (error := broker_answers(app, 2.0)) is not None:
+        while (error := broker_error(app, 2.0)) is not None:
             if not self.alive or time.monotonic() > until:
                 raise RuntimeError(f"RabbitMQ does not start ({error}); see {self.folder / 'out.log'}")
             time.sleep(0.02)
@@ -211,7 +211,7 @@ class RabbitServer(_Process):
 
 
 @contextlib.contextmanager
-def a_server(kind: Any) -> Iterator[Any]:
+def running_server(kind: Any) -> Iterator[Any]:
     """A ValkeyServer or RabbitServer that runs, in a folder that goes away with it."""
     folder = Path(tempfile.mkdtemp(prefix="mesh-"))  # short: a socket's path may have about 100 bytes
     server = kind(folder)

@@ -11,11 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentmesh.journals import tend
-from agentmesh.journals.entries import Store
-from agentmesh.journals.tables import Tables
-from agentmesh.testing.oracle import Oracle, Violation
-from agentmesh.testing.programs import Stage, following, message, program
+from agentmesh.journal import maintenance
+from agentmesh.journal.transaction import Tables, Transaction
+from agentmesh.testing.oracle import Oracle, Stage, Violation, message, next_plan, random_program
 
 TTL, SWEEP, PATIENCE = 2_000, 400, 600_000
 POISON_MOST = 12  # quartered to one, then three alone; the first two deaths change nothing
@@ -64,7 +62,7 @@ class World:
     def run(self) -> None:
         """Until every run has ended and nothing is left to happen."""
         for i in range(self.rng.randint(1, 3)):
-            self._programs[f"r{i}"] = program(self.rng)
+            self._programs[f"r{i}"] = random_program(self.rng)
             self.at(self.rng.randint(0, 500), lambda run=f"r{i}": self._begin(run))  # type: ignore[misc]
             for _ in range(self.rng.randint(0, 8)):  # somebody speaks while it works
                 self.at(self.rng.randint(100, 9_000), lambda run=f"r{i}": self._raise(run))  # type: ignore[misc]
@@ -86,8 +84,8 @@ class World:
     # ---- verbs ---------------------------------------------------------------------------------
     def verb(self, name: str, **args: Any) -> tuple[dict[str, Any], list[str]]:
         """One atomic verb; its messages go to the broker, and the oracle looks."""
-        store = Store(self.tables, self.now)
-        reply = tend.ALL[name](store, args)
+        store = Transaction(self.tables, self.now)
+        reply = maintenance.ALL_VERBS[name](store, args)
         for _, head, _, _ in store.sent:
             self._send(head.rstrip("#"))
         self.oracle.look()
@@ -100,7 +98,7 @@ class World:
 
     def _begin(self, run: str) -> None:
         args = {"run": run, "spec": {"crew": "c", "version": "", "agent": "A", "wire": message(f"a|{run}")},
-                "started": '{"e":"RunStarted"}', "digest": "d", "next": following(run, self._program(run), [])}  # fmt: skip
+                "started": '{"e":"RunStarted"}', "digest": "d", "next": next_plan(run, self._program(run), [])}  # fmt: skip
         self.verb("begin", **args)
         if self.rng.random() < self.faults.reply_lost:
             self.verb("begin", **args)
@@ -118,10 +116,10 @@ class World:
         raise Violation(f"run {run} has no program")
 
     def _tell(self, run: str, kind: str, n: int) -> None:
-        self.verb("tell", run=run, kind=kind, n=n, event=json.dumps({"e": kind, **({"n": n} if n else {})}), up="{}")
+        self.verb("signal", run=run, kind=kind, n=n, event=json.dumps({"e": kind, **({"n": n} if n else {})}), up="{}")
 
     def _raise(self, run: str) -> None:
-        self.verb("tell", run=run, kind="LimitRaised", n=0, event='{"e":"LimitRaised"}', limits={"turns": 10**6})
+        self.verb("signal", run=run, kind="LimitRaised", n=0, event='{"e":"LimitRaised"}', limits={"turns": 10**6})
 
     # ---- a worker ------------------------------------------------------------------------------
     def _deliver(self, unit: str) -> None:
@@ -186,7 +184,7 @@ class World:
         if how == "retried":
             args["delay"] = self.rng.choice([0, 800])
         else:
-            args["next"] = following(run, self._program(run), [*lines, f"0 {text}"])
+            args["next"] = next_plan(run, self._program(run), [*lines, f"0 {text}"])
         self.verb("commit", **args)
         if self.rng.random() < self.faults.reply_lost:
             self.verb("commit", **args)
@@ -204,7 +202,7 @@ class World:
     ) -> None:
         if self._workers[worker] != generation or self._dies(worker, unit):
             return
-        args = {"run": run, "fence": fence, "version": version, "next": following(run, self._program(run), lines)}
+        args = {"run": run, "fence": fence, "version": version, "next": next_plan(run, self._program(run), lines)}
         head, more = self.verb("plan", **args)
         if head.get("no") == "conflict":
             later = [*lines, *more]
@@ -264,7 +262,7 @@ class World:
         elif unit != self._poison:
             self._tell(run, "StepRevived", n)
         else:
-            self.verb("tell", run=run, kind="StepResolved", n=n, action="done", event=f'{{"e":"StepDone","n":{n}}}')
+            self.verb("signal", run=run, kind="StepResolved", n=n, action="done", event=f'{{"e":"StepDone","n":{n}}}')
 
 
 def simulate(seed: int, faults: Faults = Faults()) -> World:

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from agentmesh.celery.loop import drive
-from agentmesh.event import StepDone
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.journal.events import StepDone
 from agentmesh.testing import FakeOpenAI, says, uses
-from agentmesh.testing.servers import RabbitServer, ValkeyServer, a_server
+from agentmesh.testing.servers import RabbitServer, ValkeyServer, running_server
 
 
 @pytest.fixture(scope="session")
 def _valkey_server() -> Iterator[ValkeyServer]:
-    with a_server(ValkeyServer) as server:
+    with running_server(ValkeyServer) as server:
         yield server
 
 
@@ -27,7 +27,7 @@ def _rabbit_server() -> Iterator[RabbitServer]:
         if os.environ.get("CI"):
             pytest.fail(missing)
         pytest.skip(missing)
-    with a_server(RabbitServer) as server:
+    with running_server(RabbitServer) as server:
         yield server
 
 
@@ -96,8 +96,8 @@ class Oracle:
     @staticmethod
     def ends(mesh: Any, *runs: str) -> list[tuple[str, StepDone]]:
         """The ends of all steps of these runs and what is below them, with the run each is in."""
-        members = [m for run in runs for m in drive(mesh.journal.tree(run))]
-        return [(m, e) for m in members for e in drive(mesh.journal.events(m)) if isinstance(e, StepDone)]
+        members = [m for run in runs for m in run_sync(mesh.journal.tree(run))]
+        return [(m, e) for m in members for e in run_sync(mesh.journal.events(m)) if isinstance(e, StepDone)]
 
     def ended_twice(self, mesh: Any, *runs: str) -> list[str]:
         """Steps with more than one end."""

@@ -9,10 +9,10 @@ from celery.apps.worker import Worker
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
+from agentmesh.celery.app import celery_settings
 from agentmesh.celery.consumer import MeshConsumer
-from agentmesh.celery.offspring import announce_ready, leave_with_parent
 from agentmesh.celery.pool import TaskPool
-from agentmesh.celery.settings import settings
+from agentmesh.worker.process import announce_ready, exit_with_parent
 
 AGAIN = Retry(ConstantBackoff(0.1), 100)  # the tests kill the server
 
@@ -25,9 +25,9 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int)
     given = parser.parse_args()
     if given.ready_fd is not None:
-        leave_with_parent(float(given.grace_s))
+        exit_with_parent(float(given.grace_s))
     app = Celery("counting", set_as_current=False)
-    app.conf.update(settings(given.broker))
+    app.conf.update(celery_settings(given.broker))
     TaskPool.grace_s = float(given.grace_s)
     clients = {}
 

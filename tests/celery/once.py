@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from agentmesh import Agent, Context, Crew, ToolContext, tool
-from agentmesh.tool import NotDone, Unknown
+from agentmesh.definitions.tool import NotDone, Unknown
 
 HERE = ToolContext()
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import redis
 
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import spec_of
 from agentmesh.config import Config
+from agentmesh.worker.asyncio_worker import worker_command
+from agentmesh.worker.supervisor import Supervisor
 
 HERE = Path(__file__).parent
 
@@ -32,7 +32,7 @@ crew = Crew(Echo(), name="beaten", model=ScriptedModel(lambda p: says(p.messages
 def test_a_worker_of_ours_beats(valkey: Any, tmp_path: Path, eventually: Any) -> None:
     (tmp_path / "beaten.py").write_text(CREW)
     config = Config(broker=valkey.broker_url, journal=valkey.url, sweep_s=0.2, drain_s=1.0)
-    argv = spec_of(config, crews=[str(tmp_path / "beaten.py")], queues=[], concurrency=0, beat=True)
+    argv = worker_command(config, crews=[str(tmp_path / "beaten.py")], queues=[], concurrency=0, beat=True)
     supervisor = Supervisor([argv] * 2, drain_s=2, output=subprocess.DEVNULL)
     supervisor.start()
     try:

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from agentmesh import Agent, Context, Crew, tool
-from agentmesh.celery.loop import drive
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 
@@ -93,8 +93,8 @@ def test_a_thousand_runs_at_once_all_end(mesh: Mesh, valkey: Any) -> None:
         await asyncio.gather(*[run.wait() for run in runs])
         return [await run for run in runs]
 
-    runs = drive(begin())
+    runs = run_sync(begin())
     assert 0 < longest_message(valkey) < LONGEST_MESSAGE
     with mesh.worker():
-        assert drive(results(runs)) == [i % 3 + 1 for i in range(1000)]
-    assert drive(mesh.journal.counts()).open_runs == 0
+        assert run_sync(results(runs)) == [i % 3 + 1 for i in range(1000)]
+    assert run_sync(mesh.journal.counts()).open_runs == 0

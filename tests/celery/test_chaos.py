@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import redis
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.loop import drive
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import (
     Chaos,
     DisturbMessages,
@@ -74,7 +74,7 @@ class Scene:
                 time.sleep(0.02)
 
     def give_back(self, worker: WorkerProcess) -> None:
-        drive(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.broker_queues()))
+        run_sync(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.broker_queues()))
 
     def asked_again(self) -> int:
         """LLM calls beyond one a step."""
@@ -136,7 +136,7 @@ def test_the_link_cut_after_each_command_and_the_worker_killed(scene: Any, valke
 
             proxy.cut_after(k, lose=lose, then=killed)
             run = it.start("Small", task)
-            while not cut.wait(0.002) and drive(run.head()).status == "open":
+            while not cut.wait(0.002) and run_sync(run.head()).status == "open":
                 pass
             after = None
             if cut.is_set():
@@ -244,7 +244,7 @@ def test_what_may_run_once_never_runs_twice(scene: Any) -> None:
     worker = it.worker()
     try:
         until, doubts = time.monotonic() + 20, 0
-        while any(drive(run.head()).status == "open" for run in runs):
+        while any(run_sync(run.head()).status == "open" for run in runs):
             assert time.monotonic() < until
             for run in runs:
                 for item in run.waiting_for:

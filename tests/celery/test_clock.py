@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from agentmesh.boot import load_crew
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import Host
 
 CREW = str(Path(__file__).parent / "sleepers.py")

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import spec_of
-from agentmesh.cli.worker import giver_back
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
+from agentmesh.engine.run import Run
 from agentmesh.mesh import Mesh
-from agentmesh.run import Run
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeOpenAI, Fault
+from agentmesh.worker.asyncio_worker import worker_command
+from agentmesh.worker.supervisor import Supervisor
 
 NEVER_S = 600.0  # no lease runs out in these tests
 SOON_S = 12.0  # to the end of a run of a second and a half, on a busy machine
@@ -31,8 +31,8 @@ class Scene:
         self.crew = load_crew(oracle.crew)
         self.mesh = Mesh(self.crew, config=config)
         self.supervisor = Supervisor(
-            [spec_of(config, crews=[oracle.crew], queues=[], concurrency=0)] * 2, drain_s=drain_s, output=subprocess.DEVNULL,
-            on_death=giver_back(config, self.crew.broker_queues()),
+            [worker_command(config, crews=[oracle.crew], queues=[], concurrency=0)] * 2, drain_s=drain_s, output=subprocess.DEVNULL,
+            on_death=release_on_death(config, self.crew.broker_queues()),
             env=oracle.env(server),
         )  # fmt: skip
         self.runs: list[Run[str]] = []

@@ -125,7 +125,7 @@ def test_canvases(mesh: Mesh, app: Celery) -> None:
 def test_what_cannot_be(mesh: Mesh) -> None:
     with pytest.raises(RuntimeError, match="not x"):
         mesh.s(Failing(), "x").apply_async().get()
-    with pytest.raises(RunError, match="waits for somebody"):
+    with pytest.raises(RunError, match="is waiting for a decision"):
         mesh.s(Desk(), "x").apply_async().get()
     with pytest.raises(MeshError, match="would wait for itself"):
         mesh.run(Sneaky(), "x")

@@ -16,12 +16,12 @@ import pytest
 import redis
 from celery import Celery
 
-from agentmesh.celery import valkey as room
-from agentmesh.celery.settings import settings
-from agentmesh.celery.valkey import EmbeddedValkey
+from agentmesh.celery.app import celery_settings
 from agentmesh.errors import ConfigError
+from agentmesh.runtime import valkey as room
+from agentmesh.runtime.valkey import EmbeddedValkey
 
-USER = "import sys; from pathlib import Path; from agentmesh.celery.valkey import EmbeddedValkey as V\n"
+USER = "import sys; from pathlib import Path; from agentmesh.runtime.valkey import EmbeddedValkey as V\n"
 USER += "v = V.join(Path(sys.argv[1])); print(v.url, flush=True); sys.stdin.read()"
 
 
@@ -95,7 +95,7 @@ def test_who_joins_while_the_last_keeper_is_ending_starts_the_next(folder, event
     last = EmbeddedValkey.join(folder)
     place = folder.resolve() / "valkey"
     last.leave()
-    eventually(lambda: not room._kept(place))
+    eventually(lambda: not room._has_watchdog(place))
     ending = os.open(place / "keeper.lock", os.O_RDWR)  # the lock that a keeper has for a moment longer than its users'
     fcntl.flock(ending, fcntl.LOCK_EX)
     timer = threading.Timer(0.3, os.close, [ending])
@@ -110,7 +110,7 @@ def test_who_joins_while_the_last_keeper_is_ending_starts_the_next(folder, event
 def test_celery_speaks_to_it(folder):
     share = EmbeddedValkey.join(folder)
     with Celery("c", set_as_current=False) as app:
-        app.conf.update(settings(share.broker_url))
+        app.conf.update(celery_settings(share.broker_url))
         app.send_task("t", queue="q")
     with redis.Redis.from_url(share.url) as client:
         assert client.llen("q") == 1
@@ -166,7 +166,7 @@ def test_a_killed_keeper_is_replaced_by_the_next_to_join(folder, eventually):
         server = pid_of(client)
         keeper = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(keeper, signal.SIGKILL)
-        eventually(lambda: not room._kept(folder.resolve() / "valkey"))
+        eventually(lambda: not room._has_watchdog(folder.resolve() / "valkey"))
         following = EmbeddedValkey.join(folder)
         assert following.url == share.url
         assert client.get("k") == "kept"

@@ -12,15 +12,15 @@ from celery import Celery, current_app
 from celery._state import default_app
 from kombu.asynchronous import get_event_loop
 
+from agentmesh.celery.app import celery_settings
 from agentmesh.celery.embedded import EmbeddedWorker
-from agentmesh.celery.settings import settings
 from agentmesh.errors import ServiceDown
 
 
 def counting(broker_url, name="count"):
     """An app with one task, and the list it counts in."""
     app, seen = Celery(name, set_as_current=False), []
-    app.conf.update(settings(broker_url))
+    app.conf.update(celery_settings(broker_url))
 
     class Count(app.Task):
         ignore_result = acks_late = True
@@ -156,5 +156,5 @@ def test_a_broker_that_does_not_answer_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refused
         app, _, _ = counting(f"redis://127.0.0.1:{taken.getsockname()[1]}/0")
-        with pytest.raises(ServiceDown, match=r"no broker answers at redis://127\.0\.0\.1:\d+/0 .*refused"):
+        with pytest.raises(ServiceDown, match=r"no broker responds at redis://127\.0\.0\.1:\d+/0 .*refused"):
             EmbeddedWorker(app, queues=["q"]).start()

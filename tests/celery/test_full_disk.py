@@ -12,9 +12,9 @@ import pytest
 import redis
 
 from agentmesh import Agent, Crew
-from agentmesh.boot import Models
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
+from agentmesh.models.registry import ModelRegistry
 from agentmesh.testing import FakeOpenAI, ValkeyServer
 
 CALL_S = 0.5
@@ -47,7 +47,7 @@ def test_a_full_disk_is_waited_for(small_disk: Path, eventually: Any, monkeypatc
         monkeypatch.setenv("OPENAI_BASE_URL", model.url)
         monkeypatch.setenv("OPENAI_API_KEY", "k")
         config = Config(broker=server.broker_url, journal=server.url, lease_s=5.0, sweep_s=0.1)
-        mesh = Mesh(Crew(Asker(), name="disk", model="openai:fake"), config=config, models=Models())
+        mesh = Mesh(Crew(Asker(), name="disk", model="openai:fake"), config=config, models=ModelRegistry())
         try:
             with mesh.worker(), redis.Redis.from_url(server.url) as client:
                 runs = [mesh.start(mesh.crew.lead, f"t{i}") for i in range(20)]

@@ -10,8 +10,8 @@ import redis
 from celery import chord
 
 from agentmesh import Agent, ConfigError, Context, Crew, DefinitionError, Queue, RunError, ServiceDown, Sleep, tool
-from agentmesh.celery.gather import Gather
-from agentmesh.celery.loop import drive
+from agentmesh.celery.dispatch import Gather
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says
@@ -146,7 +146,7 @@ def test_a_broker_that_evicts_is_refused(valkey: Any) -> None:
     with redis.Redis.from_url(valkey.url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
         try:
-            with pytest.raises(ConfigError, match="maxmemory-policy 'allkeys-lru' and would drop messages"):
+            with pytest.raises(ConfigError, match="would evict messages and journals"):
                 mesh.check()
         finally:
             client.config_set("maxmemory-policy", "noeviction")
@@ -155,7 +155,7 @@ def test_a_broker_that_evicts_is_refused(valkey: Any) -> None:
 
 def test_a_broker_that_is_away_is_named() -> None:
     mesh = Mesh(Crew(Echo(), name="x"), broker="redis://127.0.0.1:1/0")
-    with pytest.raises(ServiceDown, match="no broker answers at redis://127.0.0.1:1/0"):
+    with pytest.raises(ServiceDown, match="no broker responds at redis://127.0.0.1:1/0"):
         mesh.check()
 
 
@@ -189,13 +189,13 @@ def test_a_worker_that_stops_leaves_another_of_its_mesh_at_work(valkey: Any) -> 
         run = mesh.start(Slow(), "go")
         assert running.wait(10)
         first.stop()
-        counts = drive(mesh.journal.counts())
+        counts = run_sync(mesh.journal.counts())
         assert (counts.leased, sum(counts.queues.values())) == (1, 0)
-        assert mesh.site.tender is not None
+        assert mesh.process_state.housekeeper is not None
         over.set()
         assert run.result(timeout_s=10) == 7
     assert times == [7]
-    assert mesh.site.tender is None
+    assert mesh.process_state.housekeeper is None
     mesh.close()
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from agentmesh.boot import load_crew
 from agentmesh.cli.runs import show_run
-from agentmesh.cli.worker import giver_back
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
-from agentmesh.event import StepInDoubt
+from agentmesh.engine.run import Approval, Run
+from agentmesh.journal.events import StepInDoubt
 from agentmesh.mesh import Mesh
-from agentmesh.run import Approval, Run
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import WorkerProcess
 
 CREW = str(Path(__file__).parent / "once.py")
@@ -28,7 +28,7 @@ def test_never_twice(
     config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=60.0, sweep_s=0.2)
     crew = load_crew(CREW)
     mesh = Mesh(crew, config=config)
-    bury = giver_back(config, crew.broker_queues())
+    bury = release_on_death(config, crew.broker_queues())
     env = {"ONCE_LEDGER": str(book)}
 
     def worker() -> WorkerProcess:
@@ -56,7 +56,9 @@ def test_never_twice(
         assert set(paid.values()) == {1}
         show_run("r0", broker=valkey.broker_url, as_json=False, file=None)
         shown = capsys.readouterr().out
-        assert "waiting: a decision: it was cut off and may have happened: agentmesh runs resolve r0 1 done" in shown
+        assert (
+            "waiting: a decision: it was interrupted and may have happened: agentmesh runs resolve r0 1 done" in shown
+        )
         assert "(run r0, step 1, blind" in shown
         for run in runs:  # a person looks into the book
             for item in held(run):

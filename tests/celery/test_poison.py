@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli import child
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.spares import spares_of
-from agentmesh.cli.worker import giver_back
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
-from agentmesh.event import StepDone, StepQuarantined
+from agentmesh.journal.events import StepDone, StepQuarantined
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.worker import asyncio_worker
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.standby import standby_workers
+from agentmesh.worker.supervisor import Supervisor
 
 CREW = str(Path(__file__).parent / "poisoned.py")
 
@@ -31,14 +31,14 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
     crew = load_crew(CREW)
     mesh = Mesh(crew, config=config)
     deaths: list[str] = []
-    give_back = giver_back(config, crew.broker_queues())
+    give_back = release_on_death(config, crew.broker_queues())
 
     def on_death(name: str, code: int) -> None:
         deaths.append(name)
         give_back(name, code)
 
     supervisor = Supervisor(
-        specs_of(config, {CREW: crew}, suspects="elsewhere"), spares=spares_of(config, {CREW: crew}), drain_s=5,
+        worker_commands(config, {CREW: crew}, suspects="exclude"), spares=standby_workers(config, {CREW: crew}), drain_s=5,
         output=subprocess.DEVNULL, on_death=on_death, env={"POISON_LOG": str(log)},
     )  # fmt: skip
     supervisor.start()
@@ -69,11 +69,11 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
 
 
 def test_a_worker_for_suspects_leaves_when_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "LOOK_S", 0.01)
-    monkeypatch.setattr(child, "UNWANTED_S", 0.1)
+    monkeypatch.setattr(asyncio_worker, "POLL_S", 0.01)
+    monkeypatch.setattr(asyncio_worker, "IDLE_EXIT_S", 0.1)
     wanted = [True, False] * 20  # never unwanted for long
-    child.until_unwanted(threading.Event(), lambda: bool(wanted) and wanted.pop())
+    asyncio_worker.wait_until_idle(threading.Event(), lambda: bool(wanted) and wanted.pop())
     assert not wanted
     over = threading.Event()
     over.set()
-    child.until_unwanted(over, lambda: pytest.fail("it was told to stop"))
+    asyncio_worker.wait_until_idle(over, lambda: pytest.fail("it was told to stop"))

@@ -15,9 +15,9 @@ from celery.app.defaults import DEFAULTS
 from celery.result import AsyncResult
 from celery.worker import state
 
+from agentmesh.celery.app import celery_settings
 from agentmesh.celery.embedded import EmbeddedWorker
-from agentmesh.celery.loop import drive, loop_of_this_process
-from agentmesh.celery.settings import settings
+from agentmesh.celery.event_loop import loop_of_this_process, run_sync
 
 IN_FLIGHT = 300
 
@@ -25,7 +25,7 @@ IN_FLIGHT = 300
 @pytest.fixture
 def app(valkey):
     app = Celery("pool", set_as_current=False)
-    app.conf.update(settings(valkey.broker_url))
+    app.conf.update(celery_settings(valkey.broker_url))
     yield app
     app.close()
 
@@ -172,13 +172,13 @@ def test_drive_runs_a_coroutine_for_a_caller_without_a_loop():
         await asyncio.sleep(0)
         return 2 * x, asyncio.get_running_loop()
 
-    assert drive(twice(2)) == (4, loop_of_this_process())
+    assert run_sync(twice(2)) == (4, loop_of_this_process())
 
     async def nested():
-        return drive(twice(1))
+        return run_sync(twice(1))
 
     with pytest.raises(RuntimeError, match="await the coroutine instead"):
-        drive(nested())
+        run_sync(nested())
 
 
 def started(valkey, *, concurrency=200, grace_s=20.0):
@@ -240,7 +240,7 @@ def test_a_worker_outlives_its_broker(valkey, eventually):
     ],
 )
 def test_settings_are_celerys_own_words(url, options):
-    given = settings(url)
+    given = celery_settings(url)
     assert set(given) <= set(DEFAULTS)
     assert given["broker_transport_options"] == options
     assert given["accept_content"] == ["json"]

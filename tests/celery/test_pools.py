@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from agentmesh import Crew
-from agentmesh.celery.rabbit import examine
+from agentmesh.celery.rabbitmq import inspect_broker
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 
@@ -85,8 +85,8 @@ def test_on_rabbitmq(valkey: Any, rabbitmq: Any, tmp_path: Path, monkeypatch: py
         m = it.module
         assert m.mesh.run(m.Team(), "a", timeout_s=20) == "<a0,a1,a2,a3>"
         assert m.shout.delay("tea").get(timeout=10) == "TEA"
-        assert examine(m.app, ["agentmesh.inside.main"]).other == {}
-        assert list(examine(m.app, ["celery"]).other) == ["celery"]
+        assert inspect_broker(m.app, ["agentmesh.inside.main"]).other == {}
+        assert list(inspect_broker(m.app, ["celery"]).other) == ["celery"]
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -10,13 +10,13 @@ from typing import Any
 
 import redis
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.worker import giver_back
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
-from agentmesh.event import StepRetried
+from agentmesh.journal.events import StepRetried
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.supervisor import Supervisor
 
 CREW = str(Path(__file__).parent / "computing.py")
 
@@ -52,8 +52,8 @@ def working(valkey: Any, folder: Path, *, lease_s: float = 30.0, drain_s: float 
     mesh = Mesh(crew, config=config)
     with (folder / "worker.log").open("wb") as out:
         supervisor = Supervisor(
-            specs_of(config, {CREW: crew}, events=True), drain_s=drain_s + 1, output=out, env={"COMPUTING_LOG": str(log)},
-            on_death=giver_back(config, crew.broker_queues()),
+            worker_commands(config, {CREW: crew}, events=True), drain_s=drain_s + 1, output=out, env={"COMPUTING_LOG": str(log)},
+            on_death=release_on_death(config, crew.broker_queues()),
         )  # fmt: skip
         supervisor.start()
         try:
@@ -128,7 +128,7 @@ def alive(pid: int) -> bool:
 
 def test_a_tool_that_will_not_stop_is_killed(valkey: Any, tmp_path: Path, monkeypatch: Any, eventually: Any) -> None:
     """One that lets others be is retried as it says and ends as StepTimeout; one that seizes its process is in doubt."""
-    monkeypatch.setattr("agentmesh.celery.dispatch.KILL_S", 1.0)
+    monkeypatch.setattr("agentmesh.celery.dispatch.KILL_GRACE_S", 1.0)
     with working(valkey, tmp_path, lease_s=1.0) as it:
         both = [it.one("spin"), it.one("seize")]
         assert both[0].result(timeout_s=15) == "StepTimeout"

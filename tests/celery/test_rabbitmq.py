@@ -13,11 +13,12 @@ import pytest
 from celery import Celery
 
 from agentmesh import Agent, Approve, Context, Crew, ServiceDown, Sleep, tool
-from agentmesh.celery import rabbit, rabbitloop
-from agentmesh.celery.app import QueueLengths
-from agentmesh.celery.publish import MOST_WAITING, Publisher
+from agentmesh.celery import rabbitmq as rabbit
+from agentmesh.celery import rabbitmq_consumer
+from agentmesh.celery.broker import QueueLengths
+from agentmesh.celery.publisher import MAX_WAITING, Publisher
+from agentmesh.journal.types import OutboxMessage
 from agentmesh.mesh import Mesh
-from agentmesh.ports import Sent
 from agentmesh.testing import FakeOpenAI, ScriptedModel, says
 from agentmesh.testing.servers import RabbitServer, ValkeyServer
 
@@ -63,10 +64,10 @@ def test_a_run_with_everything_in_it(rabbitmq: RabbitServer, valkey: ValkeyServe
         eventually(lambda: run.waiting_for)
         run.approve(run.waiting_for[0], by="ana")
         assert run.result(timeout_s=20) == "40 tea39"
-        facts = rabbit.examine(mesh.app, mesh.crew.broker_queues())
+        facts = rabbit.inspect_broker(mesh.app, mesh.crew.broker_queues())
         assert facts.version.startswith(("3.", "4."))
         assert facts.other == {}  # quorum, with our delivery limit
-        eventually(lambda: set(rabbit.examine(mesh.app, mesh.crew.broker_queues()).messages.values()) == {0})
+        eventually(lambda: set(rabbit.inspect_broker(mesh.app, mesh.crew.broker_queues()).messages.values()) == {0})
         began = time.monotonic()
     assert time.monotonic() - began < 2.0
     mesh.close()
@@ -91,7 +92,7 @@ def test_a_message_dropped_at_its_delivery_limit_is_sent_again(
     mesh = mesh_on(rabbitmq, valkey, Everything())
     queue = mesh.crew.broker_queue("main")
     run = mesh.start(Echo(), "tea")
-    eventually(lambda: rabbit.examine(mesh.app, [queue]).messages == {queue: 1})
+    eventually(lambda: rabbit.inspect_broker(mesh.app, [queue]).messages == {queue: 1})
     deliveries = 0
     with mesh.app.connection_for_read() as connection:
         channel = connection.channel()
@@ -109,8 +110,8 @@ def test_a_step_may_last_longer_than_the_brokers_patience(
     rabbitmq: RabbitServer, valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """RabbitMQ closes the channel of who keeps a message for consumer_timeout: half an hour, and here a second."""
-    monkeypatch.setattr(rabbitloop, "ACK_S", 0.3)
-    monkeypatch.setattr(rabbitloop, "TICK_S", 0.1)
+    monkeypatch.setattr(rabbitmq_consumer, "MAX_UNACKED_S", 0.3)
+    monkeypatch.setattr(rabbitmq_consumer, "TICK_S", 0.1)
     rabbitmq.set_env(consumer_timeout=1_000, channel_tick_interval=200)
     mesh = mesh_on(rabbitmq, valkey, Slow())
     try:
@@ -123,9 +124,9 @@ def test_a_step_may_last_longer_than_the_brokers_patience(
     mesh.close()
 
 
-def message_to(queue: str) -> Sent:
+def message_to(queue: str) -> OutboxMessage:
     body = {"body": "[]", "content-type": "application/json", "content-encoding": "utf-8", "headers": {}}
-    return Sent(queue, json.dumps({**body, "properties": {"correlation_id": "c"}}))
+    return OutboxMessage(queue, json.dumps({**body, "properties": {"correlation_id": "c"}}))
 
 
 def test_what_waits_for_the_broker_is_bounded(
@@ -139,11 +140,11 @@ def test_what_waits_for_the_broker_is_bounded(
     eventually(lambda: lengths([sent.queue]) == {sent.queue: 1})
     rabbitmq.settle()
     rabbitmq.kill()
-    for _ in range(MOST_WAITING + 50):
+    for _ in range(MAX_WAITING + 50):
         publisher(sent)
     rabbitmq.restart()
-    eventually(lambda: lengths([sent.queue]) == {sent.queue: 1 + MOST_WAITING})
-    assert "50 did not wait" in caplog.text
+    eventually(lambda: lengths([sent.queue]) == {sent.queue: 1 + MAX_WAITING})
+    assert "50 that did not fit" in caplog.text
     publisher.close()
     lengths.close()
 
@@ -167,7 +168,7 @@ def test_a_queue_deleted_under_a_publisher(rabbitmq: RabbitServer, eventually: E
 def test_no_broker_at_the_start(valkey: ValkeyServer) -> None:
     app = Celery("nowhere", broker="amqp://ana:secret@127.0.0.1:1//", set_as_current=False)
     mesh = Mesh(Crew(Echo(), name="nowhere"), app=app, journal=valkey.url)
-    with pytest.raises(ServiceDown, match=r"no broker answers at amqp://ana:\*\*\*@127.0.0.1:1//") as caught:
+    with pytest.raises(ServiceDown, match=r"no broker responds at amqp://ana:\*\*\*@127.0.0.1:1//") as caught:
         mesh.worker().start()
     assert "secret" not in str(caught.value)
     mesh.close()

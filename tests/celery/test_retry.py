@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from agentmesh import Agent, Context, Crew
-from agentmesh.celery.loop import drive
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
+from agentmesh.definitions.tool import tool
 from agentmesh.mesh import Mesh
 from agentmesh.testing import FakeOpenAI, says
-from agentmesh.tool import tool
 
 CREW = """
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_retry_on_the_command_line(tmp_path: Path) -> None:
         assert out == "THE END: TEA 0, TEA 1, TEA 2, HERE FIRST here, THERE FIRST there\n"
         assert "t goes on as t~2" in err
         assert asked() == ["here first", "tea 0", "tea 1", "tea 2", "the end", "there first"]
-        assert "nothing to do again" in shell("runs", "retry", "t", code=2)[1]
+        assert "nothing to retry" in shell("runs", "retry", "t", code=2)[1]
         (tmp_path / "broken").touch()
         shell("run", "crew.py", "cup", "--id", "u", code=1)
         (tmp_path / "broken").unlink()
@@ -102,7 +102,7 @@ def test_large_values_come_along(valkey: Any, tmp_path: Path) -> None:
     mesh = Mesh(Crew(Maker(), name="maker"), config=Config(broker=valkey.broker_url, journal=valkey.url, sweep_s=0.05))
     with mesh.worker():
         run = mesh.start(Maker(), str(tmp_path / "gift"), id="m")
-        drive(mesh.journal.watch("m", version=None, timeout_s=10))
+        run_sync(mesh.journal.watch("m", version=None, timeout_s=10))
         assert run.status == "failed"
         (tmp_path / "gift").write_text("here")
         again = run.retry()

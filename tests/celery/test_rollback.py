@@ -7,7 +7,7 @@ from typing import Any
 
 from agentmesh import Agent, Approve, Context, Crew, tool
 from agentmesh.config import Config
-from agentmesh.event import ENDS, StepDone
+from agentmesh.journal.events import ENDS, StepDone
 from agentmesh.mesh import Mesh
 
 DID: list[int] = []

@@ -59,7 +59,7 @@ def test_no_command_line_holds_the_password(valkey: Any, tmp_path: Path, eventua
             eventually(lambda: client.zcard("agentmesh:held"))
             (told,) = [line for line in client.lrange("agentmesh:ev:s1", 0, -1) if '"StepDone"' in line]
             assert "agentmesh.cli.detached" in command_lines(tmp_path)
-            assert "agentmesh.cli.child" in command_lines()
+            assert "agentmesh.worker.asyncio_worker" in command_lines()
             assert SECRET not in command_lines()
             assert "AGENTMESH_WORKER_SPEC" not in told
         subprocess.run([*cli, "runs", "cancel", "s1"], env=env, cwd=tmp_path, check=True)

@@ -13,18 +13,17 @@ import pytest
 from kombu.transport.pyamqp import Message as BrokerMessage
 
 from agentmesh import Agent, Crew, DefinitionError, Queue
-from agentmesh.boot import load_crew
-from agentmesh.celery import rabbitloop
-from agentmesh.celery.embedded import EmbeddedWorker
-from agentmesh.celery.inprocess import InProcess
-from agentmesh.celery.rabbit import examine
+from agentmesh.celery import rabbitmq_consumer
+from agentmesh.celery.embedded import EmbeddedWorker, InProcessWorker
+from agentmesh.celery.rabbitmq import inspect_broker
 from agentmesh.config import Config
-from agentmesh.event import StepDone
+from agentmesh.journal.events import StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message
 from agentmesh.model import Answer, Prompt
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeOpenAI, Host
-from agentmesh.testing.server import Fault
+from agentmesh.testing.fake_openai import Fault
 
 CREW = str(Path(__file__).parent / "lanes_crew.py")
 PLACES, LATENCY_S, MANY = 4, 0.05, 120
@@ -135,12 +134,12 @@ def test_on_rabbitmq_what_there_is_no_room_for_waits_in_the_broker(
     admitted = mesh.worker(queues=["night"], concurrency=many, admits=lambda in_hand: room[0] - in_hand)
     with mesh.worker(queues=["main"]), admitted:
         run = mesh.start(crew.lead, many)
-        eventually(lambda: model.waiting == 3 and examine(mesh.app, night).messages == {night[0]: many - 3 - 1})
+        eventually(lambda: model.waiting == 3 and inspect_broker(mesh.app, night).messages == {night[0]: many - 3 - 1})
         rabbitmq.settle()
         rabbitmq.kill()
         rabbitmq.restart()
         room[0] = 5  # the three of the connection that is gone are counted
-        eventually(lambda: model.waiting == 5 and examine(mesh.app, night).messages == {night[0]: many - 5 - 1})
+        eventually(lambda: model.waiting == 5 and inspect_broker(mesh.app, night).messages == {night[0]: many - 5 - 1})
         with other.worker(queues=["night"], admits=lambda in_hand: 4 - in_hand):  # another device has room
             eventually(lambda: model.waiting == 5 + 4)
             model.go.set()
@@ -171,8 +170,8 @@ def test_on_rabbitmq_what_a_full_worker_holds_back_goes_to_one_with_room(
 def test_on_rabbitmq_what_waits_too_long_to_be_let_in_is_sent_again(
     rabbitmq: Any, valkey: Any, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rabbitloop, "ACK_S", 0.3)
-    monkeypatch.setattr(rabbitloop, "TICK_S", 0.1)
+    monkeypatch.setattr(rabbitmq_consumer, "MAX_UNACKED_S", 0.3)
+    monkeypatch.setattr(rabbitmq_consumer, "TICK_S", 0.1)
     model, acked = Holding(), list[Any]()
     ack = BrokerMessage.ack
     monkeypatch.setattr(BrokerMessage, "ack", lambda *args, **more: acked.append(args) or ack(*args, **more))
@@ -211,7 +210,7 @@ def test_on_rabbitmq_a_worker_that_leaves_begins_nothing_more(
     crew, model, many = load_crew(CREW), Holding(), 8
     mesh = Mesh(crew, config=Config(broker=rabbitmq.url, journal=valkey.url), models=lambda wanted: (model, "m"))
     night = crew.broker_queue("night")
-    leaving = InProcess([mesh], [EmbeddedWorker(mesh.app, queues=[night], concurrency=2, admits=admits)])
+    leaving = InProcessWorker([mesh], [EmbeddedWorker(mesh.app, queues=[night], concurrency=2, admits=admits)])
     with mesh.worker(queues=["main"]):
         leaving.start()
         run = mesh.start(crew.lead, many)
@@ -219,7 +218,7 @@ def test_on_rabbitmq_a_worker_that_leaves_begins_nothing_more(
         stopping = threading.Thread(target=leaving.stop)
         stopping.start()
         # what it had not begun is there for others while it drains
-        eventually(lambda: examine(mesh.app, [night]).messages == {night: many - 2})
+        eventually(lambda: inspect_broker(mesh.app, [night]).messages == {night: many - 2})
         model.go.set()
         stopping.join()
         assert model.asked == 2
@@ -242,8 +241,8 @@ def test_queues_in_front_of_the_same_servers_share_their_places() -> None:
         Queue("c", model="n", url=[A, B]), Queue("d"),
     ]  # fmt: skip
     crew = Crew(Anyone(), queues=queues)
-    assert crew.groups() == [["main", "d"], ["a", "b"], ["c"]]
-    assert crew.groups(["b", "d"]) == [["b"], ["d"]]
+    assert crew.worker_groups() == [["main", "d"], ["a", "b"], ["c"]]
+    assert crew.worker_groups(["b", "d"]) == [["b"], ["d"]]
 
 
 def test_lanes_share_all_of_their_servers_or_none() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.loop import drive
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
-from agentmesh.event import StepDone, StepRetried
+from agentmesh.journal.events import StepDone, StepRetried
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeOpenAI, Host
 
 CREW = str(Path(__file__).parent / "fleet_crew.py")
@@ -28,7 +28,7 @@ def answer(body: dict[str, Any]) -> str:
 
 
 def test_a_server_killed_under_load(valkey: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [sys.executable, "-m", "agentmesh.testing.server", "--latency", str(NEVER_S)]
+    argv = [sys.executable, "-m", "agentmesh.testing.fake_openai", "--latency", str(NEVER_S)]
     doomed = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert doomed.stdout is not None
     url = doomed.stdout.readline().strip()
@@ -59,10 +59,10 @@ def test_a_server_killed_under_load(valkey: Any, eventually: Any, monkeypatch: p
 def check(mesh: Mesh, run_id: str) -> int:
     """Each step ended once; how many attempts were cut off."""
     cut = 0
-    tree = drive(mesh.journal.tree(run_id))
+    tree = run_sync(mesh.journal.tree(run_id))
     assert len(tree) == COUNT + 1
     for member in tree:
-        events = drive(mesh.journal.events(member))
+        events = run_sync(mesh.journal.events(member))
         ends = Counter(e.n for e in events if isinstance(e, StepDone))
         assert set(ends.values()) == {1}
         cut += sum(isinstance(e, StepRetried) for e in events)

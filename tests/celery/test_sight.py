@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
-from agentmesh.boot import load_crew
-from agentmesh.cli.endpoint import address
 from agentmesh.config import Config
 from agentmesh.errors import ConfigError
 from agentmesh.mesh import Mesh
-from agentmesh.telemetry import span_id, trace_id
+from agentmesh.observability.tracing import span_id, trace_id
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeOpenAI, says, uses
+from agentmesh.worker.health_server import parse_address
 
 CREW = str(Path(__file__).parent / "watched.py")
 CALLER = SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
@@ -164,8 +164,8 @@ def test_every_log_line_of_a_step_says_where_it_was(seen: Any) -> None:
 
 
 def test_an_address_is_a_port_or_host_and_port() -> None:
-    assert address("9464") == ("127.0.0.1", 9464)
-    assert address("0.0.0.0:9464") == ("0.0.0.0", 9464)
-    assert address("[::]:9464") == ("::", 9464)
-    with pytest.raises(ConfigError, match="no address"):
-        address("here")
+    assert parse_address("9464") == ("127.0.0.1", 9464)
+    assert parse_address("0.0.0.0:9464") == ("0.0.0.0", 9464)
+    assert parse_address("[::]:9464") == ("::", 9464)
+    with pytest.raises(ConfigError, match="not an address"):
+        parse_address("here")

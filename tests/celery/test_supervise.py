@@ -12,19 +12,19 @@ import pytest
 import redis
 from celery import Celery
 
-from agentmesh.celery import supervise
-from agentmesh.celery.seat import AGAIN_S, Command
-from agentmesh.celery.supervise import Supervisor
+from agentmesh.worker import supervisor as supervise
+from agentmesh.worker.process import RESTART_S, Command
+from agentmesh.worker.supervisor import Supervisor
 
 FRONT = """
 import argparse, os, signal, sys, threading, time
 from pathlib import Path
-from agentmesh.celery.offspring import announce_ready, leave_with_parent
+from agentmesh.worker.process import announce_ready, exit_with_parent
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path); parser.add_argument("grace_s", type=float)
 parser.add_argument("--worker-name"); parser.add_argument("--ready-fd", type=int)
 given = parser.parse_args()
-leave_with_parent(given.grace_s)
+exit_with_parent(given.grace_s)
 told = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: told.set())
 """
@@ -46,7 +46,7 @@ RETURNS = "import sys; sys.exit({})"
 
 OUTER = """
 import sys, pathlib
-from agentmesh.celery.supervise import Supervisor
+from agentmesh.worker.supervisor import Supervisor
 folder, drain_s, count, code = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 s = Supervisor([[sys.executable, "-c", code, str(folder), str(drain_s)]] * count, drain_s=drain_s)
 import threading
@@ -111,7 +111,7 @@ class Wanted:
         self.command = Command((sys.executable, "-c", LEAVES, str(folder), "10"))
         self.now = self.closed = False
 
-    def wanted(self):
+    def is_needed(self):
         return self.now
 
     def close(self):
@@ -172,7 +172,7 @@ def test_what_a_killed_worker_forked_goes_with_it(supervised, tmp_path, eventual
 
 
 def pauses(caplog):
-    return [float(r.getMessage().split()[-2]) for r in caplog.records if "; again in" in r.getMessage()]
+    return [float(r.getMessage().split()[-2]) for r in caplog.records if "; restarting in" in r.getMessage()]
 
 
 def test_only_workers_that_die_before_they_are_ready_back_off(supervised, tmp_path, eventually, caplog):
@@ -182,13 +182,13 @@ def test_only_workers_that_die_before_they_are_ready_back_off(supervised, tmp_pa
         (pid,) = supervisor.pids.values()
         os.kill(pid, signal.SIGKILL)
         eventually(lambda seen=death: len(pauses(caplog)) > seen)
-    assert pauses(caplog) == [AGAIN_S] * 4
+    assert pauses(caplog) == [RESTART_S] * 4
     supervisor.stop(now=True)
     assert supervisor.join(20)
     caplog.clear()
     supervised(RETURNS.format(1), folder=tmp_path)
     eventually(lambda: len(pauses(caplog)) >= 4)
-    assert pauses(caplog)[:4] == [AGAIN_S, 2 * AGAIN_S, 4 * AGAIN_S, 8 * AGAIN_S]
+    assert pauses(caplog)[:4] == [RESTART_S, 2 * RESTART_S, 4 * RESTART_S, 8 * RESTART_S]
 
 
 @pytest.mark.parametrize("code", [2, 4])
@@ -215,7 +215,7 @@ def test_a_quiet_stop_says_nothing_of_who_is_killed_at_its_end(supervised, tmp_p
     assert supervisor.wait_ready(20)
     supervisor.stop(quiet=quiet)
     assert supervisor.join(20)
-    assert ("killed, for not draining" in caplog.text) is not quiet
+    assert ("killed after a drain" in caplog.text) is not quiet
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -281,7 +281,7 @@ def test_real_workers_go_on_after_a_kill_and_drain(valkey, eventually):
 
 
 def test_a_spare_worker_is_there_only_while_it_is_wanted(supervised, tmp_path, eventually, monkeypatch):
-    monkeypatch.setattr(supervise, "SPARE_S", 0.05)
+    monkeypatch.setattr(supervise, "STANDBY_POLL_S", 0.05)
     spare, deaths = Wanted(tmp_path), []
     supervisor = supervised(
         GENTLE, folder=tmp_path, spares=[spare], on_death=lambda name, code: deaths.append((name, code))

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import redis
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.publish import publisher_of
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import spec_of
-from agentmesh.cli.worker import giver_back
+from agentmesh.celery.publisher import publisher_for
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
-from agentmesh.event import GatherClosed
+from agentmesh.engine.run import Run
+from agentmesh.journal.events import GatherClosed
 from agentmesh.mesh import Mesh
-from agentmesh.run import Run
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeOpenAI
+from agentmesh.worker.asyncio_worker import worker_command
+from agentmesh.worker.supervisor import Supervisor
 
 LATENCY_S = 0.3
 
@@ -38,8 +38,8 @@ class Scene:
         self.config = Config(broker=broker.broker_url, journal=store.url, lease_s=2.0, sweep_s=0.2, drain_s=3.0)
         self.crew = load_crew(oracle.crew)
         self.mesh = Mesh(self.crew, config=self.config)
-        argv = spec_of(self.config, crews=[oracle.crew], queues=[], concurrency=0)
-        death = giver_back(self.config, self.crew.broker_queues()) if supervised else None
+        argv = worker_command(self.config, crews=[oracle.crew], queues=[], concurrency=0)
+        death = release_on_death(self.config, self.crew.broker_queues()) if supervised else None
         self.supervisor = Supervisor(
             [argv] * processes, on_death=death, drain_s=5, output=subprocess.DEVNULL,
             env=oracle.env(server),
@@ -175,12 +175,12 @@ def test_every_message_delivered_twice(valkey: Any, broker: Any, oracle: Any, mo
     with FakeOpenAI(oracle.answer) as server:
         for name, value in oracle.env(server).items():
             monkeypatch.setenv(name, value)
-        from agentmesh.boot import Models
+        from agentmesh.models.registry import ModelRegistry
 
         crew = load_crew(oracle.crew)
-        mesh = Mesh(crew, broker=broker.broker_url, journal=valkey.url, models=Models())
+        mesh = Mesh(crew, broker=broker.broker_url, journal=valkey.url, models=ModelRegistry())
         client = redis.Redis.from_url(valkey.url)
-        send = publisher_of(mesh.app) if broker is not valkey else lambda sent: client.lpush(sent.queue, sent.body)
+        send = publisher_for(mesh.app) if broker is not valkey else lambda sent: client.lpush(sent.queue, sent.body)
 
         def twice(sent: Any) -> None:
             send(sent)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from agentmesh.celery import sweep
-from agentmesh.celery.sweep import Tender
-from agentmesh.event import StepPlanned
-from agentmesh.journal import Swept
-from agentmesh.journals.memory import MemoryJournal
-from agentmesh.ports import Next, Plan, RunSpec, Wire
+from agentmesh.celery import housekeeping
+from agentmesh.celery.housekeeping import Housekeeper
+from agentmesh.journal.events import StepPlanned
+from agentmesh.journal.journal import SweepResult
+from agentmesh.journal.memory import MemoryJournal
+from agentmesh.journal.types import NextSteps, RunSpec, StepPlan, TaskMessage
 
 
 class Watched(MemoryJournal):
@@ -18,9 +18,9 @@ class Watched(MemoryJournal):
 
     def __init__(self) -> None:
         super().__init__()
-        self.swept: list[Swept] = []
+        self.swept: list[SweepResult] = []
 
-    async def sweep(self, worker: str, **options: Any) -> Swept:
+    async def sweep(self, worker: str, **options: Any) -> SweepResult:
         self.swept.append(await super().sweep(worker, **options))
         return self.swept[-1]
 
@@ -32,34 +32,34 @@ def journal() -> Watched:
 
 @pytest.fixture
 def tender(journal: Watched, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sweep, "IDLE", 3_000)
-    monkeypatch.setattr("agentmesh.journals.tend.REST_MS", 90_000)
-    made = Tender(engines=[], journal=journal, worker="w", queues=["q"], lengths=None, ttl_s=600.0, sweep_s=0.02)
+    monkeypatch.setattr(housekeeping, "IDLE_TURNS", 3_000)
+    monkeypatch.setattr("agentmesh.journal.maintenance.MAX_IDLE_MS", 90_000)
+    made = Housekeeper(engines=[], journal=journal, worker="w", queues=["q"], lengths=None, ttl_s=600.0, sweep_s=0.02)
     yield made
     made.stop()
 
 
 def begin(journal: Watched) -> None:
-    planned = Plan(StepPlanned(n=1, kind="Call", name="f", digest="d"), "queued", Wire("q", "s|r|1#", ""))
-    spec = RunSpec("r", "c", "", "A", "t", wire=Wire("q", "a|r#", ""))
-    asyncio.run(journal.begin(spec, Next([planned])))
+    planned = StepPlan(StepPlanned(n=1, kind="Call", name="f", digest="d"), "queued", TaskMessage("q", "s|r|1#", ""))
+    spec = RunSpec("r", "c", "", "A", "t", wire=TaskMessage("q", "a|r#", ""))
+    asyncio.run(journal.begin(spec, NextSteps([planned])))
 
 
-def test_it_rests_until_the_first_step_comes(journal: Watched, tender: Tender, eventually: Any) -> None:
+def test_it_rests_until_the_first_step_comes(journal: Watched, tender: Housekeeper, eventually: Any) -> None:
     tender.start()
     eventually(lambda: tender._idle)
-    assert journal.swept == [Swept(0, 90_000)]
+    assert journal.swept == [SweepResult(0, 90_000)]
     begin(journal)
-    tender.stir()
+    tender.wake()
     eventually(lambda: len(journal.swept) >= 5)
     assert {swept.rest_ms for swept in journal.swept[1:]} == {0}
 
 
-def test_it_waits_for_its_turn_while_another_sweeps(journal: Watched, tender: Tender, eventually: Any) -> None:
+def test_it_waits_for_its_turn_while_another_sweeps(journal: Watched, tender: Housekeeper, eventually: Any) -> None:
     begin(journal)
     asyncio.run(MemoryJournal.sweep(journal, "other"))  # whose turn lasts 3 s
     tender.start()
     eventually(lambda: journal.swept)
-    tender.stir()
+    tender.wake()
     eventually(lambda: journal.swept[-1].mine)
     assert len(journal.swept) <= 3

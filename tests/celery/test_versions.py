@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import redis
 
-from agentmesh.boot import load_crew
 from agentmesh.cli.runs import show_run
-from agentmesh.cli.worker import giver_back
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
-from agentmesh.event import StepDone
+from agentmesh.journal.events import StepDone
 from agentmesh.mesh import Mesh
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import WorkerProcess
 
 CREW = str(Path(__file__).parent / "versions.py")
@@ -94,7 +94,7 @@ def test_a_flow_that_asks_for_other_steps_is_held_with_the_step_named(
         eventually(lambda: len(run.events()) >= 6)  # the third step is planned
         first.kill()
         first.join()
-        giver_back(config, meshes["1"].crew.broker_queues())(first.name, -9)
+        release_on_death(config, meshes["1"].crew.broker_queues())(first.name, -9)
     with worker(config, "1", flow="other"):
         eventually(lambda: run.waiting_for, timeout_s=20)
         (item,) = run.waiting_for

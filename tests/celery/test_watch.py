@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from agentmesh.journals.redis import RedisJournal
-from agentmesh.ports import Next, RunSpec, Wire
+from agentmesh.journal.redis import RedisJournal
+from agentmesh.journal.types import NextSteps, RunSpec, TaskMessage
 
 
 async def begun(url: str) -> RedisJournal:
     journal = RedisJournal(url)
-    await journal.begin(RunSpec("r", "c", "", "A", "", wire=Wire("q", "advance|r|#", "")), Next())
+    await journal.begin(RunSpec("r", "c", "", "A", "", wire=TaskMessage("q", "advance|r|#", "")), NextSteps())
     return journal
 
 

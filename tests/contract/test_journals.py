@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from agentmesh.journals.memory import MemoryJournal
-from agentmesh.journals.redis import RedisJournal
-from agentmesh.ports import Accepted
+from agentmesh.journal.memory import MemoryJournal
+from agentmesh.journal.redis import RedisJournal
+from agentmesh.journal.types import Accepted
 from agentmesh.testing import ValkeyServer, contracts
-from agentmesh.testing.servers import a_server
+from agentmesh.testing.servers import running_server
 
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[ValkeyServer]:
-    with a_server(ValkeyServer) as server:
+    with running_server(ValkeyServer) as server:
         yield server
 
 

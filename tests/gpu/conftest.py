@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.worker import giver_back
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
-from agentmesh.gpu.batching import Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Done, Request
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import Done, Request
 from agentmesh.mesh import Mesh
-from agentmesh.testing.servers import ValkeyServer, a_server
-from agentmesh.testing.tiny import VOCABULARY, made_model, saved
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.testing.servers import ValkeyServer, running_server
+from agentmesh.testing.tiny_models import VOCABULARY, make_model, save_model
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.supervisor import Supervisor
 
 torch.set_num_threads(1)  # two threads for so small a model wait for each other more than they compute
 WHERE, GPUS = ["cpu"], list[str]()
@@ -64,7 +64,7 @@ def make_engine(device: str) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
     def make(shape: Shape = SMALL, *, model: Any = None, **more: Any) -> Engine:
-        made.append(Engine((made_model() if model is None else model).to(device), shape, **more))
+        made.append(Engine((make_model() if model is None else model).to(device), shape, **more))
         return made[-1]
 
     yield make
@@ -95,7 +95,7 @@ def answers() -> Callable[[Engine, Sequence[Request]], list[Done]]:
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[Any]:
-    with a_server(ValkeyServer) as server:
+    with running_server(ValkeyServer) as server:
         yield server
 
 
@@ -123,7 +123,7 @@ def _working(valkey: Any, folder: Path, fault: str = "", crews: Sequence[str] = 
     config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=20.0, sweep_s=0.2, drain_s=3)
     crew = load_crew(CREW)
     mesh = Mesh(crew, config=config)
-    cache = saved(folder / "cache")
+    cache = save_model(folder / "cache")
     env = {
         "AGENTMESH_CACHE": str(cache),
         "ASKING_FAULT": fault,
@@ -133,8 +133,8 @@ def _working(valkey: Any, folder: Path, fault: str = "", crews: Sequence[str] = 
     }
     with (folder / "worker.log").open("wb") as out:
         supervisor = Supervisor(
-            specs_of(config, {c: load_crew(c) for c in crews}, suspects="elsewhere", log="text"), drain_s=4, output=out, env=env,
-            on_death=giver_back(config, crew.broker_queues()),
+            worker_commands(config, {c: load_crew(c) for c in crews}, suspects="exclude", log="text"), drain_s=4, output=out, env=env,
+            on_death=release_on_death(config, crew.broker_queues()),
         )  # fmt: skip
         supervisor.start()
         try:

@@ -43,7 +43,7 @@ def slow_encoder() -> None:
     BertModel.forward = slow  # type: ignore[method-assign]
 
 
-if "agentmesh.cli.device" in " ".join(sys.orig_argv):
+if "agentmesh.worker.gpu_worker" in " ".join(sys.orig_argv):
     slow_encoder()
 
 crew = Crew(

@@ -51,8 +51,8 @@ def prepare_the_worker() -> None:
     """In the process of the device alone."""
     from transformers import LlamaForCausalLM
 
-    from agentmesh.gpu.engine import Engine
-    from agentmesh.testing.slots import SlotBatching, install
+    from agentmesh.inference.engine import Engine
+    from agentmesh.testing.slot_engine import SlotBatching, install
 
     submit, forward, step = Engine.submit, LlamaForCausalLM.forward, SlotBatching._step
 
@@ -80,7 +80,7 @@ def prepare_the_worker() -> None:
         install(step_s=0.02)
 
 
-if "agentmesh.cli.device" in " ".join(sys.orig_argv):
+if "agentmesh.worker.gpu_worker" in " ".join(sys.orig_argv):
     prepare_the_worker()
 
 crew = Crew(Batch(), Long(), name="surviving", queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)])

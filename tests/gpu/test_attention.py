@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, model
 from transformers.integrations.flash_attention import flash_attention_forward
 
 from agentmesh.errors import ConfigError
-from agentmesh.gpu import attention, kernels
-from agentmesh.gpu.attention import paged_attention
-from agentmesh.gpu.batching import Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Request
-from agentmesh.gpu.trial import Heads, Kernel, difference, page_difference
-from agentmesh.testing.tiny import VOCABULARY, made_model
+from agentmesh.inference import attention, kernels
+from agentmesh.inference.attention import paged_attention
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.kernels import Heads, Kernel, difference, page_difference
+from agentmesh.inference.request import Request
+from agentmesh.testing.tiny_models import VOCABULARY, make_model
 
 WAIT_S = 30
 MakeEngine = Callable[..., Engine]
@@ -67,10 +67,10 @@ def test_softcaps_and_sinks_are_what_the_model_s_own_attention_makes_of_them(
     expected = [by_generate(alone, p, 24) for p in asked]
     got = answers(odd_model(kind), asked, make_engine)
     assert got == expected
-    monkeypatch.setattr(attention, "SCORES", 100)  # a few tokens at a time
+    monkeypatch.setattr(attention, "MAX_SCORES", 100)  # a few tokens at a time
     assert answers(odd_model(kind), asked, make_engine) == expected
-    monkeypatch.setattr(attention, "plain", without(attention.plain, kind))
-    untried = answers(odd_model(kind), asked, make_engine, attention.NAME)
+    monkeypatch.setattr(attention, "reference_attention", without(attention.reference_attention, kind))
+    untried = answers(odd_model(kind), asked, make_engine, attention.PAGED_NAME)
     assert untried != expected  # the models are made so that it matters
 
 
@@ -78,7 +78,7 @@ def without(plain: Any, kind: str) -> Any:
     return lambda *args, **given: plain(*args, **{**given, kind: None})
 
 
-@pytest.mark.parametrize("name", attention.UNKNOWN)
+@pytest.mark.parametrize("name", attention.UNSUPPORTED)
 def test_what_else_a_model_does_to_its_scores_is_not_overlooked(name: str) -> None:
     tokens = torch.zeros(1, 2, 3, 8)
     with pytest.raises(NotImplementedError, match=f"knows no {name}; put a server behind this queue"):
@@ -137,7 +137,7 @@ def test_a_kernel_that_is_a_little_wrong_does_not_pass(heads: Heads, dtype: torc
 def test_the_best_kernel_that_passes_is_taken_and_the_log_says_why(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = answers(made_model(), [[5, 6, 7]], make_engine)
+    expected = answers(make_model(), [[5, 6, 7]], make_engine)
     right = lambda *args, **given: paged_attention(*args, **given)  # noqa: E731
     there = [
         Kernel("test_raising", raising),
@@ -147,7 +147,7 @@ def test_the_best_kernel_that_passes_is_taken_and_the_log_says_why(
     ]
     monkeypatch.setattr(kernels, "kernels", lambda device: there)
     with caplog.at_level("INFO", "agentmesh.gpu"):
-        engine = make_engine(model=(model := made_model()))
+        engine = make_engine(model=(model := make_model()))
     assert (engine._batching.attention, model.config._attn_implementation) == ("test_right", "test_right")
     assert list(engine.submit(Request((5, 6, 7), 24)).result(WAIT_S).tokens) == expected[0]
     (told,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("attention: ")]
@@ -163,19 +163,22 @@ def test_where_none_passes_no_engine_is_made(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         ConfigError, match=r"works on cpu in torch.float32 \(test_raising: RuntimeError: no kernel image"
     ):
-        Engine(made_model(), SMALL)
+        Engine(make_model(), SMALL)
 
 
 def test_on_a_cpu_it_is_ours_and_on_cuda_torch_s_comes_first() -> None:
-    assert [k.name for k in kernels.kernels(CPU)] == [attention.NAME]
-    assert [k.name for k in kernels.kernels(torch.device("cuda"))][-2:] == [kernels.VARLEN, attention.NAME]
+    assert [k.name for k in kernels.kernels(CPU)] == [attention.PAGED_NAME]
+    assert [k.name for k in kernels.kernels(torch.device("cuda"))][-2:] == [kernels.VARLEN_NAME, attention.PAGED_NAME]
 
 
 def test_a_kernel_may_be_wished_for(make_engine: MakeEngine) -> None:
-    engine = make_engine(replace(SMALL, attention="sdpa"), model=(model := made_model()))
+    engine = make_engine(replace(SMALL, attention="sdpa"), model=(model := make_model()))
     assert (engine._batching.attention, model.config._attn_implementation) == ("sdpa", "sdpa")
     other = make_engine(model=model)
-    assert (other._batching.attention, model.config._attn_implementation) == (attention.NAME, attention.NAME)
+    assert (other._batching.attention, model.config._attn_implementation) == (
+        attention.PAGED_NAME,
+        attention.PAGED_NAME,
+    )
 
 
 # ---- kernels that are not on this machine, as their own docs say they are ------------------------
@@ -189,7 +192,9 @@ def documented(
     out = torch.empty_like(q)
     for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
         one = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
-        said = attention.plain(*one, scale, window=left + 1 if left >= 0 else None, softcap=softcap or None)
+        said = attention.reference_attention(
+            *one, scale, window=left + 1 if left >= 0 else None, softcap=softcap or None
+        )
         out[a:b] = said[0].transpose(0, 1)
     return out
 
@@ -252,7 +257,7 @@ def flash_with_cache(
             for cache in (k_cache, v_cache)
         )
         one = (x.transpose(1, 2) for x in (q[i : i + 1], *seen))
-        out[i] = attention.plain(*one, softmax_scale, softcap=softcap or None)[0].transpose(0, 1)
+        out[i] = attention.reference_attention(*one, softmax_scale, softcap=softcap or None)[0].transpose(0, 1)
     return out
 
 

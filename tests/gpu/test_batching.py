@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from agentmesh.gpu.batching import Batching
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import EngineDown, Request
-from agentmesh.gpu.turns import Turn
-from agentmesh.testing.tiny import made_model
+from agentmesh.inference.batching import Batching
+from agentmesh.inference.device import DeviceLock
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import EngineDown, Request
+from agentmesh.testing.tiny_models import make_model
 
 WAIT_S = 30
 
@@ -33,7 +33,7 @@ class Held:
 
 def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(make_engine: Callable[..., Engine]) -> None:
     """Without the help of the collector, which knows nothing of what a worker loaded before it froze it."""
-    model, steps, held = made_model(), list[int](), Held()
+    model, steps, held = make_model(), list[int](), Held()
     forward = model.forward
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(make_engine: Ca
 
 
 def test_an_engine_that_is_down_holds_nothing_but_the_reason(make_engine: Callable[..., Engine]) -> None:
-    model = made_model()
+    model = make_model()
     model.forward = lambda *args, **kwargs: (_ for _ in ()).throw(
         RuntimeError("CUDA error: unspecified launch failure")
     )
@@ -70,7 +70,7 @@ def test_a_step_waits_for_what_was_written_on_another_stream(monkeypatch: pytest
     happened: list[Any] = []
     stream = SimpleNamespace(wait_stream=lambda other: happened.append(f"waits for the {other}"))
     batching: Any = object.__new__(Batching)
-    batching._turn, batching._held = Turn(), contextlib.ExitStack()
+    batching._turn, batching._held = DeviceLock(), contextlib.ExitStack()
     batching.model = SimpleNamespace(device="cuda")
     batching.batch_processor = SimpleNamespace(
         inputs_and_outputs=SimpleNamespace(compute_stream=stream),

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from agentmesh.errors import ModelError
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Request
-from agentmesh.testing.tiny import made_model
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import Request
+from agentmesh.testing.tiny_models import make_model
 
 WAIT_S = 30
 POISON = 299
@@ -17,7 +17,7 @@ POISON = 299
 
 def test_a_suspect_is_not_blamed_for_a_fault_that_passes_while_it_is_tried(make_engine: Callable[..., Engine]) -> None:
     """It died twice in the company of a poison, and once more, alone, of something else."""
-    model, seen, passing = made_model(), list[list[int]](), list[bool]()
+    model, seen, passing = make_model(), list[list[int]](), list[bool]()
     forward = model.forward
 
     def faulty(*args: Any, **kwargs: Any) -> Any:

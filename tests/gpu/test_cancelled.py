@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers.generation.continuous_batching import continuous_api
 
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Request
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import Request
 
 WAIT_S = 30
 

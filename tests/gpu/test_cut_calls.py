@@ -2,13 +2,13 @@
 
 import pytest
 
-from agentmesh.gpu.request import Done, Request
-from agentmesh.gpu.text import Telling
+from agentmesh.inference.request import Done, Request
+from agentmesh.inference.tokenization import AnswerStream
 from agentmesh.message import ToolSpec, user
 from agentmesh.model import Prompt
-from agentmesh.models.hermes import calls_of
 from agentmesh.models.local import _answer
-from agentmesh.testing.tiny import made_tokenizer
+from agentmesh.models.tool_call_parser import parse_tool_calls
+from agentmesh.testing.tiny_models import make_tokenizer
 
 LOOK = ToolSpec("look", "Look.", {"type": "object", "properties": {"at": {"type": "string"}}})
 
@@ -29,14 +29,14 @@ LOOK = ToolSpec("look", "Look.", {"type": "object", "properties": {"at": {"type"
     ],
 )  # fmt: skip
 def test_what_was_cut_off_in_its_arguments_is_a_call(text: str, rest: str | None, calls: list[tuple[str, str]]) -> None:
-    said, asked = calls_of(text, [LOOK], turn=2)
+    said, asked = parse_tool_calls(text, [LOOK], turn=2)
     assert (said, [(c.name, c.arguments) for c in asked]) == (text if rest is None else rest, calls)
     assert [c.id for c in asked] == [f"call_2_{i}" for i in range(len(calls))]
 
 
 def test_the_answer_says_that_it_was_cut_off() -> None:
-    telling, text = Telling(made_tokenizer()), '<tool_call>{"name": "look", "arguments": {"at": "x'
-    telling.finish(made_tokenizer()(text)["input_ids"])
+    telling, text = AnswerStream(make_tokenizer()), '<tool_call>{"name": "look", "arguments": {"at": "x'
+    telling.finish(make_tokenizer()(text)["input_ids"])
     answer = _answer(Prompt("tiny", [user("?")], [LOOK]), Request((5,), 8), telling, Done((6,), "length"))
     assert answer.finish == "length"
     assert [c.arguments for c in answer.message.tool_calls] == ['{"at": "x']

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from agentmesh.gpu import attention, kernels
-from agentmesh.gpu.batching import Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Request
-from agentmesh.gpu.trial import Heads, difference, page_difference
-from agentmesh.gpu.turns import turn_of
+from agentmesh.inference import attention, kernels
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.device import lock_of
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.kernels import Heads, difference, page_difference
+from agentmesh.inference.request import Request
 from agentmesh.rag.embedders.encoder import Encoder
-from agentmesh.testing.tiny import made_model, saved_encoder
+from agentmesh.testing.tiny_models import make_model, save_encoder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,16 +36,16 @@ def test_our_attention_is_right_here_and_torch_s_where_it_says_it_is(heads: Head
     told = {k.name: difference(k, heads, CUDA, dtype) or "right" for k in kernels.kernels(CUDA)}
     pages = {k.name: page_difference(k, heads, 256, CUDA, dtype) or "right" for k in kernels.kernels(CUDA) if k.pages}
     print(f"{heads} {dtype}: {told}, pages: {pages}")
-    assert told[attention.NAME] == "right"
+    assert told[attention.PAGED_NAME] == "right"
     if dtype is not torch.float32 and torch.cuda.get_device_capability() >= (8, 0) and kernels.varlen_attn is not None:
-        assert told[kernels.VARLEN] == "right"
+        assert told[kernels.VARLEN_NAME] == "right"
 
 
 def test_sixteen_bit_models_get_a_flash_kernel() -> None:
-    engine = Engine(made_model(dtype=torch.bfloat16).to(CUDA), Shape(pages=80, page_tokens=256))
+    engine = Engine(make_model(dtype=torch.bfloat16).to(CUDA), Shape(pages=80, page_tokens=256))
     try:
         chosen = engine._batching.attention
-        assert (chosen == attention.NAME) == (torch.cuda.get_device_capability() < (8, 0))
+        assert (chosen == attention.PAGED_NAME) == (torch.cuda.get_device_capability() < (8, 0))
         asked = [Request(tuple(range(5, 9 + 3 * i)), 24) for i in range(24)]
         together = [f.result(WAIT_S).tokens for f in [engine.submit(r) for r in asked]]
         assert [len(t) for t in together] == [24] * 24
@@ -54,7 +54,7 @@ def test_sixteen_bit_models_get_a_flash_kernel() -> None:
 
 
 def test_memory_that_really_runs_out_halves_the_batch() -> None:
-    model: Any = made_model().to("cuda")
+    model: Any = make_model().to("cuda")
     forward, free = model.forward, torch.cuda.mem_get_info()[0]
 
     def hungry(*args: Any, **kwargs: Any) -> Any:
@@ -72,10 +72,10 @@ def test_memory_that_really_runs_out_halves_the_batch() -> None:
 
 
 def test_an_encoder_says_what_it_needs_and_embeds_as_on_a_cpu(tmp_path: Path) -> None:
-    here, there = (Encoder(str(saved_encoder(tmp_path / d)), device=d) for d in ("cuda", "cpu"))
+    here, there = (Encoder(str(save_encoder(tmp_path / d)), device=d) for d in ("cuda", "cpu"))
     here.prepare()
-    assert turn_of("cuda:0").reserved_bytes > 0
-    engine = Engine(made_model().to(CUDA), Shape(page_tokens=16))
+    assert lock_of("cuda:0").reserved_bytes > 0
+    engine = Engine(make_model().to(CUDA), Shape(page_tokens=16))
     try:
         said = engine.submit(Request((5,) * 9, 200))
         texts = ["word " * (1 + i % 9) for i in range(400)]
@@ -83,4 +83,4 @@ def test_an_encoder_says_what_it_needs_and_embeds_as_on_a_cpu(tmp_path: Path) ->
         assert len(said.result(WAIT_S).tokens) == 200
     finally:
         engine.close()
-        turn_of("cuda:0").reserved_bytes = 0
+        lock_of("cuda:0").reserved_bytes = 0

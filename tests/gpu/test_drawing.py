@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from agentmesh.gpu import drawing
-from agentmesh.gpu.drawing import Wish, draw, noise
+from agentmesh.inference import sampling
+from agentmesh.inference.sampling import DrawOptions, draw, noise
 
 V = 3000
 
@@ -32,11 +32,11 @@ def may_come(row: torch.Tensor, top_k: int, top_p: float) -> set[int]:
 def test_what_may_come_comes_and_nothing_else(
     top_k: int, top_p: float, candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "CANDIDATES", candidates)  # with 16 most do not end among them
+    monkeypatch.setattr(sampling, "CANDIDATES", candidates)  # with 16 most do not end among them
     row = scores(spread=2.0)
     known = may_come(row[0], top_k, top_p)
     many = 4000
-    drawn = draw(row.expand(many, V), [Wish(1.0, top_k, top_p, i, 0) for i in range(many)])
+    drawn = draw(row.expand(many, V), [DrawOptions(1.0, top_k, top_p, i, 0) for i in range(many)])
     assert set(drawn.tolist()) <= known
     shares = torch.full((V,), -math.inf).index_copy(0, torch.tensor(sorted(known)), row[0][sorted(known)]).softmax(0)
     often = (shares > 20 / many).nonzero()[:, 0].tolist()
@@ -49,32 +49,34 @@ def test_what_may_come_comes_and_nothing_else(
 def test_all_tokens_come_as_often_as_they_are_likely() -> None:
     row, many = scores(v=24, spread=1.0), 100_000
     expected = (row[0] / 0.7).softmax(0) * many
-    counts = torch.bincount(draw(row.expand(many, 24), [Wish(0.7, 0, 1.0, 1, i) for i in range(many)]), minlength=24)
+    counts = torch.bincount(
+        draw(row.expand(many, 24), [DrawOptions(0.7, 0, 1.0, 1, i) for i in range(many)]), minlength=24
+    )
     chi_squared = float(((counts - expected) ** 2 / expected).sum())
     assert chi_squared < 53  # 23 degrees of freedom: one in 3,000 is above; the seeds are fixed
 
 
 def test_a_draw_is_the_same_alone_and_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = scores(12)
-    wishes = [Wish(0.5 + i / 5, (0, 7, 0, 2000)[i % 4], (1.0, 1.0, 0.9, 0.99)[i % 4], i, 3) for i in range(12)]
+    wishes = [DrawOptions(0.5 + i / 5, (0, 7, 0, 2000)[i % 4], (1.0, 1.0, 0.9, 0.99)[i % 4], i, 3) for i in range(12)]
     together = draw(rows, wishes).tolist()
     assert [int(draw(rows[i : i + 1], [w])) for i, w in enumerate(wishes)] == together
     assert draw(rows.flip(0), wishes[::-1]).tolist() == together[::-1]
-    monkeypatch.setattr(drawing, "AT_ONCE", V)  # a row at a time
+    monkeypatch.setattr(sampling, "MAX_ELEMENTS", V)  # a row at a time
     assert draw(rows, wishes).tolist() == together
 
 
 def test_what_is_forbidden_never_comes() -> None:
     rows = scores(1, 50).masked_fill(torch.arange(50) % 5 != 0, -math.inf)
     for top_k, top_p in ((0, 1.0), (20, 1.0), (0, 0.99), (30, 0.5)):
-        drawn = draw(rows.expand(500, 50), [Wish(5.0, top_k, top_p, i, 0) for i in range(500)])
+        drawn = draw(rows.expand(500, 50), [DrawOptions(5.0, top_k, top_p, i, 0) for i in range(500)])
         assert {t % 5 for t in drawn.tolist()} == {0}
     one = scores(1, 50).masked_fill(torch.arange(50) != 7, -math.inf)
-    assert [int(draw(one, [Wish(1.0, k, p, 0, 0)])) for k, p in ((0, 1.0), (9, 1.0), (0, 0.5))] == [7, 7, 7]
+    assert [int(draw(one, [DrawOptions(1.0, k, p, 0, 0)])) for k, p in ((0, 1.0), (9, 1.0), (0, 0.5))] == [7, 7, 7]
 
 
 def test_noise_is_gumbel_s_and_each_token_s_own() -> None:
-    keys = torch.tensor([Wish(1.0, 0, 1.0, seed, place).key for seed in range(8) for place in range(8)])
+    keys = torch.tensor([DrawOptions(1.0, 0, 1.0, seed, place).key for seed in range(8) for place in range(8)])
     keys, ids = keys.int(), torch.arange(10_000, dtype=torch.int32)[None]
     all_of_it = noise(keys, ids)
     assert torch.equal(noise(keys[3:5], ids[:, 77:99]), all_of_it[3:5, 77:99])

@@ -13,21 +13,21 @@ import pytest
 import torch
 
 from agentmesh import ConfigError, Crew, DefinitionError, Queue
-from agentmesh.boot import load_crew
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.celery.takers import takers
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.embedding import RAG, embed_queues, encoder_of, prepared, taken_by
-from agentmesh.cli.spares import spares_of
-from agentmesh.cli.worker import giver_back
+from agentmesh.celery.broker import consumer_count
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
-from agentmesh.rag import embed
+from agentmesh.rag import embedders as embed
 from agentmesh.rag.embedders.encoder import Encoder
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.retriever import Retriever
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeMesh
-from agentmesh.testing.tiny import saved, saved_encoder
+from agentmesh.testing.tiny_models import save_encoder, save_model
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.embed_queues import RAG, consumed_queues, embed_queues, encoder_name, prepare_encoder
+from agentmesh.worker.standby import standby_workers
+from agentmesh.worker.supervisor import Supervisor
 
 CREW = str(Path(__file__).parent / "embedding.py")
 WAIT_S, DOCUMENTS = 60, 100  # two packs
@@ -36,7 +36,7 @@ WAIT_S, DOCUMENTS = 60, 100  # two packs
 @pytest.fixture
 def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Its name."""
-    monkeypatch.setenv("EMBEDDING_ENCODER", str(saved_encoder(tmp_path / "bert")))
+    monkeypatch.setenv("EMBEDDING_ENCODER", str(save_encoder(tmp_path / "bert")))
     return f"local:{tmp_path / 'bert'}"
 
 
@@ -62,16 +62,16 @@ def test_a_killed_device_worker_loses_no_vector_and_no_answer(
     config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=20.0, sweep_s=0.2, drain_s=3)
     crew = load_crew(CREW)
     mesh, log = Mesh(crew, config=config), tmp_path / "worker.log"
-    env = {"AGENTMESH_CACHE": str(saved(tmp_path / "cache")), "OMP_NUM_THREADS": "1"}
+    env = {"AGENTMESH_CACHE": str(save_model(tmp_path / "cache")), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
         supervisor = Supervisor(
-            specs_of(config, {CREW: crew}, suspects="elsewhere", log="text"), drain_s=4, output=out, env=env,
-            on_death=giver_back(config, taken_by([crew])),
+            worker_commands(config, {CREW: crew}, suspects="exclude", log="text"), drain_s=4, output=out, env=env,
+            on_death=release_on_death(config, consumed_queues([crew])),
         )  # fmt: skip
         supervisor.start()
         try:
             assert supervisor.wait_ready(WAIT_S)
-            assert takers(mesh.app, "agentmesh.rag.embed") == 1
+            assert consumer_count(mesh.app, "agentmesh.rag.embed") == 1
             _, pid = supervisor.pids.values()
             batches = tmp_path / "bert" / "batches"
             before = batches.stat().st_size
@@ -119,8 +119,12 @@ def test_what_dies_at_an_embed_step_is_given_back_and_its_suspects_run_elsewhere
     crew = load_crew(CREW)
     assert embed_queues([crew], ["main"]) == []
     assert embed_queues([crew], ["gpu"]) == ["agentmesh.rag.embed", "agentmesh.rag.embed.suspects"]
-    assert set(taken_by([crew])) > {"agentmesh.embedding.gpu", "agentmesh.rag.embed", "agentmesh.rag.embed.suspects"}
-    (spare,) = spares_of(config, {CREW: crew}, queues=["gpu"])
+    assert set(consumed_queues([crew])) > {
+        "agentmesh.embedding.gpu",
+        "agentmesh.rag.embed",
+        "agentmesh.rag.embed.suspects",
+    }
+    (spare,) = standby_workers(config, {CREW: crew}, queues=["gpu"])
     spec = json.loads(spare.command.env["AGENTMESH_WORKER_SPEC"])
     assert (spec["crews"], spec["queues"], spec["suspects"]) == ([RAG], ["embed"], "only")
     assert spare.command.env["CUDA_VISIBLE_DEVICES"] == ""
@@ -129,7 +133,7 @@ def test_what_dies_at_an_embed_step_is_given_back_and_its_suspects_run_elsewhere
 
 def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(embed, "_alone", False)
+    monkeypatch.setattr(embed, "_single_process", False)
     monkeypatch.setattr(Encoder, "prepare", lambda self, **given: None)
     for name in ("earlier", "later"):
         (tmp_path / name).symlink_to(tmp_path / "bert")
@@ -139,17 +143,17 @@ def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest
         return str(made._device)
 
     assert device_of(f"local:{tmp_path / 'earlier'}") == "cuda"
-    (served,) = prepared([Queue("gpu", model="m", embed=encoder)], lambda error: None)
+    (served,) = prepare_encoder([Queue("gpu", model="m", embed=encoder)], lambda error: None)
     assert served.name == "rag"
     assert device_of(f"local:{tmp_path / 'later'}") == "cpu"
     assert device_of(encoder) == "cuda"
 
 
 def test_an_encoder_that_is_not_here_is_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "_alone", False)
+    monkeypatch.setattr(embed, "_single_process", False)
     with pytest.raises(ConfigError, match="'local:no-such/encoder' cannot be loaded .* `agentmesh models pull"):
-        prepared([Queue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
-    assert prepared([Queue("gpu", model="m")], lambda error: None) == []
+        prepare_encoder([Queue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
+    assert prepare_encoder([Queue("gpu", model="m")], lambda error: None) == []
 
 
 @pytest.mark.parametrize(
@@ -170,8 +174,8 @@ def test_what_embeds_is_checked(options: dict[str, Any], told: str) -> None:
 def test_queues_of_one_model_name_one_encoder(encoder: str) -> None:
     lead, plain = load_crew(CREW).lead, Queue("gpu", model="tiny")
     first, second = Queue("a", model="tiny", embed="local:e"), Queue("b", model="tiny", embed="local:f")
-    assert encoder_of(Crew(lead, queues=[plain, first]).queues.values()) == "local:e"
+    assert encoder_name(Crew(lead, queues=[plain, first]).queues.values()) == "local:e"
     with pytest.raises(DefinitionError, match="queues 'a' and 'b' of model 'tiny' have embed='local:e' and 'local:f'"):
         Crew(lead, queues=[plain, first, second])
     with pytest.raises(ConfigError, match="name the encoders local:e, local:f"):  # of two crews
-        encoder_of([first, second])
+        encoder_name([first, second])

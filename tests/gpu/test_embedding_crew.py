@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 
 from agentmesh import Crew, Queue
-from agentmesh.boot import load_crew
 from agentmesh.mesh import Mesh
-from agentmesh.rag.indexing import embed_batch, index_batch
 from agentmesh.rag.ingest import Ingest
-from agentmesh.rag.steps import check_embedder, parse_pack
+from agentmesh.rag.ingestion.steps import check_embedder, embed_batch, index_batch, parse_pack
 from agentmesh.retriever import Retriever
-from agentmesh.testing.tiny import saved_encoder
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.testing.tiny_models import save_encoder
 
 CREW = str(Path(__file__).parent / "embedding.py")
 WAIT_S, DOCUMENTS = 60, 5
@@ -21,7 +20,7 @@ WAIT_S, DOCUMENTS = 60, 5
 def test_the_device_embeds_for_an_ingest_of_its_own_crew(
     device: str, valkey: Any, tmp_path: Path, working: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = saved_encoder(tmp_path / "bert")
+    encoder = save_encoder(tmp_path / "bert")
     monkeypatch.setenv("EMBEDDING_ENCODER", str(encoder))
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Phi3Config, Qwen3Config
 
-from agentmesh.gpu.batching import Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Request
-from agentmesh.testing.tiny import VOCABULARY, made_model, one_by_one
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import Request
+from agentmesh.testing.tiny_models import VOCABULARY, greedy_decode, make_model
 
 WAIT_S = 30
 MakeEngine = Callable[..., Engine]
@@ -19,8 +19,8 @@ MakeEngine = Callable[..., Engine]
 def test_greedy_in_a_batch_is_greedy_one_by_one(engine: Engine, device: str, prompts: Any, answers: Any) -> None:
     asked = prompts(12)
     done = answers(engine, [Request(tuple(p), 16) for p in asked])
-    plain = made_model().to(device)
-    assert [list(d.tokens) for d in done] == [one_by_one(plain, p, 16) for p in asked]
+    plain = make_model().to(device)
+    assert [list(d.tokens) for d in done] == [greedy_decode(plain, p, 16) for p in asked]
     assert max(d.batch for d in done) == 12
     assert {d.finish for d in done} == {"length"}
 
@@ -32,7 +32,7 @@ def test_other_kinds_of_models_say_in_a_batch_what_they_say_alone(
     asked = prompts(6, shortest=10)
     done = answers(make_engine(model=other_model(kind)), [Request(tuple(p), 24) for p in asked])
     plain = other_model(kind).to(device)
-    assert [list(d.tokens) for d in done] == [one_by_one(plain, p, 24) for p in asked]
+    assert [list(d.tokens) for d in done] == [greedy_decode(plain, p, 24) for p in asked]
 
 
 def other_model(kind: str) -> Any:
@@ -58,8 +58,8 @@ def test_greedy_in_bfloat16_differs_only_where_two_tokens_are_as_good_as_equal(
     make_engine: MakeEngine, device: str, prompts: Any, answers: Any
 ) -> None:
     asked = prompts(8)
-    done = answers(make_engine(model=made_model(dtype=torch.bfloat16)), [Request(tuple(p), 12) for p in asked])
-    plain = made_model(dtype=torch.bfloat16).to(device)
+    done = answers(make_engine(model=make_model(dtype=torch.bfloat16)), [Request(tuple(p), 12) for p in asked])
+    plain = make_model(dtype=torch.bfloat16).to(device)
     for prompt, said in zip(asked, done, strict=True):
         for at, token in enumerate(said.tokens):
             with torch.inference_mode():
@@ -107,7 +107,7 @@ def counted_evictions(engine: Engine) -> list[bool]:
 
 
 def test_top_k_and_top_p_leave_out_the_unlikely(engine: Engine, device: str) -> None:
-    scores = made_model().to(device)(torch.tensor([[5, 6, 7]], device=device)).logits[0, -1].detach()
+    scores = make_model().to(device)(torch.tensor([[5, 6, 7]], device=device)).logits[0, -1].detach()
     best = set(scores.topk(3).indices.tolist())
     first = {
         engine.submit(Request((5, 6, 7), 1, temperature=9.0, top_k=3, seed=s)).result(WAIT_S).tokens[0]
@@ -123,7 +123,7 @@ def test_top_k_and_top_p_leave_out_the_unlikely(engine: Engine, device: str) -> 
 
 
 def test_drawing_follows_the_model_s_own_probabilities(engine: Engine, device: str, answers: Any) -> None:
-    shares = made_model().to(device)(torch.tensor([[5, 6, 7]], device=device)).logits[0, -1].detach().softmax(0)
+    shares = make_model().to(device)(torch.tensor([[5, 6, 7]], device=device)).logits[0, -1].detach().softmax(0)
     n = 400
     done = answers(engine, [Request((5, 6, 7), 1, temperature=1.0, seed=s) for s in range(n)])
     likeliest = int(shares.argmax())
@@ -134,7 +134,7 @@ def test_drawing_follows_the_model_s_own_probabilities(engine: Engine, device: s
 
 def test_logprobs_are_the_model_s_before_any_noise(engine: Engine, device: str) -> None:
     done = engine.submit(Request((5, 6, 7), 6, temperature=3.0, seed=1, logprobs=True)).result(WAIT_S)
-    plain, said = made_model().to(device), [5, 6, 7]
+    plain, said = make_model().to(device), [5, 6, 7]
     for token, logprob in zip(done.tokens, done.logprobs, strict=True):
         with torch.inference_mode():
             assert logprob == pytest.approx(

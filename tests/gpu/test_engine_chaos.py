@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from agentmesh.gpu.batching import Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.grammar import Grammars, grammar_of
-from agentmesh.gpu.request import Done, Request
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.grammar import Grammars, grammar_of
+from agentmesh.inference.request import Done, Request
 from agentmesh.message import ToolSpec
-from agentmesh.testing.tiny import END, VOCABULARY, made_model, made_tokenizer
+from agentmesh.testing.tiny_models import END, VOCABULARY, make_model, make_tokenizer
 
 SEEDS = [1, 2]
 MANY, WAIT_S = 40, 60
@@ -79,8 +79,8 @@ class Faulty:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_each_says_what_it_says_alone(make_engine: Callable[..., Engine], seed: int) -> None:
     draw = random.Random(seed)
-    grammars = Grammars(made_tokenizer(), VOCABULARY, [END])
-    asked, model = crowd(draw), made_model()
+    grammars = Grammars(make_tokenizer(), VOCABULARY, [END])
+    asked, model = crowd(draw), make_model()
     calm = make_engine()
     alone = [calm.submit(a.request(grammars)).result(WAIT_S) for a in asked]
     assert not any(POISON in done.tokens for done in alone), "choose another seed: one says the poison by itself"
@@ -118,7 +118,7 @@ def test_each_says_what_it_says_alone(make_engine: Callable[..., Engine], seed: 
         if asked[i].listens:
             assert all(said == single.tokens[: len(said)] for said in heard[i])
     assert stayed >= MANY // 3
-    with pytest.raises(Exception, match=r"this request of 2 \+ 4 tokens ends the engine's loop.*(poison|passing)"):
+    with pytest.raises(Exception, match=r"this request of 2 \+ 4 tokens crashes the engine's loop.*(poison|passing)"):
         culprit.result(WAIT_S)
     until_idle(engine)
     assert engine.gauge.deaths >= 2  # the poison alone

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from agentmesh.errors import ContextTooLong, GpuOutOfMemory, ModelError
-from agentmesh.gpu.batching import Batching, Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import EngineDown, Request
-from agentmesh.testing.tiny import VOCABULARY, made_model
+from agentmesh.inference.batching import Batching, Shape
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import EngineDown, Request
+from agentmesh.testing.tiny_models import VOCABULARY, make_model
 
 WAIT_S = 30
 MakeEngine = Callable[..., Engine]
@@ -90,7 +90,7 @@ def test_a_cancelled_future_gives_its_place_back(engine: Engine, eventually: Any
 def test_a_dead_loop_is_made_anew_and_its_requests_begin_again(
     make_engine: MakeEngine, prompts: Any, answers: Any
 ) -> None:
-    model = made_model()
+    model = make_model()
     calm = [
         d.tokens for d in answers(make_engine(), [Request(tuple(p), 20, temperature=1.0, seed=4) for p in prompts(6)])
     ]
@@ -108,7 +108,7 @@ def test_a_dead_loop_is_made_anew_and_its_requests_begin_again(
 
 
 def test_one_poison_among_sixty_three_others_fails_alone(make_engine: MakeEngine) -> None:
-    model, poison = made_model(), 299
+    model, poison = make_model(), 299
     fault = Fault(model, RuntimeError("it was the prompt"), lambda ids: poison in ids)
     engine = make_engine(Shape(pages=200, page_tokens=16, batch_tokens=64, batch_requests=64), model=model)
     # no answer says the poisonous token by itself
@@ -116,7 +116,7 @@ def test_one_poison_among_sixty_three_others_fails_alone(make_engine: MakeEngine
     culprit = engine.submit(Request((5, poison), 4))
     late = engine.submit(Request((9, 9), 4, top_k=3))
     with pytest.raises(
-        ModelError, match=r"this request of 2 \+ 4 tokens ends the engine's loop.*RuntimeError: it was the"
+        ModelError, match=r"this request of 2 \+ 4 tokens crashes the engine's loop.*RuntimeError: it was the"
     ):
         culprit.result(WAIT_S)
     assert all(f.result(WAIT_S).tokens for f in [*others, late])
@@ -124,10 +124,10 @@ def test_one_poison_among_sixty_three_others_fails_alone(make_engine: MakeEngine
 
 
 def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engine: MakeEngine, eventually: Any) -> None:
-    model = made_model()
+    model = make_model()
     told: list[Exception] = []
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: len(ids) > 16)
-    engine = make_engine(Shape(pages=64, page_tokens=16, batch_tokens=64), model=model, hopeless=told.append)
+    engine = make_engine(Shape(pages=64, page_tokens=16, batch_tokens=64), model=model, on_fatal=told.append)
     assert len(engine.submit(Request((5,) * 60, 4)).result(WAIT_S).tokens) == 4
     assert (engine.gauge.batch_tokens, engine.gauge.deaths, told) == (16, 2, [])
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: True)
@@ -140,7 +140,7 @@ def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engin
 
 
 def test_no_memory_without_a_worker_fails_the_request_that_is_too_much(make_engine: MakeEngine) -> None:
-    model = made_model()
+    model = make_model()
     Fault(model, torch.OutOfMemoryError("no memory"), lambda ids: 299 in ids)
     engine = make_engine(model=model)
     with pytest.raises(GpuOutOfMemory, match=r"2 \+ 4 tokens"):
@@ -150,10 +150,10 @@ def test_no_memory_without_a_worker_fails_the_request_that_is_too_much(make_engi
 
 @pytest.mark.parametrize("said", ["CUDA error: an illegal memory access", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"])
 def test_an_error_of_the_device_ends_the_engine(make_engine: MakeEngine, eventually: Any, said: str) -> None:
-    model = made_model()
+    model = make_model()
     told: list[Exception] = []
     Fault(model, RuntimeError(said), lambda ids: True)
-    engine = make_engine(model=model, hopeless=told.append)
+    engine = make_engine(model=model, on_fatal=told.append)
     with pytest.raises(EngineDown, match=said):
         engine.submit(Request((5, 6), 4)).result(WAIT_S)
     eventually(lambda: told)
@@ -161,7 +161,7 @@ def test_an_error_of_the_device_ends_the_engine(make_engine: MakeEngine, eventua
 
 
 def test_a_hung_loop_can_be_seen(make_engine: MakeEngine, eventually: Any) -> None:
-    model, hang = made_model(), threading.Event()
+    model, hang = make_model(), threading.Event()
     Fault(model, RuntimeError(), lambda ids: hang.wait(WAIT_S) and False)
     engine = make_engine(model=model)
     asked = engine.submit(Request((5, 6), 4))
@@ -218,9 +218,9 @@ def test_a_closed_engine_fails_what_it_had_and_takes_no_more(engine: Engine) -> 
 
 def test_a_forgotten_engine_lets_its_process_end() -> None:
     code = (
-        "from agentmesh.testing.tiny import made_model\nfrom agentmesh.gpu.engine import Engine\n"
-        "from agentmesh.gpu.batching import Shape\nfrom agentmesh.gpu.request import Request\n"
-        "e = Engine(made_model(), Shape(pages=40, page_tokens=16))\n"
+        "from agentmesh.testing.tiny_models import make_model\nfrom agentmesh.inference.engine import Engine\n"
+        "from agentmesh.inference.batching import Shape\nfrom agentmesh.inference.request import Request\n"
+        "e = Engine(make_model(), Shape(pages=40, page_tokens=16))\n"
         "e.submit(Request((5,), 400)); print(len(e.submit(Request((5,), 4)).result().tokens))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

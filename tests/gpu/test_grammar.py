@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from agentmesh.gpu.batching import Shape
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.grammar import Grammars, bounded, grammar_of
-from agentmesh.gpu.request import Done, Request
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.grammar import Grammars, bound_strings, grammar_of
+from agentmesh.inference.request import Done, Request
 from agentmesh.message import ToolSpec
-from agentmesh.models.hermes import calls_of
-from agentmesh.testing.tiny import END, made_tokenizer
+from agentmesh.models.tool_call_parser import parse_tool_calls
+from agentmesh.testing.tiny_models import END, make_tokenizer
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 POINT = {
@@ -31,7 +31,7 @@ Say = Callable[..., list[str]]
 @pytest.fixture(params=[(), TAGS], ids=["tags as text", "tags as tokens"])
 def say(request: pytest.FixtureRequest, engine: Engine) -> Say:
     """Twelve answers drawn at random under a grammar."""
-    tokenizer = made_tokenizer(more=request.param)
+    tokenizer = make_tokenizer(more=request.param)
     grammars = Grammars(tokenizer, engine.room.vocabulary, [END])
     assert grammars.tags_are_tokens == bool(request.param)
 
@@ -63,7 +63,7 @@ def test_a_tool_must_be_called(say: Say) -> None:
     answers = say([LOOK, GO], None, "required")
     assert answers
     for text in answers:
-        rest, calls = calls_of(text.rpartition("</think>")[2], [LOOK, GO], turn=1)
+        rest, calls = parse_tool_calls(text.rpartition("</think>")[2], [LOOK, GO], turn=1)
         assert not rest
         assert {c.name for c in calls} <= {"look", "go"}
         assert all(json.loads(c.arguments) for c in calls)
@@ -71,20 +71,20 @@ def test_a_tool_must_be_called(say: Say) -> None:
 
 def test_a_named_tool_must_be_called_once(say: Say) -> None:
     for text in say([LOOK, GO], None, "go"):
-        (call,) = calls_of(text.rpartition("</think>")[2], [LOOK, GO], turn=1)[1]
+        (call,) = parse_tool_calls(text.rpartition("</think>")[2], [LOOK, GO], turn=1)[1]
         assert call.name == "go"
         assert json.loads(call.arguments)["to"] in ("up", "down")
 
 
 def test_a_tool_is_called_or_the_schema_met(say: Say) -> None:
     for text in say([LOOK], {"type": "object", "properties": {"n": {"type": "null"}}, "additionalProperties": False}):
-        rest, calls = calls_of(text.rpartition("</think>")[2], [LOOK], turn=1)
+        rest, calls = parse_tool_calls(text.rpartition("</think>")[2], [LOOK], turn=1)
         assert calls or json.loads(rest) in ({}, {"n": None})
 
 
 def test_free_text_is_free_until_a_call_is_opened() -> None:
     for more in ((), TAGS):
-        tokenizer = made_tokenizer(more=more)
+        tokenizer = make_tokenizer(more=more)
         grammars = Grammars(tokenizer, 300)
         grammar = grammar_of([GO], None, tags_are_tokens=bool(more))
 
@@ -109,7 +109,7 @@ def test_free_text_is_free_until_a_call_is_opened() -> None:
 
 
 def test_reasoning_is_free_and_the_grammar_begins_after_it() -> None:
-    tokenizer = made_tokenizer(more=TAGS)
+    tokenizer = make_tokenizer(more=TAGS)
     constraint = Grammars(tokenizer, 300, [END]).constraint(grammar_of((), POINT), thinking=True)
     free = constraint.allowed(300)
     assert free is not None
@@ -124,16 +124,16 @@ def test_reasoning_is_free_and_the_grammar_begins_after_it() -> None:
 
 def test_strings_get_a_length_and_nothing_else_is_changed() -> None:
     schema = {"anyOf": [{"type": "string"}, {"type": "string", "maxLength": 3}, {"type": "string", "enum": ["a"]}]}
-    assert bounded(schema)["anyOf"] == [{"type": "string", "maxLength": 2000}, *schema["anyOf"][1:]]
+    assert bound_strings(schema)["anyOf"] == [{"type": "string", "maxLength": 2000}, *schema["anyOf"][1:]]
 
 
 def test_a_grammar_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="."):
-        Grammars(made_tokenizer(), 300).constraint('start: %json {"type": "nonsense"}')
+        Grammars(make_tokenizer(), 300).constraint('start: %json {"type": "nonsense"}')
 
 
 def test_a_constrained_answer_draws_the_same_in_company_and_after_eviction(make_engine: Callable[..., Engine]) -> None:
-    tokenizer = made_tokenizer()
+    tokenizer = make_tokenizer()
 
     def drawn(engine: Engine, n: int) -> list[Done]:
         grammars = Grammars(tokenizer, engine.room.vocabulary)

@@ -13,7 +13,7 @@ from agentmesh.errors import ConfigError, ContextTooLong, ModelError
 from agentmesh.message import Message, ToolSpec, Usage, user
 from agentmesh.model import Answer, Prompt, RetryLater, Thought
 from agentmesh.models.local import LocalModel
-from agentmesh.testing.tiny import saved
+from agentmesh.testing.tiny_models import save_model
 
 SCHEMA = {
     "type": "object",
@@ -38,7 +38,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A model of a cache of its own, with this template."""
 
     def make(*template: str, more: tuple[str, ...] = ()) -> LocalModel:
-        monkeypatch.setenv("AGENTMESH_CACHE", str(saved(tmp_path, *template, more=more)))
+        monkeypatch.setenv("AGENTMESH_CACHE", str(save_model(tmp_path, *template, more=more)))
         return LocalModel("tiny")
 
     return make

@@ -7,22 +7,21 @@ import pytest
 import torch
 
 from agentmesh.errors import ModelError
-from agentmesh.gpu.drawing import Wish, draw
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Done, Request
-from agentmesh.gpu.text import Telling
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import Done, Request
+from agentmesh.inference.sampling import DrawOptions, draw
+from agentmesh.inference.tokenization import AnswerStream
 from agentmesh.message import Message, ToolSpec, user
 from agentmesh.model import Answer, Prompt
-from agentmesh.models.local import _answer
-from agentmesh.models.options import Options
-from agentmesh.testing.tiny import made_tokenizer
+from agentmesh.models.local import LocalOptions, _answer
+from agentmesh.testing.tiny_models import make_tokenizer
 
 GO = ToolSpec("go", "Go.", {"type": "object", "properties": {}})
 WAIT_S = 30
 
 
-def options(*tools: ToolSpec, **given: Any) -> Options:
-    return Options.of(Prompt("tiny", [user("?")], tools, options=given))
+def options(*tools: ToolSpec, **given: Any) -> LocalOptions:
+    return LocalOptions.of(Prompt("tiny", [user("?")], tools, options=given))
 
 
 @pytest.mark.parametrize(
@@ -48,16 +47,16 @@ def test_an_option_that_cannot_be_is_refused_by_name(given: dict[str, Any], told
 def test_options_are_read_as_servers_read_them() -> None:
     named = {"type": "function", "function": {"name": "go"}}
     found = options(GO, top_k="40", seed=None, stop="x", tool_choice=named, frequency_penalty=1)
-    assert found == Options(top_k=40, stop=("x",), tool_choice="go", seed=found.seed)
+    assert found == LocalOptions(top_k=40, stop=("x",), tool_choice="go", seed=found.seed)
     assert options(seed=7).seed == 7
     assert options(max_tokens=3.0).max_tokens == 3
     assert options(tool_choice="required").tool_choice == "required"  # of no tools
 
 
 def test_a_model_that_must_call_no_tool_calls_none() -> None:
-    telling = Telling(made_tokenizer())
+    telling = AnswerStream(make_tokenizer())
     said = '<tool_call>{"name": "go", "arguments": {}}</tool_call>'
-    telling.finish(made_tokenizer()(said)["input_ids"])
+    telling.finish(make_tokenizer()(said)["input_ids"])
 
     def answer(**given: Any) -> Answer:
         prompt = Prompt("tiny", [user("?")], [GO], options=given)
@@ -74,14 +73,14 @@ def test_a_model_that_must_call_no_tool_calls_none() -> None:
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.9)])
 def test_next_to_no_temperature_takes_the_likeliest(temperature: float, top_k: int, top_p: float) -> None:
     row = torch.tensor([[1.0, 2.0, 5.0, 4.9, -math.inf]])
-    assert draw(row, [Wish(temperature, top_k, top_p, 7, 0)]).tolist() == [2]
+    assert draw(row, [DrawOptions(temperature, top_k, top_p, 7, 0)]).tolist() == [2]
 
 
 @pytest.mark.parametrize("temperature", [1e6, 1e38, 1e300])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.9999)])
 def test_any_heat_leaves_out_what_is_forbidden(temperature: float, top_k: int, top_p: float) -> None:
     rows = torch.tensor([[1.0, 2.0, 5.0, 4.9, -math.inf]]).expand(200, 5)
-    assert set(draw(rows, [Wish(temperature, top_k, top_p, s, 0) for s in range(200)]).tolist()) == {0, 1, 2, 3}
+    assert set(draw(rows, [DrawOptions(temperature, top_k, top_p, s, 0) for s in range(200)]).tolist()) == {0, 1, 2, 3}
 
 
 def test_no_share_at_all_and_the_first_alone_are_greedy(engine: Engine) -> None:

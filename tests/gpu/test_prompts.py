@@ -6,8 +6,8 @@ import pytest
 
 from agentmesh.message import Message, ToolCall, ToolSpec, system, user
 from agentmesh.model import Prompt
-from agentmesh.models.hermes import calls_of, conversation
-from agentmesh.testing.tiny import CHATML, made_tokenizer
+from agentmesh.models.tool_call_parser import chat_turns, parse_tool_calls
+from agentmesh.testing.tiny_models import CHATML, make_tokenizer
 
 LOOK = ToolSpec("look", "Look at it.", {"type": "object", "properties": {"at": {"type": "string"}}})
 TURNS = [
@@ -63,8 +63,8 @@ GOLDEN = {
 def written(
     template: str, turns: list[Message], tools: list[ToolSpec], *, takes_system: bool, output: Any = None
 ) -> str:
-    messages, given = conversation(Prompt("m", turns, tools, output), template=template, takes_system=takes_system)
-    tokenizer = made_tokenizer(template)
+    messages, given = chat_turns(Prompt("m", turns, tools, output), template=template, takes_system=takes_system)
+    tokenizer = make_tokenizer(template)
     return str(tokenizer.apply_chat_template(messages, tools=given, tokenize=False, add_generation_prompt=True))
 
 
@@ -104,6 +104,6 @@ def test_a_wanted_schema_is_told_too() -> None:
 def test_calls_are_read_from_fences_and_bare_json_where_they_name_a_tool(
     text: str, rest: str, calls: list[tuple[str, str]]
 ) -> None:
-    said, asked = calls_of(text, [LOOK], turn=2)
+    said, asked = parse_tool_calls(text, [LOOK], turn=2)
     assert (said, [(c.name, c.arguments) for c in asked]) == (rest, calls)
     assert [c.id for c in asked] == [f"call_2_{i}" for i in range(len(calls))]

@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from agentmesh.gpu.grammar import Grammars, grammar_of
-from agentmesh.gpu.text import Telling
-from agentmesh.testing.tiny import END, VOCABULARY, made_tokenizer
+from agentmesh.inference.grammar import Grammars, grammar_of
+from agentmesh.inference.tokenization import AnswerStream
+from agentmesh.testing.tiny_models import END, VOCABULARY, make_tokenizer
 
-TOKENIZER = made_tokenizer()
+TOKENIZER = make_tokenizer()
 
 
-def told(text: str, step: int, *stops: str, thinking: bool = False) -> Telling:
-    telling, tokens = Telling(TOKENIZER, stops=stops, thinking=thinking), TOKENIZER(text)["input_ids"]
+def told(text: str, step: int, *stops: str, thinking: bool = False) -> AnswerStream:
+    telling, tokens = AnswerStream(TOKENIZER, stops=stops, thinking=thinking), TOKENIZER(text)["input_ids"]
     for end in range(step, len(tokens) + 1, step):
         if telling.hear(tokens[:end]):
             break

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from agentmesh.gpu import grammar
-from agentmesh.gpu.grammar import Constraint, Grammars, bounded, grammar_of
+from agentmesh.inference import grammar
+from agentmesh.inference.grammar import Constraint, Grammars, bound_strings, grammar_of
 from agentmesh.message import ToolSpec
-from agentmesh.testing.tiny import END, VOCABULARY, made_tokenizer
+from agentmesh.testing.tiny_models import END, VOCABULARY, make_tokenizer
 
-TOKENIZER = made_tokenizer()
+TOKENIZER = make_tokenizer()
 GRAMMARS = Grammars(TOKENIZER, VOCABULARY, [END])
 
 
@@ -55,12 +55,12 @@ def test_one_tool_s_odd_schema_leaves_the_others_held() -> None:
 
 
 def test_strings_get_a_length_that_leaves_the_schema_possible() -> None:
-    assert bounded({"type": ["string", "null"]})["maxLength"] == grammar.LONGEST_STRING
-    assert bounded({"type": "string", "minLength": 5000})["maxLength"] == 5000
+    assert bound_strings({"type": ["string", "null"]})["maxLength"] == grammar.MAX_STRING
+    assert bound_strings({"type": "string", "minLength": 5000})["maxLength"] == 5000
     values = {"const": {"type": "string"}, "enum": [{"type": "string"}], "default": {"type": "string"}}
-    assert bounded(values) == values  # no schemas
+    assert bound_strings(values) == values  # no schemas
     named = {"properties": {"enum": {"type": "string"}}}
-    assert bounded(named)["properties"]["enum"]["maxLength"] == grammar.LONGEST_STRING
+    assert bound_strings(named)["properties"]["enum"]["maxLength"] == grammar.MAX_STRING
 
 
 def test_a_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +73,6 @@ def test_a_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert takes(first, "true")
     assert takes(second, "false")  # each follows its own answer
     assert made == [asked]
-    for n in range(2 * grammar.KEPT):
+    for n in range(2 * grammar.CACHED_GRAMMARS):
         grammars.constraint(grammar_of((), {"const": n}))
-    assert grammars._compiled.cache_info().currsize == grammar.KEPT
+    assert grammars._compiled.cache_info().currsize == grammar.CACHED_GRAMMARS

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from agentmesh.boot import COUNTS_IN
-from agentmesh.cli.reporting import Reporting
 from agentmesh.cli.worker import serve_metrics
 from agentmesh.config import Config
-from agentmesh.gpu.engine import Engine
-from agentmesh.report import REPORTS_IN, EngineReport, put_report, reports_in
-from agentmesh.testing.tiny import saved
+from agentmesh.inference.engine import Engine
+from agentmesh.observability.engine_status import STATUS_FOLDER_ENV, EngineStatus, read_statuses, write_status
+from agentmesh.runtime.optional import METRICS_FOLDER_ENV
+from agentmesh.testing.tiny_models import save_model
+from agentmesh.worker.gpu_worker import StatusReporter
 
 pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
@@ -41,7 +41,7 @@ def get(url: str) -> tuple[int, str]:
 @pytest.fixture
 def seen(working: Callable[..., AbstractContextManager[Any]], valkey: Any, tmp_path: Path) -> Seen:
     """A device worker and the URL of its supervisor's endpoint."""
-    told = {COUNTS_IN: str(tmp_path), REPORTS_IN: str(tmp_path)}
+    told = {METRICS_FOLDER_ENV: str(tmp_path), STATUS_FOLDER_ENV: str(tmp_path)}
     config = Config(broker=valkey.broker_url, journal=valkey.url)
 
     @contextmanager
@@ -90,13 +90,15 @@ def test_how_a_device_worker_does_is_told_over_http(seen: Seen, device: str, eve
 def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
     seen: Seen, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
-    monkeypatch.setattr("agentmesh.report.STUCK_S", 1.5)  # in our process, where health is judged
+    monkeypatch.setattr(
+        "agentmesh.observability.engine_status.UNHEALTHY_AFTER_S", 1.5
+    )  # in our process, where health is judged
     with seen("hang") as (work, url):
         eventually(lambda: get(f"{url}/health")[0] == 200)
         before = work.device_pid
         work.fault.touch()
         run = work.start("Many", "a b c d e")
-        eventually(lambda: "has work in hand (5 steps) and its engine has made no step for" in get(f"{url}/health")[1])
+        eventually(lambda: "has 5 steps in flight and its engine has made no progress for" in get(f"{url}/health")[1])
         assert get(f"{url}/health/ready")[0] == 503
         eventually(
             lambda: '"why": ["1 of 2 workers consume"]' in get(f"{url}/health")[1]
@@ -111,7 +113,7 @@ def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
 
 
 def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Path, eventually: Any) -> None:
-    env = {"AGENTMESH_CACHE": str(saved(tmp_path)), "OMP_NUM_THREADS": "1", "AGENTMESH_BROKER": valkey.broker_url}
+    env = {"AGENTMESH_CACHE": str(save_model(tmp_path)), "OMP_NUM_THREADS": "1", "AGENTMESH_BROKER": valkey.broker_url}
     argv = [sys.executable, "-m", "agentmesh.cli.main", "serve", CREW, "--port", "0"]
     served = subprocess.Popen(argv, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
     try:
@@ -128,27 +130,27 @@ def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Pa
 def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eventually: Any
 ) -> None:
-    monkeypatch.setenv(REPORTS_IN, str(tmp_path / "gone"))
-    monkeypatch.setattr("agentmesh.cli.reporting.TELL_S", 0.01)
-    report = Reporting(engine, model="m", worker="w", in_hand=lambda: 3, places=8)
+    monkeypatch.setenv(STATUS_FOLDER_ENV, str(tmp_path / "gone"))
+    monkeypatch.setattr("agentmesh.worker.gpu_worker.STATUS_S", 0.01)
+    report = StatusReporter(engine, model="m", worker="w", in_hand=lambda: 3, places=8)
     report.start()
     looked = len(report._looks)
     eventually(lambda: len(report._looks) > looked + 5)
     (tmp_path / "gone").mkdir()
-    eventually(lambda: reports_in(str(tmp_path / "gone"), ["w"]))
+    eventually(lambda: read_statuses(str(tmp_path / "gone"), ["w"]))
     report.stop()
-    (told,) = reports_in(str(tmp_path / "gone"), ["w"])
+    (told,) = read_statuses(str(tmp_path / "gone"), ["w"])
     assert (told.pid, told.in_hand, told.places, told.batch_tokens) == (os.getpid(), 3, 8, 64)
     (warned,) = [r.getMessage() for r in caplog.records if "cannot be told" in r.getMessage()]
     assert warned.startswith("how m does cannot be told to its supervisor: ")
 
 
 def test_a_report_of_another_version_is_read(tmp_path: Path) -> None:
-    mine, gone = EngineReport("w1", 1, "m", "cuda:0", 5.0), EngineReport("w2", 2, "m", "cuda:1", 5.0)
+    mine, gone = EngineStatus("w1", 1, "m", "cuda:0", 5.0), EngineStatus("w2", 2, "m", "cuda:1", 5.0)
     for report in (mine, gone):
-        put_report(str(tmp_path), report)
+        write_status(str(tmp_path), report)
     (file,) = tmp_path.glob("engine-1.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "of_the_next_version": 1}))
-    assert reports_in(str(tmp_path), ["w1"]) == [mine]
+    assert read_statuses(str(tmp_path), ["w1"]) == [mine]
     assert [f.name for f in tmp_path.iterdir()] == ["engine-1.json"]
-    assert reports_in(str(tmp_path), ["w1", "w2"]) == [mine]
+    assert read_statuses(str(tmp_path), ["w1", "w2"]) == [mine]

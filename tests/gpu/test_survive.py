@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 
-from agentmesh.boot import load_crew
-from agentmesh.celery.loop import drive
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.celery.sweep import Tender
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.device import CANCELLED_S
-from agentmesh.cli.worker import giver_back
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.housekeeping import Housekeeper
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
-from agentmesh.event import StepDone
-from agentmesh.gpu import batching
+from agentmesh.engine.run import Run
+from agentmesh.inference import batching
+from agentmesh.journal.events import StepDone
 from agentmesh.mesh import Mesh
-from agentmesh.models.named import Models
-from agentmesh.run import Run
-from agentmesh.testing.servers import RabbitServer, ValkeyServer, a_server
-from agentmesh.testing.tiny import saved
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.testing.servers import RabbitServer, ValkeyServer, running_server
+from agentmesh.testing.tiny_models import save_model
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.gpu_worker import CANCELLED_S
+from agentmesh.worker.supervisor import Supervisor
 
 pytestmark = pytest.mark.usefixtures("device")
 Eventually = Callable[..., None]
@@ -39,7 +39,7 @@ AGAIN_S = 15.0  # from the moment the worker is ready again until all has ended
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Any]:
-    with a_server(ValkeyServer) as server:
+    with running_server(ValkeyServer) as server:
         yield server
 
 
@@ -53,7 +53,7 @@ def valkey(store: Any) -> Any:
 def rabbitmq() -> Iterator[Any]:
     if missing := RabbitServer.missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
-    with a_server(RabbitServer) as server:
+    with running_server(RabbitServer) as server:
         yield server
 
 
@@ -71,12 +71,12 @@ class Scene:
         self.asked.touch()
         self.log = folder / "worker.log"
         self.out = self.log.open("wb")
-        commands = specs_of(self.config, {CREW: self.crew}, suspects="elsewhere", log="json")
+        commands = worker_commands(self.config, {CREW: self.crew}, suspects="exclude", log="json")
         commands += commands[-1:] * (1 + processes - len(commands))  # on one device, where there are no more
         self.supervisor = Supervisor(
             commands, drain_s=4, output=self.out,
-            on_death=giver_back(self.config, self.crew.broker_queues()),
-            env={"AGENTMESH_CACHE": str(saved(folder / "cache")), "SURVIVING": str(folder / "it"),
+            on_death=release_on_death(self.config, self.crew.broker_queues()),
+            env={"AGENTMESH_CACHE": str(save_model(folder / "cache")), "SURVIVING": str(folder / "it"),
                  "SURVIVING_ENGINE": engine, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
@@ -107,7 +107,7 @@ class Scene:
     def check(self, run: Run[list[str]], steps: int = MANY) -> None:
         """All ended well, and each once."""
         assert run.result(timeout_s=WAIT_S) == ["said"] * steps
-        ends = Counter(e.n for e in drive(self.mesh.journal.events(run.id)) if isinstance(e, StepDone))
+        ends = Counter(e.n for e in run_sync(self.mesh.journal.events(run.id)) if isinstance(e, StepDone))
         assert ends == Counter(range(1, steps + 1))
 
 
@@ -195,12 +195,12 @@ def test_two_processes_share_a_queue(scene: MakeScene, valkey: Any, eventually: 
 def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
     valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
-    monkeypatch.setenv("AGENTMESH_CACHE", str(saved(tmp_path)))
+    monkeypatch.setenv("AGENTMESH_CACHE", str(save_model(tmp_path)))
     monkeypatch.setattr(batching, "LONGEST_ON_CPU", 100)  # prompts: the cache holds a thousand
-    monkeypatch.setattr(Tender, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
+    monkeypatch.setattr(Housekeeper, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
     many = 1000
     crew = load_crew(CREW)
-    models = Models()
+    models = ModelRegistry()
     local: Any = models("local:tiny")[0]
     engine = local.prepare(requests=many + 50, batch_tokens=2048)
     engine._need.tokens, engine._need._answer_tokens = 64.0, 16.0  # they are cancelled long before they need more

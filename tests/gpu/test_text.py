@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from agentmesh.gpu.text import Detokeniser, Piece, Telling
+from agentmesh.inference.tokenization import AnswerStream, Detokeniser, Piece
 from agentmesh.model import RetryLater
-from agentmesh.testing.tiny import made_tokenizer
+from agentmesh.testing.tiny_models import make_tokenizer
 
-TOKENIZER = made_tokenizer()
+TOKENIZER = make_tokenizer()
 HARD = "naïve 日本 🙂 e\u0301 — ok"
 
 
@@ -18,10 +18,10 @@ def ids(text: str) -> list[int]:
 
 def told(
     text: str, *, step: int = 1, stops: tuple[str, ...] = (), thinking: bool = False
-) -> tuple[list[Piece], Telling]:
+) -> tuple[list[Piece], AnswerStream]:
     """What is told when the text comes so many tokens at a time."""
     pieces: list[Piece] = []
-    telling, tokens = Telling(TOKENIZER, stops=stops, thinking=thinking, tell=pieces.append), ids(text)
+    telling, tokens = AnswerStream(TOKENIZER, stops=stops, thinking=thinking, tell=pieces.append), ids(text)
     for end in range(step, len(tokens) + 1, step):
         if telling.hear(tokens[:end]):
             break
@@ -48,7 +48,7 @@ def test_random_bytes_come_out_as_they_would_at_once() -> None:
     draw = random.Random(3)
     for _ in range(30):
         tokens = [draw.randrange(3, 259) for _ in range(40)]
-        telling = Telling(TOKENIZER)
+        telling = AnswerStream(TOKENIZER)
         for end in range(1, 41):
             telling.hear(tokens[:end])
         telling.finish(tokens)
@@ -86,7 +86,7 @@ def test_what_is_no_reasoning_is_text(text: str) -> None:
 
 def test_an_answer_that_begins_again_is_not_told_twice() -> None:
     pieces: list[Piece] = []
-    telling, tokens = Telling(TOKENIZER, tell=pieces.append), ids("hello")
+    telling, tokens = AnswerStream(TOKENIZER, tell=pieces.append), ids("hello")
     for end in (1, 2, 3, 1, 2, 3, 4, 5):
         telling.hear(tokens[:end])
     telling.finish(tokens)
@@ -94,7 +94,7 @@ def test_an_answer_that_begins_again_is_not_told_twice() -> None:
 
 
 def test_an_answer_that_begins_again_otherwise_is_tried_again() -> None:
-    telling = Telling(TOKENIZER)
+    telling = AnswerStream(TOKENIZER)
     telling.hear(ids("hel"))
     with pytest.raises(RetryLater, match="began this answer again"):
         telling.hear(ids("ha"))

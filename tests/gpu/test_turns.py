@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from agentmesh import EmbedderError
-from agentmesh.gpu import batching, turns
-from agentmesh.gpu.engine import Engine
-from agentmesh.gpu.request import Request
-from agentmesh.gpu.turns import Turn, turn_of
+from agentmesh.inference import batching
+from agentmesh.inference import device as turns
+from agentmesh.inference.device import DeviceLock, lock_of
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.request import Request
 from agentmesh.rag.embedders import encoder as encoders
 from agentmesh.rag.embedders.encoder import Encoder
-from agentmesh.testing.tiny import saved_encoder
+from agentmesh.testing.tiny_models import save_encoder
 
 PROMPT, TOKENS = tuple(range(40, 60)), 300
 TEXTS = ["".join(chr(97 + (i * j) % 26) for j in range(4 + i % 50)) for i in range(600)]
@@ -26,12 +27,12 @@ BATCHES = 6  # that these texts are, alone
 
 @pytest.fixture(autouse=True)
 def _fresh_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_turns", {"cpu": Turn()})  # as on a GPU
+    monkeypatch.setattr(turns, "_locks", {"cpu": DeviceLock()})  # as on a GPU
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_encoder(tmp_path_factory.mktemp("bert"))
+    return save_encoder(tmp_path_factory.mktemp("bert"))
 
 
 # ---- the turn alone ------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ class Party:
     """Threads that want the turn; who had it, in order."""
 
     def __init__(self) -> None:
-        self.turn, self.had = Turn(), list[str]()
+        self.turn, self.had = DeviceLock(), list[str]()
         self.turn.engines.add(self)
 
     def want(self, kind: str) -> threading.Thread:
@@ -106,7 +107,7 @@ class _Interrupted:
 
 
 def test_without_an_engine_batches_go_side_by_side() -> None:
-    turn, both = Turn(), threading.Barrier(2, timeout=10)
+    turn, both = DeviceLock(), threading.Barrier(2, timeout=10)
 
     def work() -> None:
         with turn.batch():
@@ -120,8 +121,8 @@ def test_without_an_engine_batches_go_side_by_side() -> None:
 
 
 def test_on_a_cpu_nobody_waits_and_each_gpu_has_its_own_turns() -> None:
-    turns._turns.clear()
-    cpu, one, other = map(turn_of, ("cpu", "cuda:0", "cuda:1"))
+    turns._locks.clear()
+    cpu, one, other = map(lock_of, ("cpu", "cuda:0", "cuda:1"))
     cpu.engines.add(one)
     with cpu.step(), one.step(), other.step(), cpu.step(), cpu.batch():
         assert cpu.held_s == 0
@@ -129,7 +130,7 @@ def test_on_a_cpu_nobody_waits_and_each_gpu_has_its_own_turns() -> None:
 
 
 def test_how_long_a_step_takes_is_known_while_there_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    turn, now = Turn(), 100.0
+    turn, now = DeviceLock(), 100.0
     monkeypatch.setattr(turns.time, "monotonic", lambda: now)
     assert turn.step_s == 0
     with turn.step():
@@ -150,7 +151,7 @@ class Beside:
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.encoder, self.order = engine, Encoder(str(folder)), list[str]()
         self.encoder.prepare()
-        self.turn = turn_of(str(engine._model.device))
+        self.turn = lock_of(str(engine._model.device))
         self.slow_s, self.inside, self.overlaps = 0.0, 0, 0
         self._note(engine._model, "s")
         self._note(self.encoder._loaded()[1], "b")
@@ -205,7 +206,7 @@ def test_alone_on_the_device_a_batch_is_as_large_as_it_can_be(beside: Beside, mo
     beside.encoder._rate = 10_000.0
     sizes = dict[float, int]()
     for step_s in (0.0, 0.001, 0.1, 10.0):
-        monkeypatch.setattr(Turn, "step_s", step_s)
+        monkeypatch.setattr(DeviceLock, "step_s", step_s)
         sizes[step_s] = beside.encoder._budget(turn)
     assert sizes == {0.0: 4096, 0.001: encoders.LEAST_TOKENS, 0.1: 1000, 10.0: 4096}
 
@@ -276,7 +277,7 @@ def test_no_memory_for_a_batch_is_tried_in_halves_and_fails_only_the_text_that_h
 
 def test_a_broken_device_is_told_to_whoever_can_end_the_process(beside: Beside) -> None:
     told = list[Exception]()
-    beside.encoder.prepare(hopeless=told.append)
+    beside.encoder.prepare(on_fatal=told.append)
     beside.encoder._loaded()[1].forward = lambda **kwargs: (_ for _ in ()).throw(RuntimeError("CUDA error: unknown"))
     with pytest.raises(RuntimeError, match="CUDA error"):
         beside.encoder.documents(["a"])

@@ -9,25 +9,24 @@ from typing import Any
 
 import pytest
 
-from agentmesh.boot import load_crew
 from agentmesh.celery.app import make_app
-from agentmesh.celery.embedded import EmbeddedWorker
-from agentmesh.celery.inprocess import InProcess
-from agentmesh.celery.loop import drive
-from agentmesh.celery.sweep import Tender
-from agentmesh.cli import devices
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.device import CANCELLED_S
+from agentmesh.celery.embedded import EmbeddedWorker, InProcessWorker
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.housekeeping import Housekeeper
 from agentmesh.config import Config
-from agentmesh.crew import Crew
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.queue import Queue
 from agentmesh.errors import ConfigError, DefinitionError
-from agentmesh.event import RunDone, StepDone
+from agentmesh.journal.events import RunDone, StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message
 from agentmesh.model import Answer, Prompt
-from agentmesh.models.named import Models
-from agentmesh.queue import Queue
-from agentmesh.testing.tiny import made_tokenizer, saved
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.crew_file import load_crew
+from agentmesh.testing.tiny_models import make_tokenizer, save_model
+from agentmesh.worker import gpus
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.gpu_worker import CANCELLED_S
 
 pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
@@ -52,7 +51,7 @@ def test_the_model_s_steps_go_to_its_own_process_and_share_batches(
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"), [("hang", "has made no step for"), ("cuda", "CUDA error: an illegal memory")]
+    ("fault", "told"), [("hang", "has made no progress for"), ("cuda", "CUDA error: an illegal memory")]
 )
 def test_an_engine_that_hangs_or_breaks_its_device_takes_its_process_along(
     working: Working, valkey: Any, tmp_path: Path, fault: str, told: str
@@ -68,7 +67,7 @@ def test_an_engine_that_hangs_or_breaks_its_device_takes_its_process_along(
 
 
 def test_a_poisonous_prompt_fails_alone_and_kills_no_process(working: Working, valkey: Any, tmp_path: Path) -> None:
-    assert made_tokenizer()("@")["input_ids"] == [3 + 31]
+    assert make_tokenizer()("@")["input_ids"] == [3 + 31]
     with working(valkey, tmp_path, "poison") as work:
         before = work.device_pid
         said = work.start("Many", f"{words(30)} a@@@b {words(33)}").result(timeout_s=WAIT_S)
@@ -92,21 +91,21 @@ def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(
         said = run.result(timeout_s=WAIT_S)
         assert [i for i, s in enumerate(said) if s.startswith("failed")] == [30]
         for n in {*range(1, 65)} - {31}:
-            events = drive(work.mesh.journal.events(f"{run.id}/{n}"))
+            events = run_sync(work.mesh.journal.events(f"{run.id}/{n}"))
             assert [type(e) for e in events if isinstance(e, StepDone | RunDone)] == [StepDone, RunDone]
 
 
 def test_a_cancelled_run_is_no_longer_computed(
     valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Any
 ) -> None:
-    monkeypatch.setenv("AGENTMESH_CACHE", str(saved(tmp_path)))
-    models = Models()
+    monkeypatch.setenv("AGENTMESH_CACHE", str(save_model(tmp_path)))
+    models = ModelRegistry()
     local: Any = models("local:tiny")[0]
     engine = local.prepare()
     forward = engine._model.forward
     engine._model.forward = lambda *args, **kwargs: time.sleep(0.02) or forward(*args, **kwargs)
     mesh = Mesh(load_crew(CREW), config=Config(broker=valkey.broker_url, journal=valkey.url), models=models)
-    monkeypatch.setattr(Tender, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
+    monkeypatch.setattr(Housekeeper, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
     with mesh.worker(admits=engine.admits):
         run = mesh.start(mesh.crew.agents["Long"], "go on")
         eventually(lambda: engine.gauge.new_tokens > 20)
@@ -134,7 +133,7 @@ def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPa
 
     def seen(*wanted: int, **all_of: Any) -> list[str | None]:
         crew.queues["gpu"] = Queue("gpu", model="tiny", **({"devices": wanted} if wanted else all_of))
-        return [c.env.get("CUDA_VISIBLE_DEVICES") for c in specs_of(config, {CREW: crew}, queues=["gpu"])]
+        return [c.env.get("CUDA_VISIBLE_DEVICES") for c in worker_commands(config, {CREW: crew}, queues=["gpu"])]
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     assert seen() == ["4", "5", "7"]
@@ -146,8 +145,8 @@ def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match="wants GPU 0 and this machine has none"):
         seen(0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    assert devices.found() == []
+    monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
+    assert gpus.visible_gpus() == []
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_queues_of_one_model_name_the_same_devices() -> None:
     agent, first = load_crew(CREW).lead, Queue("a", model="m", devices=[0])
     with pytest.raises(DefinitionError, match=r"queues 'a' and 'b' of model 'm' have devices=\(0,\) and 'all'"):
         Crew(agent, queues=[Queue("main"), Queue("gpu", model="tiny"), first, Queue("b", model="m")])
-    assert Crew(agent, queues=[Queue("gpu", model="tiny"), first, Queue("b", model="m", devices=[0])]).queues_in(
+    assert Crew(agent, queues=[Queue("gpu", model="tiny"), first, Queue("b", model="m", devices=[0])]).queues_of_pool(
         "device"
     )
 
@@ -201,7 +200,7 @@ def test_crews_of_one_device_worker_count_together(valkey: Any) -> None:
     meshes = [Mesh(crew, app=app, config=config, models=lambda wanted: (model, "tiny")) for crew in loaded]
     gpu = [name for crew in loaded for name in crew.broker_queues(["gpu"])]
     shared = EmbeddedWorker(app, queues=gpu, admits=lambda in_hand: 3 - in_hand)
-    with meshes[0].worker(queues=["main"]), meshes[1].worker(queues=["main"]), InProcess(meshes, [shared]):
+    with meshes[0].worker(queues=["main"]), meshes[1].worker(queues=["main"]), InProcessWorker(meshes, [shared]):
         runs = [mesh.start(mesh.crew.lead, words(20)) for mesh in meshes]
         assert [len(run.result(timeout_s=WAIT_S)) for run in runs] == [20, 20]
     for mesh in meshes:

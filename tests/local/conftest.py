@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agentmesh.models.cache import is_installed
+from agentmesh.hub.cache import is_installed
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 

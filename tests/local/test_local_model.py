@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from agentmesh.errors import ConfigError, ContextTooLong, ServiceDown
+from agentmesh.hub.cache import cache_folder, model_folder
+from agentmesh.hub.gguf import convert
+from agentmesh.hub.pull import pull
 from agentmesh.message import Message, ToolCall, ToolSpec, system, user
 from agentmesh.model import Answer, Prompt
-from agentmesh.models.cache import cache_folder, model_folder
-from agentmesh.models.convert import convert
-from agentmesh.models.hermes import calls_of, conversation
 from agentmesh.models.local import LocalModel
-from agentmesh.models.pull import pull
+from agentmesh.models.tool_call_parser import chat_turns, parse_tool_calls
 
 HEADS, KV_HEADS, WIDTH, CONTEXT = 4, 2, 32, 64
 HOME = str(cache_folder())  # before a test sets another
@@ -219,7 +219,7 @@ LOOK = ToolSpec("look", "Look.", {"type": "object", "properties": {"at": {"type"
 def test_tools_are_told_as_text_where_the_template_has_none() -> None:
     turns = [system("Be brief."), user("Go."), Message("assistant", "", (ToolCall("c", "look", '{"at": "x"}'),))]
     turns.append(Message("tool", "a wall", tool_call_id="c"))
-    messages, tools = conversation(Prompt("m", turns, [LOOK]), template=TEMPLATE)
+    messages, tools = chat_turns(Prompt("m", turns, [LOOK]), template=TEMPLATE)
     assert tools is None
     assert messages[0]["content"].startswith("Be brief.\n\nYou may call these tools:\n{")
     assert messages[2] == {
@@ -231,7 +231,7 @@ def test_tools_are_told_as_text_where_the_template_has_none() -> None:
 
 def test_a_template_of_this_format_is_given_the_tools() -> None:
     turns = [user("Go."), Message("assistant", "", (ToolCall("c", "look", '{"at": "x"}'),))]
-    messages, tools = conversation(Prompt("m", turns, [LOOK]), template="{{ tools }} <tool_call>")
+    messages, tools = chat_turns(Prompt("m", turns, [LOOK]), template="{{ tools }} <tool_call>")
     assert tools is not None
     assert tools[0]["function"]["name"] == "look"
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"at": "x"}
@@ -252,10 +252,10 @@ def test_a_template_of_this_format_is_given_the_tools() -> None:
     ],
 )
 def test_calls_are_read_from_the_text(text: str, rest: str, calls: list[str]) -> None:
-    found, asked = calls_of(text, [LOOK], turn=3)
+    found, asked = parse_tool_calls(text, [LOOK], turn=3)
     assert (found, [c.arguments for c in asked]) == (rest, calls)
     assert [c.id for c in asked] == [f"call_3_{i}" for i in range(len(calls))]
-    assert calls_of(text, [], turn=3) == (text, ())
+    assert parse_tool_calls(text, [], turn=3) == (text, ())
 
 
 # ---- the real one ------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.embedder import Base, Floats
-from agentmesh.rag.store import FaissStore
-from agentmesh.testing.servers import ValkeyServer, a_server
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.embedders.base import BaseEmbedder, Floats
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.testing.servers import ValkeyServer, running_server
 
 
-class Words(Base):
+class Words(BaseEmbedder):
     """An embedder that counts words: nothing to load, and texts that share words are near each other."""
 
     name = ""
@@ -94,7 +94,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[ValkeyServer]:
     """A Valkey of the module's own."""
-    with a_server(ValkeyServer) as server:
+    with running_server(ValkeyServer) as server:
         yield server
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from agentmesh.rag import compact, folder, state
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.store import compaction, folder, state
+from agentmesh.rag.store.faiss_store import FaissStore
 
 D = 16
 CHUNKS = 5
@@ -92,12 +92,12 @@ def merge(store: FaissStore, path: Path, number: int) -> None:
 
 
 if __name__ == "__main__":
-    state.SMALL_ROWS = compact.SMALL_ROWS = 64  # small files count as large ones, so that all code is in the storm
-    compact.TAIL_FILES = 40
+    state.SMALL_ROWS = compaction.SMALL_ROWS = 64  # small files count as large ones, so that all code is in the storm
+    compaction.TAIL_FILES = 40
     folder.KEEP_S, folder.STAY_S = 4.0, 2.0
     FRESH = float(os.environ.get("STORM_FRESH_S", "1"))
-    from agentmesh.rag import follow
+    from agentmesh.rag.store import follower
 
-    follow.FRESH_S = FRESH
+    follower.FRESH_S = FRESH
     role, where, number = sys.argv[1:]
     {"write": write, "read": read, "merge": merge}[role](FaissStore(Path(where) / "kb"), Path(where), int(number))

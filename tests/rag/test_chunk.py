@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmesh import DefinitionError
-from agentmesh.rag.chunk import Document, Heading, Part
-from agentmesh.rag.markdown import markdown
-from agentmesh.rag.split import split
+from agentmesh.rag.documents import Document, Heading, Part
+from agentmesh.rag.loaders import markdown
+from agentmesh.rag.splitter import split
 
 WORDS = ["word ", "Sentence. ", "行政院。", "猫", "，", "e\u0301", "👩\u200d👩\u200d👧 ", "x" * 70]
 PIECES = [*WORDS, "\t", "\n", "\n\n", "# Title\n", "## Sub\n\n", "```\n# no\n```\n"]

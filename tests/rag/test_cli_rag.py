@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from agentmesh import Crew, DefinitionError
-from agentmesh.boot import load_crew
 from agentmesh.cli.main import main
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.retriever import Retriever
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeMesh
 
 DOCS = {
@@ -119,5 +119,5 @@ def test_an_installed_module_is_a_crew_file_too() -> None:
     assert load_crew("agentmesh.rag.ingest").name == "rag"
     assert list(load_crew("agentmesh.rag.ingest:crew").agents) == ["Ingest", "Pack"]
     for missing in ("agentmesh.rag.nothing", "no.such.module", "crew", "agentmesh.rag.ingest.py"):
-        with pytest.raises(DefinitionError, match=f"there is no file '{missing}'"):
+        with pytest.raises(DefinitionError, match=f"file '{missing}' does not exist"):
             load_crew(missing)

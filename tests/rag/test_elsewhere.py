@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from agentmesh.cli import elsewhere
-from agentmesh.cli.adding import add_documents
+from agentmesh.cli.rag_add import add_documents
 from agentmesh.testing.hosts import children
 from agentmesh.testing.servers import ValkeyServer
+from agentmesh.worker import standby
 
 EMBED_WORKER = ("worker", "agentmesh.rag.ingest", "--queue", "embed", "--log", "text")
 WAIT_S = 60
@@ -66,7 +66,7 @@ def worker(shell: Any, valkey: ValkeyServer) -> "Iterator[subprocess.Popen[str]]
     process = shell.start(*EMBED_WORKER, "--broker", valkey.broker_url)
     try:
         until = time.monotonic() + WAIT_S
-        while not elsewhere.takers(elsewhere.make_app(valkey.broker_url), "agentmesh.rag.embed"):
+        while not standby.consumer_count(standby.make_app(valkey.broker_url), "agentmesh.rag.embed"):
             assert time.monotonic() < until
             time.sleep(0.1)
         yield process
@@ -91,8 +91,8 @@ def test_when_that_worker_goes_away_the_command_goes_on_by_itself(
     write: Any, valkey: ValkeyServer, worker: "subprocess.Popen[str]", embeddings: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(elsewhere, "SAY_S", 0.5)
-    monkeypatch.setattr(elsewhere, "START_S", 3.0)
+    monkeypatch.setattr(standby, "WARN_AFTER_S", 0.5)
+    monkeypatch.setattr(standby, "START_AFTER_S", 3.0)
     monkeypatch.setenv("AGENTMESH_LEASE_S", "3")
     docs = write("docs", {"a.md": "tea"})
 

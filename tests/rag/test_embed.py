@@ -18,11 +18,11 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from transformers import BertModel, BertTokenizer
 
 from agentmesh import ConfigError, EmbedderError, EmbedderMismatch
-from agentmesh.rag.embed import embedder
-from agentmesh.rag.embedder import Identity, trained_prefixes
+from agentmesh.rag.embedders import embedder
+from agentmesh.rag.embedders.base import Identity, trained_prefixes
 from agentmesh.rag.embedders.encoder import Encoder
 from agentmesh.rag.embedders.http import HttpEmbedder
-from agentmesh.testing.tiny import saved_encoder
+from agentmesh.testing.tiny_models import save_encoder
 
 TEXTS = ["a cat sat", "leave for parents of young children, in weeks", "", "机器学习", "a cat sat on the mat " * 40]
 
@@ -30,7 +30,7 @@ TEXTS = ["a cat sat", "leave for parents of young children, in weeks", "", "机�
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made BERT of two layers: random, but the same each time."""
-    return saved_encoder(tmp_path_factory.mktemp("bert"))
+    return save_encoder(tmp_path_factory.mktemp("bert"))
 
 
 def test_word_vectors_work_offline_and_are_made_once() -> None:
@@ -191,7 +191,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_told(server: Server) ->
 
 def test_nobody_answers() -> None:
     ours = HttpEmbedder("http://127.0.0.1:9/v1#m", tries=1)
-    with pytest.raises(EmbedderError, match="no embedder answers at http://127.0.0.1:9/v1") as told:
+    with pytest.raises(EmbedderError, match="no embedding server responds at http://127.0.0.1:9/v1") as told:
         ours.query("a")
     assert told.value.after_s == 0.0
 
@@ -257,7 +257,7 @@ def test_prefixes_follow_the_name() -> None:
 def test_a_program_that_embeds_keeps_its_own_logging_and_forks() -> None:
     code = """
 import logging, os, threading
-from agentmesh.rag.embed import embedder
+from agentmesh.rag.embedders import embedder
 ours = embedder()
 want = ours.query("cat")
 assert logging.getLogger().handlers == [] and logging.getLogger().level == logging.WARNING
@@ -280,6 +280,8 @@ def test_texts_of_all_lengths_come_back_in_order() -> None:
 
 
 def test_torch_is_not_needed_for_word_vectors() -> None:
-    code = "import sys\nfrom agentmesh.rag.embed import embedder\nembedder().query('a')\nprint('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom agentmesh.rag.embedders import embedder\nembedder().query('a')\nprint('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Context, Crew, EmbedderError, RunFailed, ToolContext
-from agentmesh.event import StepPlanned
-from agentmesh.rag import indexing, steps
-from agentmesh.rag.here import lend, store_of
-from agentmesh.rag.indexing import embed_batch, index_batch
+from agentmesh.journal.events import StepPlanned
 from agentmesh.rag.ingest import Added, Ingest
-from agentmesh.rag.plan import Asked, How
-from agentmesh.rag.reports import Indexed
-from agentmesh.rag.steps import parse_pack, plan_ingest, tidy
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.ingestion import steps
+from agentmesh.rag.ingestion import steps as indexing
+from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
+from agentmesh.rag.ingestion.scratch import Indexed
+from agentmesh.rag.ingestion.steps import clean_up, embed_batch, index_batch, parse_pack, plan_ingest
+from agentmesh.rag.process_cache import register_embedder, store_of
+from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.retriever import Retriever
 from agentmesh.testing import FakeMesh
 
@@ -79,7 +79,7 @@ def test_a_document_that_cannot_be_read_is_named_and_stops_no_other(scene: Scene
 
 def test_a_file_that_is_gone_when_it_is_read_is_named(scene: Scene, write: Any, tmp_path: Path) -> None:
     docs, store = write("docs", {"a.md": "tea"}), str(tmp_path / "store")
-    asked, how = Asked(paths=[str(docs)]), How()
+    asked, how = IngestRequest(paths=[str(docs)]), ChunkOptions()
     planned = plan_ingest(store, asked, how, ToolContext(key="r/1"))
     (docs / "a.md").unlink()
     parsed = parse_pack(store, planned.parts, planned.packs[0], how)
@@ -171,7 +171,7 @@ def test_a_large_document_goes_in_several_commits_and_is_seen_whole(
 
 
 def test_many_packs_go_in_a_window(scene: Scene, write: Any, monkeypatch: pytest.MonkeyPatch, by_words: Any) -> None:
-    monkeypatch.setattr("agentmesh.rag.plan.PACK_DOCUMENTS", 3)
+    monkeypatch.setattr("agentmesh.rag.ingestion.plan.PACK_DOCUMENTS", 3)
     docs = write("docs", {f"{i:02}.md": f"text number {i}" for i in range(20)})
     assert counts(scene.add(docs, window=2)) == (20, 0, 0, 0)
     assert len(scene.sources()) == 20
@@ -211,7 +211,7 @@ def test_a_text_that_the_embedder_refuses_costs_its_document_alone(tmp_path: Pat
 def test_a_passage_without_a_known_word_stands_where_its_document_stands(scene: Scene, write: Any) -> None:
     added = scene.add(write("docs", {"a.txt": "cold tea\n\n" + "=" * 16, "b.txt": "====="}), size=20, overlap=0)
     assert (added.documents, added.chunks) == (1, 2)
-    assert [(f.source, f.why) for f in added.failed] == [("docs/b.txt", "the embedder knows no word of it")]
+    assert [(f.source, f.why) for f in added.failed] == [("docs/b.txt", "the embedder knows none of its words")]
     first, second = scene.store.vectors(scene.store.ids())
     assert first @ second > 0.999
 
@@ -221,9 +221,9 @@ class Batched:
     """One document, ready to be indexed."""
 
     def __init__(self, docs: Path, store: Path, by_words: Any, key: str) -> None:
-        self.store, self.embed, self.key = str(store), lend(by_words), key
-        how = How()
-        planned = plan_ingest(self.store, Asked(paths=[str(docs)]), how, ToolContext(key=f"{key}/1"))
+        self.store, self.embed, self.key = str(store), register_embedder(by_words), key
+        how = ChunkOptions()
+        planned = plan_ingest(self.store, IngestRequest(paths=[str(docs)]), how, ToolContext(key=f"{key}/1"))
         self.parts = planned.parts
         (self.batch,) = parse_pack(self.store, self.parts, planned.packs[0], how).batches
         self.embedded = embed_batch(self.store, self.parts, self.batch.part, self.embed)
@@ -237,7 +237,7 @@ def test_an_index_step_that_is_repeated_changes_nothing(tmp_path: Path, write: A
     batched = Batched(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
     assert batched.index() == batched.index() == Indexed(documents=1, chunks=1)
     assert store_of(batched.store).version == 1
-    tidy(batched.store, batched.parts)
+    clean_up(batched.store, batched.parts)
     assert os.listdir(tmp_path / "store" / "parts") == []
 
 
@@ -245,7 +245,7 @@ def test_an_index_step_needs_no_embedder(
     tmp_path: Path, write: Any, by_words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batched = Batched(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
-    monkeypatch.setattr(indexing, "embedder_for", None)
+    monkeypatch.setattr(indexing, "batcher_for", None)
     assert batched.index().documents == 1
     assert FaissStore(batched.store).identity == by_words.identity
 

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 
 from agentmesh import Crew
-from agentmesh.boot import load_crew
-from agentmesh.celery.loop import drive
-from agentmesh.celery.supervise import Supervisor
-from agentmesh.cli.child import specs_of
-from agentmesh.cli.worker import giver_back
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
+from agentmesh.engine.run import Run
 from agentmesh.mesh import Mesh
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.retriever import Retriever
-from agentmesh.run import Run
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeMesh
 from agentmesh.testing.servers import ValkeyServer
+from agentmesh.worker.asyncio_worker import worker_commands
+from agentmesh.worker.supervisor import Supervisor
 
 CREW = "agentmesh.rag.ingest"
 DOCUMENTS, KILLS, LATENCY_S = 512, 4, 0.4  # eight packs, two at a time: the kills come before the end
@@ -90,7 +90,7 @@ def family(supervisor: Supervisor) -> list[int]:
 
 def tell_of_a_hang(run: Run[Any], supervisor: Supervisor, log: Path) -> None:
     """What waits, where each process stands (faulthandler, at its abort), and what the workers said."""
-    print("counts:", drive(run._journal.counts()), "open:", drive(run._journal._open(run.id)))  # type: ignore[attr-defined]
+    print("counts:", run_sync(run._journal.counts()), "open:", run_sync(run._journal._open(run.id)))  # type: ignore[attr-defined]
     for pid in family(supervisor):
         print("aborting", pid)
         os.kill(pid, signal.SIGABRT)
@@ -112,8 +112,8 @@ def test_whoever_is_killed_the_store_is_as_if_nobody_had_been(
     mesh = Mesh(load_crew(CREW), config=config)
     log = (tmp_path / "workers.log").open("wb")
     supervisor = Supervisor(
-        specs_of(config, {CREW: mesh.crew}, log="text"), drain_s=5, output=log, env={"PYTHONFAULTHANDLER": "1"},
-        on_death=giver_back(config, mesh.crew.broker_queues()),
+        worker_commands(config, {CREW: mesh.crew}, log="text"), drain_s=5, output=log, env={"PYTHONFAULTHANDLER": "1"},
+        on_death=release_on_death(config, mesh.crew.broker_queues()),
     )  # fmt: skip
     agent, asked = Retriever.open(tmp_path / "store", embed=embed).ingest(docs, size=160, overlap=0, window=2)
     rng = random.Random(5)
@@ -132,7 +132,7 @@ def test_whoever_is_killed_the_store_is_as_if_nobody_had_been(
         while run.status == "open" and time.monotonic() < until:
             for item in run.waiting_for:  # alone in hand at three deaths: a person says that it was not to blame
                 run.resolve(item, "retry")
-            drive(run._journal.watch(run.id, version=None, timeout_s=0.2))
+            run_sync(run._journal.watch(run.id, version=None, timeout_s=0.2))
         if run.status == "open":
             tell_of_a_hang(run, supervisor, Path(log.name))
         added = run.result(timeout_s=1)

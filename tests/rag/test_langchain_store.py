@@ -21,10 +21,10 @@ from langchain_text_splitters import CharacterTextSplitter, RecursiveCharacterTe
 
 from agentmesh import DefinitionError, DocumentError, EmbedderMismatch, MeshError, StoreError
 from agentmesh.langchain import FaissVectorStore, as_embeddings, as_splitter, import_folder, load_with
-from agentmesh.rag.chunk import Document as Ours
-from agentmesh.rag.embed import embedder
-from agentmesh.rag.split import split
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.documents import Document as Ours
+from agentmesh.rag.embedders import embedder
+from agentmesh.rag.splitter import split
+from agentmesh.rag.store.faiss_store import FaissStore
 
 FAKE = DeterministicFakeEmbedding(size=6)
 

@@ -11,7 +11,7 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from agentmesh import DocumentError
 from agentmesh.rag.loaders import decode, knows, load, parse
-from agentmesh.rag.split import split
+from agentmesh.rag.splitter import split
 
 
 def pdf(*pages: str, password: str = "", owner: str = "") -> bytes:
@@ -127,7 +127,7 @@ def test_a_file_that_is_not_there_or_too_large(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="cannot be read: Is a directory"):
         load(tmp_path)
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(DocumentError, match=r"'pipe\.txt' is no file"):
+    with pytest.raises(DocumentError, match=r"'pipe\.txt' is not a file"):
         load(tmp_path / "pipe.txt")
     big = tmp_path / "big.txt"
     with big.open("wb") as f:

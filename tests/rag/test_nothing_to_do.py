@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from agentmesh import Crew
-from agentmesh.cli.adding import add_documents
+from agentmesh.cli.rag_add import add_documents
 from agentmesh.errors import ServiceDown
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.retriever import Retriever
 from agentmesh.testing import FakeMesh
 
@@ -72,5 +72,5 @@ def test_whatever_there_is_to_do_needs_one(docs: Path, how: dict[str, Any]) -> N
     elif "gone" in how:
         (docs / how.pop("gone")).unlink()
         how = {"sync": True}
-    with pytest.raises(ServiceDown, match="no broker answers at redis://127.0.0.1:1"):
+    with pytest.raises(ServiceDown, match="no broker responds at redis://127.0.0.1:1"):
         add(docs, **how)

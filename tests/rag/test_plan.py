@@ -12,10 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentmesh.rag.listing import Listing, list_documents, matcher
-from agentmesh.rag.parts import Parts, plain, sweep, typed
-from agentmesh.rag.plan import How, Todo, content_digest, other_root, packs, todo, too_much, unchanged, vanished
-from agentmesh.rag.sharing import Shared
+from agentmesh.rag.embedders.batcher import EmbeddingBatcher
+from agentmesh.rag.ingestion.plan import (
+    ChunkOptions,
+    Listing,
+    PendingDocument,
+    content_digest,
+    label_conflict,
+    list_documents,
+    matcher,
+    pending_documents,
+    split_into_packs,
+    unchanged,
+    vanished,
+    why_not_remove,
+)
+from agentmesh.rag.ingestion.scratch import ScratchFiles, metadata_from_json, metadata_to_json, remove_abandoned
 
 
 @dataclass(frozen=True)
@@ -85,25 +97,25 @@ def test_what_is_unchanged_is_skipped_by_size_and_time_then_by_its_bytes(tmp_pat
     docs = write(tmp_path / "docs", a_md="one", b_md="two", c_md="three")
     before = listed(docs)
     known = known_of(before)
-    assert list(todo(before, known, "h")) == []
-    assert [t.source for t in todo(before, known, "other")] == list(known)  # cut in another way: anew
+    assert list(pending_documents(before, known, "h")) == []
+    assert [t.source for t in pending_documents(before, known, "other")] == list(known)  # cut in another way: anew
     os.utime(docs / "a.md", ns=(1, 1))  # touched, the bytes are the same
     write(docs, b_md="TWO")
     os.utime(docs / "b.md", ns=(1, 1))
     write(docs, d_md="four")
-    after = list(todo(listed(docs), known, "h"))
+    after = list(pending_documents(listed(docs), known, "h"))
     assert [(t.source, t.expects) for t in after] == [("docs/b.md", known["docs/b.md"].digest), ("docs/d.md", "")]
     assert not unchanged(listed(docs).found["docs/d.md"], None, "h")
 
 
 def test_packs_are_bounded_by_number_and_by_size() -> None:
-    def one(i: int, size: int) -> Todo:
-        return Todo(source=str(i), path=str(i), root="", size=size, mtime_ns=0)
+    def one(i: int, size: int) -> PendingDocument:
+        return PendingDocument(source=str(i), path=str(i), root="", size=size, mtime_ns=0)
 
-    assert [len(p) for p in packs([one(i, 10) for i in range(130)])] == [64, 64, 2]
-    assert [len(p) for p in packs([one(i, 400_000) for i in range(5)])] == [2, 2, 1]
-    assert [len(p) for p in packs([one(0, 10), one(1, 50 << 20), one(2, 10)])] == [1, 1, 1]
-    assert packs([]) == []
+    assert [len(p) for p in split_into_packs([one(i, 10) for i in range(130)])] == [64, 64, 2]
+    assert [len(p) for p in split_into_packs([one(i, 400_000) for i in range(5)])] == [2, 2, 1]
+    assert [len(p) for p in split_into_packs([one(0, 10), one(1, 50 << 20), one(2, 10)])] == [1, 1, 1]
+    assert split_into_packs([]) == []
 
 
 def test_what_vanished_is_told_and_too_much_is_refused(tmp_path: Path) -> None:
@@ -113,15 +125,17 @@ def test_what_vanished_is_told_and_too_much_is_refused(tmp_path: Path) -> None:
     (docs / "a.md").unlink()
     now = listed(docs)
     assert list(vanished(now, known, everything)) == ["docs/a.md"]  # nothing of the other folder
-    assert too_much(now, known, {"docs/a.md": ""}) == ""
+    assert why_not_remove(now, known, {"docs/a.md": ""}) == ""
     assert list(vanished(listed(docs, wanted=matcher("*.txt")), known, matcher("*.txt"))) == []
     for name in ("b.md", "c.md"):
         (docs / name).unlink()
     now = listed(docs)
-    assert too_much(now, known, vanished(now, known, everything)).startswith(f"3 of 4 documents vanished from {docs}")
+    assert why_not_remove(now, known, vanished(now, known, everything)).startswith(
+        f"3 of 4 documents vanished from {docs}"
+    )
     (docs / "d.txt").unlink()
     now = listed(docs)
-    assert "holds no document any more" in too_much(now, known, vanished(now, known, everything))
+    assert "holds no document any more" in why_not_remove(now, known, vanished(now, known, everything))
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads every folder")
@@ -141,13 +155,13 @@ def test_two_folders_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     first, second = write(tmp_path / "1" / "docs", a_md="a"), write(tmp_path / "2" / "docs", a_md="other")
     known = known_of(listed(first))
     found = list(listed(second).found.values())
-    assert "name this folder by another label" in other_root(found, known, os.path.isdir)
-    assert other_root(found, known, lambda path: False) == ""  # the first is gone: the folder was moved
+    assert "name this folder by another label" in label_conflict(found, known, os.path.isdir)
+    assert label_conflict(found, known, lambda path: False) == ""  # the first is gone: the folder was moved
 
 
 # ---- parts -------------------------------------------------------------------------------------
 def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, "r1/2")
+    parts = ScratchFiles(tmp_path, "r1/2")
     name = parts.put_json({"a": "ü"})
     assert parts.put_json({"a": "ü"}) == name
     assert parts.get_json(name) == {"a": "ü"}
@@ -157,17 +171,17 @@ def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:
     (parts.folder / name).write_text("{}")
     with pytest.raises(OSError, match="is damaged; add the documents again"):
         parts.get(name)
-    sweep(tmp_path)
+    remove_abandoned(tmp_path)
     assert parts.folder.exists()
     os.utime(parts.folder, (1, 1))
-    sweep(tmp_path)
+    remove_abandoned(tmp_path)
     assert not parts.folder.exists()
 
 
 def test_metadata_keeps_its_types() -> None:
     given = {"at": datetime(2026, 1, 2, tzinfo=UTC), "n": 1, "tags": ["a"]}
-    assert typed(plain(given)) == given
-    assert How(size=9).mark() != How(size=10).mark()
+    assert metadata_from_json(metadata_to_json(given)) == given
+    assert ChunkOptions(size=9).mark() != ChunkOptions(size=10).mark()
 
 
 # ---- shared batches ----------------------------------------------------------------------------
@@ -189,7 +203,7 @@ class Counting:
         return np.array([[float(len(t))] for t in texts], np.float32)
 
 
-def in_threads(shared: Shared, wishes: Sequence[Sequence[str]], held: Counting) -> list[Any]:
+def in_threads(shared: EmbeddingBatcher, wishes: Sequence[Sequence[str]], held: Counting) -> list[Any]:
     """The first is in hand when the others come."""
     ended: list[Any] = [None] * len(wishes)
 
@@ -216,18 +230,18 @@ def in_threads(shared: Shared, wishes: Sequence[Sequence[str]], held: Counting) 
 
 def test_what_waits_together_is_embedded_together() -> None:
     held = Counting()
-    assert in_threads(Shared(held), [["a"], ["bb", "ccc"], ["dddd"]], held) == [[1], [2, 3], [4]]
+    assert in_threads(EmbeddingBatcher(held), [["a"], ["bb", "ccc"], ["dddd"]], held) == [[1], [2, 3], [4]]
     assert [len(c) for c in held.calls] == [1, 3]
 
 
 def test_a_large_wish_goes_in_several_calls_and_tells_how_far_it_is() -> None:
     held, said = Counting(), list[int]()
     texts = ["x" * i for i in range(10)]
-    assert Shared(held, most=4).documents(texts, said.append).ravel().tolist() == list(range(10))
+    assert EmbeddingBatcher(held, most=4).documents(texts, said.append).ravel().tolist() == list(range(10))
     assert said == [4, 8, 10]
-    assert Shared(held).documents([]).shape == (0, 0)
+    assert EmbeddingBatcher(held).documents([]).shape == (0, 0)
 
 
 def test_one_bad_text_fails_its_own_step_alone() -> None:
     held = Counting()
-    assert in_threads(Shared(held), [["a"], ["bad"], ["dddd"]], held) == [[1], "bad text", [4]]
+    assert in_threads(EmbeddingBatcher(held), [["a"], ["bad"], ["dddd"]], held) == [[1], "bad text", [4]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Crew, DefinitionError, MeshError, StoreError
-from agentmesh.rag.plan import Asked
+from agentmesh.rag.ingestion.plan import IngestRequest
 from agentmesh.retriever import Passage, Retriever, check_paths
 from agentmesh.testing import FakeMesh, says, uses
 
@@ -112,17 +112,17 @@ def test_evaluation_counts_right_passages(handbook: Retriever, tmp_path: Path) -
         {"question": "where is tea made", "sources": ["b/tea.md", "b/tea2.md"], "contains": "kitchen"},
         {"question": "weeks of paid leave", "source": "a/nothing.md"},
     ]
-    scores = handbook.eval(asked, k=(1, 3))
+    scores = handbook.evaluate(asked, k=(1, 3))
     assert (scores.questions, scores.recall, scores.missed) == (3, {1: 2 / 3, 3: 2 / 3}, ["weeks of paid leave"])
     assert scores.mrr == pytest.approx(2 / 3)
     file = tmp_path / "q.jsonl"
     file.write_text("\n".join(json.dumps(q) for q in asked))
-    assert handbook.eval(file, k=(1, 3)) == scores
+    assert handbook.evaluate(file, k=(1, 3)) == scores
     file.write_text("{}")
     with pytest.raises(DefinitionError, match="needs `question` and `source`"):
-        handbook.eval(file)
+        handbook.evaluate(file)
     with pytest.raises(DefinitionError, match="cannot be read"):
-        handbook.eval(tmp_path / "none.jsonl")
+        handbook.evaluate(tmp_path / "none.jsonl")
 
 
 def test_documents_are_removed_by_name(handbook: Retriever) -> None:
@@ -150,7 +150,7 @@ def test_wrong_arguments_say_what_is_wrong(handbook: Retriever, tmp_path: Path) 
     with pytest.raises(DefinitionError, match="there is no folder or file '/nowhere'"):
         handbook.add("/nowhere")
     with pytest.raises(DefinitionError, match="is a file; name its folder"):
-        check_paths(Asked(paths=[str(tmp_path / "a" / "pay.md")], sync=True))
+        check_paths(IngestRequest(paths=[str(tmp_path / "a" / "pay.md")], sync=True))
     with pytest.raises(MeshError, match="there is no embedder 'wordlama'"):
         Retriever.open(handbook.path, embed="wordlama").search("x")
 
@@ -170,7 +170,7 @@ class Mine:  # an embedder of one's own
         return self.documents([text])[0]
     @property
     def identity(self):
-        from agentmesh.rag.embedder import Identity
+        from agentmesh.rag.embedders.base import Identity
         return Identity("mine", d=2)
 
 by_words, by_mine = Retriever.open("words"), Retriever.open("mine", embed=Mine())

@@ -12,14 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentmesh.errors import (
-    StoreConflict,
-    StoreError,
-    StoreVersion,
-)
-from agentmesh.rag import compact, folder, follow, state
-from agentmesh.rag.packing import Replacement
-from agentmesh.rag.store import FaissStore
+from agentmesh.errors import StoreConflict, StoreError, StoreVersion
+from agentmesh.rag.store import compaction, folder, follower, state
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.store.writer import Replacement
 
 
 def test_opening_does_no_io_and_an_empty_store_answers(store: FaissStore, made: Any) -> None:
@@ -152,12 +148,12 @@ def test_a_laggard_does_not_take_a_number_that_was_cleaned_away(
     store.compact(everything=True)
     monkeypatch.setattr(folder, "STAY_S", 0.0)
     store._core.folder.retire()  # type: ignore[union-attr]
-    monkeypatch.setattr(follow, "FRESH_S", 0.0)  # it slept for a minute
+    monkeypatch.setattr(follower, "FRESH_S", 0.0)  # it slept for a minute
     monkeypatch.setattr(laggard._core, "refresh", lambda: None)  # between its listing and its link
-    real = follow.Follower.refresh
+    real = follower.Follower.refresh
     monkeypatch.setattr(folder.Folder, "publish", _waking(folder.Folder.publish, laggard, real))
     assert laggard.replace("late", made.chunks("late", 1), made.vectors(1), digest="1").version == 7
-    time.sleep(follow.POLL_S)
+    time.sleep(follower.POLL_S)
     assert FaissStore(store.path).count() == store.count() == 13
 
 
@@ -172,7 +168,7 @@ def _waking(publish: Any, laggard: FaissStore, refresh: Any) -> Any:
 def test_a_writer_merges_its_small_commits_by_the_way(
     store: FaissStore, monkeypatch: pytest.MonkeyPatch, made: Any
 ) -> None:
-    monkeypatch.setattr(compact, "TAIL_FILES", 10)
+    monkeypatch.setattr(compaction, "TAIL_FILES", 10)
     made.fill(store, 25)
     assert len(folder.chain(store._core.folder.spans())) < 10  # type: ignore[union-attr]
     assert store.count() == 75
@@ -191,7 +187,7 @@ def test_two_compactors_do_not_meet(store: FaissStore, made: Any) -> None:
 
 
 def test_the_store_imports_no_torch_and_no_celery() -> None:
-    code = "import sys, agentmesh.rag.store; print([m for m in ('torch', 'celery', 'tantivy') if m in sys.modules])"
+    code = "import sys, agentmesh.rag.store.faiss_store; print([m for m in ('torch', 'celery', 'tantivy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert state.SMALL_ROWS < compact.LIGHT_ROWS
+    assert state.SMALL_ROWS < compaction.LIGHT_ROWS

@@ -11,14 +11,9 @@ from typing import Any
 
 import pytest
 
-from agentmesh.errors import (
-    StoreDamaged,
-    StoreError,
-    StoreFull,
-    StoreVersion,
-)
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.store import FaissStore
+from agentmesh.errors import StoreDamaged, StoreError, StoreFull, StoreVersion
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.store.faiss_store import FaissStore
 
 
 def test_a_damaged_file_is_named_and_the_rest_is_read(
@@ -76,9 +71,9 @@ def test_a_full_disk_is_a_sentence_and_the_store_is_intact(
             store.replace("s9", made.chunks("s9", 50), made.vectors(50), digest="1")
         with pytest.raises(StoreFull):
             store.compact(everything=True)
-        monkeypatch.setattr("agentmesh.rag.compact.IVF_ROWS", 1)
+        monkeypatch.setattr("agentmesh.rag.store.compaction.IVF_ROWS", 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        monkeypatch.setattr("agentmesh.rag.compact.build_ivf", full)
+        monkeypatch.setattr("agentmesh.rag.store.compaction.build_ivf", full)
         assert store.compact(everything=True)  # without an index, which can be done without
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -95,7 +90,7 @@ def test_a_disk_that_does_not_confirm_says_so_and_the_key_makes_it_good(
 
     made.fill(store, 1)
     with monkeypatch.context() as patched:
-        patched.setattr("agentmesh.rag.core.sync", broken)
+        patched.setattr("agentmesh.rag.store.writer.sync", broken)
         with pytest.raises(StoreError, match="repeat it with the same key"):
             store.replace("a", made.chunks("a", 2), made.vectors(2), digest="1", key="k")
     assert store.replace("a", made.chunks("a", 2), made.vectors(2), digest="1", key="k").again

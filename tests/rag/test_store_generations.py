@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentmesh.errors import (
-    EmbedderMismatch,
-)
-from agentmesh.rag import folder, follow
-from agentmesh.rag.embedder import Identity
-from agentmesh.rag.store import FaissStore
+from agentmesh.errors import EmbedderMismatch
+from agentmesh.rag.embedders.base import Identity
+from agentmesh.rag.store import folder, follower
+from agentmesh.rag.store.faiss_store import FaissStore
 
 
 def test_another_embedder_is_refused(store: FaissStore, made: Any) -> None:
@@ -50,14 +48,14 @@ def test_a_generation_with_another_embedder_takes_over(
         return np.array([[len(t), 1, 2] for t in texts], np.float32)
 
     writer, reader = FaissStore(store.path), FaissStore(store.path)
-    monkeypatch.setattr("agentmesh.rag.reembed.BATCH", 4)
+    monkeypatch.setattr("agentmesh.rag.store.reembed.BATCH", 4)
     assert reader.count() == 17
     with pytest.raises(KeyboardInterrupt):
         store.reembed(embed, d=3)
     version = store.reembed(embed, identity=Identity("new", d=3), progress=lambda a, b: told.append((a, b)))
     assert told[-1][0] == told[-1][1]
     for one in (store, reader, writer, FaissStore(store.path)):
-        time.sleep(follow.POLL_S)
+        time.sleep(follower.POLL_S)
         assert one.version == version
         assert one.stats().generation == "g2"
         assert sorted(one.sources()) == ["p", "s0", "s1", "s3", "s4", "s5"]
@@ -68,7 +66,7 @@ def test_a_generation_with_another_embedder_takes_over(
     with pytest.raises(EmbedderMismatch):
         writer.replace("z", made.chunks("z", 1), made.vectors(1), digest="1")
     writer.replace("q", made.chunks("q", 2)[1:], np.ones((1, 3)), digest="1", part=(2, 2))
-    time.sleep(follow.POLL_S)
+    time.sleep(follower.POLL_S)
     assert store.bound({"source": "q"}).count() == 2
     assert store.verify() == []
     monkeypatch.setattr(folder, "KEEP_S", 0.0)
@@ -90,10 +88,10 @@ def test_a_reader_follows_there_and_back_and_no_further(store: FaissStore, made:
     assert reader.count() == 2
     store.reembed(embed, identity=b)
     store.reembed(embed, identity=a)
-    time.sleep(follow.POLL_S)
+    time.sleep(follower.POLL_S)
     assert (reader.count(), reader.stats().generation) == (2, "g3")
     store.reembed(embed, identity=b)
-    time.sleep(follow.POLL_S)
+    time.sleep(follower.POLL_S)
     for _ in range(2):
         with pytest.raises(EmbedderMismatch):
             reader.count()

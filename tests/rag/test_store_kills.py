@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from agentmesh.rag.folder import Folder, whole
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.store.folder import Folder, whole
 
 STORMING = Path(__file__).with_name("storming.py")
 KILLS = int(os.environ.get("AGENTMESH_KILLS", "24"))  # 200 in the long tier

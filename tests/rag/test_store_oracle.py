@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from agentmesh.errors import FilterInvalid, StoreConflict
-from agentmesh.rag import compact, state
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.follow import POLL_S
-from agentmesh.rag.store import FaissStore
-from agentmesh.rag.where import checks, matches, parse
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.store import compaction, state
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.store.filters import conditions, matches, parse
+from agentmesh.rag.store.follower import POLL_S
 
 D = 8
 FILTERS: list[dict[str, Any]] = [
@@ -133,7 +133,7 @@ class Oracle:
                 hits = store.search(query, 5, where=words)
             except FilterInvalid:
                 known = {field for c, _ in self.rows.values() for field in c.metadata}
-                assert {t.field for t in checks(where)} - known
+                assert {t.field for t in conditions(where)} - known
                 continue
             best = sorted(scores.values(), reverse=True)[:5]
             assert [h.score for h in hits] == pytest.approx(best, abs=1e-5)
@@ -144,8 +144,8 @@ class Oracle:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_store_is_a_dict_with_a_search(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SMALL_ROWS", 6)  # so that commits become blocks too
-    monkeypatch.setattr(compact, "SMALL_ROWS", 6)
-    monkeypatch.setattr(compact, "TAIL_FILES", 9)
+    monkeypatch.setattr(compaction, "SMALL_ROWS", 6)
+    monkeypatch.setattr(compaction, "TAIL_FILES", 9)
     oracle, store, beside = Oracle(seed), FaissStore(tmp_path / "kb"), FaissStore(tmp_path / "kb")
     for n in range(60):
         oracle.step(store)
@@ -171,8 +171,8 @@ def meaning(texts: Sequence[str]) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(4))
 def test_another_embedder_comes_while_others_write(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SMALL_ROWS", 6)
-    monkeypatch.setattr(compact, "SMALL_ROWS", 6)
-    monkeypatch.setattr("agentmesh.rag.reembed.BATCH", 5)
+    monkeypatch.setattr(compaction, "SMALL_ROWS", 6)
+    monkeypatch.setattr("agentmesh.rag.store.reembed.BATCH", 5)
     oracle, writer = Oracle(seed), FaissStore(tmp_path / "kb")
     for n in range(30):
         oracle.step(writer)

@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentmesh.errors import (
-    FilterInvalid,
-    StoreError,
-)
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.packing import Replacement
-from agentmesh.rag.store import FaissStore
+from agentmesh.errors import FilterInvalid, StoreError
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.store.writer import Replacement
 
 
 def test_filters_of_every_kind(store: FaissStore, made: Any) -> None:
@@ -103,10 +100,10 @@ def test_a_large_file_has_an_index_and_narrow_filters_go_round_it(
     n, d = 6000, 16
     centres = rng.standard_normal((60, d))
     given = (centres[rng.integers(60, size=n)] + 0.5 * rng.standard_normal((n, d))).astype(np.float32)
-    monkeypatch.setattr("agentmesh.rag.ivf.IVF_ROWS", 5000)
-    monkeypatch.setattr("agentmesh.rag.view.IVF_ROWS", 5000)
-    monkeypatch.setattr("agentmesh.rag.compact.IVF_ROWS", 5000)
-    monkeypatch.setattr("agentmesh.rag.view.EXACT_ROWS", 100)
+    monkeypatch.setattr("agentmesh.rag.store.vector_index.IVF_ROWS", 5000)
+    monkeypatch.setattr("agentmesh.rag.store.snapshot.IVF_ROWS", 5000)
+    monkeypatch.setattr("agentmesh.rag.store.compaction.IVF_ROWS", 5000)
+    monkeypatch.setattr("agentmesh.rag.store.snapshot.EXACT_ROWS", 100)
     rows = [Chunk(f"c{i}", "t", "s", 0, (), {"p": i % 100}) for i in range(n)]
     for first in range(0, n, 2000):
         store.upsert(rows[first : first + 2000], given[first : first + 2000])

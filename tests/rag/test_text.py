@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from agentmesh import StoreError
-from agentmesh.rag.chunk import Chunk
-from agentmesh.rag.embed import embedder
-from agentmesh.rag.fuse import mmr, rrf
-from agentmesh.rag.store import FaissStore
-from agentmesh.rag.text import TextIndex, build, spaced, terms, weigh
+from agentmesh.rag.documents import Chunk
+from agentmesh.rag.embedders import embedder
+from agentmesh.rag.ranking import mmr, rrf
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.store.text_index import TextIndex, build, space_out, terms, weigh
 
 D = 8
 
@@ -57,7 +57,7 @@ def test_what_a_query_becomes() -> None:
     assert terms("How do I retry the runs?") == ["retri", "run"]
     assert terms("who are we") == ["who", "are", "we"]
     assert len(terms(" ".join(f"w{i}" for i in range(1000)))) == 256
-    assert spaced("plain") == "plain"
+    assert space_out("plain") == "plain"
 
 
 def test_a_word_weighs_by_all_rows_not_by_its_own_file(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_forked_child_searches(tmp_path: Path) -> None:
     assert found(store, "word7") == ["c00007"]
     code = f"""
 import os, sys
-from agentmesh.rag.store import FaissStore
+from agentmesh.rag.store.faiss_store import FaissStore
 store = FaissStore({str(tmp_path)!r})
 assert store.search_text("word7", 1)[0].id == "c00007"
 pid = os.fork()

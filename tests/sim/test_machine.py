@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from agentmesh.testing.programs import following, program
+from agentmesh.testing.oracle import next_plan, random_program
 from agentmesh.testing.simulation import TTL, Faults, World
 
 FAIR = Faults(loss=0, repeat=0, crash=0, zombie=0, reply_lost=0)
@@ -26,7 +26,7 @@ class Hands(World):
 
     def start(self, seed: int) -> None:
         run = f"r{len(self._programs)}"
-        self._programs[run] = program(random.Random(seed))
+        self._programs[run] = random_program(random.Random(seed))
         self._begin(run)
 
     def claim(self, unit: str) -> None:
@@ -42,13 +42,13 @@ class Hands(World):
         unit, run, fence, version, lines = self.work.pop(i % len(self.work))
         if unit[0] == "a":
             head, more = self.verb(
-                "plan", run=run, fence=fence, version=version, next=following(run, self._program(run), lines)
+                "plan", run=run, fence=fence, version=version, next=next_plan(run, self._program(run), lines)
             )
             if head.get("no") == "conflict":
                 self.work.append((unit, run, fence, head["version"], [*lines, *more]))
             return
         text = f'{{"e": "StepDone", "n": {unit.split("|")[2]}}}'
-        nxt = following(run, self._program(run), [*lines, f"0 {text}"])
+        nxt = next_plan(run, self._program(run), [*lines, f"0 {text}"])
         self.verb("commit", unit=unit, fence=fence, event=text, how="done", version=version, usage={}, next=nxt)
 
 

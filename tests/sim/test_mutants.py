@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from agentmesh.journals import entries, protocol, suspects, tend
-from agentmesh.journals.entries import Store
+from agentmesh.journal import maintenance, protocol, quarantine, transaction
+from agentmesh.journal.transaction import Transaction
 from agentmesh.testing.oracle import Violation
 from agentmesh.testing.simulation import Faults, simulate
 
@@ -17,97 +17,97 @@ def no_fence(patch: pytest.MonkeyPatch) -> Faults:
     """Any commit under any fence is taken, also of a step that has ended."""
     patch.setattr(protocol, "same_fence", lambda rec, fence: True)
 
-    def commit(s: Store, a: dict[str, Any]) -> Any:
-        _, run, key = protocol.split(a["unit"])
+    def commit(s: Transaction, a: dict[str, Any]) -> Any:
+        _, run, key = protocol.split_unit(a["unit"])
         if isinstance(s.rec(run, key), str) and s.is_open(run) and a["how"] == "done":
             s.event(run, a["event"])
         return protocol.commit(s, a)
 
-    patch.setitem(tend.ALL, "commit", commit)
+    patch.setitem(maintenance.ALL_VERBS, "commit", commit)
     return Faults()
 
 
 def no_outbox(patch: pytest.MonkeyPatch) -> Faults:
     """A message is sent and nothing remembers it."""
-    enqueue = Store.enqueue
+    enqueue = Transaction.enqueue
 
-    def forgetful(self: Store, unit: str, run: str, key: str, rec: dict[str, Any]) -> None:
+    def forgetful(self: Transaction, unit: str, run: str, key: str, rec: dict[str, Any]) -> None:
         enqueue(self, unit, run, key, rec)
         self.t.zrem(f"q:{rec['q']}", unit)
 
-    patch.setattr(Store, "enqueue", forgetful)
+    patch.setattr(Transaction, "enqueue", forgetful)
     return Faults()
 
 
 def no_sweeper(patch: pytest.MonkeyPatch) -> Faults:
     """Nobody looks after what is lost or due."""
-    patch.setitem(tend.ALL, "sweep", lambda s, a: ({"ok": 1, "count": 0}, []))
+    patch.setitem(maintenance.ALL_VERBS, "sweep", lambda s, a: ({"ok": 1, "count": 0}, []))
     return Faults()
 
 
 def counter_instead_of_set(patch: pytest.MonkeyPatch) -> Faults:
     """The join's count also goes down when a commit is refused."""
 
-    def commit(s: Store, a: dict[str, Any]) -> Any:
+    def commit(s: Transaction, a: dict[str, Any]) -> Any:
         head, lines = protocol.commit(s, a)
-        _, run, key = protocol.split(a["unit"])
+        _, run, key = protocol.split_unit(a["unit"])
         if head.get("no") == "stale" or head.get("again"):
             for first, g in list(s.t.hashes[f"ga:{run}"].items()):
                 if int(first) <= int(key) <= g["last"] and s.is_open(run):
                     s.strike(run, int(first), int(key), True)
         return head, lines
 
-    patch.setitem(tend.ALL, "commit", commit)
+    patch.setitem(maintenance.ALL_VERBS, "commit", commit)
     return Faults()
 
 
 def dispatch_only_the_unplanned(patch: pytest.MonkeyPatch) -> Faults:
     """A step is sent when it is planned and never again."""
-    patch.setattr(tend, "again", lambda s, unit, run, key, rec: None)
-    patch.setattr(Store, "give_back", lambda self, unit, run, key, rec, crashed: self.leave(unit, rec))
+    patch.setattr(maintenance, "resend_entry", lambda s, unit, run, key, rec: None)
+    patch.setattr(Transaction, "give_back", lambda self, unit, run, key, rec, crashed: self.leave(unit, rec))
     return Faults()
 
 
 def no_version_check(patch: pytest.MonkeyPatch) -> Faults:
     """What comes next is written although somebody wrote in between: what the writer saw is not what is there."""
 
-    def versionless(verb: Callable[[Store, dict[str, Any]], Any]) -> Callable[[Store, dict[str, Any]], Any]:
-        def do(s: Store, a: dict[str, Any]) -> Any:
-            run = a.get("run") or protocol.split(a["unit"])[1]
+    def versionless(verb: Callable[[Transaction, dict[str, Any]], Any]) -> Callable[[Transaction, dict[str, Any]], Any]:
+        def do(s: Transaction, a: dict[str, Any]) -> Any:
+            run = a.get("run") or protocol.split_unit(a["unit"])[1]
             return verb(s, {**a, "version": s.t.length(f"ev:{run}")})
 
         return do
 
-    patch.setitem(tend.ALL, "commit", versionless(protocol.commit))
-    patch.setitem(tend.ALL, "plan", versionless(protocol.plan))
+    patch.setitem(maintenance.ALL_VERBS, "commit", versionless(protocol.commit))
+    patch.setitem(maintenance.ALL_VERBS, "plan", versionless(protocol.plan))
     return Faults()
 
 
 def claim_without_token(patch: pytest.MonkeyPatch) -> Faults:
     """A client that asks again is taken for another worker, and given the step a second time."""
 
-    def claim(s: Store, a: dict[str, Any]) -> Any:
-        _, run, key = protocol.split(a["unit"])
+    def claim(s: Transaction, a: dict[str, Any]) -> Any:
+        _, run, key = protocol.split_unit(a["unit"])
         rec = s.rec(run, key)
         if isinstance(rec, dict) and rec["st"] == "leased":
             s.give_back(a["unit"], run, key, rec, crashed=False)
         return protocol.claim(s, a)
 
-    patch.setitem(tend.ALL, "claim", claim)
+    patch.setitem(maintenance.ALL_VERBS, "claim", claim)
     return Faults(tokens=False, crash=0, zombie=0)
 
 
 def child_that_leaves_its_parent(patch: pytest.MonkeyPatch) -> Faults:
     """A child's end says nothing to its parent."""
-    patch.setattr(Store, "end_delegate", lambda self, run, n, up, ok: None)
+    patch.setattr(Transaction, "end_delegate", lambda self, run, n, up, ok: None)
     return Faults()
 
 
 def commit_that_dies_before_its_advance(patch: pytest.MonkeyPatch) -> Faults:
     """The last member's end is written, the body's entry is another act, and the process may die between them."""
-    close = Store.close
+    close = Transaction.close
 
-    def half(self: Store, run: str, first: int, g: dict[str, Any], why: str) -> None:
+    def half(self: Transaction, run: str, first: int, g: dict[str, Any], why: str) -> None:
         if (self.now + first) % 7 == 0:
             advance, self.advance = self.advance, lambda run: None  # type: ignore[method-assign]
             close(self, run, first, g, why)
@@ -115,7 +115,7 @@ def commit_that_dies_before_its_advance(patch: pytest.MonkeyPatch) -> Faults:
         else:
             close(self, run, first, g, why)
 
-    patch.setattr(Store, "close", half)
+    patch.setattr(Transaction, "close", half)
     return Faults()
 
 
@@ -126,7 +126,7 @@ def lease_never_renewed(patch: pytest.MonkeyPatch) -> Faults:
 
 def no_quarantine(patch: pytest.MonkeyPatch) -> Faults:
     """A step that kills its process is given to the next one, for ever."""
-    patch.setattr(suspects, "POISON_DEATHS", 10**6)
+    patch.setattr(quarantine, "POISON_DEATHS", 10**6)
     return Faults()
 
 
@@ -149,7 +149,7 @@ def test_the_simulation_catches(plant: Plant, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_constants_are_the_scripts_too() -> None:
-    lua = __import__("agentmesh.journals.redis", fromlist=["script"]).script("sweep")[0]
-    values = f"{entries.RESEND_MS}, {entries.VERSION_TRIES}, {entries.VERSION_WAIT_MS}, {tend.SWEEPER_MS}"
+    lua = __import__("agentmesh.journal.redis", fromlist=["script"]).script("sweep")[0]
+    values = f"{transaction.RESEND_MS}, {transaction.VERSION_TRIES}, {transaction.VERSION_WAIT_MS}, {maintenance.SWEEPER_LOCK_MS}"
     said = f"RESEND_MS, VERSION_TRIES, VERSION_WAIT_MS, SWEEPER_MS = {values}"
     assert said in lua

@@ -24,7 +24,7 @@ class Site:
     let_go: threading.Event = field(default_factory=threading.Event)
     key: str = ""  # who asks must show it
     code: int = 401  # else it hears this
-    asked: list[tuple[str, str, str]] = field(default_factory=list)  # path, Range, Authorization
+    call_from_json: list[tuple[str, str, str]] = field(default_factory=list)  # path, Range, Authorization
     url: str = ""
 
 
@@ -41,7 +41,7 @@ class Web:
         "modeling_evil.py": b"import os",
         "consolidated.safetensors": weights,
     }
-    site = Site
+    process_state = Site
 
     @staticmethod
     @contextmanager
@@ -50,7 +50,7 @@ class Web:
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 wanted = self.headers.get("Range") or ""
-                site.asked.append((path, wanted, self.headers.get("Authorization") or ""))
+                site.call_from_json.append((path, wanted, self.headers.get("Authorization") or ""))
                 content = site.files.get(path)
                 if site.key and self.headers.get("Authorization") != f"Bearer {site.key}":
                     self.send_error(site.code)

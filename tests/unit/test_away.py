@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from agentmesh import Agent, Crew, DefinitionError, ModelError, Queue, RunFailed
-from agentmesh.event import Event, StepRetried
+from agentmesh.engine.run import Run
+from agentmesh.journal.events import Event, StepRetried
 from agentmesh.message import Message
 from agentmesh.model import Answer, Prompt, RetryLater
-from agentmesh.run import Run
 from agentmesh.testing import FakeMesh
 
 URL = "http://gpu1:8000/v1"

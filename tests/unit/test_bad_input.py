@@ -6,26 +6,27 @@ from typing import Any
 
 import pytest
 
-from agentmesh import (
-    Agent,
+from agentmesh import errors, tool
+from agentmesh.config import load
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.limits import Limits
+from agentmesh.definitions.queue import Queue
+from agentmesh.definitions.step import Context
+from agentmesh.errors import (
     ConfigError,
-    Context,
-    Crew,
     DefinitionError,
-    Limits,
     MeshError,
     NameTaken,
-    Queue,
     QuorumMissed,
     StepError,
     ToolSignatureError,
     UnknownName,
-    errors,
-    tool,
+    error_from_json,
+    error_to_json,
 )
-from agentmesh.boot import Models, load_crew
-from agentmesh.config import load
-from agentmesh.errors import error_from_json, error_to_json
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.crew_file import load_crew
 
 
 def test_agents() -> None:
@@ -37,7 +38,7 @@ def test_agents() -> None:
         class Boss(Agent):
             team = (Worker,)
 
-    with pytest.raises(DefinitionError, match="no tool; write `@tool` above `def plain`"):
+    with pytest.raises(DefinitionError, match="not a tool; write `@tool` above `def plain`"):
 
         def plain(x: int) -> int:
             return x
@@ -128,16 +129,16 @@ def test_crews() -> None:
         class Editor(Agent):
             pass
 
-        Editor.__module__ = "elsewhere"
+        Editor.__module__ = "exclude"
         return Editor
 
     with pytest.raises(NameTaken, match="two agents are named 'Editor'"):
         Crew(Editor(), another()(), queues=[Queue("gpus")])
     with pytest.raises(DefinitionError, match="model 'gpt-5'; a model is `provider:name`"):
         Crew(another()(), model="gpt-5")
-    with pytest.raises(DefinitionError, match="which is no model"):
+    with pytest.raises(DefinitionError, match="which is not a model"):
         Crew(another()(), model=42)
-    with pytest.raises(NameTaken, match="two queues of one name"):
+    with pytest.raises(NameTaken, match="several queues with the same name"):
         Crew(another()(), queues=[Queue("a"), Queue("a")])
     with pytest.raises(UnknownName, match="has no agent 'Edtor'; it has Editor. Did you mean 'Editor'?"):
         Crew(another()()).agent("Edtor")
@@ -152,8 +153,11 @@ def test_crews() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("x = 1", "makes no Crew; add `crew = Crew"),
-        ("from agentmesh import *\nclass A(Agent): pass\na=Crew(A())\nb=Crew(A())", "makes 2 crews (a, b); say which"),
+        ("x = 1", "defines no Crew; add `crew = Crew"),
+        (
+            "from agentmesh import *\nclass A(Agent): pass\na=Crew(A())\nb=Crew(A())",
+            "defines 2 crews (a, b); choose one",
+        ),
         ("\n1/0", "line 2: ZeroDivisionError: division by zero"),
         ("import nowhere_to_be_found", "ModuleNotFoundError"),
         ("x = 1\ndef f(:\n    pass", "bad_crew.py, line 2: SyntaxError: invalid syntax"),
@@ -166,14 +170,14 @@ def test_crew_files(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(DefinitionError) as e:
         load_crew(str(file))
     assert said in e.value.message
-    with pytest.raises(DefinitionError, match="there is no file"):
+    with pytest.raises(DefinitionError, match="does not exist"):
         load_crew(str(tmp_path / "none.py"))
 
 
 def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "agentmesh.toml"
     file.write_text("borker = 'redis://x'")
-    with pytest.raises(ConfigError, match="there is no setting 'borker'. Did you mean 'broker'?"):
+    with pytest.raises(ConfigError, match="unknown setting 'borker'. Did you mean 'broker'?"):
         load(file=file)
     file.write_text("lease_s = 'long'")
     with pytest.raises(ConfigError, match="setting 'lease_s' is 'long'"):
@@ -206,10 +210,10 @@ def test_a_project_without_settings_hides_none_above_it(tmp_path: Path, monkeypa
 def test_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(ConfigError, match="there is no model provider 'opnai' .* Did you mean 'openai'?"):
-        Models()("opnai:gpt")
-    with pytest.raises(ConfigError, match="there is no OPENAI_API_KEY in the environment"):
-        Models()("openai:gpt")
+    with pytest.raises(ConfigError, match="unknown model provider 'opnai' .* Did you mean 'openai'?"):
+        ModelRegistry()("opnai:gpt")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
+        ModelRegistry()("openai:gpt")
 
 
 def every_error() -> list[type[MeshError]]:
@@ -239,4 +243,4 @@ def test_a_variable_that_looks_misspelt_is_warned_of_once(
     load()
     load()
     (said,) = caplog.messages
-    assert said == "the variable AGENTMESH_LEASES_S sets nothing. Did you mean AGENTMESH_LEASE_S?"
+    assert said == "the environment variable AGENTMESH_LEASES_S is not a setting. Did you mean AGENTMESH_LEASE_S?"

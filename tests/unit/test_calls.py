@@ -21,7 +21,7 @@ from agentmesh import (
     run,
     tool,
 )
-from agentmesh.event import StepDone, StepPlanned, StepRetried
+from agentmesh.journal.events import StepDone, StepPlanned, StepRetried
 from agentmesh.testing import FakeMesh, says, uses
 
 
@@ -156,7 +156,7 @@ def test_output_that_is_too_long_keeps_head_and_tail() -> None:
     text = FakeMesh(A()).run("text")
     assert len(text) < 1100
     assert text.endswith("end")
-    assert "bytes left out" in text
+    assert "bytes omitted" in text
     with pytest.raises(RunFailed, match="returned 48891 bytes of JSON and max_output_bytes is 1000"):
         FakeMesh(A()).run("list")
 
@@ -184,7 +184,7 @@ def test_tools_that_fail_fail_the_step_with_a_sentence() -> None:
             return "no error"
 
     assert "tool `objects` returned <object object" in FakeMesh(A()).run("json")
-    assert FakeMesh(A()).run("slow") == "tool `slow` took longer than 0.01 s"
+    assert FakeMesh(A()).run("slow") == "tool `slow` timed out after 0.01 s"
 
 
 def test_run_inside_a_flow_or_a_tool_is_refused() -> None:
@@ -197,8 +197,8 @@ def test_run_inside_a_flow_or_a_tool_is_refused() -> None:
         def flow(self, task: str, ctx: Context) -> str:
             return run(Echo(), "x") if task == "flow" else ctx.do(nested.on())
 
-    with pytest.raises(RunFailed, match=r"`run\(\)` inside the flow of `A` would hold a worker .* write `ctx.do"):
+    with pytest.raises(RunFailed, match=r"`run\(\)` inside the flow of `A` would block a worker .* write `ctx.do"):
         FakeMesh(A()).run("flow")
-    with pytest.raises(RunFailed, match=r"`run\(\)` inside tool `nested` would hold a worker"):
+    with pytest.raises(RunFailed, match=r"`run\(\)` inside tool `nested` would block a worker"):
         FakeMesh(A()).run("tool")
     assert issubclass(RunFailed, MeshError)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentmesh import __version__
-from agentmesh.models.cache import building
+from agentmesh.hub.cache import build_model_folder
 
 WITHOUT = """
 import sys
@@ -67,7 +67,7 @@ def test_without_the_extra_rag_each_door_says_what_to_install(args: tuple[str, .
 
 def test_a_model_that_is_here_is_pulled_without_a_word_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENTMESH_CACHE", str(tmp_path))
-    with building("org/tiny", "here") as folder:
+    with build_model_folder("org/tiny", "here") as folder:
         (folder / "config.json").write_text("{}")
     said = (0, f"org/tiny: {tmp_path / 'models' / 'org--tiny'}\n", "")
     assert agentmesh("models", "pull", "org/tiny", cwd=tmp_path) == said

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Crew, Queue
-from agentmesh.cli import cards, devices
-from agentmesh.cli.cards import Card, Driver, card_findings, driver, judged, queue_findings, torch_findings
-from agentmesh.cli.finding import Finding
+from agentmesh.cli import checks
+from agentmesh.cli.checks import Check, Driver, Gpu, _judge_probe, check_gpus, check_queues, check_torch, query_driver
+from agentmesh.worker import gpus as devices
 
-L4 = Card("0", "NVIDIA L4", "23034", "22500", "8.9")
+L4 = Gpu("0", "NVIDIA L4", "23034", "22500", "8.9")
 TABLE = "| NVIDIA-SMI 550.54.15   Driver Version: 550.54.15      CUDA Version: 12.4     |"
 SMI = f"""case "$1" in
 --query-gpu=index) printf '0\\n1\\n' ;;
@@ -44,50 +44,50 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
     return put
 
 
-def told(findings: Iterable[Finding]) -> list[str]:
+def told(findings: Iterable[Check]) -> list[str]:
     """Each finding as it is read."""
-    return [f"{'ok' if f.ok else 'help'} {f.what}{' -> ' + f.mend if f.mend else ''}" for f in findings]
+    return [f"{'ok' if f.ok else 'help'} {f.what}{' -> ' + f.fix if f.fix else ''}" for f in findings]
 
 
 def test_the_cards_as_the_driver_tells_them(smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     smi(SMI)
-    assert told(card_findings(driver())) == [
-        "ok GPU driver 550.54.15, which knows CUDA up to 12.4",
+    assert told(check_gpus(query_driver())) == [
+        "ok GPU driver 550.54.15, which supports CUDA up to 12.4",
         "ok GPU 0: NVIDIA L4, 23.6 GB of 24.2 free, compute capability 8.9",
         "ok GPU 1: Tesla T4, ? GB of 16.1 free, compute capability 7.5"
         " -> its hardware has no bfloat16, which the engine uses on GPUs: expect it to be slow",
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert "CUDA_VISIBLE_DEVICES='1'" in told(card_findings(driver()))[-1]
+    assert "CUDA_VISIBLE_DEVICES='1'" in told(check_gpus(query_driver()))[-1]
 
 
 def test_an_old_driver_tells_less(smi: Callable[[str], None]) -> None:
     smi(OLD)
-    assert driver() == Driver("470.182.03", "11.4", [Card("0", "NVIDIA A10", "22731", "22000", "")])
+    assert query_driver() == Driver("470.182.03", "11.4", [Gpu("0", "NVIDIA A10", "22731", "22000", "")])
 
 
 def test_a_driver_that_does_not_answer_is_a_finding(smi: Callable[[str], None]) -> None:
     smi(AWAY)
-    (only,) = told(card_findings(driver()))
-    assert only.startswith("help nvidia-smi is here and tells of no GPU: NVIDIA-SMI has failed because it couldn't")
+    (only,) = told(check_gpus(query_driver()))
+    assert only.startswith("help nvidia-smi finds no GPU: NVIDIA-SMI has failed because it couldn't")
     assert "-> load or reinstall NVIDIA's driver" in only
 
 
 def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    assert told(card_findings(driver())) == ["ok GPUs: none, for there is no nvidia-smi; local models run on the CPU"]
-    monkeypatch.setattr(cards.subprocess, "run", lambda *args, **kwargs: pytest.fail("torch was loaded for nobody"))
-    assert told(torch_findings(None, wanted=False)) == []
+    assert told(check_gpus(query_driver())) == ["ok GPUs: none (nvidia-smi not found); local models run on the CPU"]
+    monkeypatch.setattr(checks.subprocess, "run", lambda *args, **kwargs: pytest.fail("torch was loaded for nobody"))
+    assert told(check_torch(None, wanted=False)) == []
 
 
 def test_what_this_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (only,) = told(torch_findings(Driver("550", "12.4", [L4]), wanted=True))
+    (only,) = told(check_torch(Driver("550", "12.4", [L4]), wanted=True))
     assert only.endswith("; attention agentmesh_paged")
     assert only.startswith(f"ok torch {importlib.metadata.version('torch')}, for the CPU: weights in ")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    monkeypatch.setattr(cards.sys, "executable", "/bin/false")
-    (only,) = told(torch_findings(None, wanted=True))
+    monkeypatch.setattr(checks.sys, "executable", "/bin/false")
+    (only,) = told(check_torch(None, wanted=True))
     assert only.startswith("help torch ")
     assert "does not work" in only
 
@@ -107,7 +107,7 @@ def said(**other: Any) -> dict[str, Any]:
     [("11.4", "cu118"), ("12.4", "cu126"), ("12.7", "cu126"), ("12.9", "cu128"), ("13.2", "cu130"), ("14.0", "cu130"), ("", "cu130")],
 )  # fmt: skip
 def test_a_cpu_build_beside_a_gpu_is_a_finding_that_names_the_index(cuda: str, index: str) -> None:
-    (only,) = told(judged(said(torch="2.13.0+cpu", cuda="", gpus=[]), Driver("550", cuda, [L4])))
+    (only,) = told(_judge_probe(said(torch="2.13.0+cpu", cuda="", gpus=[]), Driver("550", cuda, [L4])))
     assert only == (
         "help torch 2.13.0+cpu is a build for CPUs, and there is a GPU here -> pip uninstall torch, then: "
         f"pip install torch --index-url https://download.pytorch.org/whl/{index}"
@@ -116,21 +116,21 @@ def test_a_cpu_build_beside_a_gpu_is_a_finding_that_names_the_index(cuda: str, i
 
 def test_what_torch_makes_of_the_cards() -> None:
     at = Driver("550", "12.8", [L4, L4._replace(number="1")])
-    assert told(judged(said(), at)) == [
+    assert told(_judge_probe(said(), at)) == [
         "ok torch 2.13.0, made for CUDA 12.8, sees 1 of 2 GPUs",
         "ok NVIDIA L4, torch's GPU 0: attention agentmesh_varlen (flash_attention_2: ImportError: no such symbol)",
     ]
-    (_, none) = told(judged(said(gpus=[GPU | {"attention": {"agentmesh_paged": "it is off by 1"}}]), at))
+    (_, none) = told(_judge_probe(said(gpus=[GPU | {"attention": {"agentmesh_paged": "it is off by 1"}}]), at))
     assert none.startswith(
         "help NVIDIA L4, torch's GPU 0: no attention works (agentmesh_paged: it is off by 1) -> take"
     )
-    (blind,) = told(judged(said(gpus=[], complaint="The NVIDIA driver on your system is too old"), at))
+    (blind,) = told(_judge_probe(said(gpus=[], complaint="The NVIDIA driver on your system is too old"), at))
     assert blind.startswith(
         "help torch 2.13.0, made for CUDA 12.8, sees no GPU: The NVIDIA driver on your system is too"
     )
-    assert "update the driver to one that knows CUDA 12.8" in blind
+    assert "update the driver to one that supports CUDA 12.8" in blind
     gpu = GPU | {"name": "Tesla K80", "capability": "3.7", "fails": "RuntimeError: no kernel image is available"}
-    assert told(judged(said(gpus=[gpu]), at))[1].startswith(
+    assert told(_judge_probe(said(gpus=[gpu]), at))[1].startswith(
         "help torch 2.13.0 cannot compute on Tesla K80, its GPU 0 of compute capability 3.7: RuntimeError: no kernel image"
     )
 
@@ -144,7 +144,7 @@ def test_queues_whose_devices_or_models_are_not_here(
         """Asks."""
 
     def of(queue: Queue) -> list[str]:
-        return told(queue_findings(Crew(Asker(), queues=[Queue("main"), queue])))
+        return told(check_queues(Crew(Asker(), queues=[Queue("main"), queue])))
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert of(Queue("gpu", model="m", devices=[3])) == [

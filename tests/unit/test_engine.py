@@ -57,16 +57,16 @@ def test_a_flow_that_asks_for_another_step_is_held_with_the_step_named() -> None
             return first
 
     mesh = FakeMesh(Crew(Fickle(), Echo()), model=echo)
-    mesh.hold_messages = True
+    mesh.paused = True
     handle = mesh.start("x")
-    mesh.hold_messages = False
-    asyncio.run(mesh.pump_once())
+    mesh.paused = False
+    asyncio.run(mesh.process_messages())
     asked[0] = "two"
-    mesh.engines[0]._tails.drop(handle.id)
-    asyncio.run(mesh.settle())
+    mesh.engines[0]._history_cache.drop(handle.id)
+    asyncio.run(mesh.run_until_idle())
     (item,) = handle.waiting_for
     assert "step 1 was `Delegate 'Echo'` when first run and is now `Delegate 'Echo'`" in item.why
-    with pytest.raises(RunError, match="is held as a whole .* only `retry` can be said of it"):
+    with pytest.raises(RunError, match="is blocked as a whole .* only `retry` resolves it"):
         handle.resolve(item, "failed")
     asked[0] = "one"  # the code is mended
     handle.revive(item)

@@ -145,7 +145,7 @@ def test_other_requests_are_refused(server: FakeOpenAI) -> None:
 def test_as_a_process_with_a_script(tmp_path: Path) -> None:
     script = tmp_path / "replies"
     script.write_text('{"uses": [["add", {"a": 1}], ["add", {"a": 2}]]}\n\n{"says": "three"}\n')
-    argv = [sys.executable, "-W", "error", "-m", "agentmesh.testing.server", "--script", str(script)]
+    argv = [sys.executable, "-W", "error", "-m", "agentmesh.testing.fake_openai", "--script", str(script)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

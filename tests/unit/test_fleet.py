@@ -14,25 +14,25 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Crew, Queue
-from agentmesh.boot import check_models
 from agentmesh.config import Config
+from agentmesh.definitions.queue import Servers
+from agentmesh.definitions.step import Ask
 from agentmesh.errors import ConfigError, DefinitionError, ModelRefused
 from agentmesh.message import user
 from agentmesh.model import Answer, Prompt, RetryLater
-from agentmesh.models import fleet
-from agentmesh.models.fleet import Fleet
-from agentmesh.models.named import Models
-from agentmesh.queue import Servers
-from agentmesh.step import Ask
+from agentmesh.models import load_balancer
+from agentmesh.models.load_balancer import LoadBalancer
+from agentmesh.models.registry import ModelRegistry
+from agentmesh.runtime.bootstrap import check_models
 from agentmesh.testing import FakeOpenAI, Fault
 
 HI = Prompt("m", [user("hi")])
 NOBODY = "http://127.0.0.1:9/v1"
 
 
-def with_fleet(work: Callable[[Fleet], Coroutine[Any, Any, Any]], *urls: str, key_env: str = "") -> Any:
+def with_fleet(work: Callable[[LoadBalancer], Coroutine[Any, Any, Any]], *urls: str, key_env: str = "") -> Any:
     async def main() -> Any:
-        model = Fleet(Servers(urls, key_env))
+        model = LoadBalancer(Servers(urls, key_env))
         try:
             return await work(model)
         finally:
@@ -41,14 +41,14 @@ def with_fleet(work: Callable[[Fleet], Coroutine[Any, Any, Any]], *urls: str, ke
     return asyncio.run(main())
 
 
-async def many(model: Fleet, count: int) -> list[Answer]:
+async def many(model: LoadBalancer, count: int) -> list[Answer]:
     return list(await asyncio.gather(*[model.ask(HI) for _ in range(count)]))
 
 
 @contextmanager
 def a_process(latency_s: float) -> Iterator[tuple[str, int]]:
     """A fake server that can be killed and stopped: its URL and process id."""
-    argv = [sys.executable, "-m", "agentmesh.testing.server", "--latency", str(latency_s)]
+    argv = [sys.executable, "-m", "agentmesh.testing.fake_openai", "--latency", str(latency_s)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -65,13 +65,13 @@ def test_the_one_with_the_least_in_flight() -> None:
 
 
 def test_one_that_is_not_there_is_out_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "LOOK_S", 0.05)
+    monkeypatch.setattr(load_balancer, "HEALTH_CHECK_S", 0.05)
     with FakeOpenAI(lambda b: "a") as a:
         port = FakeOpenAI()
         with port:
             away = port.url
 
-        async def work(model: Fleet) -> list[str]:
+        async def work(model: LoadBalancer) -> list[str]:
             first = [answer.message.text for answer in await many(model, 6)]
             with FakeOpenAI(lambda b: "b", port=int(away.split(":")[2].split("/")[0])):
                 for _ in range(100):
@@ -103,7 +103,7 @@ def test_a_busy_one_passes_the_question_on() -> None:
 def test_what_was_cut_off_is_the_journals_to_retry() -> None:
     with FakeOpenAI(lambda b: "a a a a a", latency_s=0.2) as a, a_process(0.2) as (url, pid):
 
-        async def work(model: Fleet) -> list[Any]:
+        async def work(model: LoadBalancer) -> list[Any]:
             asked = [asyncio.create_task(model.ask(HI)) for _ in range(6)]
             while len(a.requests) < 3:
                 await asyncio.sleep(0.01)
@@ -123,11 +123,11 @@ def test_what_was_cut_off_is_the_journals_to_retry() -> None:
 
 
 def test_one_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "LOOK_S", 0.05)
-    monkeypatch.setattr(fleet, "ANSWER_S", 0.1)
+    monkeypatch.setattr(load_balancer, "HEALTH_CHECK_S", 0.05)
+    monkeypatch.setattr(load_balancer, "HEALTH_TIMEOUT_S", 0.1)
     with a_process(0.3) as (url, pid):
 
-        async def work(model: Fleet) -> None:
+        async def work(model: LoadBalancer) -> None:
             asked = asyncio.create_task(model.ask(HI))
             await asyncio.sleep(0.1)
             os.kill(pid, signal.SIGSTOP)
@@ -139,7 +139,7 @@ def test_one_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_when_none_answers() -> None:
     with pytest.raises(
-        RetryLater, match=r"none of 2 model servers answers \(http://127.0.0.1:9/v1: .*start one"
+        RetryLater, match=r"none of 2 model servers responds \(http://127.0.0.1:9/v1: .*start one"
     ) as caught:
         with_fleet(lambda model: model.ask(HI), NOBODY, "http://127.0.0.1:9/w1")
     assert (caught.value.after_s, caught.value.away) == (5, True)
@@ -147,7 +147,7 @@ def test_when_none_answers() -> None:
 
 def test_the_doctor_looks_at_them() -> None:
     with FakeOpenAI() as a:
-        found = with_fleet(lambda model: model.examine(), a.url, NOBODY)
+        found = with_fleet(lambda model: model.check_servers(), a.url, NOBODY)
     assert (found[a.url], "Connect" in found[NOBODY]) == ("", True)
 
 
@@ -177,7 +177,7 @@ def test_their_key_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
         server.server_close()
     assert set(seen) == {None, "Bearer for-gpus"}
     with pytest.raises(ConfigError, match="key_env names NO_KEY, which is not set"):
-        Fleet(Servers((url,), "NO_KEY"))
+        LoadBalancer(Servers((url,), "NO_KEY"))
 
 
 def test_a_queue_in_front_of_servers() -> None:
@@ -202,8 +202,8 @@ def test_a_queue_in_front_of_servers() -> None:
     }
     assert crew.servers_of(asked["Local"]) == crew.servers_of(asked["Named"]) == queue.servers
     assert crew.servers_of(asked["Other"]) is None
-    assert crew.apart("gpu")
-    assert isinstance(Models()(queue.servers)[0], Fleet)
+    assert crew.isolates_suspects("gpu")
+    assert isinstance(ModelRegistry()(queue.servers)[0], LoadBalancer)
     check_models(Crew(Local(), queues=[queue]), Config())  # no such local model is looked for
 
 

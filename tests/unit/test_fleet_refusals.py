@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from agentmesh.definitions.queue import Servers
 from agentmesh.errors import ModelError, ModelRefused
 from agentmesh.message import user
 from agentmesh.model import Prompt, RetryLater
-from agentmesh.models.fleet import Fleet
-from agentmesh.queue import Servers
+from agentmesh.models.load_balancer import LoadBalancer
 from agentmesh.testing import FakeOpenAI, Fault, says
 
 HI = Prompt("m", [user("hi")])
@@ -26,7 +26,7 @@ def two() -> Iterator[list[FakeOpenAI]]:
 
 def asked(count: int, *urls: str) -> list[str]:
     async def main() -> Any:
-        model = Fleet(Servers(urls))
+        model = LoadBalancer(Servers(urls))
         try:
             return [(await model.ask(HI)).message.text for _ in range(count)]
         finally:
@@ -51,7 +51,7 @@ def test_a_page_of_something_else_is_no_answer(two: list[FakeOpenAI]) -> None:
     with FakeOpenAI() as gateway:
         gateway.faults.extend([Fault(200, body=page)] * 9)
         assert asked(4, gateway.url, two[0].url) == ["from 0"] * 4
-        with pytest.raises(ModelError, match="answered what is no chat completion: '<html>"):
+        with pytest.raises(ModelError, match="did not answer with a chat completion: '<html>"):
             asked(1, gateway.url)
 
 
@@ -69,7 +69,7 @@ def test_a_server_that_is_busy_or_away_may_yet_take_it(two: list[FakeOpenAI]) ->
         asked(1, *[s.url for s in two])
     assert busy.value.after_s == 7
     two[0].faults.append(Fault(404))
-    with pytest.raises(RetryLater, match=f"no model answers at {NOBODY}"):
+    with pytest.raises(RetryLater, match=f"no model server responds at {NOBODY}"):
         asked(1, NOBODY, two[0].url)
 
 

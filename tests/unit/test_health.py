@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from agentmesh.cli.endpoint import Health
-from agentmesh.report import EngineReport
+from agentmesh.observability.engine_status import EngineStatus
+from agentmesh.worker.health_server import Health
 
-WELL = EngineReport("host:1/a", 7, "m", "cuda:0", at_s=100.0, in_hand=3)
+WELL = EngineStatus("host:1/a", 7, "m", "cuda:0", at_s=100.0, in_hand=3)
 
 
 def test_all_is_well() -> None:
@@ -22,10 +22,10 @@ def test_each_reason_is_told() -> None:
     now = Health(3, 2, False, [silent, stuck, WELL], now_s=101.0)
     assert not now.good
     assert now.told["why"] == [
-        "the journal's server does not answer",
+        "the journal's server does not respond",
         "2 of 3 workers consume",
-        "the worker of 'm' on cuda:0 has said nothing for 11 s",
-        "the worker of 'm' on cuda:1 has work in hand (3 steps) and its engine has made no step for 12 s",
+        "the worker of 'm' on cuda:0 has not reported for 11 s",
+        "the worker of 'm' on cuda:1 has 3 steps in flight and its engine has made no progress for 12 s",
     ]
     assert now.numbers["engines"] == {"there": 3, "well": 1}
 

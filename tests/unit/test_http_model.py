@@ -12,7 +12,7 @@ from agentmesh.message import Message, ToolCall, ToolSpec, system, user
 from agentmesh.model import Answer, Prompt, RetryLater
 from agentmesh.models.http import HttpModel
 from agentmesh.testing import FakeOpenAI, says, uses
-from agentmesh.testing.server import Fault
+from agentmesh.testing.fake_openai import Fault
 
 ADD = ToolSpec("add", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}}})
 
@@ -104,7 +104,7 @@ def test_refusals_have_their_sentence(status: int, body: str, cls: type[Exceptio
 def test_what_is_no_answer() -> None:
     with FakeOpenAI() as server:
         server.faults.append(Fault(malformed=True))
-        with pytest.raises(ModelError, match="answered what is no chat completion: '<html>"):
+        with pytest.raises(ModelError, match="did not answer with a chat completion: '<html>"):
             ask(server)
 
 
@@ -116,7 +116,7 @@ def test_nobody_there() -> None:
         finally:
             await model.close()
 
-    with pytest.raises(RetryLater, match="no model answers at http://127.0.0.1:1/v1"):
+    with pytest.raises(RetryLater, match="no model server responds at http://127.0.0.1:1/v1"):
         asyncio.run(main())
 
 

@@ -14,7 +14,7 @@ from agentmesh.message import ToolCall, Usage, user
 from agentmesh.model import Answer, Prompt, RetryLater
 from agentmesh.models.address import OPENAI
 from agentmesh.models.http import HttpModel
-from agentmesh.models.wire import Pieces, retry_after_s, said_by
+from agentmesh.models.openai_format import SseParser, error_text, retry_after_s
 from agentmesh.testing import FakeOpenAI, Fault, says, uses
 
 HI = Prompt("m", [user("hi")])
@@ -46,7 +46,7 @@ def test_openai_itself_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for base_url in (None, OPENAI, f"{OPENAI}/", "https://API.openai.com/v2"):
-        with pytest.raises(ConfigError, match="no OPENAI_API_KEY in the environment; set it"):
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set; set it"):
             HttpModel(base_url=base_url)
     assert HttpModel(api_key="k").base_url == OPENAI
     assert HttpModel(base_url="http://localhost:8000/v1/").base_url == "http://localhost:8000/v1"
@@ -58,7 +58,7 @@ def test_the_environment_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     assert HttpModel().base_url == "http://here/v1"
     for wrong in ("localhost:8000/v1", "here", "ftp://here", "http://"):
         monkeypatch.setenv("OPENAI_BASE_URL", wrong)
-        with pytest.raises(ConfigError, match="OPENAI_BASE_URL is '.*', which is no URL"):
+        with pytest.raises(ConfigError, match="OPENAI_BASE_URL is '.*', which is not a URL"):
             HttpModel()
 
 
@@ -107,7 +107,7 @@ def test_a_server_that_does_not_stream() -> None:
 def test_what_is_no_completion_is_shown_in_part(body: str) -> None:
     with FakeOpenAI() as server:
         server.faults.append(Fault(200, body=body or " "))
-        with pytest.raises(ModelError, match="answered what is no chat completion") as e:
+        with pytest.raises(ModelError, match="did not answer with a chat completion") as e:
             ask(server)
         assert len(server.requests) == 1
         assert len(e.value.message) < 400
@@ -177,7 +177,7 @@ def test_a_cut_of_calls_alone_is_tried_again() -> None:
 def test_pieces_come_out_however_they_came_in() -> None:
     stream = b': hello\r\ndata: {"a": 1}\r\n\r\nevent: x\ndata:{"b": 2}\n\ndata: [DONE]\n\ndata: more\n\n'
     for size in (1, 2, 7, 1000):
-        pieces, found = Pieces(), []
+        pieces, found = SseParser(), []
         for i in range(0, len(stream), size):
             found += [] if pieces.done else pieces.feed(stream[i : i + size])
         assert (found, pieces.done) == ([b'{"a": 1}', b'{"b": 2}'], True)
@@ -239,4 +239,4 @@ def test_what_retry_after_may_say(header: str | None, seconds: float | None) -> 
     ],
 )  # fmt: skip
 def test_what_servers_say(text: str, said: str) -> None:
-    assert said_by(text) == said
+    assert error_text(text) == said

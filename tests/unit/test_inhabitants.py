@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from agentmesh import Crew, RunFailed, TryAgain
-from agentmesh.boot import load_crew
+from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeMesh, ScriptedModel, says
 from agentmesh_agents import Note, Reader, Writer
 from agentmesh_tools import Piece, in_folder

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from agentmesh.live import FLUSH_S, Live
+from agentmesh.engine.token_buffer import FLUSH_S, TokenBuffer
+from agentmesh.journal.types import Token
 from agentmesh.model import Thought
-from agentmesh.ports import Token
 
 
 class Sent:
@@ -29,7 +29,7 @@ def test_all_attempts_of_a_process_flush_at_the_same_ticks() -> None:
 
     async def go() -> None:
         journal: Any = sent
-        lives = [Live(journal, f"r{i}", 1, 1) for i in range(20)]
+        lives = [TokenBuffer(journal, f"r{i}", 1, 1) for i in range(20)]
         counting = asyncio.create_task(sent.count_turns())
         for live in lives:
             live.text("a")
@@ -48,7 +48,7 @@ def test_reasoning_is_of_its_own_kind_and_the_rest_is_sent_at_the_end() -> None:
 
     async def go() -> None:
         journal: Any = sent
-        live = Live(journal, "r", 2, 3)
+        live = TokenBuffer(journal, "r", 2, 3)
         live.text(Thought("hm"))
         live.text("yes")
         await live.flush()

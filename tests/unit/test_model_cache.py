@@ -8,10 +8,9 @@ import pytest
 
 from agentmesh.cli.models import remove_model
 from agentmesh.errors import ConfigError
-from agentmesh.models import cache
-from agentmesh.models.cache import building, installed, model_folder
-from agentmesh.models.pull import pull
-from agentmesh.models.remove import remove
+from agentmesh.hub import cache
+from agentmesh.hub.cache import build_model_folder, installed, model_folder
+from agentmesh.hub.pull import pull, remove_cached
 
 pytestmark = pytest.mark.usefixtures("models_elsewhere")
 
@@ -37,8 +36,8 @@ def test_removing_takes_the_model_and_what_is_left_of_pulls(
     assert [f.name for f in folder.parent.iterdir()] == [".org--tiny-chat-abcdefgh"]
     assert installed() == []
     with pytest.raises(ConfigError, match="the cache has no model 'org/tiny'. Did you mean 'org/tiny-chat'?"):
-        remove("org/tiny")
-    assert remove("org/tiny-chat") > 0  # which never came to be whole
+        remove_cached("org/tiny")
+    assert remove_cached("org/tiny-chat") > 0  # which never came to be whole
     assert not list(folder.parent.iterdir())
     assert not list((cache.cache_folder() / "downloads").iterdir())
 
@@ -50,14 +49,14 @@ def test_a_name_cannot_leave_the_cache(name: str) -> None:
 
 
 def test_a_failed_build_leaves_nothing() -> None:
-    with pytest.raises(ZeroDivisionError), building("org/tiny", "here") as folder:
+    with pytest.raises(ZeroDivisionError), build_model_folder("org/tiny", "here") as folder:
         (folder / "config.json").write_text("{}")
         raise ZeroDivisionError
     assert not list(model_folder("org/tiny").parent.iterdir())
 
 
 def test_of_two_builders_the_first_stays() -> None:
-    with building("org/tiny", "slow") as slow, building("org/tiny", "fast") as fast:
+    with build_model_folder("org/tiny", "slow") as slow, build_model_folder("org/tiny", "fast") as fast:
         (slow / "who").write_text("slow")
         (fast / "who").write_text("fast")
     assert (model_folder("org/tiny") / "who").read_text() == "fast"

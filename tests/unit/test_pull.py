@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from agentmesh.errors import ConfigError, ServiceDown
-from agentmesh.models import cache
-from agentmesh.models.cache import installed, is_installed, model_folder
-from agentmesh.models.fetch import fetch
-from agentmesh.models.pull import pull
-from agentmesh.models.remove import remove
+from agentmesh.hub import cache
+from agentmesh.hub.cache import installed, is_installed, model_folder
+from agentmesh.hub.download import download
+from agentmesh.hub.pull import pull, remove_cached
 
 pytestmark = pytest.mark.usefixtures("models_elsewhere")
 
@@ -35,9 +34,9 @@ def test_a_model_comes_from_the_hub_without_pickles_and_code(monkeypatch: pytest
         assert (folder / "model.safetensors").read_bytes() == web.weights
         assert ("model.safetensors", len(web.weights), len(web.weights)) in told
         assert json.loads((folder / "agentmesh.json").read_text())["sha256"]["model.safetensors"] == web.sha
-        before = len(hub.asked)
+        before = len(hub.call_from_json)
         assert pull("org/tiny") == folder
-        assert len(hub.asked) == before
+        assert len(hub.call_from_json) == before
     (only,) = installed()
     assert (only.name, only.source) == ("org/tiny", f"{hub.url} c0ffee")
     assert only.bytes > len(web.weights)
@@ -54,7 +53,7 @@ def test_a_broken_off_pull_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch,
         assert not is_installed("org/tiny")
         assert installed() == []
         folder = pull("org/tiny")
-    assert [r for p, r, _ in hub.asked if p == path] == ["", "bytes=1000-"]
+    assert [r for p, r, _ in hub.call_from_json if p == path] == ["", "bytes=1000-"]
     assert (folder / "model.safetensors").read_bytes() == web.weights
     assert not list((cache.cache_folder() / "downloads").rglob("*.part"))
 
@@ -66,7 +65,7 @@ def test_a_pull_goes_on_after_a_cut_at_any_byte(file: str, cut: int, monkeypatch
     hub.cut[f"/org/tiny/resolve/c0ffee/{file}"] = cut % len(web.made[file])
     with web.serving(hub):
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        with pytest.raises(ServiceDown, match="pull again to go on there"):
+        with pytest.raises(ServiceDown, match="pull again to resume"):
             pull("org/tiny")
         folder = pull("org/tiny")
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -90,10 +89,10 @@ def test_two_processes_pull_one_model_and_the_first_is_killed(tmp_path: Path, ev
         eventually(lambda: runs(first) and part.is_file() and part.stat().st_size >= 1 << 20, timeout_s=30)
         second, third = pulling(hub), pulling(hub)
         with pytest.raises(ConfigError, match="another process is pulling model 'org/tiny'"):
-            remove("org/tiny")
+            remove_cached("org/tiny")
         for waiter in (second, third):
             eventually(lambda waiter=waiter: runs(waiter) and at_lock(waiter.pid), timeout_s=30)
-        assert [p for p, _, _ in hub.asked].count(path) == 1
+        assert [p for p, _, _ in hub.call_from_json].count(path) == 1
         hub.holds = 0
         first.kill()
         first.communicate()
@@ -101,7 +100,7 @@ def test_two_processes_pull_one_model_and_the_first_is_killed(tmp_path: Path, ev
         for process in (second, third):
             out, err = process.communicate(timeout=30)
             assert (process.returncode, out) == (0, f"org/tiny: {model_folder('org/tiny')}\n"), err
-    asked = [r for p, r, _ in hub.asked if p == path]
+    asked = [r for p, r, _ in hub.call_from_json if p == path]
     assert len(asked) == 2
     assert int(asked[1].removeprefix("bytes=").removesuffix("-")) >= 1 << 20
     assert (model_folder("org/tiny") / "model.safetensors").read_bytes() == weights
@@ -127,11 +126,11 @@ def test_a_disk_that_fills_on_the_way_is_said_and_gone_on_with(tmp_path: Path, w
         limited = pulling(hub, "ulimit -f 32;")  # blocks of 1,024 bytes
         _, err = limited.communicate(timeout=30)
         assert limited.returncode == 4
-        assert "cannot be written (File too large): make room, then pull again to go on there" in " ".join(err.split())
+        assert "cannot be written (File too large): make room, then pull again to resume" in " ".join(err.split())
         again = pulling(hub)
         _, err = again.communicate(timeout=30)
         assert again.returncode == 0, err
-    assert hub.asked[-1][1] == "bytes=32768-"
+    assert hub.call_from_json[-1][1] == "bytes=32768-"
     assert (model_folder("org/tiny") / "model.safetensors").read_bytes() == web.weights
 
 
@@ -141,7 +140,7 @@ def test_a_model_that_has_no_room_as_a_whole_is_not_begun(monkeypatch: pytest.Mo
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(ConfigError, match="org--tiny needs 0 MB"):
             pull("org/tiny")
-        assert len(hub.asked) == 1
+        assert len(hub.call_from_json) == 1
 
 
 TOKEN = "hf_only_for_the_hub"
@@ -153,15 +152,15 @@ TOKEN = "hf_only_for_the_hub"
         (
             "",
             401,
-            "to nobody it does not know (401): it is private, wants its terms accepted, or does not exist; look at",
+            "without a token (401): it is private, gated, or does not exist; see",
         ),
-        ("hf_old", 401, "the hub does not accept the token in HF_TOKEN (401)"),
+        ("hf_old", 401, "the hub rejects the token in HF_TOKEN (401)"),
         (
             "hf_other",
             403,
-            "the account of the token in HF_TOKEN may not have 'org/tiny' (403); ask for it, or accept its terms",
+            "the account of the token in HF_TOKEN has no access to 'org/tiny' (403); request it, or accept the terms",
         ),
-        ("hf two\nlines", 401, "HF_TOKEN has blanks or letters that no token has"),
+        ("hf two\nlines", 401, "HF_TOKEN contains characters that no token has"),
     ],
 )
 def test_a_gated_model_names_the_variable_and_the_page(
@@ -183,14 +182,14 @@ def test_a_gated_model_names_the_variable_and_the_page(
 def test_the_token_is_for_the_hub_alone(monkeypatch: pytest.MonkeyPatch, web: Any) -> None:
     hub, path = web.hub_of("org/tiny", web.made), "/org/tiny/resolve/c0ffee/model.safetensors"
     hub.key = TOKEN
-    with web.serving(hub), web.serving(web.site({"/far": web.weights})) as far:
+    with web.serving(hub), web.serving(web.process_state({"/far": web.weights})) as far:
         hub.moved[path] = f"{far.url.replace('127.0.0.1', 'localhost')}/far"  # as the hub sends on to its storage
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\n")
         monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
         folder = pull("org/tiny")
-        assert far.asked == [("/far", "", "")]
-        assert {login for _, _, login in hub.asked} == {f"Bearer {TOKEN}"}
+        assert far.call_from_json == [("/far", "", "")]
+        assert {login for _, _, login in hub.call_from_json} == {f"Bearer {TOKEN}"}
     assert TOKEN not in (folder / "agentmesh.json").read_text()
 
 
@@ -215,8 +214,8 @@ def test_a_foreign_part_is_begun_anew(tmp_path: Path, web: Any) -> None:
     part = tmp_path / "w.bin.part"
     for wrong in (b"x" * 100, web.weights + b"more"):
         part.write_bytes(wrong)
-        with web.serving(web.site({"/w.bin": web.weights})) as site:
-            assert fetch(f"{site.url}/w.bin", tmp_path / "w.bin", sha256=web.sha) == web.sha
+        with web.serving(web.process_state({"/w.bin": web.weights})) as site:
+            assert download(f"{site.url}/w.bin", tmp_path / "w.bin", sha256=web.sha) == web.sha
         assert (tmp_path / "w.bin").read_bytes() == web.weights
 
 
@@ -257,19 +256,19 @@ def test_an_encoder_comes_with_what_says_how_its_vectors_are_made(monkeypatch: p
         assert (folder / name).read_bytes() == content
     (only,) = installed()
     assert only.bytes > len(web.weights) + sum(map(len, said.values()))
-    assert remove("org/tiny") >= only.bytes
+    assert remove_cached("org/tiny") >= only.bytes
 
 
 @pytest.mark.parametrize("name", ["nobody", "no/such"])
 def test_no_such_model(name: str, monkeypatch: pytest.MonkeyPatch, web: Any) -> None:
-    with web.serving(web.site()) as hub:
+    with web.serving(web.process_state()) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(ConfigError, match=name if "/" not in name else "answered 404"):
             pull(name)
 
 
 def test_nobody_there_says_what_to_do(monkeypatch: pytest.MonkeyPatch, web: Any) -> None:
-    with web.serving(web.site()) as gone:
+    with web.serving(web.process_state()) as gone:
         pass
     monkeypatch.setenv("HF_ENDPOINT", gone.url)
     with pytest.raises(ServiceDown, match="point AGENTMESH_CACHE at"):
@@ -286,7 +285,7 @@ def test_a_cache_that_cannot_be_written_names_its_variable(monkeypatch: pytest.M
 def test_no_room_is_said_before_it_is_filled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, web: Any) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with (
-        web.serving(web.site({"/w.bin": web.weights})) as site,
+        web.serving(web.process_state({"/w.bin": web.weights})) as site,
         pytest.raises(ConfigError, match=r"has 0 MB free: make room"),
     ):
-        fetch(f"{site.url}/w.bin", tmp_path / "w.bin")
+        download(f"{site.url}/w.bin", tmp_path / "w.bin")

@@ -7,7 +7,7 @@ import pytest
 
 from agentmesh import Agent, Context, RunFailed
 from agentmesh.errors import raised_at
-from agentmesh.event import RunFailed as Failed
+from agentmesh.journal.events import RunFailed as Failed
 from agentmesh.testing import FakeMesh
 
 HERE = Path(__file__)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Approve, Context, Crew, RunError, RunFailed, Sleep, StepError, ToolContext, tool
-from agentmesh.event import Event, RunStarted
-from agentmesh.run import Run
+from agentmesh.engine.run import Run
+from agentmesh.journal.events import Event, RunStarted
 from agentmesh.testing import FakeMesh, says
 
 BROKEN: set[str] = set()
@@ -73,7 +73,7 @@ def test_what_cannot_be_retried_says_what_to_do() -> None:
 
     mesh = FakeMesh(Asking())
     run = mesh.start("x", id="r")
-    with pytest.raises(RunError, match="has not ended.*runs resume r.*runs resolve r N"):
+    with pytest.raises(RunError, match="is still open.*runs resume r.*runs resolve r N"):
         run.retry()
     run.deny(run.waiting_for[0])
     assert run.status == "failed"

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Context, tool
-from agentmesh.ports import Claimed
-from agentmesh.run import Run
+from agentmesh.definitions.tool import NotDone
+from agentmesh.engine.run import Run
+from agentmesh.journal.types import Claimed
 from agentmesh.testing import FakeMesh
-from agentmesh.tool import NotDone
 
 
 def cut_off(flow_tool: Any, *, died: bool = False) -> tuple[FakeMesh, Run[Any]]:
@@ -20,7 +20,7 @@ def cut_off(flow_tool: Any, *, died: bool = False) -> tuple[FakeMesh, Run[Any]]:
             return ctx.do(flow_tool.on(40))
 
     mesh = FakeMesh(Once())
-    mesh.hold_messages = True
+    mesh.paused = True
     run = mesh.start("x", id="r")
     claimed = asyncio.run(mesh.journal.claim(
         "s|r|1", worker="w", token="t", version=0, crew=mesh.crew.name, crew_version=""
@@ -29,7 +29,7 @@ def cut_off(flow_tool: Any, *, died: bool = False) -> tuple[FakeMesh, Run[Any]]:
     if died:
         asyncio.run(mesh.journal.release("w", crashed=True))
     run.cancel()
-    mesh.hold_messages = False
+    mesh.paused = False
     return mesh, run
 
 

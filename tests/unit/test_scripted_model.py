@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from agentmesh.errors import ModelError
 from agentmesh.message import user
 from agentmesh.model import Answer, Prompt
-from agentmesh.models.scripted import ScriptedModel, says, uses
+from agentmesh.testing.scripted import ScriptedModel, says, uses
 
 
 def ask(model: ScriptedModel, text: str = "hi", on_token: Any = None) -> Answer:

@@ -9,24 +9,24 @@ import pytest
 
 from agentmesh.message import Message
 from agentmesh.model import Prompt
-from agentmesh.models.wire import body
+from agentmesh.models.openai_format import request_body
 from agentmesh.serve.app import keyed_run
 from agentmesh.serve.embeddings import Embeddings
-from agentmesh.serve.refusal import Refusal
-from agentmesh.serve.request import Chat, chat_of, for_engine
+from agentmesh.serve.request import ChatRequest, check_for_local_engine, parse_chat
+from agentmesh.serve.responses import ApiError
 
 HI = [{"role": "user", "content": "hi"}]
 ADD = {"name": "add", "parameters": {"type": "object", "properties": {}}}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
 
 
-def read(**asked: Any) -> Chat:
-    return chat_of(json.dumps({"model": "local:m", "messages": HI, **asked}).encode())
+def read(**asked: Any) -> ChatRequest:
+    return parse_chat(json.dumps({"model": "local:m", "messages": HI, **asked}).encode())
 
 
-def sent(chat: Chat) -> Any:
+def sent(chat: ChatRequest) -> Any:
     """What a model server gets of it."""
-    return json.loads(body(Prompt("m", chat.messages, chat.tools, chat.output, chat.options), stream=False))
+    return json.loads(request_body(Prompt("m", chat.messages, chat.tools, chat.output, chat.options), stream=False))
 
 
 def test_logprobs_may_be_declined() -> None:
@@ -45,7 +45,7 @@ def test_a_schema_and_a_tool_reach_a_server_as_they_were_written() -> None:
 
 def test_an_agents_output_type_is_strict() -> None:
     prompt = Prompt("m", [Message("user", "x")], (), SCHEMA, {"response_format": {"type": "json_object"}})
-    wanted = json.loads(body(prompt, stream=False))["response_format"]
+    wanted = json.loads(request_body(prompt, stream=False))["response_format"]
     assert wanted == {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
 
 
@@ -54,12 +54,12 @@ def test_what_our_own_engine_takes() -> None:
         max_completion_tokens=5, temperature=0.5, stop=["x"], presence_penalty=0, repetition_penalty=1.0, logit_bias={},
         parallel_tool_calls=True, response_format={"type": "json_object"},
     )  # fmt: skip
-    told = for_engine(asked)
+    told = check_for_local_engine(asked)
     assert told.options == {"max_tokens": 5, "temperature": 0.5, "stop": ["x"]}
     assert told.output == {"type": "object"}
     wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-    assert for_engine(read(response_format=wanted)).output == SCHEMA
-    assert for_engine(read()).output is None
+    assert check_for_local_engine(read(response_format=wanted)).output == SCHEMA
+    assert check_for_local_engine(read()).output is None
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_what_our_own_engine_takes() -> None:
 )  # fmt: skip
 def test_what_our_own_engine_does_not_do_is_refused_by_name(asked: Any) -> None:
     (name,) = asked
-    with pytest.raises(Refusal, match=f"model 'local:m' takes no `{name}`") as caught:
-        for_engine(read(**asked))
+    with pytest.raises(ApiError, match=f"model 'local:m' takes no `{name}`") as caught:
+        check_for_local_engine(read(**asked))
     assert (caught.value.status, caught.value.param) == (400, name)
 
 
 @pytest.mark.parametrize("model", [["m"], {}, 5, None])
 def test_an_embedder_has_a_name(model: Any) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ApiError) as caught:
         asyncio.run(Embeddings({}).answer(json.dumps({"model": model, "input": "x"}).encode()))
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 

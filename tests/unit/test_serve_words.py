@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Crew
+from agentmesh.definitions.passthrough import ModelRequest, Passthrough
 from agentmesh.errors import ConfigError, NameTaken, RunFailed, ServiceDown
-from agentmesh.event import StepDone
+from agentmesh.journal.events import StepDone
 from agentmesh.message import Message, ToolCall, Usage
 from agentmesh.model import Answer
-from agentmesh.question import Asked, Question
-from agentmesh.serve.guard import Guard, is_loopback, key_from
-from agentmesh.serve.refusal import Refusal, refusal_of
-from agentmesh.serve.reply import Head, Outcome
-from agentmesh.serve.request import chat_of
+from agentmesh.serve.auth import AuthMiddleware, is_loopback, key_from
+from agentmesh.serve.request import parse_chat
+from agentmesh.serve.responses import ApiError, ChatResponse, RunOutcome, api_error_of
 from agentmesh.testing import FakeMesh, ScriptedModel, says, uses
 
 HI = [{"role": "user", "content": "hi"}]
@@ -23,7 +22,7 @@ ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "o
 
 
 def read(**body: Any) -> Any:
-    return chat_of(json.dumps({"model": "m", "messages": HI, **body}).encode())
+    return parse_chat(json.dumps({"model": "m", "messages": HI, **body}).encode())
 
 
 def test_a_request_in_our_words() -> None:
@@ -93,33 +92,33 @@ WRONG = [
 
 @pytest.mark.parametrize(("body", "sentence"), WRONG, ids=[s for _, s in WRONG])
 def test_each_mistake_has_its_sentence(body: Any, sentence: str) -> None:
-    with pytest.raises(Refusal) as caught:
-        chat_of(body) if isinstance(body, bytes) else read(**body)
+    with pytest.raises(ApiError) as caught:
+        parse_chat(body) if isinstance(body, bytes) else read(**body)
     assert caught.value.status == 400
     assert sentence in caught.value.message
 
 
 def test_an_answer_in_their_words() -> None:
-    head = Head("r1", "m", 5)
+    head = ChatResponse("r1", "m", 5)
     calls = (ToolCall("c1", "add", "{}"), ToolCall("c2", "sub", "{}"))
-    whole = head.whole(Outcome("", calls, Usage(9, 3, 6)))
+    whole = head.whole(RunOutcome("", calls, Usage(9, 3, 6)))
     assert whole["choices"][0]["finish_reason"] == "tool_calls"
     assert whole["choices"][0]["message"]["content"] is None
     assert whole["usage"] == {
         "prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 6},
     }  # fmt: skip
-    assert head.whole(Outcome("cut", (), Usage(), cut=True))["choices"][0]["finish_reason"] == "length"
+    assert head.whole(RunOutcome("cut", (), Usage(), cut=True))["choices"][0]["finish_reason"] == "length"
     thought = json.loads(head.piece("thought", "hm")[6:])
     assert thought["choices"][0]["delta"] == {"reasoning_content": "hm"}
-    first, last = (json.loads(c[6:]) for c in head.ends(Outcome("", calls, Usage()), with_usage=False))
+    first, last = (json.loads(c[6:]) for c in head.ends(RunOutcome("", calls, Usage()), with_usage=False))
     assert [c["index"] for c in first["choices"][0]["delta"]["tool_calls"]] == [0, 1]
     assert last["choices"][0]["finish_reason"] == "tool_calls"
 
 
 def test_errors_and_whether_to_ask_again() -> None:
-    late = refusal_of(RunFailed("late", cause="StepTimeout"))
+    late = api_error_of(RunFailed("late", cause="StepTimeout"))
     assert (late.status, late.headers) == (504, {"x-should-retry": "false"})
-    away = refusal_of(ServiceDown("away"))
+    away = api_error_of(ServiceDown("away"))
     assert (away.status, away.headers, away.to_json()["error"]["type"]) == (
         503,
         {"x-should-retry": "true"},
@@ -138,15 +137,15 @@ def test_a_question_is_one_ask_as_it_was_put() -> None:
 
     model = Cut([uses("add") & says("well")])
     mesh = FakeMesh(Crew(Someone()), model=model)
-    question = Question(model="openai:x", messages=(Message("user", "1+2"),), options={"seed": 1})
-    run = mesh.start(Asked(), question)
+    question = ModelRequest(model="openai:x", messages=(Message("user", "1+2"),), options={"seed": 1})
+    run = mesh.start(Passthrough(), question)
     assert run.result() == "well"
     assert model.prompts[0].messages == (Message("user", "1+2"),)
     assert model.prompts[0].options == {"seed": 1}
     (done,) = [e for e in run.events() if isinstance(e, StepDone)]
     assert (done.finish, done.value["tool_calls"][0][1]) == ("length", "add")
-    with pytest.raises(NameTaken, match="which every crew has"):
-        Crew(Asked())
+    with pytest.raises(NameTaken, match="which is reserved"):
+        Crew(Passthrough())
 
 
 def test_whom_the_guard_lets_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +159,7 @@ def test_whom_the_guard_lets_in(monkeypatch: pytest.MonkeyPatch) -> None:
             sent.append(message)
 
         scope = {"type": "http", "path": path, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]}
-        asyncio.run(Guard(inside, key)(scope, None, send))  # type: ignore[arg-type]
+        asyncio.run(AuthMiddleware(inside, key)(scope, None, send))  # type: ignore[arg-type]
         return int(sent[0]["status"])
 
     assert status("k", authorization="Bearer k") == 200

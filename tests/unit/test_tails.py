@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Agent, Context, tails, tool
+from agentmesh import tool
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.step import Context
+from agentmesh.engine import history_cache
 from agentmesh.testing import FakeMesh
 
 
@@ -44,7 +47,7 @@ class Late:
 
 
 def test_a_message_that_overtakes_its_commit_s_answer_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tails, "WRITING_S", 60)
+    monkeypatch.setattr(history_cache, "WRITE_WAIT_S", 60)
 
     async def both() -> None:
         first = asyncio.create_task(engine.step(run.id, 1, "Call", "main"))
@@ -63,7 +66,7 @@ def test_a_message_that_overtakes_its_commit_s_answer_waits_for_it(monkeypatch: 
 
 
 def test_an_answer_that_does_not_come_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tails, "WRITING_S", 0.01)
+    monkeypatch.setattr(history_cache, "WRITE_WAIT_S", 0.01)
 
     async def both() -> None:
         first = asyncio.create_task(engine.step(run.id, 1, "Call", "main"))
@@ -82,9 +85,9 @@ def test_an_answer_that_does_not_come_holds_up_nobody(monkeypatch: pytest.Monkey
 
 def _begun() -> tuple[Any, Any, Any]:
     mesh = FakeMesh(Two())
-    mesh.hold_messages = True
+    mesh.paused = True
     run = mesh.start("x")
-    mesh.hold_messages = False
+    mesh.paused = False
     engine: Any = mesh.engines[0]
     engine.journal = Late(engine.journal)
     return run, engine, engine.journal

@@ -4,13 +4,13 @@ import asyncio
 from typing import Any
 
 from agentmesh import Agent, Approve, Context, Crew, DelegateFailed, Sleep, StepError, ToolContext, tool
-from agentmesh.event import Approved, RunCancelled, StepResolved
+from agentmesh.definitions.tool import NotDone, Unknown
+from agentmesh.engine.run import Run
+from agentmesh.journal.events import Approved, RunCancelled, StepResolved
+from agentmesh.journal.types import Claimed
 from agentmesh.message import Message
 from agentmesh.model import Answer, Prompt
-from agentmesh.ports import Claimed
-from agentmesh.run import Run
 from agentmesh.testing import FakeMesh, says, uses
-from agentmesh.tool import NotDone, Unknown
 
 
 def story(run: Run[Any]) -> list[str]:
@@ -76,7 +76,7 @@ def test_a_member_dies_between_its_commit_and_the_body() -> None:
     assert story(run)[-1] == "GatherClosed 1 [1, 2] all"
     mesh.now_ms += 3_000
     asyncio.run(mesh.journal.sweep("s", empty=["plain"]))
-    asyncio.run(mesh.settle())
+    asyncio.run(mesh.run_until_idle())
     assert run.result() == ["A", "B"]
     assert story(run).count("GatherClosed 1 [1, 2] all") == 1
 
@@ -101,7 +101,7 @@ def test_two_of_three_with_a_deadline_and_a_late_third() -> None:
         spec_run = asyncio.create_task(mesh._begin(mesh.spec(Tolerant(), "x", "t1")))
         while "RunDone" not in story_now():
             await asyncio.sleep(0)
-            await mesh.pump_once()
+            await mesh.process_messages()
         released.set()
         await spec_run
 
@@ -174,12 +174,12 @@ def test_cancel_of_the_root_while_a_grandchild_asks_a_model() -> None:
     async def walk() -> None:
         running = asyncio.create_task(mesh._begin(mesh.spec(Outer(), "x", "c1")))
         await begun.wait()
-        await mesh.journal.tell("c1", RunCancelled(by="ana"))
+        await mesh.journal.signal("c1", RunCancelled(by="ana"))
         await mesh.journal.sweep("s")
         (engine,) = mesh.engines
-        lost = await mesh.journal.renew(engine.worker, engine.held())
+        lost = await mesh.journal.renew(engine.worker, engine.held_leases())
         for unit in lost:
-            engine.lose(unit)
+            engine.lose_lease(unit)
         await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(walk())
@@ -206,14 +206,14 @@ def once_crew(reconcile: Any = None) -> tuple[type[Agent], list[str]]:
 
 def crash_inside_the_tool(mesh: FakeMesh) -> Run[str]:
     """Another worker takes the step and dies with it."""
-    mesh.hold_messages = True
+    mesh.paused = True
     run = mesh.start("x", id="p1")
     claim = mesh.journal.claim("s|p1|1", worker="dead", token="t", version=0, crew=mesh.crew.name, crew_version="")
     assert isinstance(asyncio.run(claim), Claimed)
     mesh.messages.clear()
-    mesh.hold_messages = False
+    mesh.paused = False
     asyncio.run(mesh.journal.release("dead", crashed=True))
-    asyncio.run(mesh.settle())
+    asyncio.run(mesh.run_until_idle())
     return run
 
 
@@ -293,7 +293,7 @@ def test_words_that_come_too_late_are_refused() -> None:
     (item,) = run.waiting_for
     run.approve(item)
     assert run.result() == "paid 1"
-    answer = asyncio.run(mesh.journal.tell(run.id, Approved(n=1)))
+    answer = asyncio.run(mesh.journal.signal(run.id, Approved(n=1)))
     assert (answer.why, answer.detail) == ("ended", "done")  # type: ignore[union-attr]
 
 

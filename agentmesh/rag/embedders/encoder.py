@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from agentmesh.errors import ConfigError, EmbedderError, ExtraMissing
-from agentmesh.gpu.dtype import best_dtype
-from agentmesh.gpu.errors import breaks_device
-from agentmesh.gpu.turns import Turn, turn_of  # and agentmesh.gpu says how OpenMP's threads wait, before torch is here
-from agentmesh.models.cache import is_installed, model_folder
-from agentmesh.rag.embedder import Base, Floats, trained_prefixes
+from agentmesh.hub.cache import is_installed, model_folder
+from agentmesh.inference.device import (  # and agentmesh.gpu says how OpenMP's threads wait, before torch is here
+    DeviceLock,
+    best_dtype,
+    breaks_device,
+    lock_of,
+)
+from agentmesh.rag.embedders.base import BaseEmbedder, Floats, trained_prefixes
 
 try:
     import numpy as np
@@ -33,7 +36,7 @@ POOLINGS = ("mean", "cls", "lasttoken")
 WEIGHT = 0.2  # of the last batch in the running mean of tokens a second
 
 
-class Encoder(Base):
+class Encoder(BaseEmbedder):
     """Vectors of a transformers encoder; bf16 where the processor has it, pooled in fp32.
 
     Args:
@@ -53,17 +56,17 @@ class Encoder(Base):
     ) -> None:  # fmt: skip
         super().__init__()
         self.name = f"local:{model}"
-        self._where = _place(model)
-        self.pooling = pooling or _said_pooling(self._where)
+        self._where = _model_path(model)
+        self.pooling = pooling or _declared_pooling(self._where)
         if self.pooling not in POOLINGS:
             raise ConfigError(f"{model!r} pools by {self.pooling!r}; an encoder here pools by {', '.join(POOLINGS)}")
-        self.prefixes = prefixes or _said_prefixes(self._where, model)
+        self.prefixes = prefixes or _declared_prefixes(self._where, model)
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._parts: tuple[Any, Any, int] | None = None
         self._rate = 0.0  # tokens a second of a batch, padding included
         self.hopeless: Callable[[Exception], None] | None = None
 
-    def prepare(self, *, hopeless: Callable[[Exception], None] | None = None) -> None:
+    def prepare(self, *, on_fatal: Callable[[Exception], None] | None = None) -> None:
         """Load it for a worker and embed its largest batch, so that an engine beside it leaves the memory that this takes.
 
         Args:
@@ -72,7 +75,7 @@ class Encoder(Base):
         Raises:
             ConfigError: it is not here, or damaged, or there is no memory for it.
         """
-        self.hopeless = hopeless
+        self.hopeless = on_fatal
         try:
             tokenizer, model, longest = self._loaded()
             device, pad, before = model.device, tokenizer.pad_token_id or 0, 0
@@ -83,9 +86,9 @@ class Encoder(Base):
                 self._rate = 0.0
                 self._forward(model, [[pad] * longest] * max(1, BATCH_TOKENS // longest), pad)
             if device.type == "cuda":
-                turn_of(str(device)).reserved_bytes = torch.cuda.max_memory_allocated(device) - before
+                lock_of(str(device)).reserved_bytes = torch.cuda.max_memory_allocated(device) - before
         except torch.OutOfMemoryError as e:
-            raise ConfigError(f"there is no memory on the device for {self.name!r} ({e}); take a smaller one") from None
+            raise ConfigError(f"not enough memory on the device for {self.name!r} ({e}); take a smaller one") from None
 
     def count(self, text: str) -> int:
         """How many tokens a text is."""
@@ -111,7 +114,7 @@ class Encoder(Base):
                 if tokenizer.pad_token is None:
                     tokenizer.pad_token = tokenizer.eos_token
                 tokenizer.padding_side = "right"  # the pooling below counts on it
-                self._parts = tokenizer, model.to(self._device).eval(), _longest(self._where, tokenizer, model)
+                self._parts = tokenizer, model.to(self._device).eval(), _max_tokens(self._where, tokenizer, model)
             return self._parts
 
     def _embed(self, texts: list[str]) -> Any:
@@ -121,14 +124,14 @@ class Encoder(Base):
             piece = texts[first : first + PIECE]
             with self._lock:  # a fast tokenizer's truncation is a setting of the object
                 tokens = tokenizer(piece, truncation=True, max_length=longest)["input_ids"]
-            for batch in _batches([len(t) for t in tokens], partial(self._budget, turn_of(str(model.device)))):
+            for batch in _batches([len(t) for t in tokens], partial(self._budget, lock_of(str(model.device)))):
                 vectors = self._halved(model, [tokens[i] for i in batch], tokenizer.pad_token_id or 0)
                 if out is None:
                     out = np.empty((len(texts), vectors.shape[1]), np.float32)
                 out[[first + i for i in batch]] = vectors
         return out
 
-    def _budget(self, turn: Turn) -> int:
+    def _budget(self, turn: DeviceLock) -> int:
         """Tokens of the next batch."""
         step_s = turn.step_s
         return min(BATCH_TOKENS, max(LEAST_TOKENS, int(step_s * self._rate))) if step_s else BATCH_TOKENS
@@ -139,7 +142,7 @@ class Encoder(Base):
             return self._forward(model, tokens, pad)
         except torch.OutOfMemoryError as e:
             if len(tokens) == 1:
-                said = f"there is no memory for a text of {len(tokens[0])} tokens; cut it shorter, or take a smaller encoder"
+                said = f"not enough memory for a text of {len(tokens[0])} tokens; cut it shorter, or take a smaller encoder"
                 raise EmbedderError(f"{self.name!r}: {said} ({e})") from None
         except RuntimeError as e:
             if self.hopeless is not None and breaks_device(e):
@@ -156,7 +159,7 @@ class Encoder(Base):
         for row, one in zip(ids, tokens, strict=True):
             row[: len(one)] = torch.tensor(one)
         mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]  # (b, t)
-        with turn_of(str(model.device)).batch(), torch.inference_mode():
+        with lock_of(str(model.device)).batch(), torch.inference_mode():
             began = time.perf_counter()
             ids, mask, lengths = (x.to(self._device) for x in (ids, mask, lengths))
             hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()  # (b, t, d)
@@ -176,7 +179,7 @@ class Encoder(Base):
         return {"name": self.name, "revision": str(said), "pooling": self.pooling}
 
 
-def _place(model: str) -> str:
+def _model_path(model: str) -> str:
     if Path(model).expanduser().is_dir():
         return str(Path(model).expanduser())
     if not model or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -211,7 +214,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _said_pooling(where: str) -> str:
+def _declared_pooling(where: str) -> str:
     """What sentence-transformers wrote beside the model."""
     said = _read(Path(where) / "1_Pooling" / "config.json")
     if modes := [k for k, v in said.items() if k.startswith("pooling_mode_") and v is True]:
@@ -220,14 +223,14 @@ def _said_pooling(where: str) -> str:
     return "mean"
 
 
-def _said_prefixes(where: str, name: str) -> tuple[str, str]:
+def _declared_prefixes(where: str, name: str) -> tuple[str, str]:
     prompts = _read(Path(where) / "config_sentence_transformers.json").get("prompts") or {}
     if isinstance(prompts, dict) and (query := prompts.get("query")):
         return str(query), str(prompts.get("document") or prompts.get("passage") or "")
     return trained_prefixes(name)
 
 
-def _longest(where: str, tokenizer: Any, model: Any) -> int:
+def _max_tokens(where: str, tokenizer: Any, model: Any) -> int:
     said = _read(Path(where) / "sentence_bert_config.json").get("max_seq_length")
     limits = [said, tokenizer.model_max_length]
     if positions := getattr(model.config, "max_position_embeddings", None):

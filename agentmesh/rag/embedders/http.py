@@ -15,14 +15,14 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from tenacity.wait import wait_random_exponential
 
 from agentmesh.errors import ConfigError, EmbedderError
-from agentmesh.rag.embedder import Base, trained_prefixes
+from agentmesh.rag.embedders.base import BaseEmbedder, trained_prefixes
 
 OPENAI = "https://api.openai.com/v1"
 LONGEST_WAIT_S = 5.0  # a longer one is the caller's: it holds no worker
 BATCH_TEXTS, BATCH_CHARACTERS = 128, 200_000  # OpenAI takes 2,048 texts and 300,000 tokens
 
 
-class HttpEmbedder(Base):
+class HttpEmbedder(BaseEmbedder):
     """Vectors from a server; the key comes from OPENAI_API_KEY alone.
 
     Args:
@@ -49,10 +49,12 @@ class HttpEmbedder(Base):
         self.prefixes = prefixes or trained_prefixes(self.model)
         address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
-            raise ConfigError(f"embedder {name!r}: {self.base_url!r} is no URL; write 'http://localhost:8000/v1#MODEL'")
+            raise ConfigError(
+                f"embedder {name!r}: {self.base_url!r} is not a URL; write 'http://localhost:8000/v1#MODEL'"
+            )
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self._key and address.hostname == urlsplit(OPENAI).hostname:
-            raise ConfigError(f"embedder {name!r}: there is no OPENAI_API_KEY in the environment; set it")
+            raise ConfigError(f"embedder {name!r}: OPENAI_API_KEY is not set; set it")
         self._address = address
         self._mine = threading.local()
 
@@ -86,7 +88,8 @@ class HttpEmbedder(Base):
             self.close()
             reason = str(e) or type(e).__name__
             raise EmbedderError(
-                f"no embedder answers at {self.base_url} ({reason}); start the server, or mend its URL", after_s=0.0
+                f"no embedding server responds at {self.base_url} ({reason}); start the server, or correct its URL",
+                after_s=0.0,
             ) from None
         if answer.status != 200:
             raise self._refusal(answer.status, raw.decode(errors="replace"), answer.headers.get("Retry-After"))
@@ -96,7 +99,7 @@ class HttpEmbedder(Base):
         except (ValueError, KeyError, TypeError):
             shown = raw[:100].decode(errors="replace")
             raise EmbedderError(
-                f"{self.base_url} answered what are no embeddings: {shown!r}; is it an OpenAI-compatible server?"
+                f"{self.base_url} did not answer with embeddings: {shown!r}; is it an OpenAI-compatible server?"
             ) from None
 
     def _link(self) -> http.client.HTTPConnection:

@@ -9,12 +9,20 @@ import pytest
 import redis
 from redis.exceptions import NoScriptError
 
-from agentmesh.event import RunDone, StepDone, StepPlanned
-from agentmesh.journals import tend
-from agentmesh.journals.entries import Store
-from agentmesh.journals.redis import RedisJournal, script
-from agentmesh.journals.tables import Tables
-from agentmesh.ports import Accepted, Claimed, Next, Plan, RunSpec, Wire, advance_unit, step_unit
+from agentmesh.journal import maintenance
+from agentmesh.journal.events import RunDone, StepDone, StepPlanned
+from agentmesh.journal.redis import RedisJournal, script
+from agentmesh.journal.transaction import Tables, Transaction
+from agentmesh.journal.types import (
+    Accepted,
+    Claimed,
+    NextSteps,
+    RunSpec,
+    StepPlan,
+    TaskMessage,
+    advance_unit,
+    step_unit,
+)
 
 
 class Journals:
@@ -23,15 +31,15 @@ class Journals:
     WORKER: dict[str, Any] = {"worker": "w", "crew": "c", "crew_version": ""}
 
     @staticmethod
-    def wire(unit: str) -> Wire:
-        return Wire("q", f"{unit}#", "")
+    def wire(unit: str) -> TaskMessage:
+        return TaskMessage("q", f"{unit}#", "")
 
     def spec(self, run_id: str, task: Any = "t") -> RunSpec:
         return RunSpec(run_id, "c", "", "A", task, wire=self.wire(advance_unit(run_id)))
 
-    def lone(self, run_id: str, n: int = 1) -> Next:
-        return Next(
-            [Plan(StepPlanned(n=n, kind="Call", name="f", digest="d"), "queued", self.wire(step_unit(run_id, n)))]
+    def lone(self, run_id: str, n: int = 1) -> NextSteps:
+        return NextSteps(
+            [StepPlan(StepPlanned(n=n, kind="Call", name="f", digest="d"), "queued", self.wire(step_unit(run_id, n)))]
         )
 
     @staticmethod
@@ -53,7 +61,7 @@ class Journals:
         unit = step_unit(run_id, 1)
         claimed = await journal.claim(unit, token=run_id, version=0, **self.WORKER)
         assert isinstance(claimed, Claimed), claimed
-        nxt = Next(end=RunDone(value=value))
+        nxt = NextSteps(end=RunDone(value=value))
         event = StepDone(n=1, value=value)
         done = await journal.commit(
             unit, fence=claimed.fence, event=event, version=claimed.version, next=nxt, charge={"turns": 1}
@@ -85,8 +93,8 @@ class Alike:
         self, tables: Tables, now: int, name: str, args: dict[str, Any], *, seed: int
     ) -> tuple[tuple[dict[str, Any], list[str]], list[str]]:
         """The reply of both, and the units for which both sent messages."""
-        store = Store(tables, now)
-        head, lines = tend.ALL[name](store, args)
+        store = Transaction(tables, now)
+        head, lines = maintenance.ALL_VERBS[name](store, args)
         text, sha = script(name)
         given = (1, self._prefix, json.dumps(args), str(now), "0")
         try:

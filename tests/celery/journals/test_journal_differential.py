@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh.journals.tables import Tables
+from agentmesh.journal.transaction import Tables
 from agentmesh.testing.simulation import Faults, World
 
 
@@ -60,7 +60,7 @@ def test_a_retry_is_carried_alike(alike: Any) -> None:
         def work(run: str, rng: random.Random = rng, world: Any = world) -> None:
             for n in range(1, 7):
                 if rng.random() < 0.3:
-                    do("tell", {"run": run, "kind": "Approved", "event": '{"e":"Approved"}', "n": n})
+                    do("signal", {"run": run, "kind": "Approved", "event": '{"e":"Approved"}', "n": n})
                 who = {"worker": "w", "token": f"{run}{n}", "ttl": 3_000, "version": 0, "crew": "c", "crew_version": ""}
                 claimed = do("claim", {"unit": f"s|{run}|{n}", **who})
                 if "ok" in claimed and rng.random() < 0.5:
@@ -73,7 +73,7 @@ def test_a_retry_is_carried_alike(alike: Any) -> None:
         begun = {"spec": alike.spec("r0") | {"on_limit": "hold"}, "started": '{"e":"RunStarted"}', "digest": "d"}
         do("begin", {"run": "r0", **begun, "next": gather("r0", [1, 2, 3, 4, 5, 6])})
         work("r0")
-        do("tell", {"run": "r0", "kind": "RunCancelled", "event": '{"e":"RunCancelled"}', "n": 0})
+        do("signal", {"run": "r0", "kind": "RunCancelled", "event": '{"e":"RunCancelled"}', "n": 0})
         world.now += 4_000
         do("sweep", {"worker": "v", "limit": 50, "ttl": 3_000, "empty": []})
         kept = [n for n in range(1, 7) if rng.random() < 0.3]

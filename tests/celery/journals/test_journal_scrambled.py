@@ -3,10 +3,10 @@
 import random
 from typing import Any
 
-from agentmesh.journals.tables import Tables
+from agentmesh.journal.transaction import Tables
 
-VERBS = ("begin", "claim", "renew", "release", "commit", "plan", "hold", "tell", "sweep", "told")
-OFTEN = ("claim", "claim", "commit", "commit", "plan", "tell")
+VERBS = ("begin", "claim", "renew", "release", "commit", "plan", "hold", "signal", "sweep", "notified")
+OFTEN = ("claim", "claim", "commit", "commit", "plan", "signal")
 
 
 class Scramble:
@@ -196,7 +196,7 @@ class Scramble:
         unit, fence, _ = self.lease(self.rng.choice("as"))
         return {"unit": unit, "fence": fence, "why": self.rng.choice(["replay", "in_doubt"])}
 
-    def tell(self) -> dict[str, Any]:
+    def signal(self) -> dict[str, Any]:
         rng, run, n = self.rng, self.rng.choice(self.runs), self.rng.randint(0, 9)
         held = sorted(self.tables.zsets["held"])
         if held and rng.random() < 0.8:
@@ -235,7 +235,7 @@ class Scramble:
         out |= {"look": 1} if rng.random() < 0.6 else {}
         return out | ({"boot": rng.choice("bbbc")} if rng.random() < 0.3 else {})
 
-    def told(self) -> dict[str, Any]:
+    def notified(self) -> dict[str, Any]:
         return {"run": self.rng.choice(self.runs)}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from agentmesh.errors import JournalError
-from agentmesh.event import LimitRaised, RunDone, StepDone, StepRetried
-from agentmesh.journals.redis import RedisJournal
-from agentmesh.ports import Accepted, Claimed, Next, Refused, Sent, Token, step_unit
+from agentmesh.journal.events import LimitRaised, RunDone, StepDone, StepRetried
+from agentmesh.journal.redis import RedisJournal
+from agentmesh.journal.types import Accepted, Claimed, NextSteps, OutboxMessage, Refused, Token, step_unit
 
 MEBI = 1024 * 1024
 LARGE = 64 * 1024
@@ -37,9 +37,9 @@ def test_a_run_is_kept_and_its_messages_are_pushed(valkey: Any, journals: Any) -
 
 
 def test_messages_for_another_broker_are_handed_over(valkey: Any, journals: Any) -> None:
-    sent: list[Sent] = []
+    sent: list[OutboxMessage] = []
     journals.on(valkey, lambda journal: journals.whole_run(journal, "r"), push=False, send=sent.append)
-    assert sent == [Sent("q", "s|r|1#1")]
+    assert sent == [OutboxMessage("q", "s|r|1#1")]
     with journals.client(valkey) as c:
         assert not c.exists("q")
 
@@ -111,7 +111,7 @@ def test_a_turn_told_twice_is_told_once(valkey: Any, journals: Any) -> None:
         for again in (False, True):
             answer = await journal.commit(unit, fence=claimed.fence, event=turn, charge={"tokens": 5})
             assert isinstance(answer, Accepted)
-            assert answer.again is again
+            assert answer.is_repeat is again
         head = await journal.head("r")
         assert head is not None
         assert head.tokens == 5
@@ -134,7 +134,7 @@ def test_a_limit_that_is_lifted_holds_nobody(valkey: Any, journals: Any) -> None
         refused = await journal.claim(unit, token="u", version=0, ask=True, **journals.WORKER)
         assert isinstance(refused, Refused)
         assert [(held.key, held.why) for held in await journal.waiting("r")] == [("1", "limit:tokens")]
-        assert isinstance(await journal.tell("r", LimitRaised(limits={"tokens": None})), Accepted)
+        assert isinstance(await journal.signal("r", LimitRaised(limits={"tokens": None})), Accepted)
         assert isinstance(await journal.claim(unit, token="v", version=0, ask=True, **journals.WORKER), Claimed)
 
     journals.on(valkey, story)
@@ -201,7 +201,7 @@ def test_large_values_lie_beside_the_journal_and_die_with_their_run(valkey: Any,
             fence=claimed.fence,
             event=StepDone(n=1, value=value),
             version=claimed.version,
-            next=Next(end=RunDone(value=value)),
+            next=NextSteps(end=RunDone(value=value)),
         )
         events = await journal.events("r")
         assert [getattr(e, "value", None) for e in events] == [None, None, value, value]
@@ -235,7 +235,7 @@ def test_a_blob_deleted_by_hand_is_missed_by_name(valkey: Any, journals: Any) ->
         await journals.whole_run(journal, "r", "x" * LARGE * 2)
         with journals.client(valkey) as c:
             c.delete(*c.keys("agentmesh:blob:*"))
-        with pytest.raises(JournalError, match="a large value of run r is gone"):
+        with pytest.raises(JournalError, match="a large value of run r is missing"):
             await journal.events("r")
 
     journals.on(valkey, story)

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from agentmesh.errors import JournalError, ServiceDown
-from agentmesh.event import StepRetried
-from agentmesh.journal import Swept
-from agentmesh.journals.redis import RedisJournal
-from agentmesh.ports import Claimed, Refused, step_unit
+from agentmesh.journal.events import StepRetried
+from agentmesh.journal.journal import SweepResult
+from agentmesh.journal.redis import RedisJournal
+from agentmesh.journal.types import Claimed, Refused, step_unit
 
 
 def restart(valkey: Any) -> None:
@@ -64,7 +64,7 @@ def test_a_sweep_sees_for_itself_that_a_message_is_lost(valkey: Any, journals: A
     async def story(journal: RedisJournal) -> None:
         nonlocal now
 
-        async def after(ms: int) -> Swept:
+        async def after(ms: int) -> SweepResult:
             nonlocal now
             now += ms
             return await journal.sweep("w", look=True)
@@ -73,7 +73,7 @@ def test_a_sweep_sees_for_itself_that_a_message_is_lost(valkey: Any, journals: A
             await journal.begin(journals.spec("r"), journals.lone("r"))
             assert [(await after(ms)).count for ms in (0, 700, 700, 700)] == [0] * 4  # the message waits
             assert broker.rpop("q") == "s|r|1#1"
-            assert [await after(ms) for ms in (100, 900)] == [Swept(0), Swept(0)]
+            assert [await after(ms) for ms in (100, 900)] == [SweepResult(0), SweepResult(0)]
             assert (await after(100)).count == 1
             assert broker.rpop("q") == "s|r|1#2"
             now += 60_000  # nobody looks: who knows what was in it meanwhile
@@ -87,18 +87,18 @@ def test_a_sweep_says_how_long_it_can_wait_and_leaves_its_turn_to_who_has_work(v
 
     async def story(journal: RedisJournal) -> None:
         nonlocal now
-        assert await journal.sweep("w") == Swept(0, 2_000)
-        assert await journal.sweep("v") == Swept(0, 2_000)
+        assert await journal.sweep("w") == SweepResult(0, 2_000)
+        assert await journal.sweep("v") == SweepResult(0, 2_000)
         await journal.begin(journals.spec("r"), journals.lone("r"))
-        assert await journal.sweep("w") == Swept(0)
-        assert await journal.sweep("v") == Swept(0, 3_000, mine=False)
+        assert await journal.sweep("w") == SweepResult(0)
+        assert await journal.sweep("v") == SweepResult(0, 3_000, mine=False)
         unit = step_unit("r", 1)
         claimed = await journal.claim(unit, token="t", version=0, **journals.WORKER)
         assert isinstance(claimed, Claimed)
-        assert await journal.sweep("w") == Swept(0)
+        assert await journal.sweep("w") == SweepResult(0)
         event = StepRetried(n=1, error={"type": "ToolError", "message": "no"}, after_ms=700)
         await journal.commit(unit, fence=claimed.fence, event=event)
-        assert await journal.sweep("w") == Swept(0, 700)
+        assert await journal.sweep("w") == SweepResult(0, 700)
         now += 700
         assert (await journal.sweep("v")).count == 1
 
@@ -132,7 +132,7 @@ def test_no_lease_expires_for_one_term_after_the_server_was_away(valkey: Any, jo
 def test_a_server_that_was_never_there_is_named(tmp_path: Any) -> None:
     async def story() -> None:
         journal = RedisJournal("redis://:secret@127.0.0.1:1/0", patience_s=0.05)
-        with pytest.raises(ServiceDown, match=r"no journal answers at redis://127\.0\.0\.1:1/0") as caught:
+        with pytest.raises(ServiceDown, match=r"no journal server responds at redis://127\.0\.0\.1:1/0") as caught:
             await journal.head("r")
         assert "secret" not in str(caught.value)
         await journal.close()

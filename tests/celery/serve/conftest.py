@@ -15,10 +15,10 @@ from typing import Any
 import openai
 import pytest
 
-from agentmesh.celery.loop import drive
-from agentmesh.journals.redis import RedisJournal
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.journal.redis import RedisJournal
 from agentmesh.testing import FakeOpenAI, ValkeyServer, says, uses
-from agentmesh.testing.servers import a_server
+from agentmesh.testing.servers import running_server
 
 CREW = """
 from pydantic import BaseModel
@@ -110,7 +110,7 @@ class Served:
                 return error.code, json.load(error)["error"]
 
     def events(self, run_id: str) -> list[Any]:
-        return drive(self.journal.events(run_id))
+        return run_sync(self.journal.events(run_id))
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         self.process.send_signal(number)
@@ -119,14 +119,14 @@ class Served:
 
     def close(self) -> None:
         self.client.close()
-        drive(self.journal.close())
+        run_sync(self.journal.close())
         if self.process.poll() is None:
             self.stop()
 
 
 @pytest.fixture(scope="module")
 def _served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with a_server(ValkeyServer) as valkey, FakeOpenAI(answer) as model:
+    with running_server(ValkeyServer) as valkey, FakeOpenAI(answer) as model:
         it = Served(tmp_path_factory.mktemp("serve"), valkey, model, "--embed", "wordllama")
         yield it
         it.close()

@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 
-from agentmesh.event import StepDone
+from agentmesh.journal.events import StepDone
 from agentmesh.message import Usage
 from agentmesh.testing import Fault
 

@@ -12,10 +12,10 @@ import aiohttp
 import openai
 import pytest
 
-from agentmesh.celery.loop import drive
-from agentmesh.event import RunCancelled
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.journal.events import RunCancelled
 from agentmesh.testing import FakeOpenAI, Fault, ValkeyServer
-from agentmesh.testing.servers import a_server
+from agentmesh.testing.servers import running_server
 
 RUN = "x-agentmesh-run"
 Eventually = Callable[..., None]
@@ -35,12 +35,12 @@ class Two:
         return sum(r.body["messages"][-1]["content"] == word for r in self.model.requests)
 
     def open(self) -> list[str]:
-        return [r.id for r in drive(self.journal.runs(limit=200)) if r.status == "open"]
+        return [r.id for r in run_sync(self.journal.runs(limit=200)) if r.status == "open"]
 
 
 @pytest.fixture(scope="module")
 def _two(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
-    with a_server(ValkeyServer) as valkey, FakeOpenAI(serve.answer) as model, ExitStack() as stack:
+    with running_server(ValkeyServer) as valkey, FakeOpenAI(serve.answer) as model, ExitStack() as stack:
         made = []
         for args in ((), ("--processes", "0")):
             made.append(serve(tmp_path_factory.mktemp("two"), valkey, model, *args, AGENTMESH_DRAIN_S="1"))
@@ -106,7 +106,7 @@ def test_what_a_person_has_cancelled_stays_so(two: Two, eventually: Eventually) 
     asks.start()
     eventually(lambda: two.asked("person") == 1)
     (run_id,) = two.open()
-    drive(two.journal.tell(run_id, RunCancelled(by="ana")))
+    run_sync(two.journal.signal(run_id, RunCancelled(by="ana")))
     asks.join()
     assert caught[0].code == "run_cancelled"
 
@@ -127,7 +127,7 @@ def test_clients_that_leave_while_their_streams_begin_leave_no_run_open(two: Two
 
     asyncio.run(storm())
     eventually(lambda: not two.open())
-    eventually(lambda: not drive(two.journal.counts()).leased)
+    eventually(lambda: not run_sync(two.journal.counts()).leased)
 
 
 DESK = json.dumps(

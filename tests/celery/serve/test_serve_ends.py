@@ -16,15 +16,15 @@ from typing import Any
 import openai
 import pytest
 
-from agentmesh.celery.loop import drive
-from agentmesh.event import RunCancelled
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.journal.events import RunCancelled
 from agentmesh.testing import FakeOpenAI, Fault, ValkeyServer
 from agentmesh.testing.hosts import children
 
 
 def run_of(served: Any, text: str) -> Any:
     """The newest run that was asked this."""
-    runs = drive(served.journal.runs(limit=200))
+    runs = run_sync(served.journal.runs(limit=200))
     return next(r for r in runs if text in json.dumps(served.events(r.id)[0].task))
 
 
@@ -39,7 +39,7 @@ def test_a_client_that_leaves_cancels_its_run(served: Any, stream: bool, eventua
     eventually(lambda: any(r.body["messages"][-1]["content"] == text for r in served.model.requests))
     left = run_of(served, text)
     leaves.close()
-    eventually(lambda: drive(served.journal.head(left.id)).status == "cancelled")
+    eventually(lambda: run_sync(served.journal.head(left.id)).status == "cancelled")
     (end,) = [e for e in served.events(left.id) if isinstance(e, RunCancelled)]
     assert end.by == "its client"
     # the same key again takes it up where it was
@@ -88,7 +88,9 @@ def test_a_model_that_refuses(served: Any) -> None:
 
 
 def test_a_run_that_waits_for_a_person(served: Any) -> None:
-    with pytest.raises(openai.ConflictError, match=r"waits for somebody: .* step 2 \(refund\): approve") as caught:
+    with pytest.raises(
+        openai.ConflictError, match=r"is waiting for a decision: .* step 2 \(refund\): approve"
+    ) as caught:
         served.ask("pay me", model="Payer")
     assert caught.value.code == "run_waiting"
     assert run_of(served, "pay me").status == "open"
@@ -159,8 +161,8 @@ def test_ctrl_c_leaves_runs_resumable(tmp_path: Path, valkey: ValkeyServer, even
         asks.join()
         assert (code, "runs resume ID" in said) == (130, True)
         assert (caught[0].status_code, caught[0].code) == (503, "server_stops")
-        (run_id,) = re.findall(r"run (\w+) goes on", caught[0].message)
-        assert drive(it.journal.head(run_id)).status == "open"
+        (run_id,) = re.findall(r"run (\w+) continues", caught[0].message)
+        assert run_sync(it.journal.head(run_id)).status == "open"
         model._latency_s = 0.0
         argv = [sys.executable, "-m", "agentmesh.cli.main", "runs", "resume", run_id]
         done = subprocess.run(argv, cwd=tmp_path, env=it.env, capture_output=True, text=True, timeout=40)

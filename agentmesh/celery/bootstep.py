@@ -1,0 +1,75 @@
+"""What makes any Celery worker of an app a worker of its crews: a bootstep, added to the app and not to its conf."""
+
+import asyncio
+import os
+from typing import Any
+
+from celery import Celery, bootsteps
+from celery.signals import worker_shutdown
+from celery.utils.log import get_logger
+
+from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.mesh_runtime import MeshRuntime
+from agentmesh.celery.rabbitmq import declare_as_ours, on_rabbit
+from agentmesh.celery.tasks import StepTask
+from agentmesh.errors import MeshError
+
+logger = get_logger("agentmesh.worker")
+
+RELEASE_TIMEOUT_S = 3.0
+
+
+class HousekeepingStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
+    """Renews and sweeps in a worker's main process, for the crews whose queues it consumes.
+
+    Children of a prefork pool hold leases of their own, which they renew; the main process hears when one dies.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        self.meshes: list[MeshRuntime] = []
+        self._pids: list[int] = []
+        super().__init__(worker, **kwargs)
+
+    def include_if(self, worker: Any) -> bool:
+        """Not in the worker thread of a mesh's own, which brings its tender along."""
+        return not getattr(worker, "is_tended", False)
+
+    def start(self, worker: Any) -> None:
+        """Once the pool's processes are there."""
+        consumed = set(worker.app.amqp.queues.consume_from)
+        for home in worker.app.tasks[StepTask.name].meshes.values():
+            if ours := consumed.intersection(home.broker_queues()):
+                for queue in ours if on_rabbit(worker.app) else ():
+                    declare_as_ours(worker.app.amqp.queues[queue])
+                home.start_housekeeping()
+                self.meshes.append(home)
+                logger.info("housekeeping for crew %r as %s", home.crew.name, home.lease_name(os.getpid()))
+        # The pool drains after this step's `stop`: whoever renews its leases must outlive it.
+        worker_shutdown.connect(self._ended, sender=worker)
+
+    def close(self, worker: Any) -> None:
+        """The pool is about to drain."""
+        self._pids = [pid for pid in worker.pool.info.get("processes", ()) if isinstance(pid, int)]
+
+    def stop(self, worker: Any) -> None:
+        """Nothing yet; see `start`."""
+
+    def terminate(self, worker: Any) -> None:
+        """A cold shutdown: what is cut off goes on elsewhere when its lease has run out."""
+        for home in self.meshes:
+            home.stop_housekeeping()
+
+    def _ended(self, **_: Any) -> None:
+        for home in self.meshes:
+            home.stop_housekeeping()
+            try:
+                run_sync(asyncio.wait_for(home.release_processes([os.getpid(), *self._pids]), RELEASE_TIMEOUT_S))
+            except (OSError, MeshError) as e:
+                logger.warning("could not release the worker's leases (%s); they expire on their own", e)
+
+
+def add_bootstep(app: Celery) -> None:
+    """Every worker of this app tends from now on; the app's conf is not touched."""
+    app.steps["worker"].add(HousekeepingStep)

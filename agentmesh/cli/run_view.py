@@ -1,0 +1,251 @@
+"""Following a run's whole tree, and what a person sees of it: a live tree, plain lines, or JSON."""
+
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from rich.tree import Tree
+
+from agentmesh.journal.events import ENDS, Event, RunDone, RunStarted, StepDone, StepFailed, StepPlanned, StepRetried
+from agentmesh.journal.journal import Journal
+from agentmesh.journal.types import Token
+from agentmesh.schema import to_json
+
+POLL_S = 0.1
+
+
+async def follow(journal: Journal, run_id: str) -> AsyncIterator[tuple[str, Event]]:
+    """Each event of the tree with its run, until the root's end; parents before children."""
+    seen: dict[str, int] = {}
+    over: set[str] = set()
+    while run_id not in over:
+        for member in await journal.tree(run_id):
+            if member in over:
+                continue
+            for event in await journal.events(member, after=seen.get(member, 0)):
+                seen[member] = seen.get(member, 0) + 1
+                if isinstance(event, ENDS):
+                    over.add(member)
+                yield member, event
+        if run_id not in over:
+            await journal.watch(run_id, version=seen.get(run_id, 0), timeout_s=POLL_S)
+
+
+@dataclass(slots=True)
+class Line:
+    """One run of the tree, as it is shown."""
+
+    run_id: str
+    agent: str
+    task: str = ""
+    planned: int = 0
+    ended: int = 0
+    doing: dict[int, str] = field(default_factory=dict)
+    tokens: int = 0
+    batch: int = 0
+    turns: int = 0
+    retries: int = 0
+    status: str = "open"
+    started_ms: int = 0
+    ended_ms: int = 0
+    said: str = ""
+
+    @property
+    def depth(self) -> int:
+        """0 for the root."""
+        return self.run_id.count("/")
+
+
+class TreeState:
+    """Where the tree stands, made from its events."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, Line] = {}
+        self.began = time.monotonic()
+
+    def add(self, run_id: str, event: Event) -> None:
+        """Take one more event in."""
+        if isinstance(event, RunStarted):
+            task = event.task if isinstance(event.task, str) else str(event.task)
+            self.lines[run_id] = Line(run_id, event.agent, " ".join(task.split())[:60], started_ms=event.at_ms)
+            return
+        line = self.lines[run_id]
+        if isinstance(event, StepPlanned):
+            line.planned += 1
+            line.doing[event.n] = f"{event.kind} {event.name}"
+        elif isinstance(event, StepDone | StepFailed):
+            line.ended += 1
+            line.doing.pop(event.n, None)
+            line.tokens += int(event.usage.get("in", 0) + event.usage.get("out", 0))
+            line.batch = max(line.batch, int(event.usage.get("batch", 0)))
+            line.turns += 1 if event.usage else 0
+        elif isinstance(event, StepRetried):
+            line.retries += 1
+        elif isinstance(event, ENDS):
+            line.status = {"RunDone": "done", "RunFailed": "failed"}.get(type(event).__name__, "cancelled")
+            line.ended_ms, line.said = event.at_ms, ""
+            line.doing.clear()
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole tree."""
+        return sum(line.tokens for line in self.lines.values())
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since watching began."""
+        return time.monotonic() - self.began
+
+
+def describe_event(run_id: str, event: Event) -> str:
+    """An event in one plain line."""
+    name = type(event).__name__
+    n = getattr(event, "n", None)
+    parts = [f"{run_id:<14} {name:<12}", f"{n:>3}" if n else "   "]
+    if isinstance(event, RunStarted):
+        parts.append(f"{event.agent}: {_short(event.task)}")
+    elif isinstance(event, StepPlanned):
+        parts.append(f"{event.kind} {event.name}" + (f" (gather {event.gather})" if event.gather else ""))
+    elif isinstance(event, StepDone):
+        together = f", {int(event.usage['batch'])} at once" if event.usage.get("batch", 0) > 1 else ""
+        tokens = int(event.usage.get("in", 0) + event.usage.get("out", 0))
+        used = f"  [{tokens} tokens{together}]" if event.usage.get("in") else ""
+        parts.append(_short(event.value) + used)
+    elif isinstance(event, RunDone):
+        parts.append(_short(event.value))
+    elif hasattr(event, "error"):
+        parts.append(f"{event.error['type']}: {event.error['message']}")
+    else:
+        details = {k: v for k, v in event.to_json().items() if k not in ("e", "n")}
+        parts.append(", ".join(f"{k} {v}" for k, v in details.items()))
+    return " ".join(parts).rstrip()
+
+
+def _short(value: object, most: int = 90) -> str:
+    if isinstance(value, dict) and "role" in value:
+        calls = ", ".join(c[1] for c in value.get("tool_calls", ()))
+        value = f"calls {calls}" if calls else value.get("text", "")
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+# ---- What a person sees of a run while it goes --------------------------------------------------
+
+MARKS = {"open": ("●", "cyan"), "done": ("✔", "green"), "failed": ("✘", "red"), "cancelled": ("■", "yellow")}
+SHOWN_TAIL = 70
+
+
+class View(Protocol):
+    """Shows events and live text until it is closed."""
+
+    def event(self, run_id: str, event: Event) -> None: ...
+    def token(self, token: Token) -> None: ...
+    def note(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonView:
+    """Each event as one JSON object a line."""
+
+    def event(self, run_id: str, event: Event) -> None:
+        """One line."""
+        print(json.dumps({"run": run_id, "at_ms": event.at_ms, **event.to_json()}, ensure_ascii=False), flush=True)
+
+    def token(self, token: Token) -> None:
+        """Not shown."""
+
+    def note(self, text: str) -> None:
+        """To the error stream."""
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+class PlainView(JsonView):
+    """Each event as one plain line, on the error stream: the answer alone goes to the output."""
+
+    def event(self, run_id: str, event: Event) -> None:
+        """One line."""
+        print(describe_event(run_id, event), file=sys.stderr, flush=True)
+
+
+class TreeView:
+    """A tree of agents with steps, tokens and time, redrawn in place."""
+
+    def __init__(self) -> None:
+        self._picture = TreeState()
+        self._notes: list[str] = []
+        self._live = Live(console=Console(stderr=True), get_renderable=self.draw, refresh_per_second=8, transient=False)
+        self._live.start()
+
+    def event(self, run_id: str, event: Event) -> None:
+        """Take it into the picture."""
+        self._picture.add(run_id, event)
+
+    def token(self, token: Token) -> None:
+        """The last words a run said."""
+        line = self._picture.lines.get(token.run_id)
+        if line is not None:
+            line.said = "" if token.kind == "retract" else (line.said + token.text)[-SHOWN_TAIL:]
+
+    def note(self, text: str) -> None:
+        """A line below the tree."""
+        self._notes.append(text)
+
+    def close(self) -> None:
+        """Leave the last picture standing."""
+        self._live.stop()
+
+    def draw(self) -> Any:
+        """The picture as it is now."""
+        lines = list(self._picture.lines.values())
+        if not lines:
+            return Text("starting …")
+        nodes: dict[str, Tree] = {}
+        for line in sorted(lines, key=lambda x: [int(p) if p.isdigit() else 0 for p in x.run_id.split("/")]):
+            label = self._label(line)
+            parent = nodes.get(line.run_id.rpartition("/")[0])
+            nodes[line.run_id] = parent.add(label) if parent is not None else Tree(label)
+        root = next(iter(nodes.values()))
+        done = sum(line.ended for line in lines)
+        total = f"{done} steps · {self._picture.tokens} tokens · {self._picture.elapsed_s:.0f} s"
+        root.add(Text("  ".join([total, *self._notes]), style="dim"))
+        return root
+
+    def _label(self, line: Line) -> Text:
+        mark, colour = MARKS[line.status]
+        text = Text(f"{mark} {line.agent}", style=colour)
+        text.append(f"  {line.ended}/{line.planned}", style="dim")
+        if line.tokens:
+            together = f" ({line.batch} at once)" if line.batch > 1 else ""
+            text.append(f"  {line.tokens} tok{together}", style="dim")
+        if line.ended_ms:
+            text.append(f"  {(line.ended_ms - line.started_ms) / 1000:.1f} s", style="dim")
+        if line.retries:
+            text.append(f"  {line.retries} retried", style="yellow")
+        if line.status == "open" and line.said:
+            text.append(f"  {' '.join(line.said.split())}", style="italic")
+        elif line.task:
+            text.append(f"  {line.task}", style="dim")
+        return text
+
+
+def make_view(*, as_json: bool) -> View:
+    """The view that fits where the output goes."""
+    if as_json:
+        return JsonView()
+    return TreeView() if sys.stderr.isatty() else PlainView()
+
+
+def answer(value: Any, *, as_json: bool) -> None:
+    """The run's value on the output: text as it is, anything else as JSON."""
+    if as_json:
+        return  # RunDone said it
+    print(value if isinstance(value, str) else json.dumps(to_json(value), indent=2, ensure_ascii=False), flush=True)

@@ -1,0 +1,314 @@
+"""A role: instructions, model, tools, team, output type, flow. It has no state."""
+
+import inspect
+import json
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, cast, dataclass_transform
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from typing_extensions import TypeVar
+
+from agentmesh.definitions.step import Ask, Context, Delegate, Step
+from agentmesh.definitions.tool import Tool
+from agentmesh.errors import ApprovalDenied, DefinitionError, NameTaken, OutputInvalid, StepError, ToolError
+from agentmesh.message import Message, ToolCall, ToolSpec, system, tool_result, user
+from agentmesh.schema import canonical, explain, from_json, json_schema, summary, to_json
+
+Out = TypeVar("Out", default=str)
+AGENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+CODE_FENCE = re.compile(r"^\s*```[a-z]*\n(.*?)\n?```\s*$", re.DOTALL)
+
+
+@dataclass_transform(kw_only_default=True)
+class Agent(Generic[Out]):
+    """A role that a model plays, or plain code: subclass it.
+
+    Class attributes say what it is. Annotated attributes without a default, or with one, are typed fields: they are
+    given at construction and travel as JSON with a Delegate.
+
+    Args:
+        model: `provider:name`, an object with `ask`, or None for the crew's.
+        instructions: the system message; a property may compute it from fields.
+        tools: functions the model may call.
+        team: agents the model may delegate to.
+        options: temperature, max_tokens, seed, stop: given to the model as they are.
+        queue: where its model calls wait; "" is the model's own queue or the crew's first.
+        retries: how often a failed model call is tried again after what the model's client did itself.
+    """
+
+    model: ClassVar[Any] = None
+    instructions: ClassVar[Any] = ""
+    tools: ClassVar[Sequence[Tool[..., Any]]] = ()
+    team: ClassVar[Sequence["Agent[Any]"]] = ()
+    options: ClassVar[Mapping[str, Any]] = {}
+    queue: ClassVar[str] = ""
+    retries: ClassVar[int] = 3
+    timeout_s: ClassVar[float | None] = None
+    name: ClassVar[str] = "Agent"
+
+    output: ClassVar[Any] = str
+    task_type: ClassVar[Any] = str
+    _fields: ClassVar[type[BaseModel]]
+    _values: BaseModel
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+        if not AGENT_NAME.fullmatch(cls.name):
+            raise DefinitionError(f"agent name {cls.name!r} must be letters, digits and `_`, at most 64")
+        for base in getattr(cls, "__orig_bases__", ()):
+            if typing.get_origin(base) is not None and issubclass(typing.get_origin(base), Agent):
+                (cls.output,) = typing.get_args(base)
+        hints = _type_hints(cls)
+        cls._fields = _fields_model(cls, hints)
+        cls.task_type = _task_type(cls)
+        _check_output(cls)
+        _check_tools_and_team(cls)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            self.__dict__["_values"] = self._fields(**fields)
+        except ValidationError as e:
+            raise DefinitionError(f"{self.name}({', '.join(fields)}): {explain(e)}") from None
+        for name in self._fields.model_fields:
+            self.__dict__[name] = getattr(self._values, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"agent `{self.name}` has no state: make another with {name}={value!r}, or keep it in a tool"
+        )
+
+    def fields_json(self) -> dict[str, Any]:
+        """The typed fields as JSON."""
+        return self._values.model_dump(mode="json")
+
+    def on(self, task: Any = "") -> Step[Out]:
+        """The step that has this agent do a task, in a run of its own.
+
+        Raises:
+            DefinitionError: the task is not what the agent's flow takes.
+        """
+        return Delegate(self.name, self, self.task_json(task))
+
+    def task_json(self, task: Any) -> Any:
+        """A task as JSON.
+
+        Raises:
+            DefinitionError: it is not what the flow takes.
+        """
+        task_type = self.task_type
+        if task_type is str and not isinstance(task, str):
+            raise DefinitionError(
+                f"agent `{self.name}` takes text, not {type(task).__name__}; "
+                f"annotate `flow(self, task: {type(task).__name__}, ctx)` to take something else"
+            )
+        try:
+            return to_json(task, task_type)
+        except TypeError as e:
+            raise DefinitionError(f"the task of agent `{self.name}`: {e}") from None
+
+    # ---- the default flow ----------------------------------------------------------------------
+    def flow(self, task: Any, ctx: Context) -> Out:
+        """Ask, act on the tool calls together, ask again: written with the words every flow has."""
+        messages = ctx.messages = [*ctx.history, user(task if isinstance(task, str) else canonical(task))]
+        corrected = False
+        while True:
+            reply = ctx.do(self.ask(messages))
+            messages.append(reply)
+            if reply.tool_calls:
+                messages += self.call_tools(reply.tool_calls, ctx)
+                continue
+            try:
+                return self.parse_output(reply.text)
+            except OutputInvalid as e:
+                if corrected:
+                    raise
+                corrected = True
+                messages.append(user(f"{e.message}. Answer again, with the corrected JSON alone."))
+
+    def ask(self, messages: Sequence[Message], *, plain: bool = False) -> Ask:
+        """The step that asks this agent's model, with its instructions, tools and team.
+
+        Args:
+            plain: for words; else the answer is held to the agent's output type.
+        """
+        head = (system(self.instructions),) if self.instructions else ()
+        schema = None if plain else self.schema()
+        return Ask(
+            self.name, self.model or "", (*head, *messages), self.tool_specs(), schema, dict(self.options),
+            self.queue, self.retries, self.timeout_s,
+        )  # fmt: skip
+
+    def tool_specs(self) -> list[ToolSpec]:
+        """The tools and the team as the model sees them."""
+        cached: list[ToolSpec] | None = self.__dict__.get("_specs")
+        if cached is None:
+            cached = self.__dict__["_specs"] = [t.spec for t in self.tools] + [a.as_tool() for a in self.team]
+        return cached
+
+    def schema(self) -> dict[str, Any] | None:
+        """The JSON Schema of the answer's text; None for plain text. What is no object is wrapped as `value`."""
+        if self.output is str:
+            return None
+        schema = json_schema(self.output)
+        return schema if _is_object(schema) else _wrap_schema(schema)
+
+    def as_tool(self) -> ToolSpec:
+        """This agent as its team's leader sees it."""
+        about = summary(inspect.getdoc(type(self)) or "") if type(self).__doc__ else ""
+        task = {"type": "string", "description": "what to do, with all it needs to know"}
+        if self.task_type is not str:
+            task = json_schema(self.task_type)
+        parameters = {
+            "type": "object",
+            "properties": {"task": task},
+            "required": ["task"],
+            "additionalProperties": False,
+        }
+        return ToolSpec(self.name, about or f"Delegate to {self.name}.", parameters)
+
+    def call_tools(self, calls: Sequence[ToolCall], ctx: Context) -> list[Message]:
+        """What came of the calls a model asked for together: one message each, in order."""
+        steps = [self.step_for(call) for call in calls]
+        ended = iter(ctx.gather([s for s in steps if isinstance(s, Step)], errors=True))
+        texts = [_outcome_text(next(ended)) if isinstance(s, Step) else s for s in steps]
+        return [tool_result(call, text) for call, text in zip(calls, texts, strict=True)]
+
+    def step_for(self, call: ToolCall) -> Step[Any] | str:
+        """The step that a model's call asks for, or what to tell the model is wrong with it."""
+        try:
+            for tool in self.tools:
+                if tool.name == call.name:
+                    return tool.call_from_json(call.arguments)
+            for member in self.team:
+                if member.name == call.name:
+                    task = json.loads(call.arguments or "{}")["task"]
+                    return member.on(from_json(task, member.task_type))
+        except ValidationError as e:
+            return f"error: {explain(e)}; call {call.name} again"
+        except (ValueError, TypeError, KeyError, DefinitionError) as e:
+            missing = "it needs `task`" if isinstance(e, KeyError) else str(e)
+            return f"error: {missing}; call {call.name} again"
+        names = ", ".join(s.name for s in self.tool_specs())
+        return f"error: there is no tool {call.name!r}; there are: {names or 'none'}"
+
+    def parse_output(self, text: str) -> Out:
+        """The model's last text as the agent's output type.
+
+        Raises:
+            OutputInvalid: it is not one.
+        """
+        if self.output is str:
+            return cast(Out, text)
+        fenced = CODE_FENCE.match(text)
+        try:
+            data = json.loads(fenced.group(1) if fenced else text)
+            if not _is_object(json_schema(self.output)):
+                data = data["value"]
+            return cast(Out, from_json(data, self.output))
+        except ValidationError as e:
+            raise OutputInvalid(
+                f"the answer of `{self.name}` is not a {_type_name(self.output)}: {explain(e)}"
+            ) from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise OutputInvalid(f"the answer of `{self.name}` is not JSON for {_type_name(self.output)}: {e}") from None
+
+
+def _outcome_text(ended: Any) -> str:
+    """What a model is told of a step's end; a failure that is not for a model goes up."""
+    if isinstance(ended, StepError):
+        if isinstance(ended, ApprovalDenied) or (isinstance(ended, ToolError) and ended.again):
+            return ended.message
+        raise ended
+    return ended if isinstance(ended, str) else canonical(to_json(ended))
+
+
+def _type_hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls, include_extras=True)
+    except NameError as e:
+        raise DefinitionError(f"agent `{cls.__name__}`: {e}") from None
+
+
+def _fields_model(cls: type["Agent[Any]"], hints: dict[str, Any]) -> type[BaseModel]:
+    """The typed fields of an agent: what its classes annotate beyond Agent's own words."""
+    definitions: dict[str, Any] = {}
+    for name, hint in hints.items():
+        if name.startswith("_") or name in Agent.__annotations__ or typing.get_origin(hint) is ClassVar:
+            continue
+        default = getattr(cls, name, ...)
+        definitions[name] = (hint, default)
+    try:
+        return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", frozen=True), **definitions)
+    except Exception as e:
+        raise DefinitionError(
+            f"agent `{cls.__name__}`: its fields have no JSON form: {str(e).splitlines()[0]}"
+        ) from None
+
+
+def _task_type(cls: type["Agent[Any]"]) -> Any:
+    """The type of the flow's second parameter; text for the default flow and where nothing is said."""
+    if cls.flow is Agent.flow:
+        return str
+    parameters = list(inspect.signature(cls.flow).parameters)
+    if len(parameters) != 3:
+        raise DefinitionError(
+            f"agent `{cls.__name__}`: a flow is `def flow(self, task, ctx)`; this one takes {parameters}"
+        )
+    if inspect.iscoroutinefunction(cls.flow) or inspect.isgeneratorfunction(cls.flow):
+        raise DefinitionError(
+            f"agent `{cls.__name__}`: a flow is a plain `def`; its waiting is done by ctx.do and ctx.gather"
+        )
+    try:
+        return typing.get_type_hints(cls.flow).get(parameters[1], str)
+    except NameError as e:
+        raise DefinitionError(f"agent `{cls.__name__}`, flow: {e}") from None
+
+
+def _check_output(cls: type["Agent[Any]"]) -> None:
+    if isinstance(cls.output, TypeVar | typing.TypeVar):
+        return  # a generic agent: its subclass says which
+    try:
+        json_schema(cls.output)
+    except Exception as e:
+        raise DefinitionError(
+            f"agent `{cls.__name__}`: its output {_type_name(cls.output)} has no JSON Schema: {str(e).splitlines()[0]}"
+        ) from None
+
+
+def _check_tools_and_team(cls: type["Agent[Any]"]) -> None:
+    seen: set[str] = set()
+    for act in [*cls.tools, *cls.team]:
+        if isinstance(act, type) and issubclass(act, Agent):
+            raise DefinitionError(
+                f"agent `{cls.__name__}`: team has the class {act.__name__}; write `{act.__name__}()`"
+            )
+        if not isinstance(act, Tool | Agent):
+            raise DefinitionError(f"agent `{cls.__name__}`: {act!r} is not a tool{_langchain_advice(act)}")
+        if act.name in seen:
+            raise NameTaken(f"agent `{cls.__name__}` has two tools or team members named {act.name!r}; rename one")
+        seen.add(act.name)
+
+
+def _langchain_advice(act: Any) -> str:
+    module = type(act).__module__.partition(".")[0]
+    if module.startswith("langchain"):
+        return "; write `agentmesh.langchain.as_tool(it)`"
+    return f"; write `@tool` above `def {act.__name__}`" if inspect.isfunction(act) else ""
+
+
+def _is_object(schema: Mapping[str, Any]) -> bool:
+    return schema.get("type") == "object" or "$ref" in schema
+
+
+def _wrap_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    defs = schema.pop("$defs", None)
+    out = {"type": "object", "properties": {"value": schema}, "required": ["value"], "additionalProperties": False}
+    return {**out, "$defs": defs} if defs else out
+
+
+def _type_name(kind: Any) -> str:
+    return getattr(kind, "__name__", None) or str(kind)

@@ -1,0 +1,264 @@
+"""The agents of one program with their queues and limits; every name is checked here, once."""
+
+import hashlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.limits import Limits
+from agentmesh.definitions.passthrough import Passthrough
+from agentmesh.definitions.queue import EMBED_QUEUE, LANES, Queue, Servers, Suspects
+from agentmesh.definitions.schedule import Schedule
+from agentmesh.definitions.tool import Tool
+from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
+
+CREW_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+DEFAULT_QUEUE = "main"
+
+
+class Crew:
+    """What a program declares: its agents (the first one leads), closed over `team`.
+
+    Args:
+        name: of the broker queues `agentmesh.NAME.QUEUE`; the file's stem when left out.
+        model: for agents that name none.
+        queues: the first is where steps go that name none; `Queue("main")` when left out.
+        schedules: what runs by itself, where `--beat` or `celery beat` runs.
+        version: declared by hand; a worker takes runs of its own version alone.
+        deps: given to tools as `ToolContext.deps`.
+        extensible: agents that a flow delegates to are added; for a crew whose one process does everything.
+
+    Raises:
+        NameTaken: two different agents, or two tools, of one name.
+        UnknownName: an agent or tool names a queue that the crew does not have.
+    """
+
+    def __init__(
+        self, lead: Agent[Any], *agents: Agent[Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
+        limits: Limits | None = None, schedules: Sequence[Schedule] = (), version: str = "", deps: Any = None, extensible: bool = False,
+    ) -> None:  # fmt: skip
+        self.lead, self.model, self.version, self.deps, self.extensible = lead, model, version, deps, extensible
+        self.limits = limits or Limits()
+        self.file = _caller_file(inspect.currentframe())
+        self.name = name or _default_name(self.file)
+        if not CREW_NAME.fullmatch(self.name):
+            raise DefinitionError(f"crew name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
+        self.queues = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
+        if len(self.queues) < len(queues):
+            raise NameTaken(
+                f"crew {self.name!r} has several queues with the same name: {', '.join(q.name for q in queues)}"
+            )
+        self._check_devices()
+        self.agents: dict[str, Agent[Any]] = {}
+        self.tools: dict[str, Tool[..., Any]] = {}
+        for agent in (lead, *agents, *(s.agent for s in schedules)):
+            self._add(agent)
+        self.schedules = {s.name: s for s in schedules}
+        if len(self.schedules) < len(schedules):
+            raise NameTaken(f"crew {self.name!r} has several schedules with the same name; set `name` in one of them")
+
+    @property
+    def queue(self) -> str:
+        """The first queue: where steps go that name none."""
+        return next(iter(self.queues))
+
+    def _add(self, agent: Agent[Any]) -> None:
+        if isinstance(agent, type):
+            raise DefinitionError(
+                f"crew {self.name!r} was given the class {agent.__name__}; write `{agent.__name__}()`"
+            )
+        if not isinstance(agent, Agent):
+            raise DefinitionError(f"crew {self.name!r} was given {agent!r}, which is not an Agent")
+        if agent.name == Passthrough.name:
+            raise NameTaken(
+                f"crew {self.name!r} has an agent named {agent.name!r}, which is reserved; choose another name"
+            )
+        existing = self.agents.get(agent.name)
+        if existing is not None and type(existing) is not type(agent) and not _is_redefinition(existing, agent):
+            raise NameTaken(
+                f"two agents are named {agent.name!r} ({_defined_at(existing)} and {_defined_at(agent)}); set `name` in one of them"
+            )
+        self.agents[agent.name] = agent
+        if existing is not None and type(existing) is type(agent):
+            return
+        self._check_queue(f"agent `{agent.name}`", agent.queue)
+        self._check_model(agent)
+        for tool in agent.tools:
+            same = self.tools.setdefault(tool.name, tool)
+            if same is not tool and same.func.__qualname__ != tool.func.__qualname__:
+                raise NameTaken(f"two tools are named {tool.name!r}; give one of them another with `@tool(name=…)`")
+            self._check_queue(f"tool `{tool.name}`", tool.queue)
+        for member in agent.team:
+            self._add(member)
+
+    def _check_devices(self) -> None:
+        """The queues of a model are served by the same processes."""
+        first: dict[str, Queue] = {}
+        encoders: dict[str, Queue] = {}
+        for queue in self.queues.values():
+            other = first.setdefault(queue.model, queue)
+            if queue.on_device and other.on_device and queue.devices != other.devices:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
+                    f"{other.devices!r} and {queue.devices!r}; the same processes serve both, so write the same in each"
+                )
+            beside = encoders.setdefault(queue.model, queue) if queue.embed else queue
+            if queue.embed != beside.embed:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {beside.name!r} and {queue.name!r} of model {queue.model!r} have embed="
+                    f"{beside.embed!r} and {queue.embed!r}; the same processes serve both, so name one encoder"
+                )
+        for one, two in combinations([q for q in self.queues.values() if q.url], 2):
+            shared = sorted({*one.url} & {*two.url})
+            if shared and {*one.url} != {*two.url} and one.lane != two.lane:
+                raise DefinitionError(
+                    f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
+                    f"{', '.join(shared)}, but not all servers; lanes share their places, so write the same url in each"
+                )
+
+    def _check_queue(self, who: str, queue: str) -> None:
+        if queue and queue not in self.queues:
+            names = ", ".join(repr(q) for q in self.queues)
+            raise UnknownName(f"{who} names queue {queue!r}; the crew has {names}.{did_you_mean(queue, self.queues)}")
+
+    def _check_model(self, agent: Agent[Any]) -> None:
+        model = agent.model or self.model
+        if isinstance(model, str) and ":" not in model:
+            raise DefinitionError(
+                f"agent `{agent.name}` has model {model!r}; a model is `provider:name`, such as 'openai:gpt-5-mini' or 'local:smollm2'"
+            )
+        if model is not None and not isinstance(model, str) and not hasattr(model, "ask"):
+            foreign = type(model).__module__.startswith("langchain")
+            mend = (
+                "write `agentmesh.langchain.as_model(it)`" if foreign else "it needs an async `ask(prompt, on_token)`"
+            )
+            raise DefinitionError(f"agent `{agent.name}` has model {model!r}, which is not a model: {mend}")
+
+    def absorb(self, other: "Crew") -> None:
+        """Another crew's agents too; the newest class of a name wins (a notebook's cell that was run again)."""
+        self.agents.update(other.agents)
+        self.tools.update(other.tools)
+
+    def register_delegate(self, agent: Agent[Any]) -> None:
+        """A flow delegates to this agent; an open crew takes it in."""
+        if self.extensible and agent.name not in self.agents:
+            self._add(agent)
+
+    def agent(self, name: str, fields: Mapping[str, Any] | None = None) -> Agent[Any]:
+        """The agent of this name, with these fields.
+
+        Raises:
+            UnknownName: the crew has none.
+        """
+        if name == Passthrough.name:
+            return Passthrough()
+        if name not in self.agents:
+            names = ", ".join(self.agents)
+            raise UnknownName(
+                f"crew {self.name!r} has no agent {name!r}; it has {names}.{did_you_mean(name, self.agents)} "
+                "List it in Crew(...), or in an agent's team"
+            )
+        agent = self.agents[name]
+        return type(agent)(**fields) if fields else agent
+
+    def queue_of(self, step: Any, default: Any = None) -> str:
+        """The crew's queue for a step: its own, its model's, or the first; an ingest's embed steps go where somebody embeds.
+
+        Args:
+            default: the model of agents that name none, in a crew that names none.
+        """
+        wanted: str = getattr(step, "queue", "") or getattr(getattr(step, "tool", None), "queue", "")
+        if wanted in self.queues:
+            return wanted
+        if wanted == EMBED_QUEUE and (embed_queues := [q for q in self.queues.values() if q.embed]):
+            return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # nobody waits for a document
+        model = getattr(step, "model", None) or self.model or default
+        if step.kind == "Ask" and isinstance(model, str) and model.startswith("local:"):
+            for queue in self.queues.values():
+                if queue.model == model.partition(":")[2]:
+                    return queue.name
+        return self.queue
+
+    def servers_of(self, step: Any, default: Any = None) -> Servers | None:
+        """The model servers in front of which an Ask's queue stands, if it does; `default` as for `queue_of`."""
+        model = getattr(step, "model", None) or self.model
+        return (
+            None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step, default)].servers
+        )
+
+    def models(self, default: str) -> list[str]:
+        """The names of the models that the crew names, or that its agents ask; `default` is for agents that name none."""
+        names = [m for m in (self.model, *(a.model for a in self.agents.values())) if isinstance(m, str)]
+        if self.model is None and any(a.model is None and type(a).flow is Agent.flow for a in self.agents.values()):
+            names.append(default)
+        return list(dict.fromkeys(names))
+
+    def queues_of_pool(self, pool: str, only: Iterable[str] = ()) -> list[str]:
+        """Of these queues, or of all, the ones that a worker of this pool serves; `device` are those with a model."""
+        selected = list(only) or self.queues
+        pools = {
+            name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in selected
+        }
+        return [name for name, of in pools.items() if of == pool]
+
+    def worker_groups(self, only: Iterable[str] = ()) -> list[list[str]]:
+        """These queues, or all, by the places in a worker that they share: those in front of the same servers have their own."""
+        groups: dict[Any, list[str]] = {}
+        for name in list(only) or self.queues:
+            self._check_queue(f"crew {self.name!r}: --queue", name)
+            queue = self.queues[name]
+            groups.setdefault((frozenset(queue.url), queue.model) if queue.url else None, []).append(name)
+        return list(groups.values())
+
+    def broker_queue(self, queue: str) -> str:
+        """The broker's name of a queue."""
+        return f"agentmesh.{self.name}.{queue}"
+
+    def isolates_suspects(self, queue: str) -> bool:
+        """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
+        return queue in self.queues and not self.queues[queue].on_device
+
+    def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "include") -> list[str]:
+        """The broker's names of these queues, or of all, each with the queue of its suspects.
+
+        Args:
+            suspects: `elsewhere` leaves out the suspects that have a process of their own, `only` all but those.
+
+        Raises:
+            UnknownName: the crew has no such queue.
+        """
+        for queue in only:
+            self._check_queue(f"crew {self.name!r}: --queue", queue)
+        selected = list(only) or list(self.queues)
+        names = [self.broker_queue(q) for q in selected if suspects != "only"]
+        isolated = [q for q in selected if suspects == "include" or self.isolates_suspects(q) == (suspects == "only")]
+        return [*names, *[f"{self.broker_queue(q)}.suspects" for q in isolated]]
+
+
+def _caller_file(frame: FrameType | None) -> str:
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("agentmesh."):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__file__") or "")
+
+
+def _default_name(file: str) -> str:
+    if file:
+        return re.sub(r"[^A-Za-z0-9_-]", "-", Path(file).stem)[:64]
+    # a notebook or a prompt: one name a kernel, so that two do not take each other's runs
+    return f"kernel-{hashlib.blake2b(f'{os.getpid()}{sys.argv}'.encode(), digest_size=4).hexdigest()}"
+
+
+def _defined_at(agent: Agent[Any]) -> str:
+    return f"{type(agent).__module__}.{type(agent).__qualname__}"
+
+
+def _is_redefinition(old: Agent[Any], new: Agent[Any]) -> bool:
+    """A cell that was run again makes its class anew: the newest of a name wins."""
+    return _defined_at(old) == _defined_at(new) and type(new).__module__ == "__main__"

@@ -1,0 +1,40 @@
+"""A bare model request as a run: what `agentmesh serve` starts for a request that names no agent."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.step import Ask, Context
+from agentmesh.message import Message, ToolSpec
+
+
+class ModelRequest(BaseModel):
+    """All that a model is told.
+
+    Args:
+        model: `provider:name`.
+        output: JSON Schema of the answer's text, or None.
+        options: temperature, max_tokens, stop: given to the model as they are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    messages: tuple[Message, ...]
+    tools: tuple[ToolSpec, ...] = ()
+    output: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = {}
+
+
+class Passthrough(Agent):
+    """Puts a question as it is, once. Every crew has it beside its own agents; its tools are for whoever asked to call."""
+
+    name = "_asked"
+
+    def flow(self, task: ModelRequest, ctx: Context) -> str:
+        """One Ask; the run's value is the answer's text, the whole message is in the step's end."""
+        reply = ctx.do(Ask(self.name, task.model, task.messages, task.tools, task.output, task.options))
+        ctx.messages = [*task.messages, reply]
+        return reply.text

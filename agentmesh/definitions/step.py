@@ -1,0 +1,233 @@
+"""What a flow may ask for: Ask, Call, Delegate, Approve, Sleep; and the Context it asks through."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, overload
+
+from agentmesh.errors import StepError
+from agentmesh.message import Message, ToolSpec
+from agentmesh.schema import digest, from_json
+
+T = TypeVar("T")
+RUNNING_INSIDE: ContextVar[str] = ContextVar(
+    "agentmesh_inside", default=""
+)  # what this code runs in: a flow, a tool, or nothing
+
+
+@dataclass(frozen=True)
+class Step(Generic[T]):
+    """One unit of work to be journaled; asking for it does nothing until a Context is given it."""
+
+    kind: ClassVar[str] = ""
+    name: str
+
+    def digest(self) -> str:
+        """What must not change while a run is open."""
+        return digest(self.kind, self.name)
+
+    def decode(self, value: Any) -> T:
+        """The step's value from the journal's JSON."""
+        raise NotImplementedError
+
+    def detail(self) -> Any:
+        """What a person is shown who must decide about this step."""
+        return None
+
+
+@dataclass(frozen=True)
+class Ask(Step[Message]):
+    """Ask a model; its value is the model's message.
+
+    Args:
+        name: the asking agent's.
+        model: `provider:name`, an object with `ask`, or "" for the crew's.
+        output: JSON Schema of the text, or None.
+    """
+
+    kind: ClassVar[str] = "Ask"
+    model: Any = ""
+    messages: Sequence[Message] = ()
+    tools: Sequence[ToolSpec] = ()
+    output: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    queue: str = ""
+    retries: int = 3
+    timeout_s: float | None = None
+
+    def digest(self) -> str:
+        """Agent and output type: a mended typo in the instructions holds nobody up."""
+        return digest(self.kind, self.name, self.output)
+
+    def decode(self, value: Any) -> Message:
+        """The message."""
+        return Message.from_json(value)
+
+
+@dataclass(frozen=True)
+class Call(Step[T]):
+    """Call a tool with these arguments (plain JSON)."""
+
+    kind: ClassVar[str] = "Call"
+    tool: Any = None  # a tool.Tool; this floor does not know it
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Name and arguments."""
+        return digest(self.kind, self.name, self.arguments)
+
+    def decode(self, value: Any) -> T:
+        """The tool's value."""
+        decoded: T = from_json(value, self.tool.returns)
+        return decoded
+
+    def detail(self) -> Any:
+        """The arguments."""
+        return dict(self.arguments)
+
+
+@dataclass(frozen=True)
+class Delegate(Step[T]):
+    """Have a sub-agent do a task, in a run of its own."""
+
+    kind: ClassVar[str] = "Delegate"
+    agent: Any = None  # an agent.Agent; this floor does not know it
+    task: Any = None
+
+    def digest(self) -> str:
+        """Name, fields and task."""
+        return digest(self.kind, self.name, self.agent.fields_json(), self.task)
+
+    def decode(self, value: Any) -> T:
+        """The sub-agent's value."""
+        decoded: T = from_json(value, self.agent.output)
+        return decoded
+
+
+@dataclass(frozen=True, init=False)
+class Approve(Step[None]):
+    """Wait until a person says yes; a no is ApprovalDenied. Holds no worker."""
+
+    kind: ClassVar[str] = "Approve"
+    question: str = ""
+    about: Any = None
+
+    def __init__(self, question: str, about: Any = None) -> None:
+        object.__setattr__(self, "name", "approve")
+        object.__setattr__(self, "question", question)
+        object.__setattr__(self, "about", about)
+
+    def digest(self) -> str:
+        """The question."""
+        return digest(self.kind, self.question)
+
+    def decode(self, value: Any) -> None:
+        """Nothing: it was approved."""
+
+    def detail(self) -> Any:
+        """The question, and what it is about."""
+        return (
+            {"question": self.question, "about": self.about} if self.about is not None else {"question": self.question}
+        )
+
+
+@dataclass(frozen=True, init=False)
+class Sleep(Step[None]):
+    """Wait for a time, of the store's clock. Holds no worker."""
+
+    kind: ClassVar[str] = "Sleep"
+    seconds: float = 0
+
+    def __init__(self, seconds: float) -> None:
+        if not 0 <= seconds <= 10 * 365 * 86400:
+            raise ValueError(f"Sleep({seconds!r}): seconds must be 0 to ten years")
+        object.__setattr__(self, "name", "sleep")
+        object.__setattr__(self, "seconds", seconds)
+
+    def digest(self) -> str:
+        """How long."""
+        return digest(self.kind, self.seconds)
+
+    def decode(self, value: Any) -> None:
+        """Nothing: it is over."""
+
+
+class Context(Protocol):
+    """What a flow asks steps through. Between two asks a flow is plain code without clocks, randomness or I/O.
+
+    Args:
+        run_id: of this run.
+        started_at: seconds since the epoch, the store's; the same in every replay.
+        history: messages of an earlier conversation, which the default flow puts before the task.
+        messages: where a flow leaves its conversation for `run.messages`.
+    """
+
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def started_at(self) -> float: ...
+    @property
+    def history(self) -> Sequence[Message]: ...
+
+    messages: list[Message]
+
+    def do(self, step: Step[T]) -> T:
+        """The step's value, from the journal; where it is not there yet, the flow ends here for now.
+
+        Raises:
+            StepError: the step failed for good.
+        """
+        ...
+
+    @overload
+    def gather(
+        self, steps: Iterable[Step[T]], *, need: float | None = None, deadline_s: float | None = None, window: int = 0
+    ) -> list[T]: ...
+    @overload
+    def gather(
+        self, steps: Iterable[Step[T]], *, errors: Literal[True], deadline_s: float | None = None, window: int = 0
+    ) -> list[T | StepError]: ...
+    def gather(self, steps: Iterable[Step[T]], **how: Any) -> Any:
+        """The values of steps done side by side, in the order asked.
+
+        Args:
+            need: how many successes are enough: a count (int) or a fraction (float) of them, rounded up.
+            deadline_s: close after so many seconds with what is there.
+            errors: True gives each member's value or its StepError, once all have ended.
+            window: how many are in flight at once; 0 is all.
+
+        Returns:
+            All values; with `need` or `deadline_s` those of the members that succeeded in time.
+
+        Raises:
+            StepError: the first member that failed (neither need nor deadline_s given).
+            QuorumMissed: fewer than `need` succeeded.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ToolContext:
+    """What a tool may ask for: annotate a parameter with it and it is given, hidden from the model.
+
+    Args:
+        key: `run_id/n`, the same in every attempt and in every retry of the run: an idempotency key for the outside world.
+        attempt: 1 for the first.
+        deps: the crew's `deps`.
+    """
+
+    key: str = "none/0"
+    attempt: int = 1
+    run_id: str = "none"
+    deps: Any = None
+    _cancelled: Callable[[], bool] = field(default=lambda: False, repr=False)
+    _progress: Callable[[str], None] = field(default=lambda text: None, repr=False)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run was cancelled, or this attempt is not the step's any more."""
+        return self._cancelled()
+
+    def progress(self, text: str) -> None:
+        """Show a line of progress in the run's live stream."""
+        self._progress(text)

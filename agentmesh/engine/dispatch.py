@@ -1,0 +1,36 @@
+"""The words a Journal is spoken to with, and Dispatch, which renders messages. Adapters implement it; the engine knows nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from agentmesh.journal.types import GatherPlan, TaskMessage
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSpec:
+    """What a message is about, for whoever renders it: a step, or the child run that a Delegate begins."""
+
+    n: int
+    kind: str
+    name: str
+    queue: str
+    timeout_s: float | None = None  # of a tool
+
+
+class Dispatch(Protocol):
+    """Renders messages; sends nothing."""
+
+    def steps(
+        self, run_id: str, members: Sequence[MessageSpec], gather: "GatherPlan | None", queue: str
+    ) -> list[TaskMessage]:
+        """One wire a member, in order; `queue` is where the gather's body goes."""
+        ...
+
+    def advance(self, run_id: str, agent: str, queue: str) -> TaskMessage:
+        """The message that advances a run."""
+        ...
+
+    def finish(self, run_id: str, agent: str, queue: str) -> TaskMessage:
+        """The message that tells a canvas of a run's end."""
+        ...

@@ -1,0 +1,224 @@
+"""Executes one step: a model call or a tool call. The outcome is always an event, never an exception."""
+
+import asyncio
+import contextvars
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from agentmesh.definitions.step import RUNNING_INSIDE, Ask, Call, Step, ToolContext
+from agentmesh.definitions.tool import NotDone, Unknown
+from agentmesh.errors import (
+    ConfigError,
+    MeshError,
+    ModelError,
+    StepError,
+    StepTimeout,
+    ToolError,
+    TryAgain,
+    error_to_json,
+)
+from agentmesh.journal.events import Event, StepDone, StepFailed, StepInDoubt, StepRetried
+from agentmesh.journal.types import original_run_id
+from agentmesh.model import Answer, Model, Prompt, RetryLater
+from agentmesh.schema import canonical, to_json
+
+# `def` tools on threads of this process, also those that nobody waits for any more: no thread can be stopped.
+RUNNING_THREADS: set[object] = set()
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 60.0
+FIRST_UNAVAILABLE_S, MAX_UNAVAILABLE_S = 4.0, 30.0  # until the servers of a queue are asked again that are all away
+Charge = dict[str, float]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at one step, as the one who does it sees it."""
+
+    run_id: str
+    n: int
+    number: int
+    in_doubt: bool = False
+    cancelled: Callable[[], bool] = field(default=lambda: False)
+    progress: Callable[[str], None] = field(default=lambda text: None)
+    on_token: Callable[[str], None] | None = None
+    agent: str = ""
+    trace: str = ""
+    away_ms: Sequence[int] = ()  # how long earlier attempts, which are none of its `retries`, had it wait
+
+    @property
+    def key(self) -> str:
+        """The step's key, the same in every attempt, those of the run's retries included."""
+        return f"{original_run_id(self.run_id)}/{self.n}"
+
+
+class StepExecutor(Protocol):
+    """What the engine needs of whoever does steps."""
+
+    async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
+        """The step's end, or its next turn; and what it cost."""
+        ...
+
+
+class LocalExecutor:
+    """Does Asks and Calls.
+
+    Args:
+        model_of: `provider:name` or an object, to a Model and the name it knows.
+        threads: how many `def` tools run at once in this process.
+        servers_of: the model servers that a step's queue names, or None; `model_of` takes them in a model's place.
+        executor: runs them instead, where `threading` is not what it was.
+    """
+
+    def __init__(
+        self, *, model_of: Callable[[Any], tuple[Model, str]], model: Any, deps: Any = None, threads: int = 64,
+        executor: Executor | None = None, servers_of: Callable[[Ask], Any] = lambda step: None,
+    ) -> None:  # fmt: skip
+        self._servers_of = servers_of
+        self._model_of, self._model, self._deps = model_of, model, deps
+        self._threads = executor or ThreadPoolExecutor(threads, thread_name_prefix="agentmesh-tool")
+
+    async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
+        """The step's end, or its next turn; and what it cost."""
+        if isinstance(step, Ask):
+            return await self._ask_model(step, at)
+        assert isinstance(step, Call)
+        return await self._call_tool(step, at), {}
+
+    def close(self) -> None:
+        """Let go of the threads; a tool that runs on is abandoned."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ---- models --------------------------------------------------------------------------------
+    async def _ask_model(self, step: Ask, at: Attempt) -> tuple[Event, Charge]:
+        servers = None
+        try:
+            model_name, servers = step.model or self._model, self._servers_of(step)
+            model, name = self._model_of(servers or model_name)
+            if servers:
+                name = str(model_name).partition(":")[2]
+            prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
+            answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
+        except RetryLater as e:
+            if e.away and servers and sum(at.away_ms) < 1000 * servers.away_s:
+                return self._retry_when_available(at, e.error), {}
+            return self._retry_or_fail(step, at, e.error, step.retries, e.after_s), {}
+        except TimeoutError:
+            late = StepTimeout(f"model call of `{step.name}` timed out after {step.timeout_s} s")
+            return self._retry_or_fail(step, at, late, step.retries), {}
+        except StepError as e:
+            return self._failed(step, at, e), {}
+        except ConfigError as e:
+            return self._failed(step, at, ModelError(e.message)), {}
+        except Exception as e:
+            strange = ModelError(f"the model of `{step.name}` raised {type(e).__name__}: {e}")
+            return self._retry_or_fail(step, at, strange, step.retries), {}
+        usage = answer.usage
+        cut = "length" if answer.finish == "length" else ""
+        done = StepDone(n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number, finish=cut)
+        return done, {"turns": 1, "tokens": usage.tokens, "usd": usage.cost_usd}
+
+    # ---- tools ---------------------------------------------------------------------------------
+    async def _call_tool(self, step: Call[Any], at: Attempt) -> Event:
+        tool = step.tool
+        if at.in_doubt and tool.reconcile is not None:
+            reconciled = await self._reconcile(step, at)
+            if reconciled is not None:
+                return reconciled
+        context = ToolContext(at.key, at.number, at.run_id, self._deps, at.cancelled, at.progress)
+        try:
+            value = await asyncio.wait_for(self._run(tool.bind(step.arguments, context), tool.name), tool.timeout_s)
+        except TryAgain as e:
+            return self._failed(step, at, ToolError(str(e), again=True))
+        except RetryLater as e:
+            error = ToolError(f"tool `{tool.name}` raised {getattr(e.error, 'message', e.error)}")
+            return self._retry_or_fail(step, at, error, tool.retries, e.after_s)
+        except TimeoutError:
+            late = StepTimeout(f"tool `{tool.name}` timed out after {tool.timeout_s} s")
+            return self._retry_or_fail(step, at, late, tool.retries)
+        except Exception as e:
+            message = e.message if isinstance(e, MeshError) else f"{type(e).__name__}: {e}"
+            return self._retry_or_fail(step, at, ToolError(f"tool `{tool.name}` raised {message}"), tool.retries)
+        return self._returned(step, at, value)
+
+    async def _run(self, call: Callable[[], Any], name: str) -> Any:
+        """A `def` on a thread, an `async def` here; both know that they are inside a tool."""
+        token = RUNNING_INSIDE.set(f"tool `{name}`")
+        try:
+            if inspect.iscoroutinefunction(getattr(call, "func", None)):
+                return await call()
+            context = contextvars.copy_context()
+            value = await asyncio.get_running_loop().run_in_executor(self._threads, context.run, _run_counted, call)
+            return await value if inspect.isawaitable(value) else value
+        finally:
+            RUNNING_INSIDE.reset(token)
+
+    async def _reconcile(self, step: Call[Any], at: Attempt) -> Event | None:
+        """What the tool's `reconcile` knows of the attempt that was cut off; None: it did not happen."""
+        try:
+            outcome = await self._run(lambda: step.tool.reconcile(at.key), step.name)
+        except Exception:
+            return StepInDoubt(n=at.n, attempt=at.number)
+        if outcome is NotDone or isinstance(outcome, NotDone):
+            return None
+        if outcome is Unknown or isinstance(outcome, Unknown):
+            return StepInDoubt(n=at.n, attempt=at.number)
+        return self._returned(step, at, outcome)
+
+    def _returned(self, step: Call[Any], at: Attempt, value: Any) -> Event:
+        tool = step.tool
+        try:
+            plain = to_json(value, tool.returns)
+        except TypeError as e:
+            return self._failed(step, at, ToolError(f"tool `{tool.name}` returned {e}"))
+        most = tool.max_output_bytes
+        if isinstance(plain, str):
+            plain = truncate_middle(plain, most)
+        elif (size := len(canonical(plain).encode())) > most:
+            return self._failed(step, at, ToolError(
+                f"tool `{tool.name}` returned {size} bytes of JSON and max_output_bytes is {most}: return less, or raise it"
+            ))  # fmt: skip
+        return StepDone(n=at.n, value=plain, attempt=at.number)
+
+    # ---- ends ----------------------------------------------------------------------------------
+    def _failed(self, step: Step[Any], at: Attempt, error: StepError) -> Event:
+        where = error.with_fields(run_id=at.run_id, n=at.n, name=step.name, attempts=at.number)
+        return StepFailed(n=at.n, error=error_to_json(where), attempt=at.number)
+
+    def _retry_or_fail(
+        self, step: Step[Any], at: Attempt, error: Exception, retries: int, after_s: float | None = None
+    ) -> Event:
+        """Another attempt later, or the end: exponential back-off with full jitter."""
+        if at.number - len(at.away_ms) > retries:
+            final = error if isinstance(error, StepError) else ModelError(str(error))
+            return self._failed(step, at, final)
+        if after_s is None:
+            after_s = random.uniform(0, min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**at.number))
+        return StepRetried(n=at.n, error=error_to_json(error), attempt=at.number, after_ms=round(after_s * 1000))
+
+    def _retry_when_available(self, at: Attempt, error: Exception) -> Event:
+        """Another attempt later, for who was asked is away: not all at once when they are back."""
+        most_s = min(MAX_UNAVAILABLE_S, FIRST_UNAVAILABLE_S * 2 ** len(at.away_ms))
+        after_ms = round(1000 * random.uniform(most_s / 2, most_s))
+        return StepRetried(n=at.n, error=error_to_json(error), attempt=at.number, after_ms=after_ms, away=True)
+
+
+def _run_counted(call: Callable[[], Any]) -> Any:
+    mark = object()
+    RUNNING_THREADS.add(mark)
+    try:
+        return call()
+    finally:
+        RUNNING_THREADS.discard(mark)
+
+
+def truncate_middle(text: str, most_bytes: int) -> str:
+    """At most so many bytes of UTF-8: head and tail are kept, and what is left out is said."""
+    raw = text.encode()
+    if len(raw) <= most_bytes:
+        return text
+    half = max(1, most_bytes // 2 - 64)
+    omitted = len(raw) - 2 * half
+    return f"{raw[:half].decode(errors='ignore')}\n[… {omitted} bytes omitted …]\n{raw[-half:].decode(errors='ignore')}"

@@ -1,0 +1,324 @@
+"""replay(flow, events) -> Finished | Failed | Waiting: a flow run over what its journal holds. Pure: no clock, no I/O."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.step import RUNNING_INSIDE, Step
+from agentmesh.errors import ApprovalDenied, QuorumMissed, ReplayError, StepError, error_from_json
+from agentmesh.journal.events import (
+    ENDS,
+    Approved,
+    Denied,
+    Event,
+    GatherClosed,
+    RunStarted,
+    StepDone,
+    StepFailed,
+    StepPlanned,
+    StepResolved,
+    StepRetried,
+    Woken,
+)
+from agentmesh.journal.types import GatherPlan
+from agentmesh.message import Message
+from agentmesh.schema import from_json, to_json
+
+
+class History:
+    """A run's events, sorted for replay; grows at its end alone."""
+
+    def __init__(self, run_id: str, events: Iterable[Event] = ()) -> None:
+        self.run_id = run_id
+        self.version = 0
+        self.started: RunStarted | None = None
+        self.planned: dict[int, StepPlanned] = {}
+        self.ended: dict[int, Event] = {}
+        self.closed: dict[int, GatherClosed] = {}
+        self.away: dict[int, list[int]] = {}  # of a step, how long it waited for who was away, in ms, time by time
+        self.end: Event | None = None
+        # What an earlier replay over this history has found out already: a run of n steps is replayed n times.
+        self.checked: set[int] = set()
+        self.values: dict[int, Any] = {}
+        self.extend(events)
+
+    def extend(self, events: Iterable[Event]) -> None:
+        """Add the next facts."""
+        for event in events:
+            self.version += 1
+            if isinstance(event, StepPlanned):
+                self.planned[event.n] = event
+            elif isinstance(event, StepDone | StepFailed | Denied | Woken):
+                self.ended.setdefault(event.n, event)
+            elif isinstance(event, StepRetried):
+                if event.away:
+                    self.away.setdefault(event.n, []).append(event.after_ms)
+            elif isinstance(event, GatherClosed):
+                self.closed[event.first] = event
+            elif isinstance(event, RunStarted):
+                self.started = event
+            elif (isinstance(event, Approved) and self.planned[event.n].kind == "Approve") or (
+                isinstance(event, StepResolved) and event.action != "retry"
+            ):
+                self.ended.setdefault(event.n, event)
+            elif isinstance(event, ENDS):
+                self.end = event
+
+    def catch_up(self, events: Sequence[Event], version: int) -> None:
+        """Add those of `events`, which end at `version`, that are not here yet."""
+        missing = version - self.version
+        if missing > 0:
+            self.extend(events[len(events) - missing :])
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The flow returned; `value` is JSON."""
+
+    value: Any
+    messages: Sequence[Message] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The flow raised."""
+
+    error: Exception
+    messages: Sequence[Message] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The flow cannot go on without these steps; planned or not. None at all: it wants to know `started_at`."""
+
+    steps: dict[int, Step[Any]]
+    gather: GatherPlan | None = None
+    messages: Sequence[Message] = ()
+
+
+IMMUTABLE = (Message, str, int, float, bool)
+
+Outcome = Finished | Failed | Waiting
+
+
+class Suspended(BaseException):
+    """Leaves a flow that must wait. A BaseException, so that `except Exception` lets it pass."""
+
+
+class ReplayContext:
+    """The Context of one replay."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._n = 0
+        self.waiting: Waiting | None = None
+        self.broken: ReplayError | None = None
+        self.messages: list[Message] = []
+
+    @property
+    def run_id(self) -> str:
+        """This run's id."""
+        return self._history.run_id
+
+    @property
+    def started_at(self) -> float:
+        """Seconds since the epoch when the run began, by the store's clock."""
+        started = self._history.started
+        assert started is not None
+        if not started.at_ms:
+            self._suspend(Waiting({}))  # the client's first replay: the store has not yet said
+        return started.at_ms / 1000
+
+    @property
+    def history(self) -> list[Message]:
+        """The conversation the run was started with."""
+        started = self._history.started
+        assert started is not None
+        return [Message.from_json(m) for m in started.history]
+
+    def do(self, step: Step[Any]) -> Any:
+        """See Context."""
+        self._check_not_suspended()
+        _check_step(step, "do")
+        n = self._step_number(step)
+        if n not in self._history.ended:
+            self._suspend(Waiting({n: step}))
+        value = self._value(n, step)
+        if isinstance(value, StepError):
+            raise value
+        return value
+
+    def gather(
+        self, steps: Iterable[Step[Any]], *, need: float | None = None, deadline_s: float | None = None,
+        errors: bool = False, window: int = 0,
+    ) -> list[Any]:  # fmt: skip
+        """See Context."""
+        self._check_not_suspended()
+        steps = list(steps)
+        for step in steps:
+            _check_step(step, "gather")
+        if errors and need is not None:
+            raise ValueError("gather(errors=True) waits for all; `need` says that some are enough: choose one")
+        need_count = _count(need, len(steps))
+        if not steps:
+            return []
+        if len(steps) == 1 and deadline_s is None:
+            return self._lone_gather(steps[0], need is not None, errors)
+        first = self._n + 1
+        numbered = {self._step_number(step, first): step for step in steps}
+        closed = self._history.closed.get(first)
+        if closed is None:
+            deadline = math.ceil(deadline_s * 1000) if deadline_s is not None else 0
+            everyone = errors or (need is None and deadline_s is not None)
+            self._suspend(Waiting(numbered, GatherPlan(first, self._n, need_count, everyone, deadline, window)))
+        assert closed is not None
+        values = {n: self._value(n, numbered[n]) for n in closed.members}  # the members it counted, no others
+        if errors:
+            late = QuorumMissed("not ended when the gather's deadline came")
+            return [values.get(n, late) for n in numbered]
+        failed = [values[n] for n in closed.members if isinstance(values[n], StepError)]
+        good = [values[n] for n in numbered if n in values and not isinstance(values[n], StepError)]
+        if need is None and deadline_s is None:
+            if failed:
+                raise failed[0]
+            return good
+        if len(good) >= (need_count if need is not None else 1):
+            return good
+        raise QuorumMissed(
+            f"{len(good)} of {len(numbered)} members succeeded; {need_count if need is not None else 1} were needed"
+            + (" before the deadline" if closed.why == "deadline" else ""),
+            errors=failed,
+        )
+
+    def _lone_gather(self, step: Step[Any], tolerant: bool, errors: bool) -> list[Any]:
+        """A gather of one is a lone step: no join, no body."""
+        n = self._step_number(step)
+        if n not in self._history.ended:
+            self._suspend(Waiting({n: step}))
+        value = self._value(n, step)
+        if isinstance(value, StepError) and not errors:
+            raise QuorumMissed("0 of 1 members succeeded; 1 was needed", errors=[value]) if tolerant else value
+        return [value]
+
+    def _step_number(self, step: Step[Any], gather: int = 0) -> int:
+        """The step's number; the journal must know the same step under it, or none."""
+        self._n += 1
+        n = self._n
+        was = self._history.planned.get(n)
+        if was is None:
+            return n
+        is_known = n in self._history.checked  # its digest was compared; kind and name still are, at every replay
+        if (was.kind, was.name, was.gather) != (step.kind, step.name, gather) or (
+            not is_known and was.digest != step.digest()
+        ):
+            self._raise_mismatch(n, f"{was.kind} {was.name!r}", f"{step.kind} {step.name!r}")
+        self._history.checked.add(n)
+        return n
+
+    def _value(self, n: int, step: Step[Any]) -> Any:
+        """What became of step n: its value, or its StepError."""
+        cached = self._history.values.get(n)
+        if cached is not None:
+            return cached
+        event = self._history.ended[n]
+        where: dict[str, Any] = {"run_id": self.run_id, "n": n, "name": step.name}
+        if isinstance(event, StepDone):
+            value = step.decode(event.value)
+            if type(value) in IMMUTABLE:  # anything else the flow may have changed: it gets its own
+                self._history.values[n] = value
+            return value
+        if isinstance(event, StepResolved) and event.action == "done":
+            return step.decode(event.value)
+        if isinstance(event, Denied):
+            reason = f": {event.reason}" if event.reason else ""
+            return ApprovalDenied(
+                f"{step.name} was denied{f' by {event.by}' if event.by else ''}{reason}", by=event.by, **where
+            )
+        if isinstance(event, StepFailed):
+            error = error_from_json(event.error)
+            if not isinstance(error, StepError):
+                error = StepError(error.message)
+            return error.with_fields(**where, attempts=event.attempt)
+        if isinstance(event, StepResolved):
+            return StepError(f"step {n}, {step.name}: {event.by or 'a person'} reported that it failed", **where)
+        return step.decode(None)  # Approved, Woken
+
+    def _check_not_suspended(self) -> None:
+        if self.waiting or self.broken:
+            raise Suspended  # whatever swallowed the first one, the flow does not go on
+
+    def _suspend(self, waiting: Waiting) -> None:
+        self.waiting = waiting
+        raise Suspended
+
+    def _raise_mismatch(self, n: int, was: str, now: str) -> None:
+        self.broken = ReplayError(
+            f"step {n} was `{was}` when first run and is now `{now}`. A flow must ask for the same steps in the same "
+            "order; move clocks, randomness and I/O into tools, or give the crew a new version",
+            run_id=self.run_id,
+            n=n,
+        )
+        raise Suspended
+
+    def check_all_asked(self) -> None:
+        """A flow that ended must have asked for every step the journal has planned."""
+        planned = self._history.planned
+        if planned and (last := max(planned)) > self._n:
+            try:
+                self._raise_mismatch(last, f"{planned[last].kind} {planned[last].name!r}", "the end of the flow")
+            except Suspended:
+                return
+
+
+def replay(agent: Agent[Any], history: History) -> Outcome:
+    """Run the agent's flow over the journal.
+
+    Raises:
+        ReplayError: the flow asks for other steps than it did.
+    """
+    started = history.started
+    assert started is not None
+    ctx = ReplayContext(history)
+    token = RUNNING_INSIDE.set(f"the flow of `{agent.name}`")
+    outcome: Outcome
+    try:
+        value = agent.flow(from_json(started.task, agent.task_type), ctx)
+        outcome = Finished(to_json(value, agent.output), tuple(ctx.messages))
+    except Suspended:
+        outcome = Failed(RuntimeError("suspended without a reason"))
+    except TypeError as e:
+        outcome = Failed(TypeError(f"the flow of `{agent.name}`: {e}"), tuple(ctx.messages))
+    except Exception as e:  # the flow's own: a fact for the journal
+        outcome = Failed(e, tuple(ctx.messages))
+    finally:
+        RUNNING_INSIDE.reset(token)
+    if ctx.waiting is None and ctx.broken is None:
+        ctx.check_all_asked()
+    if ctx.broken is not None:
+        raise ctx.broken
+    if ctx.waiting is not None:
+        return Waiting(ctx.waiting.steps, ctx.waiting.gather, tuple(ctx.messages))
+    return outcome
+
+
+def _count(need: float | None, n: int) -> int:
+    if need is None:
+        return n
+    if isinstance(need, float):
+        if not 0 < need <= 1:
+            raise ValueError(f"gather(need={need!r}): a fraction is above 0 and at most 1.0; a count is an int")
+        return math.ceil(need * n)
+    if not 1 <= need <= n:
+        raise ValueError(f"gather(need={need!r}) of {n} steps: a count is 1 to {n}")
+    return int(need)
+
+
+def _check_step(step: Any, verb: str) -> None:
+    if isinstance(step, Step):
+        return
+    mend = "write `.on(...)`: `Researcher().on(task)`, `forecast.on('Lima')`"
+    if isinstance(step, Agent):
+        mend = f"write `{step.name}().on(task)`"
+    raise TypeError(f"ctx.{verb} takes steps, not {type(step).__name__}: {mend}")

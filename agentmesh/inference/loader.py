@@ -1,0 +1,79 @@
+"""A model of the cache on its device, and what its tokenizer's template can say."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2.exceptions import TemplateError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from agentmesh.errors import ConfigError
+from agentmesh.inference.batching import Shape
+from agentmesh.inference.device import best_dtype
+from agentmesh.inference.engine import Engine
+from agentmesh.inference.grammar import Grammars
+from agentmesh.inference.tokenization import special_tokens
+
+_LOADING = threading.Lock()  # transformers' loader is not made for two threads
+
+
+class Loaded(NamedTuple):
+    """A model that answers.
+
+    Args:
+        ends: ids that end an answer.
+        takes_system: whether the chat template has a place for a system turn.
+        special_tokens: their names, which are nothing special in a message.
+    """
+
+    engine: Engine
+    tokenizer: Any
+    grammars: Grammars
+    ends: frozenset[int]
+    context_tokens: int
+    takes_system: bool
+    special_tokens: tuple[str, ...] = ()
+
+
+def load(
+    folder: Path, name: str, shape: Shape | None = None, *, on_fatal: Callable[[Exception], None] | None = None
+) -> Loaded:
+    """The model of a folder, with an engine around it.
+
+    Raises:
+        ConfigError: the files are damaged, or the model has no chat template.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _LOADING:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, dtype=best_dtype(device)
+            )
+        except Exception as e:  # a damaged file raises whatever its reader raises
+            raise ConfigError(
+                f"local model {name!r} of {str(folder)!r} cannot be loaded ({type(e).__name__}: {e}); "
+                f"agentmesh models rm {name}, then agentmesh models pull {name}"
+            ) from None
+    if not tokenizer.chat_template:
+        raise ConfigError(f"model {name!r} has no chat template: choose one that was trained to chat (-Instruct)")
+    model = model.to(device).eval()
+    engine = Engine(model, shape, on_fatal=on_fatal)
+    given = model.generation_config.eos_token_id
+    ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
+    return Loaded(
+        engine, tokenizer, Grammars(tokenizer, engine.room.vocabulary, ends), frozenset(ends), engine.room.context_tokens,
+        _takes_system(tokenizer), special_tokens(tokenizer),
+    )  # fmt: skip
+
+
+def _takes_system(tokenizer: Any) -> bool:
+    turns = [{"role": "system", "content": "abcdefg"}, {"role": "user", "content": "hijk"}]
+    try:
+        return "abcdefg" in tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        return False

@@ -1,0 +1,305 @@
+"""Between the engine's words and the protocol's JSON: one adapter for every journal; knows no store."""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from agentmesh.errors import JournalVersion
+from agentmesh.journal.events import (
+    ENDS,
+    Approved,
+    Denied,
+    Event,
+    LimitRaised,
+    RunCancelled,
+    RunStarted,
+    StepDone,
+    StepFailed,
+    StepInDoubt,
+    StepPlanned,
+    StepResolved,
+    StepRetried,
+    StepRevived,
+    event_from_json,
+)
+from agentmesh.journal.journal import SweepResult
+from agentmesh.journal.types import Accepted, Claimed, NextSteps, Refused, RetryImport, RunSpec, StepPlan
+from agentmesh.schema import digest, dumps, loads
+
+TTL_MS = 10_000
+RETAIN_MS = 30 * 24 * 3600 * 1000
+Signal = Approved | Denied | RunCancelled | LimitRaised | StepResolved | StepRevived
+Reply = tuple[dict[str, Any], list[str]]
+
+
+def encode_event(event: Event) -> str:
+    """An event as the journal's line, without its time."""
+    return dumps(event.to_json())
+
+
+def decode_event(line: str) -> Event:
+    """The event of a journal's line `AT_MS JSON`."""
+    at, _, text = line.partition(" ")
+    try:
+        return event_from_json(loads(text), int(at))
+    except KeyError as e:
+        raise JournalVersion(
+            f"the journal holds an event {e.args[0]!r} that this version of agentmesh does not know: upgrade it"
+        ) from None
+
+
+def run_started(spec: RunSpec) -> RunStarted:
+    """A run's first fact."""
+    return RunStarted(
+        crew=spec.crew, version=spec.version, agent=spec.agent, task=spec.task, fields=spec.fields,
+        history=list(spec.history), parent=spec.parent, parent_n=spec.parent_n, limits=spec.limits,
+        origin=spec.origin, stream=spec.stream, canvas=spec.canvas, trace=spec.trace,
+    )  # fmt: skip
+
+
+def head_of(spec: RunSpec) -> dict[str, Any]:
+    """What the store must know of a run to work on it."""
+    head: dict[str, Any] = {"crew": spec.crew, "version": spec.version, "agent": spec.agent}
+    if spec.wire:
+        head["wire"] = spec.wire.packed()
+    if spec.finish:
+        head["finish"] = spec.finish.packed()
+    if spec.parent:
+        head |= {"parent": spec.parent, "n": spec.parent_n}
+    else:
+        head["on_limit"] = spec.limits.get("on_limit", "hold")
+        limit_names = ("turns", "tokens", "cost_usd", "seconds")
+        head |= {f"lim_{k}": spec.limits[k] for k in limit_names if spec.limits.get(k) is not None}
+    return head
+
+
+def spec_digest(spec: RunSpec) -> str:
+    """What must be the same when a run is begun again under its id."""
+    return digest(spec.crew, spec.agent, spec.task, dict(spec.fields))
+
+
+def encode_next(nxt: NextSteps) -> dict[str, Any]:
+    """`next` as the scripts read it; absent means absent, never null."""
+    out: dict[str, Any] = {}
+    if nxt.plans:
+        out["plans"] = [encode_plan(p) for p in nxt.plans]
+    if g := nxt.gather:
+        out["gather"] = {"first": g.first, "last": g.last, "need": g.need, "everyone": int(g.everyone),
+                         "deadline": g.deadline_in_ms, "window": g.window}  # fmt: skip
+    if nxt.end:
+        status = {"RunDone": "done", "RunFailed": "failed"}.get(type(nxt.end).__name__, "cancelled")
+        out["end"] = {"status": status, "event": encode_event(nxt.end)}
+        if nxt.up:
+            out["end"] |= {"up": encode_event(nxt.up), "up_ok": int(isinstance(nxt.up, StepDone))}
+    return out
+
+
+def encode_plan(p: StepPlan) -> dict[str, Any]:
+    """One step to plan."""
+    planned = p.event
+    assert isinstance(planned, StepPlanned)
+    out: dict[str, Any] = {"n": planned.n, "kind": planned.kind, "state": p.state, "event": encode_event(planned)}
+    if p.wire:
+        out["wire"] = p.wire.packed()
+    if p.state == "due":
+        out["due"] = p.due_in_ms
+    if p.state == "held":
+        out["held"] = p.held
+    if p.child:
+        out["child"] = {"spec": head_of(p.child), "started": encode_event(run_started(p.child))}
+    if p.end:
+        out["end"] = encode_event(p.end)
+    if p.once:
+        out |= {"once": 1, "digest": planned.digest}
+    if p.reconcile:
+        out["rec"] = 1
+    return out
+
+
+def encode_import(c: RetryImport) -> dict[str, Any]:
+    """A run's share of a retry."""
+    events = [{"at": e.at_ms, "event": encode_event(e)} for e in c.events]
+    return {
+        "from": c.old,
+        "run": c.new,
+        "events": events,
+        "kept": list(c.kept),
+        "cut": [[n, d] for n, d in c.cut.items()],
+    }
+
+
+class VerbJournal(ABC):
+    """A Journal whose verbs are one atomic call each: `_call(verb, arguments)`.
+
+    Args:
+        ttl_ms: how long a lease lasts without renewal.
+        retain_ms: how long an ended run stays.
+    """
+
+    def __init__(self, *, ttl_ms: int = TTL_MS, retain_ms: int = RETAIN_MS) -> None:
+        self.ttl_ms, self.retain_ms = ttl_ms, retain_ms
+
+    @property
+    def epoch(self) -> int:
+        """See Journal."""
+        return 0
+
+    @abstractmethod
+    async def _execute(self, verb: str, args: dict[str, Any]) -> Reply:
+        """Do the verb; its header and its texts."""
+
+    async def begin(self, spec: RunSpec, next: NextSteps, carried: Sequence[RetryImport] = ()) -> Accepted | Refused:
+        """See Journal."""
+        started = carried[0].events[0] if carried else run_started(spec)
+        args: dict[str, Any] = {"run": spec.id, "spec": head_of(spec), "started": encode_event(started),
+                "digest": spec_digest(spec), "next": encode_next(next)}  # fmt: skip
+        if carried:
+            args |= {"carried": [encode_import(c) for c in carried]}
+        return _accepted(await self._execute("begin", args))
+
+    async def claim(
+        self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
+        ask: bool = False, rate: tuple[int, int] | None = None, apart: bool = False,
+    ) -> Claimed | Refused:  # fmt: skip
+        """See Journal."""
+        args: dict[str, Any] = {"unit": unit, "worker": worker, "token": token, "version": version, "crew": crew,
+                                "crew_version": crew_version, "ttl": self.ttl_ms}  # fmt: skip
+        if ask:
+            args["ask"] = 1
+        if rate:
+            args |= {"rate_ms": rate[0], "burst": rate[1]}
+        if apart:
+            args["apart"] = 1
+        head, lines = await self._execute("claim", args)
+        if "no" in head:
+            return Refused(head["no"], head.get("detail", ""))
+        events = [decode_event(line) for line in lines]
+        return Claimed(head["fence"], events, head["version"], head["attempt"], bool(head["doubt"]), head["limit"])
+
+    async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]:
+        """See Journal."""
+        args = {"worker": worker, "leases": [list(lease) for lease in leases], "ttl": self.ttl_ms}
+        return (await self._execute("renew", args))[1]
+
+    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = (), below: bool = False) -> int:
+        """See Journal."""
+        args = {"worker": worker, "crashed": int(crashed), "queues": list(queues), "below": int(below)}
+        return int((await self._execute("release", args))[0]["count"])
+
+    async def commit(self, unit: str, *, fence: int, event: Event, version: int = 0, next: NextSteps | None = None,
+                     charge: dict[str, float] | None = None) -> Accepted | Refused:  # fmt: skip
+        """See Journal."""
+        how = {StepDone: "done", StepFailed: "failed", StepRetried: "retried", StepInDoubt: "doubt"}[type(event)]
+        args: dict[str, Any] = {
+            "unit": unit,
+            "fence": fence,
+            "event": encode_event(event),
+            "how": how,
+            "version": version,
+        }
+        if charge:
+            args["usage"] = charge
+        if isinstance(event, StepRetried):
+            args["delay"] = event.after_ms
+        if next is not None:
+            args["next"] = encode_next(next)
+        return _accepted(await self._execute("commit", args))
+
+    async def plan(self, run_id: str, *, fence: int, version: int, next: NextSteps) -> Accepted | Refused:
+        """See Journal."""
+        args = {"run": run_id, "fence": fence, "version": version, "next": encode_next(next)}
+        return _accepted(await self._execute("plan", args))
+
+    async def hold(self, unit: str, *, fence: int, why: str) -> Accepted | Refused:
+        """See Journal."""
+        return _accepted(await self._execute("hold", {"unit": unit, "fence": fence, "why": why}))
+
+    async def signal(self, run_id: str, event: Signal) -> Accepted | Refused:
+        """See Journal."""
+        args: dict[str, Any] = {"run": run_id, "kind": type(event).__name__, "event": encode_event(event)}
+        args["n"] = getattr(event, "n", 0)
+        if isinstance(event, StepResolved):
+            args["action"] = event.action
+        if isinstance(event, LimitRaised):
+            args["limits"] = dict(event.limits)
+        if isinstance(event, RunCancelled) and "/" in run_id:
+            error = {"type": "DelegateFailed", "message": f"run {run_id} was cancelled", "child": run_id}
+            args["up"] = encode_event(StepFailed(n=int(run_id.rpartition("/")[2]), error=error))
+        return _accepted(await self._execute("signal", args))
+
+    async def sweep(
+        self, worker: str, *, empty: Sequence[str] = (), look: bool = False, limit: int = 200
+    ) -> SweepResult:
+        """See Journal."""
+        args = {"worker": worker, "empty": list(empty), "limit": limit, "ttl": self.ttl_ms, "retain": self.retain_ms}
+        header = (await self._execute("sweep", args | ({"look": 1} if look else {}) | await self._boot()))[0]
+        return SweepResult(int(header["count"]), int(header["rest"]), bool(header["ok"]))
+
+    async def notified(self, run_id: str) -> None:
+        """See Journal."""
+        await self._execute("notified", {"run": run_id})
+
+    async def _boot(self) -> dict[str, str]:
+        """`{"boot": ID}` of the store's process, where it can die alone."""
+        return {}
+
+
+def _accepted(reply: Reply) -> Accepted | Refused:
+    head, lines = reply
+    if "no" in head:
+        events = [decode_event(line) for line in lines]
+        return Refused(head["no"], head.get("detail", ""), events, head.get("version", 0))
+    return Accepted(head.get("version", 0), bool(head.get("conflict")), bool(head.get("again")))
+
+
+def is_ended(event: Event | None) -> bool:
+    """Whether a run's last fact says that it is over."""
+    return isinstance(event, ENDS)
+
+
+# ---- Large values live beside the journal -------------------------------------------------------
+
+LARGE_BYTES = 64 * 1024
+LARGE_KEYS = ("event", "started", "end", "up")
+# The whole line, and the fingerprint where no event has a field of its own: a user's `{"blob": …}` is not one.
+STUB = re.compile(r'\d+ \{"e":"\w+","blob":"([0-9a-f]{64})"(?:,"n":\d+)?\}')
+LONGEST_STUB = 200
+
+
+def extract_large(args: Any) -> Iterator[tuple[str, str]]:
+    """Replace each large event text in a verb's arguments, in place; gives (fingerprint, text) of those taken out."""
+    if isinstance(args, list):
+        for item in args:
+            if isinstance(item, dict):
+                yield from extract_large(item)
+    elif isinstance(args, dict):
+        for key, value in args.items():
+            if isinstance(value, dict | list):
+                yield from extract_large(value)
+            elif key in LARGE_KEYS and isinstance(value, str) and len(value) * 4 > LARGE_BYTES:
+                raw = value.encode()
+                if len(raw) > LARGE_BYTES:
+                    fingerprint = hashlib.sha256(raw).hexdigest()
+                    args[key] = _make_stub(value, fingerprint)
+                    yield fingerprint, value
+
+
+def _make_stub(text: str, fingerprint: str) -> str:
+    """What stays: the kind and the step's number, and where the rest is."""
+    event = json.loads(text)
+    stub = {"e": event["e"], "blob": fingerprint, **({"n": event["n"]} if "n" in event else {})}
+    return json.dumps(stub, separators=(",", ":"))
+
+
+def fingerprint_of(line: str) -> str:
+    """The blob that a journal's line stands for, or nothing."""
+    match = STUB.fullmatch(line) if len(line) <= LONGEST_STUB else None
+    return match[1] if match else ""
+
+
+def restore(line: str, text: str) -> str:
+    """The line with its whole event again."""
+    return f"{line.partition(' ')[0]} {text}"

@@ -1,0 +1,207 @@
+"""The facts a journal holds, each in the past tense. Pure values; `at_ms` is the store's time."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A fact of one run."""
+
+    at_ms: int = field(default=0, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"e": "StepDone", "n": 3, …}`: the kind and what is not as by default; the time is the store's to add."""
+        out: dict[str, Any] = {"e": type(self).__name__}
+        for name, default in _FIELDS[type(self).__name__].items():
+            value = getattr(self, name)
+            if value != default or default is _REQUIRED:
+                out[name] = value
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(Event):
+    """A run began; everything it needs to be replayed from here."""
+
+    crew: str
+    version: str = ""
+    agent: str
+    task: Any = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    history: list[Any] = field(default_factory=list)
+    parent: str = ""
+    parent_n: int = 0
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    stream: bool = False
+    canvas: Mapping[str, Any] | None = None
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlanned(Event):
+    """The flow asked for step `n`; `digest` says what must not change, `gather` is the first step of its gather."""
+
+    n: int
+    kind: str
+    name: str
+    digest: str = ""
+    queue: str = ""
+    gather: int = 0
+    detail: Any = None  # for a person: the question, or a held tool's arguments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone(Event):
+    """Step `n` has its value."""
+
+    n: int
+    value: Any = None
+    usage: Mapping[str, float] = field(default_factory=dict)
+    attempt: int = 1
+    finish: str = ""  # `length`: the model's answer was cut off there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFailed(Event):
+    """Step `n` failed for good; `error` is errors.error_to_json's."""
+
+    n: int
+    error: Mapping[str, Any]
+    usage: Mapping[str, float] = field(default_factory=dict)
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRetried(Event):
+    """An attempt at step `n` failed; another follows after `after_ms`. `away`: nobody was there to be asked."""
+
+    n: int
+    error: Mapping[str, Any]
+    attempt: int = 1
+    after_ms: int = 0
+    away: bool = False
+    usage: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInDoubt(Event):
+    """An at-most-once step was cut off by a crash: nobody knows whether it happened."""
+
+    n: int
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResolved(Event):
+    """A person, or `reconcile`, said what became of a step in doubt: `done`, `failed` or `retry`."""
+
+    n: int
+    action: str
+    value: Any = None
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepQuarantined(Event):
+    """Step `n` killed its process too often; it waits for a person."""
+
+    n: int
+    crashes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRevived(Event):
+    """A person let a held step go on; `n` 0 is the run itself."""
+
+    n: int
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatherClosed(Event):
+    """The gather that began with step `first` is closed; the flow sees these members and no others."""
+
+    first: int
+    members: list[int] = field(default_factory=list)  # in the order they ended
+    why: str = "all"  # all | need | impossible | deadline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approved(Event):
+    """A person said yes to step `n`."""
+
+    n: int
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denied(Event):
+    """A person said no to step `n`."""
+
+    n: int
+    by: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitRaised(Event):
+    """The run may spend more."""
+
+    limits: Mapping[str, Any]
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Woken(Event):
+    """The Sleep of step `n` is over."""
+
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDone(Event):
+    """The run has its value."""
+
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFailed(Event):
+    """The run ended with an error."""
+
+    error: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCancelled(Event):
+    """Somebody cancelled the run, or a run above it."""
+
+    by: str = ""
+
+
+KINDS: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}
+ENDS = (RunDone, RunFailed, RunCancelled)
+_REQUIRED: Any = object()
+
+
+def _default(f: "Field[Any]") -> Any:
+    if f.default is not MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not MISSING else _REQUIRED
+
+
+_FIELDS = {name: {f.name: _default(f) for f in fields(cls) if f.name != "at_ms"} for name, cls in KINDS.items()}
+
+
+def event_from_json(data: Mapping[str, Any], at_ms: int = 0) -> Event:
+    """The event that `to_json` wrote; fields it does not know are left out (a newer writer).
+
+    Raises:
+        KeyError: no such kind.
+    """
+    cls = KINDS[data["e"]]
+    field_names = _FIELDS[data["e"]]
+    return cls(at_ms=at_ms, **{k: v for k, v in data.items() if k in field_names})

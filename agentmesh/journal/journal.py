@@ -1,0 +1,151 @@
+"""The journal as the engine sees it: the events of runs, with entries, leases and timers."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agentmesh.journal.events import Event
+from agentmesh.journal.types import (
+    Accepted,
+    Claimed,
+    JournalCounts,
+    NextSteps,
+    Refused,
+    RetryImport,
+    RunHead,
+    RunSpec,
+    Token,
+    WaitingEntry,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What a sweep did.
+
+    Args:
+        count: entries moved.
+        rest_ms: for how long this worker need not sweep, if nothing new comes; 0: there is work about.
+        mine: it was this worker's turn.
+    """
+
+    count: int
+    rest_ms: int = 0
+    mine: bool = True
+
+
+class Journal(Protocol):
+    """The events of runs, with entries, leases and timers. The verbs are atomic and repeatable (docs/architecture.md)."""
+
+    @property
+    def epoch(self) -> int:
+        """Another number once the store may have come back without what it had: nothing read before counts any more."""
+        ...
+
+    async def begin(self, spec: RunSpec, next: NextSteps, carried: Sequence[RetryImport] = ()) -> Accepted | Refused:
+        """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused.
+
+        A retry begins with what is `carried` of the run before it: first its own, then its sub-agents'.
+        """
+        ...
+
+    async def claim(
+        self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
+        ask: bool = False, rate: tuple[int, int] | None = None, apart: bool = False,
+    ) -> Claimed | Refused:  # fmt: skip
+        """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst).
+
+        A worker whose suspects are kept `apart` gets none.
+        """
+        ...
+
+    async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]:
+        """Push the deadlines of (unit, fence); answers the units that are not the worker's any more."""
+        ...
+
+    async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = (), below: bool = False) -> int:
+        """Give back everything a worker held; `below`: and the processes of its pool, which are named `WORKER/PID`."""
+        ...
+
+    async def commit(
+        self, unit: str, *, fence: int, event: Event, version: int = 0, next: NextSteps | None = None,
+        charge: dict[str, float] | None = None,
+    ) -> Accepted | Refused:  # fmt: skip
+        """A step's end (StepDone, StepFailed) or turn (StepRetried, StepInDoubt), with what comes next."""
+        ...
+
+    async def plan(self, run_id: str, *, fence: int, version: int, next: NextSteps) -> Accepted | Refused:
+        """What an advance found; Refused("conflict") brings the events that came in between."""
+        ...
+
+    async def hold(self, unit: str, *, fence: int, why: str) -> Accepted | Refused:
+        """A leased entry waits for a person; `why` is shown by `waiting`."""
+        ...
+
+    async def signal(self, run_id: str, event: Any) -> Accepted | Refused:
+        """Record a human decision: an approval, a denial, a cancellation, a raised limit, a resolution."""
+        ...
+
+    async def sweep(
+        self, worker: str, *, empty: Sequence[str] = (), look: bool = False, limit: int = 200
+    ) -> SweepResult:
+        """Housekeeping: expired leases, due timers, lost messages, cancelled trees, retention.
+
+        Args:
+            empty: queues known to have been empty for a second.
+            look: find that out in the store, which is the broker too.
+            limit: how many entries of a kind may move.
+        """
+        ...
+
+    async def notified(self, run_id: str) -> None:
+        """Note that the canvas has received the run's result."""
+        ...
+
+    async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
+        """The journal of a run, from its `after`-th event on; -1 is the last one."""
+        ...
+
+    async def head(self, run_id: str) -> RunHead | None:
+        """A run at a glance, or None."""
+        ...
+
+    async def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """The newest root runs."""
+        ...
+
+    async def tree(self, run_id: str) -> list[str]:
+        """The run and every run below it."""
+        ...
+
+    async def waiting(self, run_id: str) -> list[WaitingEntry]:
+        """What waits for a person, a limit or another worker in the run's tree."""
+        ...
+
+    async def moving(self, run_id: str) -> int:
+        """How many entries of the tree are queued, leased or due without a reason to wait."""
+        ...
+
+    async def queued(self, queues: Sequence[str]) -> int:
+        """How many entries wait for a worker in these broker queues."""
+        ...
+
+    async def counts(self) -> JournalCounts:
+        """What it holds now, at a cost that does not grow with it."""
+        ...
+
+    async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
+        """Add to the tree's live stream, which is capped and never the journal."""
+        ...
+
+    def tokens(self, run_id: str) -> AsyncIterator[Token]:
+        """The tree's live stream from its beginning until the root run ends."""
+        ...
+
+    async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
+        """Come back when the run's journal is longer than `version` (None: when the run has ended), or after the time."""
+        ...
+
+    async def close(self) -> None:
+        """Give back connections."""
+        ...

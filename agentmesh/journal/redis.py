@@ -1,0 +1,331 @@
+"""The journal in Redis 7 or Valkey: one Lua script a verb, over one pipelined connection a loop. No Redis Cluster."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.resources import files
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, RedisError
+
+from agentmesh.errors import JournalError
+from agentmesh.journal.codec import (
+    LARGE_BYTES,
+    Reply,
+    VerbJournal,
+    decode_event,
+    extract_large,
+    fingerprint_of,
+    restore,
+)
+from agentmesh.journal.events import Event
+from agentmesh.journal.redis_connection import CONNECTION_LOST, RedisConnection, cancel_and_wait, clean_url
+from agentmesh.journal.types import JournalCounts, OutboxMessage, RunHead, Token, WaitingEntry
+from agentmesh.schema import dumps, loads
+
+LIVE_ENTRIES = 10_000
+POLL_S = 0.25
+
+
+@cache
+def script(verb: str) -> tuple[str, str]:
+    """A verb's Lua and its SHA-1, by which the server knows it."""
+    here = files("agentmesh.journal") / "lua"
+    text = f"{(here / 'common.lua').read_text()}\n{(here / f'{verb}.lua').read_text()}"
+    return text, hashlib.sha1(text.encode()).hexdigest()  # Redis' own choice
+
+
+class RedisJournal(VerbJournal):
+    """A Journal on a Redis or Valkey server (one node, any number of replicas).
+
+    Args:
+        url: redis://, rediss:// or unix://.
+        push: the broker is this very server and database, so the scripts push messages themselves.
+        send: where messages go that are not pushed.
+        clock: for tests: milliseconds instead of the server's time.
+        patience_s: how long a verb waits for a server that went away.
+    """
+
+    def __init__(
+        self, url: str, *, prefix: str = "agentmesh:", push: bool = True, send: Callable[[OutboxMessage], None] | None = None,
+        clock: Callable[[], int] | None = None, patience_s: float = 60.0, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**options)
+        self.url, self.prefix, self._push, self._send, self._clock = clean_url(url), prefix, push, send, clock
+        self._patience_s = patience_s
+        self._pipes: WeakKeyDictionary[asyncio.AbstractEventLoop, RedisConnection] = WeakKeyDictionary()
+        self._ends: WeakKeyDictionary[asyncio.AbstractEventLoop, _RunEndListener] = WeakKeyDictionary()
+
+    # ---- verbs ---------------------------------------------------------------------------------
+    @property
+    def pipe(self) -> RedisConnection:
+        """The running loop's connection."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._pipes:
+            self._pipes[loop] = RedisConnection(self.url, patience_s=self._patience_s)
+        return self._pipes[loop]
+
+    @property
+    def pushes(self) -> bool:
+        """Whether the broker's lists are in this very database, and the scripts write them."""
+        return self._push
+
+    @property
+    def epoch(self) -> int:
+        """How often the running loop's connection was made: a server that restarted is a new one."""
+        return self.pipe.connected
+
+    async def _execute(self, verb: str, args: dict[str, Any]) -> Reply:
+        run_id = args.get("run") or str(args.get("unit", "||")).split("|")[1]
+        said = dumps(args)
+        if len(said) * 4 > LARGE_BYTES:  # most verbs are small and need no looking through
+            for fingerprint, text in list(extract_large(args)):
+                await self._keep(run_id, fingerprint, text)
+            said = dumps(args)
+        now = str(self._clock()) if self._clock else ""
+        arguments = (self.prefix, said, now, "1" if self._push else "0")
+        text, sha = script(verb)
+        try:
+            reply = await self.pipe.ask("EVALSHA", sha, 1, *arguments)
+        except NoScriptError:
+            reply = await self.pipe.ask("EVAL", text, 1, *arguments)
+        head, count = loads(reply[0]), reply[1]
+        if self._send is not None:
+            for queue, body in zip(reply[2 + count :: 2], reply[3 + count :: 2], strict=True):
+                self._send(OutboxMessage(queue, body))
+        lines = reply[2 : 2 + count]
+        return head, await self._whole(lines, run_id) if verb in ("claim", "plan") else lines
+
+    # ---- blobs ---------------------------------------------------------------------------------
+    def _key(self, *parts: str) -> str:
+        return self.prefix + ":".join(parts)
+
+    async def _keep(self, run_id: str, fingerprint: str, text: str) -> None:
+        """Before the event that names it; one that no event comes to name dies with its tree."""
+        root = run_id.partition("/")[0]
+        key = self._key("blob", root, fingerprint)
+        await asyncio.gather(self.pipe.ask("SET", key, text), self.pipe.ask("SADD", self._key("blobs", root), key))
+
+    async def _whole(self, lines: list[str], run_id: str) -> list[str]:
+        """Lines with their blobs put back."""
+        marks = {i: mark for i, line in enumerate(lines) if (mark := fingerprint_of(line))}
+        if not marks:
+            return lines
+        root = run_id.partition("/")[0]
+        texts = await self.pipe.ask("MGET", *[self._key("blob", root, mark) for mark in marks.values()])
+        whole = list(lines)
+        for i, text in zip(marks, texts, strict=True):
+            if text is None:
+                raise JournalError(
+                    f"a large value of run {run_id} is missing from the journal's server: was a key deleted by hand?"
+                )
+            whole[i] = restore(lines[i], text)
+        return whole
+
+    # ---- reads ---------------------------------------------------------------------------------
+    async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
+        """See Journal."""
+        lines = await self.pipe.ask("LRANGE", self._key("ev", run_id), after, -1)
+        return [decode_event(line) for line in await self._whole(lines, run_id)]
+
+    async def head(self, run_id: str) -> RunHead | None:
+        """See Journal."""
+        head = _pairs(await self.pipe.ask("HGETALL", self._key("run", run_id)))
+        return RunHead.of(run_id, head) if head.get("status") else None
+
+    async def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """See Journal."""
+        newest = await self.pipe.ask("ZRANGE", self._key("runs"), 0, limit - 1, "REV")
+        heads = await asyncio.gather(*[self.head(run) for run in newest])
+        return [h for h in heads if h is not None]
+
+    async def tree(self, run_id: str) -> list[str]:
+        """See Journal."""
+        members = await self.pipe.ask("SMEMBERS", self._key("tree", run_id.partition("/")[0]))
+        return sorted(m for m in members if m == run_id or m.startswith(f"{run_id}/"))
+
+    async def waiting(self, run_id: str) -> list[WaitingEntry]:
+        """See Journal."""
+        return [
+            WaitingEntry(run, key, r["why"])
+            for run, key, r in await self._open(run_id)
+            if r["st"] in ("held", "due") and r.get("why")
+        ]
+
+    async def moving(self, run_id: str) -> int:
+        """See Journal."""
+        return sum(not r.get("why") and r["st"] in ("queued", "leased", "due") for _, _, r in await self._open(run_id))
+
+    async def queued(self, queues: Sequence[str]) -> int:
+        """See Journal."""
+        return sum(await asyncio.gather(*[self.pipe.ask("ZCARD", self._key("q", queue)) for queue in queues]))
+
+    async def counts(self) -> JournalCounts:
+        """See Journal."""
+        ask, key = self.pipe.ask, self._key
+        queues, snaps, (seconds, micros) = await asyncio.gather(
+            ask("SMEMBERS", key("queues")), ask("HGETALL", key("qsnap")), ask("TIME")
+        )
+        now, found = int(seconds) * 1000 + int(micros) // 1000, {q: s.split()[0] for q, s in _pairs(snaps).items()}
+        sizes = [ask("ZCARD", key(name)) for name in ("open", "leased", "due", "held")]
+        late = [ask("ZCOUNT", key(name), "-inf", now) for name in ("leased", "due")]
+        waiting = [ask("ZCARD", key("q", queue)) for queue in queues]
+        lost = [ask("ZCOUNT", key("q", q), "-inf", f"({found.get(q, 0)}") for q in queues]
+        runs, leased, due, held = await asyncio.gather(*sizes)
+        depth = dict(zip(queues, await asyncio.gather(*waiting), strict=True))
+        expired, overslept = await asyncio.gather(*late)
+        return JournalCounts(runs, leased, due, held, depth, expired, overslept, sum(await asyncio.gather(*lost)))
+
+    async def _open(self, run_id: str) -> list[tuple[str, str, dict[str, Any]]]:
+        """The open records of a tree: run, key, record."""
+        found = []
+        for member in await self.tree(run_id):
+            records = _pairs(await self.pipe.ask("HGETALL", self._key("st", member)))
+            found += [(member, key, loads(text)) for key, text in sorted(records.items()) if text.startswith("{")]
+        return found
+
+    # ---- live ----------------------------------------------------------------------------------
+    async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
+        """See Journal."""
+        key = self._key("live", run_id.partition("/")[0])
+        text = dumps([[t.run_id, t.n, t.attempt, t.kind, t.text] for t in tokens])
+        await self.pipe.ask("XADD", key, "MAXLEN", "~", LIVE_ENTRIES, "*", "t", text)
+
+    async def tokens(self, run_id: str) -> AsyncIterator[Token]:
+        """See Journal."""
+        root = run_id.partition("/")[0]
+        at = "0"
+        client: Redis = Redis.from_url(self.url, decode_responses=True)
+        try:
+            while True:
+                head = await self.head(root)  # before the read: what was said before the end is then read after it
+                # redis-py types both protocols' answers at once; RESP3 gives {key: [entries]}, RESP2 [[key, entries]]
+                try:
+                    block = None if _is_over(head) else 250
+                    found: Any = await _cancellable(client.xread({self._key("live", root): at}, block=block))
+                except CONNECTION_LOST:  # `head` waits for the server, and says when it stays away
+                    continue
+                entries: Any = [] if not found else found.popitem()[1][0] if isinstance(found, dict) else found[0][1]
+                for entry_id, fields in entries:
+                    at = entry_id
+                    for token in loads(fields["t"]):
+                        yield Token(*token)
+                if not entries and _is_over(head):
+                    return
+        finally:
+            await client.aclose()
+
+    async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
+        """See Journal."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._ends:
+            self._ends[loop] = _RunEndListener(self.url, f"{self.prefix}ended")
+        ended = await self._ends[loop].of(run_id)
+        deadline, pause = loop.time() + timeout_s, 0.005
+        try:
+            while (remaining_s := deadline - loop.time()) > 0:
+                if version is None:
+                    head = await self.head(run_id)  # it may have ended before we listened
+                    if _is_over(head):
+                        return
+                elif await self.pipe.ask("LLEN", self._key("ev", run_id)) > version:
+                    return
+                wait_s = min(remaining_s, 5.0 if version is None else pause)
+                pause = min(POLL_S, pause * 1.5)
+                done, _ = await asyncio.wait([ended], timeout=wait_s)
+                if done:
+                    return
+        finally:
+            self._ends[loop].leave(run_id, ended)
+
+    async def close(self) -> None:
+        """See Journal."""
+        loop = asyncio.get_running_loop()
+        if (pipe := self._pipes.pop(loop, None)) is not None:
+            await pipe.close()
+        if (ends := self._ends.pop(loop, None)) is not None:
+            await ends.close()
+        if (flush := getattr(self._send, "close", None)) is not None:
+            await asyncio.to_thread(flush)  # what it was given and has not sent yet
+
+
+class _RunEndListener:
+    """Hears of ended runs: one subscription an event loop, whoever waits."""
+
+    def __init__(self, url: str, channel: str) -> None:
+        self._url, self._channel = url, channel
+        self._waiting: dict[str, list[asyncio.Future[None]]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._heard = asyncio.Event()
+
+    async def of(self, run_id: str) -> "asyncio.Future[None]":
+        """Done when the run ends; it is being listened for when this returns."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(run_id, []).append(future)
+        if self._task is None or self._task.done():
+            self._heard.clear()
+            self._task = asyncio.create_task(self._listen())
+        if not self._heard.is_set():
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
+            with suppress(TimeoutError):  # the server is away; the asker looks for itself every few seconds
+                async with asyncio.timeout(5):
+                    await self._heard.wait()
+        return future
+
+    def leave(self, run_id: str, future: "asyncio.Future[None]") -> None:
+        """Nobody waits on this future any more."""
+        futures = self._waiting.get(run_id, [])
+        if future in futures:
+            futures.remove(future)
+        if not futures:
+            self._waiting.pop(run_id, None)
+
+    async def _listen(self) -> None:
+        while True:
+            client: Redis = Redis.from_url(self._url, decode_responses=True)
+            try:
+                async with client.pubsub() as subscription:
+                    await subscription.subscribe(self._channel)
+                    async for message in subscription.listen():
+                        if message["type"] == "subscribe":
+                            self._heard.set()
+                        elif message["type"] == "message":
+                            self._tell(message["data"])
+            except (*CONNECTION_LOST, RedisError):
+                await asyncio.sleep(0.1)
+                for run_id in list(self._waiting):  # whoever waits looks again: ends may have gone unheard
+                    self._tell(run_id)
+            finally:
+                await client.aclose()
+
+    def _tell(self, run_id: str) -> None:
+        for future in self._waiting.pop(run_id, []):
+            if not future.done():
+                future.set_result(None)
+
+    async def close(self) -> None:
+        await cancel_and_wait(self._task)
+
+
+def _pairs(reply: Any) -> dict[str, str]:
+    return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+async def _cancellable(reading: Awaitable[Any]) -> Any:
+    """What redis-py reads, unless the task was told to end meanwhile: while it connects it swallows that."""
+    task = asyncio.current_task()
+    assert task is not None
+    cancellations = task.cancelling()
+    try:
+        return await reading
+    finally:
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError
+
+
+def _is_over(head: RunHead | None) -> bool:
+    return head is None or head.status != "open"

@@ -1,0 +1,255 @@
+"""The words a Journal is spoken to with, and Dispatch, which renders messages. Adapters implement it; the engine knows nothing else."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from agentmesh.journal.events import Event
+
+# ---- the journal -------------------------------------------------------------------------------
+# A unit is what a message may ask a worker to do: "s|RUN|N" a step, "a|RUN" advancing a run,
+# "f|RUN" telling a user's canvas that it ended, "g|RUN|N" a gather's deadline (a timer only).
+
+
+def step_unit(run_id: str, n: int) -> str:
+    """The unit of a step."""
+    return f"s|{run_id}|{n}"
+
+
+def advance_unit(run_id: str) -> str:
+    """The unit that advances a run."""
+    return f"a|{run_id}"
+
+
+def finish_unit(run_id: str) -> str:
+    """The unit that reports a run's end to a user's canvas."""
+    return f"f|{run_id}"
+
+
+def original_run_id(run_id: str) -> str:
+    """The run's id, or of a retry (`tea-7~2`) and of what is below it that of the first attempt."""
+    root, below, rest = run_id.partition("/")
+    return root.partition("~")[0] + below + rest
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMessage:
+    """A rendered message: the broker's list and the text around a delivery tag that the store fills in."""
+
+    queue: str
+    head: str
+    tail: str
+
+    def packed(self) -> str:
+        """One string, as entries keep it."""
+        return f"{self.queue}\0{self.head}\0{self.tail}"
+
+    @classmethod
+    def unpacked(cls, text: str) -> "TaskMessage":
+        """The wire that `packed` wrote."""
+        return cls(*text.split("\0"))
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What makes a run the run it is; kept whole in RunStarted.
+
+    Args:
+        fields: the agent's typed fields, JSON.
+        task: text, or any JSON value.
+        limits: of the whole tree; only a root's are looked at.
+        wire: the message that advances this run, rendered once.
+        finish: the message that tells a canvas, or None.
+        origin: the crew file, so that `runs resume` needs no more.
+        stream: whether tokens are to be streamed live.
+        trace: the W3C traceparent of whoever began the tree, or nothing.
+    """
+
+    id: str
+    crew: str
+    version: str
+    agent: str
+    task: Any
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    history: Sequence[Any] = ()
+    parent: str = ""
+    parent_n: int = 0
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    wire: TaskMessage | None = None
+    finish: TaskMessage | None = None
+    origin: str = ""
+    stream: bool = False
+    canvas: Mapping[str, Any] | None = None
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step to plan.
+
+    Args:
+        state: `queued` goes out now, `held` waits for a person, `due` at `due_in_ms`, `child` has a run of its own,
+            `ended` failed before it began (`end` says why).
+        once: delivery at most once; `reconcile` says that the tool can tell what happened.
+    """
+
+    event: Event
+    state: Literal["queued", "held", "due", "child", "ended"]
+    wire: TaskMessage | None = None
+    due_in_ms: int = 0
+    child: RunSpec | None = None
+    once: bool = False
+    reconcile: bool = False
+    held: str = ""
+    end: Event | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPlan:
+    """Which steps are joined: `first` to `last`, `need` successes; `everyone` waits for all ends."""
+
+    first: int
+    last: int
+    need: int
+    everyone: bool = False
+    deadline_in_ms: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NextSteps:
+    """What a replay found: steps to plan, perhaps as a gather, or the end of the run. Empty: nothing new.
+
+    Args:
+        up: of a child's end, the fact its parent gets in the same moment.
+    """
+
+    plans: Sequence[StepPlan] = ()
+    gather: GatherPlan | None = None
+    end: Event | None = None
+    up: Event | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryImport:
+    """What run `new` begins with of an ended run's journal.
+
+    Args:
+        events: with their old times; the first is the new run's RunStarted.
+        kept: steps that need no planning.
+        cut: calls without an end and their digests: at most once and begun, such a one is in doubt.
+    """
+
+    old: str
+    new: str
+    events: Sequence[Event]
+    kept: Sequence[int]
+    cut: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The entry is yours under `fence`; `events` are those after the version you had."""
+
+    fence: int
+    events: Sequence[Event]
+    version: int
+    attempt: int = 1
+    in_doubt: bool = False
+    limit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not yours, and why: busy, later, held, in_doubt, ended, unknown, cancelled, stale, conflict, exists, run."""
+
+    why: str
+    detail: str = ""
+    events: Sequence[Event] = ()
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Written; `version` is the journal's length now, `conflict` that somebody else wrote in between, `again` a repeat."""
+
+    version: int = 0
+    conflict: bool = False
+    is_repeat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxMessage:
+    """A message for a broker that is not the journal's own server."""
+
+    queue: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunHead:
+    """A run at a glance; totals are of the whole tree and kept at its root. Times are the store's, 0 is not yet."""
+
+    id: str
+    status: Literal["open", "done", "failed", "cancelled"]
+    agent: str
+    crew: str
+    version: str
+    started_ms: int
+    ended_ms: int
+    turns: int
+    tokens: int
+    cost_usd: float
+    refused: int
+
+    @classmethod
+    def of(cls, run_id: str, head: Mapping[str, Any]) -> "RunHead":
+        """From the store's hash, whose values may be text."""
+
+        def number(name: str) -> float:
+            return float(head.get(name) or 0)
+
+        return cls(
+            run_id, head["status"], head["agent"], head["crew"], head["version"], int(number("started")),
+            int(number("ended")), int(number("turns")), int(number("tokens")), number("usd"), int(number("refused")),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingEntry:
+    """An entry that waits: a step's number (or `a`, the run itself) and why: approve, in_doubt, limit:…, version:…"""
+
+    run_id: str
+    key: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class JournalCounts:
+    """What a journal holds now, of all crews.
+
+    Args:
+        queues: entries that wait for a worker, by broker queue.
+        expired: leases past their deadline. late: timers past their time. lost: queued entries whose message must be
+            lost (architecture.md, law 6). A sweep moves all three, so that more than a few for long means no sweep.
+    """
+
+    open_runs: int
+    leased: int
+    due: int
+    held: int
+    queues: Mapping[str, int]
+    expired: int = 0
+    late: int = 0
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A live piece of a step's attempt: text, thought (reasoning), progress, or `retract`: what it said before is void."""
+
+    run_id: str
+    n: int
+    attempt: int
+    kind: Literal["text", "thought", "progress", "retract"]
+    text: str

@@ -1,0 +1,87 @@
+"""From a folder that LangChain's own FAISS store saved to a store of ours."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentmesh.errors import DefinitionError, EmbedderMismatch, StoreError
+from agentmesh.langchain.vectorstore import BATCH, chunk_of
+from agentmesh.rag.embedders import embedder
+from agentmesh.rag.store.faiss_store import FaissStore
+
+ALIKE = 0.98  # cosine of the first document's vector to what the embedder makes of it now
+LONGEST_S = 3600
+READER = Path(__file__).with_name("unpickle.py")  # run, never imported
+
+
+def import_folder(
+    folder: str | Path, path: str | Path, *, embedding: Any = None, trust_pickle: bool = False,
+    index_name: str = "index", progress: Callable[[int, int], None] | None = None,
+) -> FaissStore:  # fmt: skip
+    """A store with everything from an old folder: texts, metadata, ids, vectors, and its metric; again, the same.
+
+    The pickle is read in a process of its own, by a reader that knows the classes of a docstore and refuses all others.
+
+    Args:
+        folder: holds `index.faiss` and `index.pkl`.
+        path: of the store, new or made by an earlier try.
+        embedding: what the vectors were made with, as `embedder` takes it; its first document is compared.
+        trust_pickle: has to be said, since a pickle may hold code.
+        progress: told how many documents are in, and of how many.
+
+    Raises:
+        DefinitionError: `trust_pickle` was not said.
+        StoreError: the folder cannot be read, or names what a docstore does not need.
+        EmbedderMismatch: `embedding` makes other vectors.
+    """
+    folder = Path(folder)
+    if missing := [n for n in (f"{index_name}.faiss", f"{index_name}.pkl") if not (folder / n).is_file()]:
+        raise StoreError(f"{folder} is not a folder saved by LangChain's FAISS store: it has no {missing[0]}")
+    if not trust_pickle:
+        raise DefinitionError(f"{folder / (index_name + '.pkl')} is a pickle; if you trust it, say trust_pickle=True")
+    with tempfile.TemporaryDirectory(prefix="agentmesh-import-") as scratch:
+        out = Path(scratch)
+        # -P: what stands beside the script is not to be found by name
+        argv = [sys.executable, "-P", str(READER), str(folder.resolve()), index_name, scratch]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=LONGEST_S, cwd=scratch, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"its reader ended with {done.returncode}"])[-1]
+            raise StoreError(f"{folder} cannot be imported: {reason}")
+        about = json.loads((out / "about.json").read_bytes())
+        return _take_in(out, about, Path(path), embedding, progress)
+
+
+def _take_in(
+    out: Path, about: dict[str, Any], path: Path, embedding: Any, progress: Callable[[int, int], None] | None
+) -> FaissStore:  # fmt: skip
+    vectors = np.load(out / "vectors.npy", mmap_mode="r")  # (n, d)
+    model = None if embedding is None else embedder(embedding)
+    store = FaissStore(path, metric=about["metric"], identity=model.identity if model else None)
+    with (out / "documents.jsonl").open() as lines:
+        at = 0
+        while told := [json.loads(line) for line in islice(lines, BATCH)]:
+            chunks = [chunk_of(t["id"], t["text"], t["metadata"]) for t in told]
+            some = np.array(vectors[at : at + len(told)])
+            if model and not at:
+                _compare(model, chunks[0].text, some[0])
+            store.upsert(chunks, some)
+            at += len(told)
+            if progress:
+                progress(at, about["n"])
+    return store
+
+
+def _compare(model: Any, text: str, vector: Any) -> None:
+    cosine = float(np.dot(model.documents([text])[0], vector / np.linalg.norm(vector))) if len(vector) == model.d else 0
+    if not cosine >= ALIKE:
+        raise EmbedderMismatch(
+            f"{model.identity.name!r} did not make these vectors: the first document has a cosine of {cosine:.3f}; "
+            "name the embedder that did"
+        )

@@ -1,0 +1,194 @@
+"""From text to vectors: what an embedder is, and how a store knows it again. The kinds stand in `embedders/`, one a file."""
+
+import os
+import re
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentmesh.errors import EmbedderError, EmbedderMismatch
+from agentmesh.rag.documents import without_surrogates
+
+Floats = NDArray[np.float32]
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog; 敏捷的棕色狐狸跳过懒狗。"
+SAME_VECTOR = (
+    0.999  # cosine of two probes of one embedder: bf16 beside fp32 gives 0.9999, another pooling 0.998 at most
+)
+DEFAULT_EMBEDDER = "wordllama"
+# the words each family was trained with, before a query and before a document: from their model cards
+FAMILIES = (
+    (r"\be5\b.*\binstruct\b|\be5-mistral", (
+        "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ", "")),
+    (r"\be5\b", ("query: ", "passage: ")),
+    (r"\bbge\b.*\ben\b", ("Represent this sentence for searching relevant passages: ", "")),
+    (r"\bbge\b.*\bzh\b", ("为这个句子生成表示以用于检索相关文章：", "")),
+    (r"\bnomic-embed\b", ("search_query: ", "search_document: ")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a store remembers of the embedder that filled it."""
+
+    name: str
+    revision: str = ""
+    pooling: str = ""
+    prefixes: tuple[str, str] = ("", "")  # before a query, before a document
+    d: int = 0
+    probe: tuple[float, ...] = ()  # the vector of PROBE as a document, of unit length
+
+    def check(self, other: "Identity") -> None:
+        """Nothing, if the other makes the same vectors; its name may be another one (a folder, a server).
+
+        Raises:
+            EmbedderMismatch: it does not.
+        """
+        ways = f"the store was filled by {self._said()} and is asked with {other._said()}"
+        mend = "use the first, or `agentmesh rag reembed --embed NEW`"
+        if self.d != other.d:
+            raise EmbedderMismatch(f"{ways}: vectors of {self.d} and {other.d} numbers; {mend}")
+        if self.probe and other.probe:
+            cosine = float(np.dot(np.asarray(self.probe), np.asarray(other.probe)))
+            if not cosine >= SAME_VECTOR:
+                raise EmbedderMismatch(f"{ways}: the same sentence has a cosine of {cosine:.3f}; {mend}")
+        if self.prefixes != other.prefixes:
+            raise EmbedderMismatch(f"{ways}: prefixes {self.prefixes!r} and {other.prefixes!r}; {mend}")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the store's own file."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The identity again."""
+        query, document = data.get("prefixes", ("", ""))
+        rest = {k: data[k] for k in ("revision", "pooling", "d") if k in data}
+        return cls(name=data["name"], prefixes=(query, document), probe=tuple(data.get("probe", ())), **rest)
+
+    def _said(self) -> str:
+        return repr(self.name) + (f" ({self.revision[:12]})" if self.revision else "")
+
+
+class Embedder(Protocol):
+    """Text in, vectors of unit length out. Loads at its first use; one object serves many threads."""
+
+    name: str
+    """What makes it again in another process, as `embedder(name)`; empty for an object without such a name."""
+    remote: bool
+    """Whether it computes elsewhere, so that calls side by side help."""
+
+    @property
+    def d(self) -> int:
+        """The width of its vectors."""
+        ...
+
+    @property
+    def identity(self) -> Identity:
+        """What a store remembers; embeds one sentence the first time."""
+        ...
+
+    def documents(self, texts: Sequence[str]) -> Floats:
+        """float32 (n, d), rows in the order of the texts."""
+        ...
+
+    def query(self, text: str) -> Floats:
+        """float32 (d,)."""
+        ...
+
+
+class BaseEmbedder:
+    """What the kinds share: prefixes, unit length, the probe. A kind gives `_embed` and `_identity`."""
+
+    name: str
+    remote = False
+    scaled = True  # to unit length
+    prefixes = ("", "")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._known: Identity | None = None
+        _all.add(self)
+
+    @property
+    def d(self) -> int:
+        """The width of the vectors."""
+        return self.identity.d
+
+    @property
+    def identity(self) -> Identity:
+        """What a store remembers; embeds one sentence the first time."""
+        with self._lock:
+            if self._known is None:
+                probe = self.documents([PROBE_TEXT])[0]
+                probe = probe / np.linalg.norm(probe)
+                told = {"revision": "", "pooling": "", **self._identity()}
+                # rounded: a float32 written as JSON would be twice as long for nothing
+                rounded = tuple(round(float(x), 7) for x in probe)
+                self._known = Identity(prefixes=self.prefixes, d=len(rounded), probe=rounded, **told)
+            return self._known
+
+    def documents(self, texts: Sequence[str]) -> Floats:
+        """float32 (n, d), rows of unit length in the order of the texts.
+
+        Raises:
+            EmbedderError: it gave none, or a vector with NaN.
+        """
+        if not texts:
+            return np.zeros((0, self.d), np.float32)
+        return self._unit(self._embed([self.prefixes[1] + without_surrogates(t) for t in texts]), texts)
+
+    def query(self, text: str) -> Floats:
+        """float32 (d,), of unit length; zeros for a text in which the embedder knows nothing."""
+        vector: Floats = self._unit(self._embed([self.prefixes[0] + without_surrogates(text)]), [text])[0]
+        return vector
+
+    def _unit(self, vectors: Any, texts: Sequence[str]) -> Floats:
+        if len(vectors) != len(texts):
+            raise EmbedderError(f"embedder {self.name!r} gave {len(vectors)} vectors for {len(texts)} texts")
+        try:
+            rows = np.array(vectors, np.float32)  # (n, d); a copy, for it is changed below
+        except ValueError:
+            rows = np.zeros(0, np.float32)
+        if rows.ndim != 2 or not rows.shape[1]:
+            raise EmbedderError(f"embedder {self.name!r} gave vectors of several widths, or of none")
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)  # (n, 1)
+        bad = np.flatnonzero(~np.isfinite(lengths[:, 0]))
+        if len(bad):
+            raise EmbedderError(f"embedder {self.name!r} gave no numbers (NaN) for {texts[bad[0]][:60]!r}")
+        if self.scaled:
+            np.divide(rows, lengths, out=rows, where=lengths > 0)
+        return rows
+
+    def _embed(self, texts: list[str]) -> Any:
+        """(n, d) of any length."""
+        raise NotImplementedError
+
+    def _identity(self) -> dict[str, str]:
+        return {"name": self.name}
+
+
+def trained_prefixes(model: str) -> tuple[str, str]:
+    """What to write before a query and before a document for a model of this name.
+
+    >>> trained_prefixes("intfloat/multilingual-e5-small")
+    ('query: ', 'passage: ')
+    """
+    tail = model.rstrip("/").rsplit("/", 1)[-1].lower()
+    return next((words for family, words in FAMILIES if re.search(family, tail)), ("", ""))
+
+
+_all: "weakref.WeakSet[BaseEmbedder]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child has no use for locks that its parent's threads may hold."""
+    for one in list(_all):
+        one._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,47 @@
+"""LangChain's Embeddings as an embedder of ours; imports nothing of LangChain."""
+
+from typing import Any
+
+from agentmesh.errors import EmbedderError
+from agentmesh.rag.documents import without_surrogates
+from agentmesh.rag.embedders.base import BaseEmbedder, Floats
+
+
+class LangChainEmbedder(BaseEmbedder):
+    """Any LangChain Embeddings: OpenAI's, Cohere's, a server's, a fake.
+
+    Args:
+        embeddings: has `embed_documents` and `embed_query`. It stays in this process: it has no name that travels.
+        scaled: to unit length; without it vectors stay as long as they are made, for a store under "l2".
+    """
+
+    name = ""
+    remote = True  # most are; and calls side by side do the others no harm
+
+    def __init__(self, embeddings: Any, *, scaled: bool = True) -> None:
+        super().__init__()
+        self.scaled = scaled
+        self.embeddings = embeddings
+
+    def query(self, text: str) -> Floats:
+        """float32 (d,), in the embeddings' own way for questions."""
+        vector: Floats = self._unit([self._ask("embed_query", without_surrogates(text))], [text])[0]
+        return vector
+
+    def _embed(self, texts: list[str]) -> Any:
+        return self._ask("embed_documents", texts)
+
+    def _ask(self, verb: str, given: Any) -> Any:
+        try:
+            return getattr(self.embeddings, verb)(given)
+        except Exception as e:
+            # whatever it raises is the server's or the package's; a step that meets it may be tried again
+            kind = type(self.embeddings).__name__
+            raise EmbedderError(f"{kind}.{verb} raised {type(e).__name__}: {e}", after_s=0.0) from e
+
+    def _identity(self) -> dict[str, str]:
+        cls = type(self.embeddings)
+        model = getattr(self.embeddings, "model", None) or getattr(self.embeddings, "model_name", None) or ""
+        return {
+            "name": f"{cls.__module__}.{cls.__qualname__}" + (f" {model}" if isinstance(model, str) and model else "")
+        }

@@ -1,0 +1,1 @@
+"""The steps of an ingest: plan, parse, embed, index."""

@@ -1,0 +1,29 @@
+"""HTML as Markdown: the page's own words without menus and footers. trafilatura is imported here."""
+
+import logging
+
+from agentmesh.errors import DocumentError, ExtraMissing
+from agentmesh.rag.documents import Document
+from agentmesh.rag.loaders import markdown
+
+try:
+    import trafilatura
+except ImportError:
+    raise ExtraMissing("HTML needs trafilatura, which is not installed: pip install 'agentmesh-celery[rag]'") from None
+
+logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what it cannot read is told by DocumentError
+
+
+def read(data: bytes, name: str) -> Document:
+    """The page as Markdown with its headings; of a page without an article, all its text.
+
+    Raises:
+        DocumentError: there is no text in it.
+    """
+    if b"<html" not in data[:1_000_000].lower():
+        data = b"<html><body>" + data + b"</body></html>"  # else a fragment would be taken for no HTML
+    page = trafilatura.extract(data, output_format="markdown", include_tables=True, include_comments=False)
+    text = page or trafilatura.html2txt(data)
+    if not text:
+        raise DocumentError(f"{name!r} holds no text that HTML shows")
+    return markdown(text)

@@ -1,0 +1,67 @@
+"""What a process has of embedders and stores: each is opened once, by name, and again after a fork."""
+
+import os
+import threading
+from typing import Any
+
+from agentmesh.errors import ConfigError
+from agentmesh.rag.embedders import embedder
+from agentmesh.rag.embedders.base import DEFAULT_EMBEDDER, Embedder
+from agentmesh.rag.embedders.batcher import EmbeddingBatcher
+from agentmesh.rag.store.faiss_store import FaissStore
+
+LOCAL_PREFIX = "here:"  # an embedder that was given as an object: other processes do not have it
+_LOCK = threading.Lock()
+_REGISTERED: dict[str, Any] = {}
+_BATCHERS: dict[tuple[int, int], EmbeddingBatcher] = {}  # embedders are never let go, so that an id is one's own
+_STORES: dict[tuple[int, str, Any], FaissStore] = {}
+
+
+def register_embedder(given: Any) -> str:
+    """A name for an embedder object, good in this process alone."""
+    name = f"{LOCAL_PREFIX}{os.getpid()}-{id(given)}"
+    _REGISTERED[name] = embedder(given)
+    return name
+
+
+def embedder_of(name: str) -> Embedder:
+    """The embedder of a name.
+
+    Raises:
+        ConfigError: it was lent by a process that is not this one.
+    """
+    if not name.startswith(LOCAL_PREFIX):
+        return embedder(name)
+    if name not in _REGISTERED:
+        raise ConfigError(
+            "the embedder was given as an object, which another process does not have; add the documents again, "
+            "or name it: 'wordllama', 'local:NAME', 'openai:NAME'"
+        )
+    found: Embedder = _REGISTERED[name]
+    return found
+
+
+def embedder_for(store: str, name: str) -> Embedder:
+    """The embedder of a name; without one the store's own, and for a new store the default."""
+    if name:
+        return embedder_of(name)
+    known = store_of(store).identity
+    return embedder_of(known.name if known is not None else DEFAULT_EMBEDDER)
+
+
+def batcher_for(by: Embedder) -> EmbeddingBatcher:
+    """An embedder, as this process's steps share it."""
+    key = os.getpid(), id(by)
+    with _LOCK:
+        if key not in _BATCHERS:
+            _BATCHERS[key] = EmbeddingBatcher(by)
+        return _BATCHERS[key]
+
+
+def store_of(path: str, identity: Any = None) -> FaissStore:
+    """The store of a folder; one a process and identity."""
+    key = os.getpid(), path, identity
+    with _LOCK:
+        if key not in _STORES:
+            _STORES[key] = FaissStore(path, identity=identity)
+        return _STORES[key]

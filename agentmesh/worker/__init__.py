@@ -1,0 +1,1 @@
+"""Worker processes and their supervisor: what `agentmesh worker` starts, watches and starts again."""

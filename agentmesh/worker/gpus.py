@@ -1,0 +1,54 @@
+"""Which GPUs there are and how a process is given one; asks the driver, loads no torch."""
+
+import os
+import shutil
+import subprocess
+
+from agentmesh.definitions.queue import Queue
+from agentmesh.errors import ConfigError
+
+CPU = ""
+DRIVER_TIMEOUT_S = 10.0
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use: of CUDA_VISIBLE_DEVICES, else all that the driver knows; [] without any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+    done = nvidia_smi("--query-gpu=index", "--format=csv,noheader")
+    return [] if done is None or done.returncode else done.stdout.split()
+
+
+def nvidia_smi(*args: str) -> "subprocess.CompletedProcess[str] | None":
+    """What nvidia-smi says; None where there is none, code 1 where it does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    argv = ["nvidia-smi", *args]
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, timeout=DRIVER_TIMEOUT_S, check=False)
+    except (subprocess.SubprocessError, OSError) as e:
+        return subprocess.CompletedProcess(argv, 1, "", str(e))
+
+
+def devices_of(queue: Queue) -> list[str]:
+    """The devices of a queue's workers, one each; CPU where there is no GPU.
+
+    Raises:
+        ConfigError: it names a GPU that is not here.
+    """
+    gpus = visible_gpus()
+    if queue.devices == "all":
+        return gpus or [CPU]
+    for requested in queue.devices:
+        if int(requested) >= len(gpus):
+            raise ConfigError(
+                f"queue {queue.name!r} wants GPU {requested} and this machine has {len(gpus) or 'none'}; "
+                "name those it has, or devices='all'"
+            )
+    return [gpus[int(requested)] for requested in queue.devices]
+
+
+def device_env(device: str) -> dict[str, str]:
+    """What gives a process one GPU and hides the others."""
+    return {} if device == CPU else {"CUDA_VISIBLE_DEVICES": device}

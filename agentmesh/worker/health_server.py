@@ -1,0 +1,142 @@
+"""`agentmesh worker --metrics`: /metrics for Prometheus and /health for probes, from the supervisor's process."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from agentmesh.errors import ConfigError
+from agentmesh.observability.engine_status import EngineStatus
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a probe wants to know.
+
+    Args:
+        workers: how many processes are wanted.
+        ready: how many of them consume.
+        journal: whether its server answers.
+        engines: how the engines of device workers stand.
+        now_s: when, in the machine's monotonic time.
+    """
+
+    workers: int
+    ready: int
+    journal: bool
+    engines: Sequence[EngineStatus] = ()
+    now_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def good(self) -> bool:
+        """Whether steps can be done here."""
+        return not self.why
+
+    @property
+    def why(self) -> list[str]:
+        """What is not as it should be."""
+        problems = [] if self.journal else ["the journal's server does not respond"]
+        if self.ready != self.workers:
+            problems.append(f"{self.ready} of {self.workers} workers consume")
+        return problems + [ails for engine in self.engines if (ails := engine.unhealthy_reason(self.now_s))]
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What anybody may know."""
+        workers: dict[str, Any] = {"workers": {"wanted": self.workers, "ready": self.ready}, "journal": self.journal}
+        if self.engines:
+            well = sum(not engine.unhealthy_reason(self.now_s) for engine in self.engines)
+            workers["engines"] = {"there": len(self.engines), "well": well}
+        return workers
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """All of it, for an operator."""
+        report = {"ready": self.good, **self.numbers}
+        if self.why:
+            report["why"] = self.why
+        if self.engines:
+            report["engines"] = [_engine_json(e, self.now_s) for e in self.engines]
+        return report
+
+
+def _engine_json(engine: EngineStatus, now_s: float) -> dict[str, Any]:
+    report = asdict(engine)
+    return report | {"age_s": round(now_s - report.pop("at_s"), 1), "ails": engine.unhealthy_reason(now_s)}
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of `PORT` or `HOST:PORT`; without a host it is loopback.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    host, _, port = text.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"--metrics {text!r} is not an address; use PORT or HOST:PORT, such as 9464")
+    return host.strip("[]") or LOOPBACK, int(port)
+
+
+class HealthServer:
+    """Serves on a thread of its own until it is closed.
+
+    Args:
+        at: host and port; port 0 takes a free one.
+        page: makes the page for Prometheus.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+
+    def __init__(self, at: tuple[str, int], *, page: Callable[[], bytes], health: Callable[[], Health]) -> None:
+        try:
+            self._server = _Server(at, _Handler)
+        except OSError as e:
+            raise ConfigError(
+                f"--metrics cannot listen at {at[0]}:{at[1]} ({e.strerror or e}); choose another port"
+            ) from None
+        self._server.page, self._server.health = page, health
+        self.port: int = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, name="agentmesh-metrics", daemon=True).start()
+
+    def close(self) -> None:
+        """Let go of the port."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    page: Callable[[], bytes]
+    health: Callable[[], Health]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_GET(self) -> None:  # http.server's name
+        path = self.path.partition("?")[0].rstrip("/")
+        if path == "/metrics":
+            self._say(200, "text/plain; version=0.0.4; charset=utf-8", self.server.page())
+        elif path == "/health/live":  # this process answers: that is the whole question
+            self._say(200, "application/json", b'{"live": true}')
+        elif path in ("/health", "/health/ready"):
+            now = self.server.health()
+            self._say(200 if now.good else 503, "application/json", json.dumps(now.told).encode())
+        else:
+            self._say(404, "text/plain", b"there are /metrics, /health/live and /health/ready\n")
+
+    def _say(self, code: int, kind: str, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: a probe every few seconds is no news."""
