@@ -30,25 +30,33 @@ from typing import Any, ClassVar, Self
 
 
 class MeshError(Exception):
-    """Anything agentmesh raises on purpose: what happened, then what to do, in one sentence.
+    """Anything agentmesh raises on purpose: what happened and where, and one thing to do about it.
 
-    Keyword fields given at the raise become attributes; they survive pickle and the journal.
+    `str(error)` is both, `message; hint`; commands print them as an `error:` and a `help:` line.
+
+    Args:
+        message: what happened, and where.
+        hint: one thing to do, in the imperative; "" where there is nothing to do.
+        fields: become attributes; they survive pickle and the journal.
     """
 
     fields: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, message: str = "", **fields: Any) -> None:
+    def __init__(self, message: str = "", *, hint: str = "", **fields: Any) -> None:
         unknown = set(fields) - set(self.fields)
         if unknown:
             raise TypeError(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}")
-        self.message = message or (self.__doc__ or "").splitlines()[0]
+        self.message, self.hint = message or (self.__doc__ or "").splitlines()[0], hint
         super().__init__(self.message)
         for name in self.fields:
             setattr(self, name, fields.get(name))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own reduce calls cls(*args) and would lose the keyword fields.
-        return _rebuild, (type(self), self.message, self._given())
+        return _rebuild, (type(self), self.message, self.hint, self._given())
+
+    def __str__(self) -> str:
+        return _sentence(self.message, self.hint)
 
     def _given(self) -> dict[str, Any]:
         return {f: v for f in self.fields if (v := getattr(self, f)) is not None}
@@ -61,8 +69,12 @@ class MeshError(Exception):
         return self
 
 
-def _rebuild(cls: type[MeshError], message: str, fields: dict[str, Any]) -> MeshError:
-    return cls(message, **fields)
+def _rebuild(cls: type[MeshError], message: str, hint: str, fields: dict[str, Any]) -> MeshError:
+    return cls(message, hint=hint, **fields)
+
+
+def _sentence(message: str, hint: str) -> str:
+    return f"{message}; {hint}" if hint else message
 
 
 class DefinitionError(MeshError):
@@ -264,12 +276,14 @@ def _tree(cls: type[MeshError]) -> Iterable[type[MeshError]]:
 
 
 def error_to_json(error: BaseException) -> dict[str, Any]:
-    """An error as the journal keeps it: type, message, fields; foreign ones keep only type and text."""
+    """An error as the journal keeps it: type, message, hint, fields; foreign ones keep only type and text."""
     if not isinstance(error, MeshError):
         return {"type": type(error).__name__, "message": str(error)}
     fields = error._given()
     if isinstance(error, QuorumMissed) and error.errors:
         fields["errors"] = [error_to_json(e) for e in error.errors]
+    if error.hint:
+        fields["hint"] = error.hint
     return {"type": type(error).__name__, "message": error.message, **fields}
 
 
@@ -286,7 +300,7 @@ def message_of(data: Mapping[str, Any]) -> str:
     """What `error_to_json` keeps, for a person: `KeyError: 'k' (crew.py:12)`, or the message of an error of ours."""
     kind, at = data["type"], f" ({data['at']})" if "at" in data else ""
     ours = kind in {cls.__name__ for cls in _tree(MeshError)}
-    return data["message"] if ours else f"{kind}: {data['message']}{at}"
+    return _sentence(data["message"], data.get("hint", "")) if ours else f"{kind}: {data['message']}{at}"
 
 
 def error_from_json(data: Mapping[str, Any]) -> MeshError:
@@ -298,7 +312,7 @@ def error_from_json(data: Mapping[str, Any]) -> MeshError:
     fields = {f: data[f] for f in cls.fields if f in data}
     if "errors" in fields:
         fields["errors"] = [error_from_json(e) for e in fields["errors"]]
-    return cls(data["message"], **fields)
+    return cls(data["message"], hint=data.get("hint", ""), **fields)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

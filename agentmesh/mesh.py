@@ -123,7 +123,8 @@ class Mesh:
         answer = await self.process_state.begin(spec)
         if isinstance(answer, Refused):
             raise RunError(
-                f"run {spec.id!r} already exists with another agent or task; use another id, or see: agentmesh runs show {spec.id}",
+                f"run {spec.id!r} already exists with another agent or task",
+                hint=f"use another id, or see: agentmesh runs show {spec.id}",
                 run_id=spec.id,
             )
         return self.get(spec.id)

@@ -269,9 +269,13 @@ def check_paths(asked: IngestRequest) -> None:
     """
     for path in asked.paths:
         if not os.path.exists(path):
-            raise DefinitionError(f"there is no folder or file {path!r}; name one that is there, for the workers too")
+            raise DefinitionError(
+                f"there is no folder or file {path!r}", hint="name one that is there, for the workers too"
+            )
         if asked.sync and not os.path.isdir(path):
-            raise DefinitionError(f"sync compares folders with the store, and {path!r} is a file; name its folder")
+            raise DefinitionError(
+                f"sync compares folders with the store, and {path!r} is a file", hint="name its folder"
+            )
 
 
 __all__ = ["Added", "Hit", "MeshError", "Mode", "Passage", "Retriever", "Scores"]

@@ -75,7 +75,8 @@ def canvas_value(events: Sequence[Event], run_id: str) -> Any:
         if isinstance(event, RunCancelled):
             raise RunError(f"run {run_id} was cancelled", run_id=run_id)
     raise RunError(
-        f"run {run_id} is waiting for a decision, and an eager canvas cannot wait; see `mesh.get({run_id!r}).waiting_for`",
+        f"run {run_id} is waiting for a decision, and an eager canvas cannot wait",
+        hint=f"see `mesh.get({run_id!r}).waiting_for`",
         run_id=run_id,
     )
 

@@ -200,8 +200,7 @@ def check_queues(crew: Crew) -> Iterator[Check]:
             try:
                 devices = devices_of(queue)
             except ConfigError as e:
-                happened, _, mend = e.message.partition("; ")
-                yield Check(False, happened, mend)
+                yield Check(False, e.message, e.hint)
                 continue
             if not _is_pulled(queue.model):
                 yield Check(False, f"queue {queue.name!r}: model {queue.model!r} is not here",

@@ -49,7 +49,7 @@ def _checks(crew: str, broker: str, file: Path | None) -> Iterator[Check]:
     try:
         config = load(file=file, broker=broker or None)
     except MeshError as e:
-        yield Check(False, "settings", e.message)
+        yield Check(False, "settings", str(e))
         return
     yield from _servers(config)
     yield from _models(config)
@@ -60,7 +60,7 @@ def _checks(crew: str, broker: str, file: Path | None) -> Iterator[Check]:
         try:
             loaded = load_crew(crew)
         except MeshError as e:
-            yield Check(False, f"crew {crew}", e.message)
+            yield Check(False, f"crew {crew}", str(e))
     local = loaded is not None and any(m.startswith("local:") for m in loaded.models(config.model))
     yield from check_torch(at, wanted=local)
     if loaded is not None:
@@ -97,7 +97,7 @@ def _servers(config: Config) -> Iterator[Check]:
     try:
         config, valkey = resolve_servers(config)
     except MeshError as e:
-        yield Check(False, "embedded Valkey", e.message)
+        yield Check(False, "embedded Valkey", str(e))
         return
     try:
         app = make_app(config.broker)
@@ -110,7 +110,7 @@ def _servers(config: Config) -> Iterator[Check]:
             yield Check(True, "broker: responds, eviction off")
         yield from run_sync(_journal(RedisJournal(journal_url(config.broker, config.journal))))
     except MeshError as e:
-        yield Check(False, "broker", e.message)
+        yield Check(False, "broker", str(e))
     finally:
         if valkey is not None:
             valkey.leave()
@@ -183,4 +183,4 @@ def _crew(path: str, crew: Crew, config: Config) -> Iterator[Check]:
             with suppress(*CONNECTION_ERRORS):  # that it does not answer is said above
                 yield from _queues(rabbit_facts(make_app(config.broker), crew.broker_queues()))
     except MeshError as e:
-        yield Check(False, f"crew {path}", e.message)
+        yield Check(False, f"crew {path}", str(e))

@@ -74,16 +74,18 @@ def make_new(name: str) -> int:
     """
     bad = not name.strip(" .") or not name.isprintable() or any(c in name for c in "/\\\"'$`") or name.startswith("-")
     if bad or len(name.encode()) > LONGEST_NAME:
-        raise DefinitionError(f"{name!r} is not a valid folder name; use one such as 'shop'")
+        raise DefinitionError(f"{name!r} is not a valid folder name", hint="use one such as 'shop'")
     folder = Path(name)
     try:
         if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-            raise DefinitionError(f"{name!r} already exists and is not an empty folder; choose another name")
+            raise DefinitionError(f"{name!r} already exists and is not an empty folder", hint="choose another name")
         folder.mkdir(exist_ok=True)
         for file, text in (("crew.py", CREW), ("test_crew.py", TEST), ("README.md", README.replace("{name}", name))):
             (folder / file).write_text(text, encoding="utf-8")
     except OSError as e:
-        raise ConfigError(f"{name!r} cannot be made: {e.strerror or e}; run it in a folder you can write to") from None
+        raise ConfigError(
+            f"{name!r} cannot be made: {e.strerror or e}", hint="run it in a folder you can write to"
+        ) from None
     quoted = f'"{name}"' if " " in name else name
     print(NEXT.replace("{name}", quoted), end="")
     return DONE

@@ -31,7 +31,7 @@ def _store(store: Path | None, file: Path | None) -> FaissStore:
     """
     path = store or load(file=file).home / "rag"
     if not path.is_dir():
-        raise DefinitionError(f"there is no store in {str(path)!r}; make one: agentmesh rag add FOLDER")
+        raise DefinitionError(f"there is no store in {str(path)!r}", hint="make one: agentmesh rag add FOLDER")
     return FaissStore(path)
 
 
@@ -128,7 +128,8 @@ def import_langchain(
     """Take over an old folder."""
     if not trust_pickle:
         raise DefinitionError(
-            f"{folder / name}.pkl is a pickle, which can hold code; if you trust whoever made it, add --trust-pickle"
+            f"{folder / name}.pkl is a pickle, which can hold code",
+            hint="if you trust whoever made it, add --trust-pickle",
         )
     try:
         take_over = import_module("agentmesh.langchain").import_folder

@@ -111,7 +111,7 @@ def _crew_file(found: JournalAccess, run_id: str, verb: str) -> str:
     path = getattr(started, "origin", "")
     if not path:
         raise DefinitionError(
-            f"run {run_id} was not begun from a crew file; name one: agentmesh runs {verb} {run_id} crew.py"
+            f"run {run_id} was not begun from a crew file", hint=f"name one: agentmesh runs {verb} {run_id} crew.py"
         )
     return str(path)
 
@@ -135,7 +135,7 @@ def follow_run(
         ready_s = MODEL_READY_S if mesh.crew.queues_of_pool("device") else READY_S
         if run_sync(run.head()).status == "open" and not supervisor.wait_ready(ready_s):
             raise ServiceDown(
-                f"the worker was not ready within {ready_s:.0f} s; find out why with: agentmesh worker {path}"
+                f"the worker was not ready within {ready_s:.0f} s", hint=f"find out why with: agentmesh worker {path}"
             )
         waits = asyncio.run(_show(run, view))
         view.close()
@@ -279,7 +279,8 @@ def _task(crew: Crew, task: str) -> Any:
         return from_json(json.loads(task), task_type)
     except ValueError as e:
         raise DefinitionError(
-            f"agent `{crew.lead.name}` takes a {getattr(task_type, '__name__', task_type)}; the task {task!r} is not one: {e}"
+            f"agent `{crew.lead.name}` takes a {getattr(task_type, '__name__', task_type)}",
+            hint=f"the task {task!r} is not one: {e}",
         ) from None
 
 

@@ -158,7 +158,7 @@ class JournalAccess:
         if run_sync(self.journal.head(run_id)) is None:
             where = self.config.broker if self.valkey is None else str(self.config.home)
             raise RunError(
-                f"there is no run {run_id!r} in {where}; `agentmesh runs ls` lists those that are", run_id=run_id
+                f"there is no run {run_id!r} in {where}", hint="`agentmesh runs ls` lists those that are", run_id=run_id
             )
         return Run(run_id, self.client)
 

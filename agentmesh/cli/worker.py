@@ -108,7 +108,7 @@ def where(config: Config, valkey: EmbeddedValkey | None) -> str:
 
 def _log_form(log: str) -> Form | Literal[""]:
     if log not in ("", "text", "json"):
-        raise ConfigError(f"--log {log!r} is not a log format; use `text` or `json`")
+        raise ConfigError(f"--log {log!r} is not a log format", hint="use `text` or `json`")
     return cast("Form", log)
 
 

@@ -102,8 +102,8 @@ class Agent(Generic[Out]):
         task_type = self.task_type
         if task_type is str and not isinstance(task, str):
             raise DefinitionError(
-                f"agent `{self.name}` takes text, not {type(task).__name__}; "
-                f"annotate `flow(self, task: {type(task).__name__}, ctx)` to take something else"
+                f"agent `{self.name}` takes text, not {type(task).__name__}",
+                hint=f"annotate `flow(self, task: {type(task).__name__}, ctx)` to take something else",
             )
         try:
             return to_json(task, task_type)
@@ -127,7 +127,7 @@ class Agent(Generic[Out]):
                 if corrected:
                     raise
                 corrected = True
-                messages.append(user(f"{e.message}. Answer again, with the corrected JSON alone."))
+                messages.append(user(f"{e}. Answer again, with the corrected JSON alone."))
 
     def ask(self, messages: Sequence[Message], *, plain: bool = False) -> Ask:
         """The step that asks this agent's model, with its instructions, tools and team.
@@ -221,7 +221,7 @@ def _outcome_text(ended: Any) -> str:
     """What a model is told of a step's end; a failure that is not for a model goes up."""
     if isinstance(ended, StepError):
         if isinstance(ended, ApprovalDenied) or (isinstance(ended, ToolError) and ended.again):
-            return ended.message
+            return str(ended)
         raise ended
     return ended if isinstance(ended, str) else canonical(to_json(ended))
 
@@ -256,11 +256,11 @@ def _task_type(cls: type["Agent[Any]"]) -> Any:
     parameters = list(inspect.signature(cls.flow).parameters)
     if len(parameters) != 3:
         raise DefinitionError(
-            f"agent `{cls.__name__}`: a flow is `def flow(self, task, ctx)`; this one takes {parameters}"
+            f"agent `{cls.__name__}`: a flow is `def flow(self, task, ctx)`", hint=f"this one takes {parameters}"
         )
     if inspect.iscoroutinefunction(cls.flow) or inspect.isgeneratorfunction(cls.flow):
         raise DefinitionError(
-            f"agent `{cls.__name__}`: a flow is a plain `def`; its waiting is done by ctx.do and ctx.gather"
+            f"agent `{cls.__name__}`: a flow is a plain `def`", hint="its waiting is done by ctx.do and ctx.gather"
         )
     try:
         return typing.get_type_hints(cls.flow).get(parameters[1], str)
@@ -284,12 +284,14 @@ def _check_tools_and_team(cls: type["Agent[Any]"]) -> None:
     for act in [*cls.tools, *cls.team]:
         if isinstance(act, type) and issubclass(act, Agent):
             raise DefinitionError(
-                f"agent `{cls.__name__}`: team has the class {act.__name__}; write `{act.__name__}()`"
+                f"agent `{cls.__name__}`: team has the class {act.__name__}", hint=f"write `{act.__name__}()`"
             )
         if not isinstance(act, Tool | Agent):
             raise DefinitionError(f"agent `{cls.__name__}`: {act!r} is not a tool{_langchain_advice(act)}")
         if act.name in seen:
-            raise NameTaken(f"agent `{cls.__name__}` has two tools or team members named {act.name!r}; rename one")
+            raise NameTaken(
+                f"agent `{cls.__name__}` has two tools or team members named {act.name!r}", hint="rename one"
+            )
         seen.add(act.name)
 
 

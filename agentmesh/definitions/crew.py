@@ -62,7 +62,9 @@ class Crew:
             self._add(agent)
         self.schedules = {s.name: s for s in schedules}
         if len(self.schedules) < len(schedules):
-            raise NameTaken(f"crew {self.name!r} has several schedules with the same name; set `name` in one of them")
+            raise NameTaken(
+                f"crew {self.name!r} has several schedules with the same name", hint="set `name` in one of them"
+            )
 
     @property
     def queue(self) -> str:
@@ -72,18 +74,19 @@ class Crew:
     def _add(self, agent: Agent[Any]) -> None:
         if isinstance(agent, type):
             raise DefinitionError(
-                f"crew {self.name!r} was given the class {agent.__name__}; write `{agent.__name__}()`"
+                f"crew {self.name!r} was given the class {agent.__name__}", hint=f"write `{agent.__name__}()`"
             )
         if not isinstance(agent, Agent):
             raise DefinitionError(f"crew {self.name!r} was given {agent!r}, which is not an Agent")
         if agent.name == Passthrough.name:
             raise NameTaken(
-                f"crew {self.name!r} has an agent named {agent.name!r}, which is reserved; choose another name"
+                f"crew {self.name!r} has an agent named {agent.name!r}, which is reserved", hint="choose another name"
             )
         existing = self.agents.get(agent.name)
         if existing is not None and type(existing) is not type(agent) and not _is_redefinition(existing, agent):
             raise NameTaken(
-                f"two agents are named {agent.name!r} ({_defined_at(existing)} and {_defined_at(agent)}); set `name` in one of them"
+                f"two agents are named {agent.name!r} ({_defined_at(existing)} and {_defined_at(agent)})",
+                hint="set `name` in one of them",
             )
         self.agents[agent.name] = agent
         if existing is not None and type(existing) is type(agent):
@@ -93,7 +96,9 @@ class Crew:
         for tool in agent.tools:
             same = self.tools.setdefault(tool.name, tool)
             if same is not tool and same.func.__qualname__ != tool.func.__qualname__:
-                raise NameTaken(f"two tools are named {tool.name!r}; give one of them another with `@tool(name=…)`")
+                raise NameTaken(
+                    f"two tools are named {tool.name!r}", hint="give one of them another with `@tool(name=…)`"
+                )
             self._check_queue(f"tool `{tool.name}`", tool.queue)
         for member in agent.team:
             self._add(member)
@@ -107,32 +112,38 @@ class Crew:
             if queue.on_device and other.on_device and queue.devices != other.devices:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
-                    f"{other.devices!r} and {queue.devices!r}; the same processes serve both, so write the same in each"
+                    f"{other.devices!r} and {queue.devices!r}",
+                    hint="the same processes serve both, so write the same in each",
                 )
             beside = encoders.setdefault(queue.model, queue) if queue.embed else queue
             if queue.embed != beside.embed:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {beside.name!r} and {queue.name!r} of model {queue.model!r} have embed="
-                    f"{beside.embed!r} and {queue.embed!r}; the same processes serve both, so name one encoder"
+                    f"{beside.embed!r} and {queue.embed!r}",
+                    hint="the same processes serve both, so name one encoder",
                 )
         for one, two in combinations([q for q in self.queues.values() if q.url], 2):
             shared = sorted({*one.url} & {*two.url})
             if shared and {*one.url} != {*two.url} and one.lane != two.lane:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
-                    f"{', '.join(shared)}, but not all servers; lanes share their places, so write the same url in each"
+                    f"{', '.join(shared)}, but not all servers",
+                    hint="lanes share their places, so write the same url in each",
                 )
 
     def _check_queue(self, who: str, queue: str) -> None:
         if queue and queue not in self.queues:
             names = ", ".join(repr(q) for q in self.queues)
-            raise UnknownName(f"{who} names queue {queue!r}; the crew has {names}.{did_you_mean(queue, self.queues)}")
+            raise UnknownName(
+                f"{who} names queue {queue!r}", hint=f"the crew has {names}.{did_you_mean(queue, self.queues)}"
+            )
 
     def _check_model(self, agent: Agent[Any]) -> None:
         model = agent.model or self.model
         if isinstance(model, str) and ":" not in model:
             raise DefinitionError(
-                f"agent `{agent.name}` has model {model!r}; a model is `provider:name`, such as 'openai:gpt-5-mini' or 'local:smollm2'"
+                f"agent `{agent.name}` has model {model!r}",
+                hint="a model is `provider:name`, such as 'openai:gpt-5-mini' or 'local:smollm2'",
             )
         if model is not None and not isinstance(model, str) and not hasattr(model, "ask"):
             foreign = type(model).__module__.startswith("langchain")
@@ -162,8 +173,8 @@ class Crew:
         if name not in self.agents:
             names = ", ".join(self.agents)
             raise UnknownName(
-                f"crew {self.name!r} has no agent {name!r}; it has {names}.{did_you_mean(name, self.agents)} "
-                "List it in Crew(...), or in an agent's team"
+                f"crew {self.name!r} has no agent {name!r}",
+                hint=f"it has {names}.{did_you_mean(name, self.agents)} List it in Crew(...), or in an agent's team",
             )
         agent = self.agents[name]
         return type(agent)(**fields) if fields else agent

@@ -32,7 +32,7 @@ class Limits:
         for name in ("turns", "tokens", "cost_usd", "seconds", "depth"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise DefinitionError(f"Limits({name}={value!r}) must be above 0; leave it out for no limit")
+                raise DefinitionError(f"Limits({name}={value!r}) must be above 0", hint="leave it out for no limit")
         if self.on_limit not in ("hold", "fail"):
             raise DefinitionError(f"Limits(on_limit={self.on_limit!r}) must be 'hold' or 'fail'")
 

@@ -91,17 +91,19 @@ class Queue:
         device_options = self.devices, self.gpu_memory, self.max_batch_tokens
         if not self.on_device and device_options != ("all", 0.85, 0):
             raise DefinitionError(
-                f"{where}: devices, gpu_memory and max_batch_tokens are for a queue whose workers load a model; add "
-                "model='NAME', and leave out url"
+                f"{where}: devices, gpu_memory and max_batch_tokens are for a queue whose workers load a model",
+                hint="add model='NAME', and leave out url",
             )
         if self.lane != "high" and not (self.model or self.url):
             raise DefinitionError(
-                f"{where}: lane={self.lane!r} is between queues of one model; add model='NAME', or url= of its servers"
+                f"{where}: lane={self.lane!r} is between queues of one model",
+                hint="add model='NAME', or url= of its servers",
             )
         if self.on_device and self.pool == "prefork":
             raise DefinitionError(
                 f"{where}: a queue with a model is never prefork: a forked process cannot use the device that its parent "
-                "opened, and each would load the weights again; leave `pool` out"
+                "opened, and each would load the weights again",
+                hint="leave `pool` out",
             )
         if not isinstance(self.devices, str):
             object.__setattr__(self, "devices", tuple(self.devices))
@@ -124,13 +126,14 @@ class Queue:
         where = f"queue {self.name!r}: embed={self.embed!r}"
         if not self.on_device:
             raise DefinitionError(
-                f"{where} is for a queue whose workers load a model: add model='NAME', and leave out url; without a model, "
-                "run `agentmesh worker agentmesh.rag.ingest --queue embed`"
+                f"{where} is for a queue whose workers load a model: add model='NAME', and leave out url",
+                hint="without a model, run `agentmesh worker agentmesh.rag.ingest --queue embed`",
             )
         provider, _, name = self.embed.partition(":")
         if provider != "local" or not name:
             raise DefinitionError(
-                f"{where} must be an encoder of this machine, such as 'local:intfloat/e5-small-v2'; others need no device"
+                f"{where} must be an encoder of this machine, such as 'local:intfloat/e5-small-v2'",
+                hint="others need no device",
             )
 
     def _check_servers(self) -> None:
@@ -138,14 +141,16 @@ class Queue:
         for url in urls:
             parts = urlsplit(url) if isinstance(url, str) else None
             if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-                raise DefinitionError(f"queue {self.name!r}: url has {url!r}; write it like 'http://gpu1:8000/v1'")
+                raise DefinitionError(
+                    f"queue {self.name!r}: url has {url!r}", hint="write it like 'http://gpu1:8000/v1'"
+                )
         if urls and self.pool != "asyncio":
             raise DefinitionError(
-                f"queue {self.name!r}: url= is for waiting and pool='prefork' for computing; leave out one"
+                f"queue {self.name!r}: url= is for waiting and pool='prefork' for computing", hint="leave out one"
             )
         if self.key_env and not urls:
             raise DefinitionError(
-                f"queue {self.name!r}: key_env={self.key_env!r} is for the servers of url=; name some"
+                f"queue {self.name!r}: key_env={self.key_env!r} is for the servers of url=", hint="name some"
             )
         if self.away_s < 0 or (self.away_s != SERVERS_WAIT_S and not urls):
             raise DefinitionError(

@@ -58,7 +58,8 @@ class Tool(Generic[P, R]):
             )
         if self.delivery == "at_most_once" and self.retries:
             raise DefinitionError(
-                f"tool `{self.name}` is at_most_once and has retries={self.retries}: a retry is a second delivery; drop one of the two"
+                f"tool `{self.name}` is at_most_once and has retries={self.retries}: a retry is a second delivery",
+                hint="drop one of the two",
             )
         if self.retries < 0:
             raise DefinitionError(f"tool `{self.name}`: retries={self.retries} must be 0 or more")

@@ -85,7 +85,7 @@ class Engine:
                 raise
             return "lost"
         except (ReplayError, UnknownName) as e:
-            await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e.message}")
+            await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e}")
             self._history_cache.drop(run_id)
             return "held"
         finally:
@@ -112,7 +112,7 @@ class Engine:
                 events = await self.journal.events(run_id)
                 cached = CachedHistory(History(run_id, events), epoch=epoch)
         except (ReplayError, UnknownName) as e:
-            await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e.message}")
+            await self.journal.hold(unit, fence=claimed.fence, why=f"replay: {e}")
             self._history_cache.drop(run_id)
             return "held"
         finally:
@@ -261,7 +261,7 @@ class Engine:
     async def _end_at_limit(self, unit: str, claimed: Claimed, history: History) -> str:
         """The run ends because it may spend no more."""
         error = LimitReached(
-            f"run {history.run_id} reached its limit of {claimed.limit}; raise it in Crew(limits=…)",
+            f"run {history.run_id} reached its limit of {claimed.limit}", hint="raise it in Crew(limits=…)",
             run_id=history.run_id, limit=claimed.limit,
         )  # fmt: skip
         failed = StepFailed(n=int(unit.rpartition("|")[2]), error=error_to_json(error))

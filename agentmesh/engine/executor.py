@@ -111,7 +111,7 @@ class LocalExecutor:
         except StepError as e:
             return self._failed(step, at, e), {}
         except ConfigError as e:
-            return self._failed(step, at, ModelError(e.message)), {}
+            return self._failed(step, at, ModelError(e.message, hint=e.hint)), {}
         except Exception as e:
             strange = ModelError(f"the model of `{step.name}` raised {type(e).__name__}: {e}")
             return self._retry_or_fail(step, at, strange, step.retries), {}
@@ -139,7 +139,7 @@ class LocalExecutor:
             late = StepTimeout(f"tool `{tool.name}` timed out after {tool.timeout_s} s")
             return self._retry_or_fail(step, at, late, tool.retries)
         except Exception as e:
-            message = e.message if isinstance(e, MeshError) else f"{type(e).__name__}: {e}"
+            message = str(e) if isinstance(e, MeshError) else f"{type(e).__name__}: {e}"
             return self._retry_or_fail(step, at, ToolError(f"tool `{tool.name}` raised {message}"), tool.retries)
         return self._returned(step, at, value)
 

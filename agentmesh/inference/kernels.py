@@ -265,8 +265,8 @@ def choose(model: Any, page_tokens: int, wish: str = "") -> Choice:
         model.set_attn_implementation(wish)
         return Choice(wish)
     raise ConfigError(
-        f"no attention works on {model.device} in {model.dtype} ({'; '.join(why)}); install a torch that is built for this "
-        "device, or put a server behind the queue (url=)"
+        f"no attention works on {model.device} in {model.dtype} ({'; '.join(why)})",
+        hint="install a torch that is built for this device, or put a server behind the queue (url=)",
     )
 
 

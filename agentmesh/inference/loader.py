@@ -56,8 +56,8 @@ def load(
             )
         except Exception as e:  # a damaged file raises whatever its reader raises
             raise ConfigError(
-                f"local model {name!r} of {str(folder)!r} cannot be loaded ({type(e).__name__}: {e}); "
-                f"agentmesh models rm {name}, then agentmesh models pull {name}"
+                f"local model {name!r} of {str(folder)!r} cannot be loaded ({type(e).__name__}: {e})",
+                hint=f"agentmesh models rm {name}, then agentmesh models pull {name}",
             ) from None
     if not tokenizer.chat_template:
         raise ConfigError(f"model {name!r} has no chat template: choose one that was trained to chat (-Instruct)")

@@ -95,19 +95,19 @@ class Room:
         if request.size > self.longest:
             why = "the model's context" if self.longest == self.context_tokens else "the cache of this process"
             raise ContextTooLong(
-                f"the prompt has {len(request.tokens)} tokens and asks for {request.most_tokens} more; "
-                f"{why} takes {self.longest} together: send less"
+                f"the prompt has {len(request.tokens)} tokens and asks for {request.most_tokens} more",
+                hint=f"{why} takes {self.longest} together: send less",
             )
         if not request.tokens or request.most_tokens < 1:
             raise ModelError(
-                f"a request of {len(request.tokens)} tokens that asks for {request.most_tokens} more is empty; "
-                "send at least one and ask for at least one"
+                f"a request of {len(request.tokens)} tokens that asks for {request.most_tokens} more is empty",
+                hint="send at least one and ask for at least one",
             )
         low, high = min(request.tokens), max(request.tokens)
         if low < 0 or high >= self.vocabulary:
             raise ModelError(
-                f"token id {low if low < 0 else high} is not in the model's vocabulary of {self.vocabulary}; "
-                "the tokenizer is another model's"
+                f"token id {low if low < 0 else high} is not in the model's vocabulary of {self.vocabulary}",
+                hint="the tokenizer is another model's",
             )
 
 

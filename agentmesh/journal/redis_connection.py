@@ -95,7 +95,9 @@ class RedisConnection:
             except CONNECTION_LOST as e:
                 await self._drop()
                 now = time.monotonic()
-                away = ServiceDown(f"no journal server responds at {self.place} ({e}); start it, or configure another")
+                away = ServiceDown(
+                    f"no journal server responds at {self.place} ({e})", hint="start it, or configure another"
+                )
                 _fail([unsent for unsent in batch if unsent[2] <= now or isinstance(e, AuthenticationError)], away)
                 self._pending = [unsent for unsent in batch if not unsent[1].done()] + self._pending
                 await asyncio.sleep(wait_s)
@@ -166,12 +168,14 @@ def _explained(error: Exception) -> Exception:
         return error
     if text.startswith("OOM") or "maxmemory" in text:
         return JournalError(
-            f"the journal's server is out of memory ({text}); give it more, or let runs go with retain_days"
+            f"the journal's server is out of memory ({text})", hint="give it more, or let runs go with retain_days"
         )
     if "#!lua" in text or "near '#'" in text:
-        return JournalError(f"the journal's server is too old for its scripts ({text}); it takes Redis 7 or any Valkey")
+        return JournalError(
+            f"the journal's server is too old for its scripts ({text})", hint="it takes Redis 7 or any Valkey"
+        )
     if text.startswith("MISCONF") or isinstance(error, ReadOnlyError):
         return JournalError(
-            f"the journal's server does not write ({text}); look at its disk, and at whether it is a replica"
+            f"the journal's server does not write ({text})", hint="look at its disk, and at whether it is a replica"
         )
-    return JournalError(f"the journal's server refused a command ({text}); agentmesh doctor looks for the cause")
+    return JournalError(f"the journal's server refused a command ({text})", hint="agentmesh doctor looks for the cause")

@@ -78,8 +78,8 @@ def as_splitter(splitter: Any) -> Callable[..., list[Chunk]]:
             start = document.text.find(text, at)
             if start < 0:
                 raise DocumentError(
-                    f"{type(splitter).__name__} changed the text of {source!r}: {text[:40]!r} is not in it; "
-                    "use a splitter that only cuts",
+                    f"{type(splitter).__name__} changed the text of {source!r}: {text[:40]!r} is not in it",
+                    hint="use a splitter that only cuts",
                     source=source,
                 )
             at = start + 1

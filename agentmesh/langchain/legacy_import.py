@@ -45,7 +45,9 @@ def import_folder(
     if missing := [n for n in (f"{index_name}.faiss", f"{index_name}.pkl") if not (folder / n).is_file()]:
         raise StoreError(f"{folder} is not a folder saved by LangChain's FAISS store: it has no {missing[0]}")
     if not trust_pickle:
-        raise DefinitionError(f"{folder / (index_name + '.pkl')} is a pickle; if you trust it, say trust_pickle=True")
+        raise DefinitionError(
+            f"{folder / (index_name + '.pkl')} is a pickle", hint="if you trust it, say trust_pickle=True"
+        )
     with tempfile.TemporaryDirectory(prefix="agentmesh-import-") as scratch:
         out = Path(scratch)
         # -P: what stands beside the script is not to be found by name
@@ -82,6 +84,6 @@ def _compare(model: Any, text: str, vector: Any) -> None:
     cosine = float(np.dot(model.documents([text])[0], vector / np.linalg.norm(vector))) if len(vector) == model.d else 0
     if not cosine >= ALIKE:
         raise EmbedderMismatch(
-            f"{model.identity.name!r} did not make these vectors: the first document has a cosine of {cosine:.3f}; "
-            "name the embedder that did"
+            f"{model.identity.name!r} did not make these vectors: the first document has a cosine of {cosine:.3f}",
+            hint="name the embedder that did",
         )

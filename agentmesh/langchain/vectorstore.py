@@ -173,7 +173,7 @@ def chunk_of(id: str, text: str, metadata: Mapping[str, Any]) -> Chunk:
         try:
             kept[REST] = json.dumps(rest)
         except (TypeError, ValueError) as e:
-            raise StoreError(f"the metadata of document {id!r} cannot be kept: {e}; give JSON values") from None
+            raise StoreError(f"the metadata of document {id!r} cannot be kept: {e}", hint="give JSON values") from None
     start = metadata.get("start_index", 0)
     start = start if isinstance(start, int) and start >= 0 else 0
     return Chunk(id, text, str(metadata.get("source") or ""), start, metadata=kept)

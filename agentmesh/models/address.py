@@ -22,10 +22,12 @@ def address_of(base_url: str | None = None, api_key: str | None = None) -> tuple
     url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"OPENAI_BASE_URL is {url!r}, which is not a URL; write it like 'http://localhost:8000/v1'")
+        raise ConfigError(
+            f"OPENAI_BASE_URL is {url!r}, which is not a URL", hint="write it like 'http://localhost:8000/v1'"
+        )
     key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
     if not key and parts.hostname == urlsplit(OPENAI).hostname:
-        raise ConfigError("OPENAI_API_KEY is not set; set it, or set OPENAI_BASE_URL to a server without keys")
+        raise ConfigError("OPENAI_API_KEY is not set", hint="set it, or set OPENAI_BASE_URL to a server without keys")
     return url, key
 
 
@@ -38,6 +40,7 @@ def key_of(servers: Servers) -> str:
     key = os.environ.get(servers.key_env, "").strip() if servers.key_env else ""
     if servers.key_env and not key:
         raise ConfigError(
-            f"key_env names {servers.key_env}, which is not set; export it with the key of {', '.join(servers.urls)}"
+            f"key_env names {servers.key_env}, which is not set",
+            hint=f"export it with the key of {', '.join(servers.urls)}",
         )
     return key

@@ -45,7 +45,7 @@ class TransientFailure(Exception):
         self, error: ModelError, after_s: float | None = None, *, down: bool = False, sent: bool = True,
         elsewhere: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(error.message)
+        super().__init__(str(error))
         self.error, self.after_s, self.down, self.sent, self.said = error, after_s, down, sent, False
         self.elsewhere = elsewhere
 
@@ -248,19 +248,20 @@ class HttpModel:
         status, said = response.status, error_text(text, self._key)
         if status in (401, 403):
             return TransientFailure(
-                ModelRefused(f"{self.base_url} refused the key ({status}: {said}); check {self._key_by}"),
+                ModelRefused(f"{self.base_url} refused the key ({status}: {said})", hint=f"check {self._key_by}"),
                 elsewhere=True,
             )
         if status == 404:
             return TransientFailure(
                 ModelRefused(
-                    f"{self.base_url} has no model {prompt.model!r} (404: {said}); check its name and the URL"
+                    f"{self.base_url} has no model {prompt.model!r} (404: {said})", hint="check its name and the URL"
                 ),
                 elsewhere=True,
             )
         if status in (400, 413) and CONTEXT_TOO_LONG.search(text):
             return ContextTooLong(
-                f"the prompt is longer than {prompt.model!r} takes: {said}; send less, or a model with more context"
+                f"the prompt is longer than {prompt.model!r} takes: {said}",
+                hint="send less, or a model with more context",
             )
         if status == 429 and "insufficient_quota" in text:
             return ModelRefused(f"{self.base_url} says that the account's quota is used up: {said}")

@@ -103,11 +103,11 @@ class _LoopView:
                 return await self._put(server, prompt, on_token)
             except TransientFailure as e:
                 if e.elsewhere:
-                    _note_refusal(server, e.error.message)
+                    _note_refusal(server, str(e.error))
                     refused[server.model.base_url] = e.error
                     continue
                 if e.down:
-                    _note_health(server, e.error.message)
+                    _note_health(server, str(e.error))
                 if e.said or (e.down and e.sent):
                     raise RetryLater(e.error, 0.0) from None
                 waits.append(RETRY_UNAVAILABLE_S if e.after_s is None else e.after_s)
@@ -119,7 +119,7 @@ class _LoopView:
         why = {s.model.base_url: s.unhealthy_reason for s in self.servers if s.unhealthy_reason} | refused
         reasons = "; ".join(f"{url}: {one}" for url, one in why.items())
         raise RetryLater(
-            ModelError(f"none of {len(self.servers)} model servers responds ({reasons}); start one"),
+            ModelError(f"none of {len(self.servers)} model servers responds ({reasons})", hint="start one"),
             RETRY_UNAVAILABLE_S,
             away=True,
         )

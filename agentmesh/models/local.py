@@ -59,7 +59,9 @@ class LocalOptions(BaseModel):
             raise ModelError(f"option `{first['loc'][0]}` is {first['input']!r}: {first['msg']}") from None
         names = [t.name for t in prompt.tools]  # where there are none, there is no choice
         if names and options_.tool_choice not in ("auto", "none", "required", *names):
-            raise ModelError(f"option `tool_choice` is {options_.tool_choice!r}; the tools are {', '.join(names)}")
+            raise ModelError(
+                f"option `tool_choice` is {options_.tool_choice!r}", hint=f"the tools are {', '.join(names)}"
+            )
         return options_
 
     @model_validator(mode="before")
@@ -145,8 +147,8 @@ class LocalModel:
             engine = self.load().engine
         except (MemoryError, ValueError) as e:
             raise ConfigError(
-                f"not enough memory for model {self.name!r} and its prompts ({e}); lower max_batch_tokens, raise "
-                "gpu_memory, or use a smaller model"
+                f"not enough memory for model {self.name!r} and its prompts ({e})",
+                hint="lower max_batch_tokens, raise gpu_memory, or use a smaller model",
             ) from None
         engine.submit(Request((0,), 1)).result()
         return engine
@@ -193,8 +195,8 @@ class LocalModel:
         ids, max_tokens = token_ids(loaded.tokenizer, text), options.max_tokens
         if len(ids) + max_tokens > loaded.context_tokens:
             raise ContextTooLong(
-                f"the prompt has {len(ids)} tokens and asks for {max_tokens} more; "
-                f"{self.name!r} takes {loaded.context_tokens} together: send less"
+                f"the prompt has {len(ids)} tokens and asks for {max_tokens} more",
+                hint=f"{self.name!r} takes {loaded.context_tokens} together: send less",
             )
         thinking = text.rstrip().endswith(THINK)
         request = Request(

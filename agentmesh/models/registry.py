@@ -92,8 +92,9 @@ def _make_model(provider: str, name: str, wanted: str) -> Model:
         local: Model = LocalModel(name)
         return local
     raise ConfigError(
-        f"unknown model provider {provider!r} in {wanted!r}; known providers: {', '.join(PROVIDERS)}."
-        f"{did_you_mean(provider, PROVIDERS)} Any OpenAI-compatible server is `openai:NAME` with OPENAI_BASE_URL"
+        f"unknown model provider {provider!r} in {wanted!r}",
+        hint=f"known providers: {', '.join(PROVIDERS)}."
+        f"{did_you_mean(provider, PROVIDERS)} Any OpenAI-compatible server is `openai:NAME` with OPENAI_BASE_URL",
     )
 
 

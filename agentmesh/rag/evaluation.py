@@ -41,7 +41,7 @@ def evaluate(
     """
     asked = [_question(q) for q in (_lines(questions) if isinstance(questions, str | Path) else questions)]
     if not asked:
-        raise DefinitionError(f"{questions} holds no question; write one JSON object a line")
+        raise DefinitionError(f"{questions} holds no question", hint="write one JSON object a line")
     ranks = [_rank(search(q["question"], max(k)), q) for q in asked]
     recall = {n: sum(r <= n for r in ranks) / len(ranks) for n in sorted(k)}
     missed = [q["question"] for q, r in zip(asked, ranks, strict=True) if math.isinf(r)]
@@ -61,7 +61,9 @@ def _lines(path: str | Path) -> list[Mapping[str, Any]]:
 def _question(given: Mapping[str, Any]) -> dict[str, Any]:
     sources = given.get("sources", given.get("source"))
     if not isinstance(given.get("question"), str) or sources is None:
-        raise DefinitionError(f"a question to evaluate needs `question` and `source`; this one has {', '.join(given)}")
+        raise DefinitionError(
+            "a question to evaluate needs `question` and `source`", hint=f"this one has {', '.join(given)}"
+        )
     return {**given, "sources": [sources] if isinstance(sources, str) else list(sources)}
 
 

@@ -66,14 +66,14 @@ class Pack(Agent[Packed]):
         try:
             parsed = ctx.do(parse_pack.on(self.store, self.parts, task, self.how))
         except StepError as e:
-            failed = ctx.do(failures_of.on(self.store, self.parts, task, e.message))
+            failed = ctx.do(failures_of.on(self.store, self.parts, task, str(e)))
             return Packed(failed=failed)
         packed = Packed(bytes=parsed.bytes, failed=parsed.failed)
         for batch in parsed.batches:
             try:
                 self._index(batch, packed, ctx)
             except StepError as e:
-                failed = ctx.do(failures_of.on(self.store, self.parts, batch.part, e.message))
+                failed = ctx.do(failures_of.on(self.store, self.parts, batch.part, str(e)))
                 packed.failed += failed
         return packed
 
@@ -115,7 +115,7 @@ class Ingest(Agent[Added]):
         added = Added(skipped=planned.skipped, failed=planned.failed)
         for name, one in zip(planned.packs, ended, strict=True):
             if isinstance(one, StepError):
-                added.failed.append(Failure(source=f"pack {name}", why=one.message))
+                added.failed.append(Failure(source=f"pack {name}", why=str(one)))
                 continue
             added.documents += one.documents
             added.chunks += one.chunks

@@ -34,8 +34,8 @@ def embedder_of(name: str) -> Embedder:
         return embedder(name)
     if name not in _REGISTERED:
         raise ConfigError(
-            "the embedder was given as an object, which another process does not have; add the documents again, "
-            "or name it: 'wordllama', 'local:NAME', 'openai:NAME'"
+            "the embedder was given as an object, which another process does not have",
+            hint="add the documents again, or name it: 'wordllama', 'local:NAME', 'openai:NAME'",
         )
     found: Embedder = _REGISTERED[name]
     return found

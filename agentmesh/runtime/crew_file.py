@@ -28,7 +28,9 @@ def load_crew(path: str) -> Crew:
     if not source.is_file():
         if source.suffix != ".py" and "." in file and file.replace(".", "").isidentifier() and is_importable(file):
             return _crew_among(vars(importlib.import_module(file)), file, name)
-        raise DefinitionError(f"file {file!r} does not exist; pass the path of a Python file that defines a Crew")
+        raise DefinitionError(
+            f"file {file!r} does not exist", hint="pass the path of a Python file that defines a Crew"
+        )
     folder = str(source.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -57,13 +59,13 @@ def _crew_among(names: dict[str, Any], file: str, name: str) -> Crew:
     if name:
         if name not in crews:
             raise DefinitionError(
-                f"{file} has no Crew {name!r}; it has {', '.join(crews) or 'none'}.{did_you_mean(name, crews)}"
+                f"{file} has no Crew {name!r}", hint=f"it has {', '.join(crews) or 'none'}.{did_you_mean(name, crews)}"
             )
         return crews[name]
     if not crews:
-        raise DefinitionError(f"{file} defines no Crew; add `crew = Crew(YourAgent())`")
+        raise DefinitionError(f"{file} defines no Crew", hint="add `crew = Crew(YourAgent())`")
     if len({id(c) for c in crews.values()}) > 1:
         raise DefinitionError(
-            f"{file} defines {len(crews)} crews ({', '.join(crews)}); choose one: {file}:{next(iter(crews))}"
+            f"{file} defines {len(crews)} crews ({', '.join(crews)})", hint=f"choose one: {file}:{next(iter(crews))}"
         )
     return next(iter(crews.values()))

@@ -90,7 +90,8 @@ def set_up_tracing() -> None:
         exporters = importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=_exporter(name.strip()))
         if not exporters:
             raise ConfigError(
-                f"there is no OpenTelemetry exporter {name!r} here; for `otlp` install opentelemetry-exporter-otlp-proto-http"
+                f"there is no OpenTelemetry exporter {name!r} here",
+                hint="for `otlp` install opentelemetry-exporter-otlp-proto-http",
             )
         provider.add_span_processor(BatchSpanProcessor(next(iter(exporters)).load()()))
     trace.set_tracer_provider(provider)

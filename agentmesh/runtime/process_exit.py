@@ -26,15 +26,13 @@ def exit_code(error: BaseException) -> int:
 
 def print_error(error: MeshError) -> None:
     """`error:` what happened, `help:` what to do."""
-    happened, _, mend = error.message.partition("; ")
-    print(f"error: {happened}", file=sys.stderr)
+    hint = error.hint
     if isinstance(error, RunFailed | RunCancelled | LimitReached) and error.run_id:
-        again = f"agentmesh runs retry {error.run_id.partition('/')[0]}"
-        happened, mend = (
-            (happened, f"{mend}, then: {again}") if isinstance(error, LimitReached) else (error.message, again)
-        )
-    if mend:
-        print(f"help: {mend}", file=sys.stderr)
+        retry = f"agentmesh runs retry {error.run_id.partition('/')[0]}"
+        hint = f"{hint}, then: {retry}" if hint else retry
+    print(f"error: {error.message}", file=sys.stderr)
+    if hint:
+        print(f"help: {hint}", file=sys.stderr)
 
 
 def skip_final_collection() -> None:

@@ -31,13 +31,13 @@ def key_from(name: str, host: str) -> str:
         key = os.environ.get(name, "").strip()
         if not key:
             raise ConfigError(
-                f"--key-env names {name}, which is not set; export it with the key that clients must show"
+                f"--key-env names {name}, which is not set", hint="export it with the key that clients must show"
             )
         return key
     if not is_loopback(host):
         raise ConfigError(
-            f"--host {host} can be reached from other machines, and every request spends your models; "
-            "name a variable that holds a key: --key-env AGENTMESH_KEY, or stay on 127.0.0.1"
+            f"--host {host} can be reached from other machines, and every request spends your models",
+            hint="name a variable that holds a key: --key-env AGENTMESH_KEY, or stay on 127.0.0.1",
         )
     return ""
 

@@ -61,7 +61,7 @@ class Embeddings:
                 rows = await asyncio.to_thread(_rows, self.embedders[model], texts, kind, request.get("dimensions"))
             except MeshError as e:
                 refusal = api_error_of(e)
-                raise ApiError(refusal.status, e.message, "embedder_error") from None
+                raise ApiError(refusal.status, str(e), "embedder_error") from None
         data = [
             {"object": "embedding", "index": i, "embedding": _written(row, form)} for i, row in enumerate(rows)
         ]  # fmt: skip

@@ -55,18 +55,18 @@ class ApiError(Exception):
 def api_error_of(error: MeshError) -> ApiError:
     """What to say of one of our errors."""
     if isinstance(error, RunCancelled):
-        return ApiError(409, error.message, "run_cancelled", again=False)
+        return ApiError(409, str(error), "run_cancelled", again=False)
     if isinstance(error, RunFailed | LimitReached):
         cause = error.cause or "" if isinstance(error, RunFailed) else "LimitReached"
         status, code = ERROR_CODES.get(cause, (500, "run_failed"))
-        return ApiError(status, error.message, code, again=False)
+        return ApiError(status, str(error), code, again=False)
     if isinstance(error, ServiceDown):
-        return ApiError(503, error.message, "service_down", again=True)
+        return ApiError(503, str(error), "service_down", again=True)
     if isinstance(error, DefinitionError):
-        return ApiError(400, error.message, "invalid_value")
+        return ApiError(400, str(error), "invalid_value")
     if isinstance(error, ConfigError):
-        return ApiError(500, error.message, "config", again=False)
-    return ApiError(500, error.message, again=False)
+        return ApiError(500, str(error), "config", again=False)
+    return ApiError(500, str(error), again=False)
 
 
 # ---- Answers as OpenAI's API writes them --------------------------------------------------------

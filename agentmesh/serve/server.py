@@ -100,4 +100,4 @@ def _bind(host: str, port: int) -> socket.socket:
             raise
         return sock
     except (OSError, OverflowError) as e:
-        raise ConfigError(f"cannot listen at {host}:{port} ({e}); choose another --host or --port") from None
+        raise ConfigError(f"cannot listen at {host}:{port} ({e})", hint="choose another --host or --port") from None

@@ -58,7 +58,7 @@ class ScriptedModel:
             reply = self._script(prompt) if callable(self._script) else next(self._script, None)
         if reply is None:
             last = prompt.messages[-1].text if prompt.messages else ""
-            raise ModelError(f"question {count} is not in the script: {last[:200]!r}; add a reply for it")
+            raise ModelError(f"question {count} is not in the script: {last[:200]!r}", hint="add a reply for it")
         if isinstance(reply, Exception):
             raise reply
         if isinstance(reply, str):

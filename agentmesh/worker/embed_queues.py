@@ -25,7 +25,8 @@ def encoder_name(queues: Iterable[Queue]) -> str:
     encoders = sorted({q.embed for q in queues if q.embed})
     if len(encoders) > 1:
         raise ConfigError(
-            f"queues of one model name the encoders {', '.join(encoders)}, and the same processes serve them; name one"
+            f"queues of one model name the encoders {', '.join(encoders)}, and the same processes serve them",
+            hint="name one",
         )
     return encoders[0] if encoders else ""
 

@@ -43,8 +43,8 @@ def devices_of(queue: Queue) -> list[str]:
     for requested in queue.devices:
         if int(requested) >= len(gpus):
             raise ConfigError(
-                f"queue {queue.name!r} wants GPU {requested} and this machine has {len(gpus) or 'none'}; "
-                "name those it has, or devices='all'"
+                f"queue {queue.name!r} wants GPU {requested} and this machine has {len(gpus) or 'none'}",
+                hint="name those it has, or devices='all'",
             )
     return [gpus[int(requested)] for requested in queue.devices]
 

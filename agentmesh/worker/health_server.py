@@ -78,7 +78,7 @@ def parse_address(text: str) -> tuple[str, int]:
     """
     host, _, port = text.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"--metrics {text!r} is not an address; use PORT or HOST:PORT, such as 9464")
+        raise ConfigError(f"--metrics {text!r} is not an address", hint="use PORT or HOST:PORT, such as 9464")
     return host.strip("[]") or LOOPBACK, int(port)
 
 
@@ -98,7 +98,7 @@ class HealthServer:
             self._server = _Server(at, _Handler)
         except OSError as e:
             raise ConfigError(
-                f"--metrics cannot listen at {at[0]}:{at[1]} ({e.strerror or e}); choose another port"
+                f"--metrics cannot listen at {at[0]}:{at[1]} ({e.strerror or e})", hint="choose another port"
             ) from None
         self._server.page, self._server.health = page, health
         self.port: int = self._server.server_address[1]

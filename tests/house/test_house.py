@@ -194,3 +194,17 @@ def test_the_wheel_holds_three_packages_and_their_files(tmp_path: Path) -> None:
     ):
         assert f"agentmesh/journal/lua/{verb}.lua" in names
     assert "agentmesh/py.typed" in names
+
+
+def test_what_to_do_stands_in_the_hint_of_an_error() -> None:
+    """No sentence of an error holds both: commands print `message` and `hint` as two lines."""
+    classes = {c.__name__ for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.MeshError)}
+    both = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in classes and node.args:
+                texts = [n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant)]
+                both += [
+                    f"{path.relative_to(ROOT)}:{node.lineno}" for text in texts if "; " in str(text) and text != "; "
+                ]
+    assert not both

@@ -169,7 +169,7 @@ def test_crew_files(tmp_path: Path, text: str, said: str) -> None:
     file.write_text(text)
     with pytest.raises(DefinitionError) as e:
         load_crew(str(file))
-    assert said in e.value.message
+    assert said in str(e.value)
     with pytest.raises(DefinitionError, match="does not exist"):
         load_crew(str(tmp_path / "none.py"))
 
@@ -223,9 +223,16 @@ def every_error() -> list[type[MeshError]]:
 @pytest.mark.parametrize("cls", every_error(), ids=lambda c: c.__name__)
 def test_errors_survive_pickle_and_the_journal(cls: type[MeshError]) -> None:
     given: dict[str, Any] = {f: 1 if f in ("n", "attempts") else "x" for f in cls.fields if f != "errors"}
-    error = cls("what happened", **given)
+    error = cls("what happened", hint="do this", **given)
+    assert str(error) == "what happened; do this"
     for again in (pickle.loads(pickle.dumps(error)), error_from_json(error_to_json(error))):
-        assert (type(again), again.message, again._given()) == (cls, "what happened", given)
+        assert (type(again), again.message, again.hint, again._given()) == (cls, "what happened", "do this", given)
+
+
+def test_an_error_without_a_hint_is_its_message_alone() -> None:
+    error = error_from_json({"type": "ToolError", "message": "as a journal of an earlier version has it"})
+    assert (str(error), error.hint) == ("as a journal of an earlier version has it", "")
+    assert "hint" not in error_to_json(error)
 
 
 def test_nested_errors_survive_too() -> None:

@@ -52,7 +52,7 @@ def test_gather_with_errors_waits_for_all() -> None:
 
 def test_gather_with_need() -> None:
     assert FakeMesh(gathering(need=0.5)()).run([1, 2, 3, 4]) == [2, 4]
-    with pytest.raises(RunFailed, match="1 of 3 members succeeded; 2 were needed"):
+    with pytest.raises(RunFailed, match="1 of 3 members succeeded, 2 were needed"):
         FakeMesh(gathering(need=2)()).run([1, 2, 3])
     with pytest.raises(RunFailed, match=r"gather\(need=4\) of 3 steps"):
         FakeMesh(gathering(need=4)()).run([1, 2, 3])

@@ -120,8 +120,8 @@ def test_a_key_is_never_quoted() -> None:
             server.fail_next(status, body=said)
             with pytest.raises(ModelRefused) as e:
                 ask(server, api_key=" local-secret\n")
-            assert "Incorrect API key provided: … and …" in e.value.message
-            assert "secret" not in e.value.message
+            assert "Incorrect API key provided: … and …" in str(e.value)
+            assert "secret" not in str(e.value)
 
 
 # ---- streams -------------------------------------------------------------------------------------

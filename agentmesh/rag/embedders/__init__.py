@@ -44,7 +44,8 @@ def embedder(wanted: Any = DEFAULT_EMBEDDER, *, single_process: bool = False) ->
             wrapped: Embedder = import_module("agentmesh.rag.embedders.langchain").LangChainEmbedder(wanted)
             return wrapped
         raise ConfigError(
-            f"{type(wanted).__name__} is not an embedder; pass a name such as 'wordllama', or LangChain Embeddings"
+            f"{type(wanted).__name__} is not an embedder",
+            hint="pass a name such as 'wordllama', or LangChain Embeddings",
         )
     with _making:
         if wanted not in _made:
@@ -59,7 +60,7 @@ def _make_embedder(name: str) -> Embedder:
     if provider not in PROVIDERS or (kind == "wordllama") == bool(rest):
         hint = did_you_mean(provider, PROVIDERS)
         raise ConfigError(
-            f"unknown embedder {name!r}; use 'wordllama', 'local:NAME', 'openai:NAME' or a server's URL.{hint}"
+            f"unknown embedder {name!r}", hint=f"use 'wordllama', 'local:NAME', 'openai:NAME' or a server's URL.{hint}"
         )
     if kind == "wordllama":
         made: Embedder = import_module("agentmesh.rag.embedders.wordllama").WordLlama()

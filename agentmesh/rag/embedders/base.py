@@ -51,13 +51,13 @@ class Identity:
         ways = f"the store was filled by {self._said()} and is asked with {other._said()}"
         mend = "use the first, or `agentmesh rag reembed --embed NEW`"
         if self.d != other.d:
-            raise EmbedderMismatch(f"{ways}: vectors of {self.d} and {other.d} numbers; {mend}")
+            raise EmbedderMismatch(f"{ways}: vectors of {self.d} and {other.d} numbers", hint=mend)
         if self.probe and other.probe:
             cosine = float(np.dot(np.asarray(self.probe), np.asarray(other.probe)))
             if not cosine >= SAME_VECTOR:
-                raise EmbedderMismatch(f"{ways}: the same sentence has a cosine of {cosine:.3f}; {mend}")
+                raise EmbedderMismatch(f"{ways}: the same sentence has a cosine of {cosine:.3f}", hint=mend)
         if self.prefixes != other.prefixes:
-            raise EmbedderMismatch(f"{ways}: prefixes {self.prefixes!r} and {other.prefixes!r}; {mend}")
+            raise EmbedderMismatch(f"{ways}: prefixes {self.prefixes!r} and {other.prefixes!r}", hint=mend)
 
     def to_json(self) -> dict[str, Any]:
         """For the store's own file."""

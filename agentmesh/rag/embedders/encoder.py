@@ -59,7 +59,9 @@ class Encoder(BaseEmbedder):
         self._where = _model_path(model)
         self.pooling = pooling or _declared_pooling(self._where)
         if self.pooling not in POOLINGS:
-            raise ConfigError(f"{model!r} pools by {self.pooling!r}; an encoder here pools by {', '.join(POOLINGS)}")
+            raise ConfigError(
+                f"{model!r} pools by {self.pooling!r}", hint=f"an encoder here pools by {', '.join(POOLINGS)}"
+            )
         self.prefixes = prefixes or _declared_prefixes(self._where, model)
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._parts: tuple[Any, Any, int] | None = None
@@ -88,7 +90,9 @@ class Encoder(BaseEmbedder):
             if device.type == "cuda":
                 lock_of(str(device)).reserved_bytes = torch.cuda.max_memory_allocated(device) - before
         except torch.OutOfMemoryError as e:
-            raise ConfigError(f"not enough memory on the device for {self.name!r} ({e}); take a smaller one") from None
+            raise ConfigError(
+                f"not enough memory on the device for {self.name!r} ({e})", hint="take a smaller one"
+            ) from None
 
     def count(self, text: str) -> int:
         """How many tokens a text is."""
@@ -108,8 +112,8 @@ class Encoder(BaseEmbedder):
                 except (OSError, ValueError) as e:
                     first = str(e).splitlines()[0] if str(e) else type(e).__name__
                     raise ConfigError(
-                        f"{self.name!r} cannot be loaded ({first}); name a folder with a model, "
-                        "or fetch one with `agentmesh models pull ORG/MODEL`"
+                        f"{self.name!r} cannot be loaded ({first})",
+                        hint="name a folder with a model, or fetch one with `agentmesh models pull ORG/MODEL`",
                     ) from None
                 if tokenizer.pad_token is None:
                     tokenizer.pad_token = tokenizer.eos_token
@@ -154,7 +158,7 @@ class Encoder(BaseEmbedder):
     def _forward(self, model: Any, tokens: list[list[int]], pad: int) -> Floats:
         lengths = torch.tensor([len(t) for t in tokens])
         if not int(lengths.min()):
-            raise EmbedderError(f"{self.name!r} makes no token of a text; leave empty texts out")
+            raise EmbedderError(f"{self.name!r} makes no token of a text", hint="leave empty texts out")
         ids = torch.full((len(tokens), int(lengths.max())), pad)  # (b, t)
         for row, one in zip(ids, tokens, strict=True):
             row[: len(one)] = torch.tensor(one)

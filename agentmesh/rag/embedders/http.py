@@ -50,11 +50,11 @@ class HttpEmbedder(BaseEmbedder):
         address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError(
-                f"embedder {name!r}: {self.base_url!r} is not a URL; write 'http://localhost:8000/v1#MODEL'"
+                f"embedder {name!r}: {self.base_url!r} is not a URL", hint="write 'http://localhost:8000/v1#MODEL'"
             )
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self._key and address.hostname == urlsplit(OPENAI).hostname:
-            raise ConfigError(f"embedder {name!r}: OPENAI_API_KEY is not set; set it")
+            raise ConfigError(f"embedder {name!r}: OPENAI_API_KEY is not set", hint="set it")
         self._address = address
         self._mine = threading.local()
 
@@ -88,7 +88,8 @@ class HttpEmbedder(BaseEmbedder):
             self.close()
             reason = str(e) or type(e).__name__
             raise EmbedderError(
-                f"no embedding server responds at {self.base_url} ({reason}); start the server, or correct its URL",
+                f"no embedding server responds at {self.base_url} ({reason})",
+                hint="start the server, or correct its URL",
                 after_s=0.0,
             ) from None
         if answer.status != 200:
@@ -99,7 +100,7 @@ class HttpEmbedder(BaseEmbedder):
         except (ValueError, KeyError, TypeError):
             shown = raw[:100].decode(errors="replace")
             raise EmbedderError(
-                f"{self.base_url} did not answer with embeddings: {shown!r}; is it an OpenAI-compatible server?"
+                f"{self.base_url} did not answer with embeddings: {shown!r}", hint="is it an OpenAI-compatible server?"
             ) from None
 
     def _link(self) -> http.client.HTTPConnection:
@@ -117,11 +118,11 @@ class HttpEmbedder(BaseEmbedder):
         if self._key:
             said = said.replace(self._key, "…")
         if status in (401, 403):
-            return EmbedderError(f"{self.base_url} refused the key ({status}: {said}); check OPENAI_API_KEY")
+            return EmbedderError(f"{self.base_url} refused the key ({status}: {said})", hint="check OPENAI_API_KEY")
         if status == 404:
             return EmbedderError(
-                f"{self.base_url} has no embedding model {self.model or 'default'!r} (404: {said}); "
-                "write its name behind the URL, like 'http://localhost:8000/v1#NAME'"
+                f"{self.base_url} has no embedding model {self.model or 'default'!r} (404: {said})",
+                hint="write its name behind the URL, like 'http://localhost:8000/v1#NAME'",
             )
         if status >= 500 or (status in (408, 409, 429) and "insufficient_quota" not in text):
             return EmbedderError(f"{self.base_url} answered {status}: {said}", after_s=_seconds(retry_after))

@@ -124,7 +124,7 @@ def check_embedder(store: str, embedder: str) -> str:
     try:
         store_of(store, embedder_for(store, embedder).identity).version  # noqa: B018  # reading the store compares the two
     except MeshError as e:
-        return e.message
+        return str(e)
     return ""
 
 
@@ -160,7 +160,8 @@ def _read(one: PendingDocument, how: ChunkOptions) -> tuple[str, list[Chunk]]:
     """
     if one.size > loaders.LARGEST_BYTES:
         raise DocumentError(
-            f"it has {one.size / 2**20:.0f} MiB, more than the {loaders.LARGEST_BYTES / 2**20:.0f} MiB that are read at once; split it"
+            f"it has {one.size / 2**20:.0f} MiB, more than the {loaders.LARGEST_BYTES / 2**20:.0f} MiB that are read at once",
+            hint="split it",
         )
     with open(one.path, "rb") as file:
         data = file.read()
@@ -215,7 +216,7 @@ def clean_up(store: str, parts: str) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, MeshError):
-        return error.message
+        return str(error)
     return f"the file cannot be read ({getattr(error, 'strerror', '') or error})"
 
 
@@ -237,14 +238,14 @@ def embed_batch(store: str, parts: str, batch: str, embedder: str, c: ToolContex
         return _store_vectors(kept, vectors, maker)
     except MeshError as e:
         if len(documents) == 1:
-            return _store_vectors(kept, np.zeros((0, 0), np.float32), maker, all_failed(documents, e.message))
+            return _store_vectors(kept, np.zeros((0, 0), np.float32), maker, all_failed(documents, str(e)))
     failed: list[Failure] = []
     rows = []
     for one, some in zip(documents, texts, strict=True):
         try:
             rows += list(_embed_texts(by, some, c, len(some)))
         except MeshError as e:
-            failed.append(Failure(source=one["source"], why=e.message))
+            failed.append(Failure(source=one["source"], why=str(e)))
     return _store_vectors(kept, np.array(rows, np.float32), maker, failed)
 
 
@@ -323,7 +324,7 @@ def _commit(store: FaissStore, wanted: Sequence[Replacement], key: str) -> dict[
         except (StoreFull, StoreDamaged):
             raise
         except StoreError as e:
-            refused[one.source] = e.message
+            refused[one.source] = str(e)
     return refused
 
 

@@ -90,7 +90,8 @@ def load(path: str | Path, *, encoding: str = "utf-8", largest_bytes: int = LARG
         if found.st_size > largest_bytes:
             raise DocumentError(
                 f"{path.name!r} has {found.st_size / 2**20:.0f} MiB, more than the {largest_bytes / 2**20:.0f} MiB "
-                "that are read at once; split it",
+                "that are read at once",
+                hint="split it",
                 source=str(path),
             )
         data = path.read_bytes()
@@ -127,16 +128,16 @@ def decode(data: bytes, name: str, encoding: str = "utf-8") -> str:
     """
     said = next((known for bom, known in BOMS if data.startswith(bom)), encoding)
     if said == encoding and b"\0" in data[:SNIFFED_BYTES] and not encoding.lower().startswith(("utf-16", "utf-32")):
-        raise DocumentError(f"{name!r} is binary, not text; leave it out, or give a text of it")
+        raise DocumentError(f"{name!r} is binary, not text", hint="leave it out, or give a text of it")
     try:
         text = data.decode(said)
     except UnicodeDecodeError as e:
         shown = f"0x{data[e.start]:02x}" if e.start < len(data) else "its end"
         raise DocumentError(
-            f"{name!r} is not {said} ({shown} at byte {e.start}); convert it, or name its encoding"
+            f"{name!r} is not {said} ({shown} at byte {e.start})", hint="convert it, or name its encoding"
         ) from None
     except LookupError:
-        raise DocumentError(f"unknown encoding {said!r}; use one such as 'utf-8' or 'cp1252'") from None
+        raise DocumentError(f"unknown encoding {said!r}", hint="use one such as 'utf-8' or 'cp1252'") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -150,7 +151,7 @@ def _markdown(data: bytes, name: str, encoding: str) -> Document:
 
 def _html(data: bytes, name: str, encoding: str) -> Document:
     if b"\0" in data[:SNIFFED_BYTES] and not data.startswith(tuple(bom for bom, _ in BOMS)):
-        raise DocumentError(f"{name!r} is binary, not HTML; leave it out, or give a text of it")
+        raise DocumentError(f"{name!r} is binary, not HTML", hint="leave it out, or give a text of it")
     read: Callable[[bytes, str], Document] = import_module("agentmesh.rag.loaders.html").read
     return read(data, name)
 

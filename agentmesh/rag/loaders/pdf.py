@@ -24,7 +24,7 @@ def read(data: bytes, name: str) -> Document:
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError(f"{name!r} is encrypted; take its password off, or leave it out")
+            raise DocumentError(f"{name!r} is encrypted", hint="take its password off, or leave it out")
         texts = [page.extract_text() for page in reader.pages]
     except PyPdfError as e:
         raise DocumentError(f"{name!r} cannot be read as PDF: {e}") from None
@@ -32,7 +32,8 @@ def read(data: bytes, name: str) -> Document:
         raise
     except DependencyError:
         raise DocumentError(
-            f"{name!r} is encrypted with AES; pip install cryptography to read those without a password, or leave it out"
+            f"{name!r} is encrypted with AES",
+            hint="pip install cryptography to read those without a password, or leave it out",
         ) from None
     except Exception as e:  # what a broken file makes of a parser is not foreseen
         raise DocumentError(f"{name!r} cannot be read as PDF: {type(e).__name__}: {e}") from None
@@ -49,5 +50,5 @@ def read(data: bytes, name: str) -> Document:
             at += len(out[-1])
     if not parts:
         pages = f"{len(texts)} page{'s' * (len(texts) != 1)}"
-        raise DocumentError(f"{name!r} has {pages} and no text; if it is a scan, recognise its text (OCR) first")
+        raise DocumentError(f"{name!r} has {pages} and no text", hint="if it is a scan, recognise its text (OCR) first")
     return Document("".join(out), parts=tuple(parts))

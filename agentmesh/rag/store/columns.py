@@ -83,9 +83,9 @@ def kind_of(field: str, value: object) -> str:
         StoreError: it is none of str, int, float, bool, datetime and a list of str.
     """
     if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        raise StoreError(f"metadata {field!r} is {value}, which does not fit in 64 bits; keep it as text")
+        raise StoreError(f"metadata {field!r} is {value}, which does not fit in 64 bits", hint="keep it as text")
     if isinstance(value, float) and math.isnan(value):
-        raise StoreError(f"metadata {field!r} is NaN, which equals nothing; leave the field out")
+        raise StoreError(f"metadata {field!r} is NaN, which equals nothing", hint="leave the field out")
     for kind, types in (("bool", bool), ("int", int), ("float", float), ("str", str), ("datetime", datetime)):
         if isinstance(value, types):
             return kind

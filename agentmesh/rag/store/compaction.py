@@ -115,7 +115,7 @@ def merge_run(
     before, run = _state_before(segments, len(segments) - count, d)
     for segment in run:
         if problem := next(segment.problems(), None):
-            raise StoreDamaged(f"{problem}; it was not merged", path=str(folder.path), file=segment.path.name)
+            raise StoreDamaged(f"{problem}", hint="it was not merged", path=str(folder.path), file=segment.path.name)
     view = before.view()
     for segment in run:
         before.apply(segment)
@@ -139,7 +139,7 @@ def _open_segments(folder: Folder) -> list[Segment]:
     found, missing = folder.whole()
     if missing:
         raise StoreDamaged(
-            f"{name_of(missing[0])} of {folder.path} is missing; nothing was merged", file=name_of(missing[0])
+            f"{name_of(missing[0])} of {folder.path} is missing", hint="nothing was merged", file=name_of(missing[0])
         )
     return [Segment.open(folder.file(span), *span) for span in found]
 

@@ -66,7 +66,7 @@ class FaissStore(StoreReader):
             found = self.source(source)
             had = found.digest if found else ""
             raise StoreConflict(
-                f"{source!r} has changed since it was read: expected {expects!r}, found {had!r}; read it again",
+                f"{source!r} has changed since it was read: expected {expects!r}, found {had!r}", hint="read it again",
                 path=str(self.path), source=source, expected=expects, found=had,
             )  # fmt: skip
         return done
@@ -75,7 +75,7 @@ class FaissStore(StoreReader):
         """Several sources in one commit. A source that is not as expected is left as it is and named in `refused`."""
         names = [item.source for item in items]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise StoreError(f"the source {min(twice)!r} is twice in one commit; give all its chunks together")
+            raise StoreError(f"the source {min(twice)!r} is twice in one commit", hint="give all its chunks together")
         for item in items:
             if not 1 <= item.part[0] <= item.part[1]:
                 raise StoreError(f"part {item.part} of {item.source!r}: (i, n) with 1 <= i <= n is needed")
@@ -152,7 +152,7 @@ class FaissStore(StoreReader):
 
     def _own(self) -> None:
         if self._filter is not None or self._past is not None:
-            raise StoreError("a bound store, or one at a version, is for reading; write to the store itself")
+            raise StoreError("a bound store, or one at a version, is for reading", hint="write to the store itself")
         self._core.latest()
 
     # what is kept in order
@@ -185,7 +185,7 @@ class FaissStore(StoreReader):
         self._own()
         width = d or (identity.d if identity else 0)
         if not width:
-            raise StoreError("the width of the new vectors is not known; give d or an identity that says it")
+            raise StoreError("the width of the new vectors is not known", hint="give d or an identity that says it")
         return reembed(self._core, embed, identity, width, progress=progress, build_text=self._core.build_text)
 
     def pin(self) -> int:

@@ -51,7 +51,7 @@ def parse(where: object) -> FilterExpr:
     if isinstance(where, Condition | Combination):
         return where
     if callable(where):
-        raise FilterInvalid('a filter is data, such as {"year": {"$gte": 2020}}; a function cannot be one')
+        raise FilterInvalid('a filter is data, such as {"year": {"$gte": 2020}}', hint="a function cannot be one")
     if not isinstance(where, Mapping):
         raise FilterInvalid(f"a filter is a mapping of fields to values, not {type(where).__name__}")
     parts = [part for key, value in where.items() for part in _parse_entry(key, value)]
@@ -79,7 +79,7 @@ def _parse_entry(key: object, value: object) -> list[FilterExpr]:
     if not isinstance(value, Mapping):
         return [Condition(key, "$eq", _scalar(key, value))]
     if not value:
-        raise FilterInvalid(f'the filter of {key!r} is empty; write {{"{key}": {{"$eq": …}}}}')
+        raise FilterInvalid(f"the filter of {key!r} is empty", hint=f'write {{"{key}": {{"$eq": …}}}}')
     return [_parse_condition(key, op, operand) for op, operand in value.items()]
 
 
@@ -103,13 +103,14 @@ def _parse_condition(field: str, op: object, operand: object) -> FilterExpr:
 
 def _scalar(field: str, value: object) -> Scalar:
     if callable(value):
-        raise FilterInvalid(f"a filter is data; {field!r} was given a function")
+        raise FilterInvalid("a filter is data", hint=f"{field!r} was given a function")
     if isinstance(value, datetime):
         return utc(value)
     if isinstance(value, str | bool | int | float) and not (isinstance(value, float) and math.isnan(value)):
         return value
     raise FilterInvalid(
-        f"{field!r} cannot be compared with {value!r}: a str, int, float, bool or datetime is needed; of several, $in"
+        f"{field!r} cannot be compared with {value!r}: a str, int, float, bool or datetime is needed",
+        hint="of several, $in",
     )
 
 

@@ -105,7 +105,8 @@ class Folder:
             return None
         if found["format"] > 1:
             raise StoreVersion(
-                f"{self.path.parent} has format {found['format']} and this version of agentmesh reads 1; upgrade agentmesh here",
+                f"{self.path.parent} has format {found['format']} and this version of agentmesh reads 1",
+                hint="upgrade agentmesh here",
                 path=str(self.path.parent),
             )
         return found
@@ -308,9 +309,10 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in NO_ROOM:
             raise StoreFull(
-                f"no room for a commit in {path} ({e.strerror}); nothing of it was kept, make room and repeat it",
+                f"no room for a commit in {path} ({e.strerror})",
+                hint="nothing of it was kept, make room and repeat it",
                 path=str(path),
             ) from e
         raise StoreError(
-            f"cannot write in {path}: {e.strerror or e}; nothing of the commit was kept", path=str(path)
+            f"cannot write in {path}: {e.strerror or e}", hint="nothing of the commit was kept", path=str(path)
         ) from e

@@ -131,14 +131,15 @@ class Follower:
     def _check(self, about: dict[str, Any]) -> None:
         if self._asked not in (None, about["metric"]):
             raise StoreError(
-                f"{self.path} holds vectors for {about['metric']!r}, not for {self._asked!r}; open it without a metric"
+                f"{self.path} holds vectors for {about['metric']!r}, not for {self._asked!r}",
+                hint="open it without a metric",
             )
         if self._identity is None:
             return
         if self._identity.d and self._identity.d != about["d"]:
             raise EmbedderMismatch(
-                f"{self.path} holds vectors of width {about['d']} and {self._identity.name!r} makes {self._identity.d}; "
-                "use the embedder it was filled by, or `agentmesh rag reembed`",
+                f"{self.path} holds vectors of width {about['d']} and {self._identity.name!r} makes {self._identity.d}",
+                hint="use the embedder it was filled by, or `agentmesh rag reembed`",
                 path=str(self.path),
             )
         if about.get("identity"):
@@ -222,7 +223,8 @@ class Follower:
             if not (found := chain(spans, version)):
                 oldest = next(b for b in sorted({b for _, b in spans}) if chain(spans, b))
                 raise StoreVersion(
-                    f"version {version} of {self.path} is not kept any more; the oldest is {oldest}, and pin() keeps one",
+                    f"version {version} of {self.path} is not kept any more",
+                    hint=f"the oldest is {oldest}, and pin() keeps one",
                     path=str(self.path),
                 )
             state = State(self.about["d"])

@@ -89,7 +89,7 @@ def pin(core: StoreWriter) -> int:
     with core.lock:
         core.refresh()
         if core.state is None or core.folder is None or not core.state.version:
-            raise StoreError(f"{core.path} is empty; there is no version to pin", path=str(core.path))
+            raise StoreError(f"{core.path} is empty", hint="there is no version to pin", path=str(core.path))
         version, folder = core.state.version, core.folder
     with writing(core.path):
         folder.pinned.mkdir(exist_ok=True)

@@ -121,7 +121,8 @@ class StoreReader:
         d = self._core.about.get("d")
         if d and found.shape[1] != d:
             raise StoreError(
-                f"a question's vector has width {found.shape[1]} and {self.path} holds {d}; use the store's embedder",
+                f"a question's vector has width {found.shape[1]} and {self.path} holds {d}",
+                hint="use the store's embedder",
                 path=str(self.path),
             )
         return scale_vectors(found, self._core.metric, lambda _: "a question's vector")
@@ -201,4 +202,4 @@ def _fields(chunk: Chunk) -> dict[str, Any]:
 
 def _check_k(k: int) -> None:
     if k < 1:
-        raise StoreError(f"k is {k}; at least one hit has to be asked for")
+        raise StoreError(f"k is {k}", hint="at least one hit has to be asked for")

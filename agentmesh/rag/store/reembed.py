@@ -89,14 +89,14 @@ def reembed(
         core.refresh()
         old = core.folder
         if old is None or core.state is None or not core.state.version:
-            raise StoreError(f"{core.path} is empty; there is nothing to embed", path=str(core.path))
+            raise StoreError(f"{core.path} is empty", hint="there is nothing to embed", path=str(core.path))
         total, metric = core.state.view().count(), core.metric
     new = Folder(core.path / f"g{number_of(old.path.name) + 1}")
     with writing(core.path):
         new.scratch.mkdir(parents=True, exist_ok=True)
     with new.alone() as mine:
         if not mine:
-            raise StoreError(f"another process is re-embedding {core.path}; wait for it", path=str(core.path))
+            raise StoreError(f"another process is re-embedding {core.path}", hint="wait for it", path=str(core.path))
         about = {"format": 1, "d": d, "metric": metric, "identity": identity.to_json() if identity else None}
         _begin(new, about)
         cache = new.path / "vectors.cache"
@@ -143,7 +143,7 @@ def _follow(
             finally:
                 temporary.unlink(missing_ok=True)
     raise StoreError(
-        f"{core.path} is written faster than its texts can be embedded; stop the ingest", path=str(core.path)
+        f"{core.path} is written faster than its texts can be embedded", hint="stop the ingest", path=str(core.path)
     )
 
 

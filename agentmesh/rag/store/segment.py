@@ -295,7 +295,8 @@ def check_prefix(path: Path, prefix: bytes, size: int) -> tuple[int, int, int]:
         raise _damaged(path, "its first bytes do not have the checksum they were written with")
     if made > FORMAT:
         raise StoreVersion(
-            f"{path.name} has format {made} and this version of agentmesh reads {FORMAT}; upgrade agentmesh here",
+            f"{path.name} has format {made} and this version of agentmesh reads {FORMAT}",
+            hint="upgrade agentmesh here",
             path=str(path.parent),
         )
     if size != whole:

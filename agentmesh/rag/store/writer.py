@@ -73,7 +73,7 @@ class Draft:
         ids = [chunk.id for chunk in self.chunks]
         if len(set(ids)) < len(ids):
             twice = Counter(ids).most_common(1)[0][0]
-            raise StoreError(f"the id {twice!r} is twice in one commit; every chunk needs its own")
+            raise StoreError(f"the id {twice!r} is twice in one commit", hint="every chunk needs its own")
         file = io.BytesIO()
         writer = SegmentWriter(file)
         writer.array("vectors", self.vectors, np.float32)
@@ -112,7 +112,7 @@ def _write_words(writer: SegmentWriter, name: str, words: list[str]) -> None:
         encoded = [word.encode() for word in words]
     except UnicodeEncodeError as e:
         raise StoreError(
-            f"{e.object[max(0, e.start - 20) : e.start]!r} is followed by half a surrogate pair; fix the text"
+            f"{e.object[max(0, e.start - 20) : e.start]!r} is followed by half a surrogate pair", hint="fix the text"
         ) from None
     writer.words(name, np.cumsum([len(w) for w in encoded], dtype=np.int64), [b"".join(encoded)])
 
@@ -128,14 +128,16 @@ def check_vectors(chunks: Sequence[Chunk], vectors: npt.ArrayLike, metric: str, 
     if not n:
         return found.reshape(0, found.shape[-1] if found.size else 0)
     if found.ndim != 2 or len(found) != n:
-        raise StoreError(f"{n} chunks came with vectors of shape {found.shape}; one row a chunk is needed")
+        raise StoreError(f"{n} chunks came with vectors of shape {found.shape}", hint="one row a chunk is needed")
     for chunk in chunks:
         if not chunk.id or "\x00" in chunk.id:
-            raise StoreError(f"a chunk of {chunk.source!r} has the id {chunk.id!r}; an id is text, and not empty")
+            raise StoreError(
+                f"a chunk of {chunk.source!r} has the id {chunk.id!r}", hint="an id is text, and not empty"
+            )
         if source is not None and chunk.source != source:
             raise StoreError(f"chunk {chunk.id!r} is of {chunk.source!r} and was given for {source!r}")
         if bad := next((name for name in chunk.metadata if name.startswith(("$", "\x00"))), None):
-            raise StoreError(f"chunk {chunk.id!r} has a metadata field {bad!r}; a name does not begin with $")
+            raise StoreError(f"chunk {chunk.id!r} has a metadata field {bad!r}", hint="a name does not begin with $")
     return scale_vectors(found, metric, lambda row: f"the vector of chunk {chunks[row].id!r}")
 
 
@@ -150,7 +152,7 @@ def scale_vectors(vectors: Floats, metric: str, name: Any) -> Floats:
         raise StoreError(f"{name(int(row))} contains NaN or infinity, which comes from the embedder")
     if metric == "cosine":
         for row in np.flatnonzero(lengths == 0)[:1]:
-            raise StoreError(f"{name(int(row))} is zero and has no direction; omit texts without words")
+            raise StoreError(f"{name(int(row))} is zero and has no direction", hint="omit texts without words")
         vectors /= lengths[:, None].astype(np.float32)
     return np.ascontiguousarray(vectors)
 
@@ -210,8 +212,8 @@ class StoreWriter(follower.Follower):
             sync(folder.path)
         except OSError as e:
             raise StoreError(
-                f"commit {span[0]} of {self.path} is there, but the disk has not confirmed it ({e.strerror}); "
-                "repeat it with the same key",
+                f"commit {span[0]} of {self.path} is there, but the disk has not confirmed it ({e.strerror})",
+                hint="repeat it with the same key",
                 path=str(self.path),
             ) from e
 
@@ -233,8 +235,8 @@ class StoreWriter(follower.Follower):
             self._find_generation()
         if d and d != self.about["d"]:
             raise EmbedderMismatch(
-                f"{self.path} holds vectors of width {self.about['d']} and was given some of width {d}; "
-                "use the embedder it was filled by, or `agentmesh rag reembed`",
+                f"{self.path} holds vectors of width {self.about['d']} and was given some of width {d}",
+                hint="use the embedder it was filled by, or `agentmesh rag reembed`",
                 path=str(self.path),
             )
 
