@@ -10,9 +10,9 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrain
 BIN = $(VENV)/bin
 TORCH_FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
-.PHONY: help demo ask test check fix bench clean
+.PHONY: help demo ask test check fix docs docs-serve bench clean
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.local  ## run a crew over docs/ with the bundled local model: no key, no server, no GPU
 	$(BIN)/agentmesh models pull smollm2
@@ -37,6 +37,12 @@ check: $(VENV)/.dev  ## lint, format, types, floors
 fix: $(VENV)/.dev  ## mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev  ## build the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -f docs/site/mkdocs.yml
+
+docs-serve: $(VENV)/.dev  ## show the documentation while you write it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve -f docs/site/mkdocs.yml
 
 bench: $(VENV)/.dev  ## print the figures: ratios beside a bare loop and plain Celery
 	$(BIN)/python bench/start.py
