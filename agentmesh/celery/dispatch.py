@@ -111,7 +111,8 @@ class MessageTemplate:
 class CeleryDispatch:
     """Messages for the tasks of one crew on one Celery app.
 
-    Routes, stamps, signals and the protocol are Celery's, applied when a kind of message is first rendered.
+    Routes, stamps, signals and the protocol are Celery's, applied when a kind of message is first rendered. They are sent
+    by `send` in journal/lua/common.lua, or where the broker is another server by celery/publisher.py.
     """
 
     def __init__(self, app: Celery, crew: str) -> None:

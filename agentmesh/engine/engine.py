@@ -212,7 +212,7 @@ class Engine:
     async def _commit(
         self, unit: str, n: int, claimed: Claimed, event: Event, charge: Charge, cached: CachedHistory
     ) -> str:
-        """The step's end together with what comes next; of a gather's member, its end alone."""
+        """Write the step's end together with what comes next, or a gather's member's end alone: journal/lua/commit.lua."""
         history = cached.history
         planned = history.planned[n]
         if planned.gather or not isinstance(event, StepDone | StepFailed):

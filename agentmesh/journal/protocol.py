@@ -166,7 +166,10 @@ def same_fence(rec: Record, fence: int) -> bool:
 
 
 def commit(s: Transaction, a: Args) -> Reply:
-    """A step's end, first under the newest fence: with what comes next (lone), or struck off its gather (member)."""
+    """A step's end, first under the newest fence: with what comes next (lone), or struck off its gather (member).
+
+    Its twin is lua/commit.lua.
+    """
     unit, fence = a["unit"], a["fence"]
     _, run, key = split_unit(unit)
     rec = s.rec(run, key)

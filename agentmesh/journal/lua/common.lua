@@ -64,6 +64,7 @@ local function charge(run, usage)
 end
 
 -- entries ---------------------------------------------------------------------------------------
+-- What celery/dispatch.py rendered is sent here, or answered for celery/publisher.py to send.
 local function send(wire, seq, queue)
   local home, head, rest = string.match(wire, '^(%Z*)%z(%Z*)%z(%Z*)$')
   queue = queue or home
