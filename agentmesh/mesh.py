@@ -37,7 +37,8 @@ from agentmesh.errors import DefinitionError, MeshError, RunError
 from agentmesh.journal.events import Event
 from agentmesh.journal.journal import Journal
 from agentmesh.journal.redis import RedisJournal
-from agentmesh.journal.types import Accepted, Refused, RunHead, RunSpec
+from agentmesh.journal.run_spec import RunSpec
+from agentmesh.journal.types import Accepted, NewRun, Refused, RunHead
 from agentmesh.message import Message
 from agentmesh.model import Model
 from agentmesh.models.registry import ModelRegistry
@@ -119,15 +120,15 @@ class Mesh:
         origin: str = "",
     ) -> Run[Out]:  # fmt: skip
         """`start`, for code on an event loop."""
-        spec = self._spec(agent, task, id or uuid.uuid4().hex[:12], history, stream, origin or self.crew.file)
-        answer = await self.process_state.begin(spec)
+        new = self._new_run(agent, task, id or uuid.uuid4().hex[:12], history, stream, origin or self.crew.file)
+        answer = await self.process_state.begin(new)
         if isinstance(answer, Refused):
             raise RunError(
-                f"run {spec.id!r} already exists with another agent or task",
-                hint=f"use another id, or see: agentmesh runs show {spec.id}",
-                run_id=spec.id,
+                f"run {new.run_id!r} already exists with another agent or task",
+                hint=f"use another id, or see: agentmesh runs show {new.run_id}",
+                run_id=new.run_id,
             )
-        return self.get(spec.id)
+        return self.get(new.run_id)
 
     def signature(self, agent: Agent[Any], task: Any = None) -> Signature:
         """The agent as a signature of the app, for your own chain, group or chord; the result is the run's value.
@@ -153,11 +154,11 @@ class Mesh:
         who = self.crew.agent(agent, fields)
         if who.task_type is str and not isinstance(task, str):
             task = canonical(task)
-        spec = self._spec(who, task, run_id, (), False, self.crew.file)
+        new = self._new_run(who, task, run_id, (), False, self.crew.file)
         if not is_eager(self.app):
             home = self.crew.broker_queue(self.crew.queue)
-            spec = replace(spec, canvas=saved, finish=self.dispatch.finish(run_id, agent, home))
-        if isinstance(run_sync(_begun(self.process_state, spec)), Refused):
+            new = replace(new, spec=replace(new.spec, canvas=saved), finish=self.dispatch.finish(run_id, agent, home))
+        if isinstance(run_sync(_begun(self.process_state, new)), Refused):
             raise RunError(f"run {run_id!r} exists with another agent or task", run_id=run_id)
         return run_sync(self.journal.events(run_id)) if is_eager(self.app) else ()
 
@@ -298,19 +299,19 @@ class Mesh:
             run_sync(close())
 
     # ---- parts ---------------------------------------------------------------------------------
-    def _spec(
+    def _new_run(
         self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool, origin: str
-    ) -> RunSpec:
+    ) -> NewRun:
         if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
             raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
         self.crew.agent(agent.name)
         home = self.crew.broker_queue(self.crew.queue)
-        return RunSpec(
-            run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
-            [m.to_json() for m in history], limits=self.crew.limits.to_json(),
-            wire=self.process_state.dispatch.advance(run_id, agent.name, home), origin=origin, stream=stream,
-            trace=current_traceparent(),
+        spec = RunSpec(
+            crew=self.crew.name, version=self.crew.version, agent=agent.name, task=agent.task_json(task),
+            fields=agent.fields_json(), history=[m.to_json() for m in history], limits=self.crew.limits.to_json(),
+            origin=origin, stream=stream, trace=current_traceparent(),
         )  # fmt: skip
+        return NewRun(run_id, spec, self.process_state.dispatch.advance(run_id, agent.name, home))
 
     def _refuse_inside_step(self, verb: str) -> None:
         inside = RUNNING_INSIDE.get()
@@ -323,8 +324,8 @@ class Mesh:
             raise MeshError(f"`{verb}()` inside {inside} would block a worker while it waits: {mend}")
 
 
-async def _begun(site: ProcessState, spec: RunSpec) -> Accepted | Refused:
-    return await site.begin(spec)
+async def _begun(site: ProcessState, new: NewRun) -> Accepted | Refused:
+    return await site.begin(new)
 
 
 def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:

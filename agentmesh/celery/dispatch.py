@@ -12,6 +12,7 @@ from celery import Celery, Signature
 from agentmesh.engine.dispatch import MessageSpec
 from agentmesh.journal.types import GatherPlan, TaskMessage
 
+STEP, ADVANCE, FINISH = "agentmesh.step", "agentmesh.advance", "agentmesh.finish"  # the tasks' names
 TAG = "@TAG@"  # where the store puts the delivery tag
 
 
@@ -110,7 +111,8 @@ class MessageTemplate:
 class CeleryDispatch:
     """Messages for the tasks of one crew on one Celery app.
 
-    Routes, stamps, signals and the protocol are Celery's, applied when a kind of message is first rendered.
+    Routes, stamps, signals and the protocol are Celery's, applied when a kind of message is first rendered. They are sent
+    by `send` in journal/lua/common.lua, or where the broker is another server by celery/publisher.py.
     """
 
     def __init__(self, app: Celery, crew: str) -> None:
@@ -124,9 +126,10 @@ class CeleryDispatch:
         group = f"{run_id}:g{gather.first}" if gather else ""
         wires = []
         for i, m in enumerate(members):
-            template = self._template(m.kind, m.name, m.queue, "group" if gather else "", queue, m.timeout_s)
             child = f"{run_id}/{m.n}"
-            of_child = m.kind == "Delegate"
+            of_child = m.lane == "child"
+            task = ADVANCE if of_child else STEP
+            template = self._template(task, m.kind, m.name, m.queue, "group" if gather else "", queue, m.timeout_s)
             names = self._names(child if of_child else run_id, "a" if of_child else str(m.n))
             if gather:
                 names |= {GROUP: group, str(INDEX): str(i)}
@@ -135,11 +138,11 @@ class CeleryDispatch:
 
     def advance(self, run_id: str, agent: str, queue: str) -> TaskMessage:
         """See Dispatch."""
-        return self._template("Advance", agent, queue, "", queue).render(self._names(run_id, "a"))
+        return self._template(ADVANCE, "Advance", agent, queue, "", queue).render(self._names(run_id, "a"))
 
     def finish(self, run_id: str, agent: str, queue: str) -> TaskMessage:
         """See Dispatch."""
-        return self._template("Finish", agent, queue, "", queue).render(self._names(run_id, "f"))
+        return self._template(FINISH, "Finish", agent, queue, "", queue).render(self._names(run_id, "f"))
 
     def _names(self, run_id: str, n: str) -> dict[str, str]:
         parent, _, of = run_id.rpartition("/")
@@ -149,15 +152,15 @@ class CeleryDispatch:
         }  # fmt: skip
 
     def _template(
-        self, kind: str, name: str, queue: str, gathered: str, home: str, timeout_s: float | None = None
+        self, task: str, kind: str, name: str, queue: str, gathered: str, home: str, timeout_s: float | None = None
     ) -> MessageTemplate:
-        key = (kind, name, queue, gathered, timeout_s)
+        key = (task, kind, name, queue, gathered, timeout_s)
         if key not in self._templates:
-            signature = self._signature(kind, name, queue)
+            signature = self._signature(task, kind, name, queue)
             if timeout_s is not None:
                 signature.set(time_limit=timeout_s + KILL_GRACE_S)
             if gathered:
-                body = self._signature("Advance", name, home)
+                body = self._signature(ADVANCE, "Advance", name, home)
                 text = Gather([signature], body).rendered(GROUP, INDEX)[0]
             else:
                 buffer = BufferProducer()
@@ -166,14 +169,11 @@ class CeleryDispatch:
             self._templates[key] = MessageTemplate(queue, text)
         return self._templates[key]
 
-    def _signature(self, kind: str, name: str, queue: str) -> Any:
-        args: tuple[str, ...]
-        task, args = "agentmesh.step", (self._crew, RUN, N, kind, queue.rpartition(".")[2])
-        label = f"{RUN} step {N}"
-        if kind in ("Advance", "Delegate"):
-            task, args, label = "agentmesh.advance", (self._crew, RUN), RUN
-        elif kind == "Finish":
-            task, args, label = "agentmesh.finish", (self._crew, RUN), RUN
+    def _signature(self, task: str, kind: str, name: str, queue: str) -> Any:
+        args: tuple[str, ...] = (self._crew, RUN)
+        label = RUN
+        if task == STEP:
+            args, label = (self._crew, RUN, N, kind, queue.rpartition(".")[2]), f"{RUN} step {N}"
         return self._app.tasks[task].si(*args).set(
             queue=queue, task_id=UNIT, root_id=ROOT, parent_id=PARENT, shadow=f"{name}.{kind.lower()}",
             argsrepr=label, kwargsrepr="", ignore_result=True,

@@ -21,7 +21,7 @@ from agentmesh.engine.replay import History
 from agentmesh.engine.run import RunClient
 from agentmesh.errors import MeshError, RunError, error_from_json
 from agentmesh.journal.events import Event, RunCancelled, RunDone, RunFailed
-from agentmesh.journal.types import Accepted, Refused, RunSpec
+from agentmesh.journal.types import Accepted, NewRun, Refused
 
 T = TypeVar("T")
 
@@ -38,14 +38,14 @@ def eager_process_state(
     settling = LocalRunner(crew, executor, start_ms=_now_ms(), on_run_end=on_run_end)
     one = asyncio.Lock()  # time must not skip while another thread's step is at work
 
-    async def begin(spec: RunSpec) -> Accepted | Refused:
+    async def begin(new: NewRun) -> Accepted | Refused:
         inside = RUNNING_INSIDE.get()
         if inside:
             raise MeshError(
                 f"a run started inside {inside} would wait for itself on an app with task_always_eager: make it an agent's flow"
             )
-        wire = settling.dispatch.advance(spec.id, spec.agent, crew.queue)
-        return await _on_mesh_loop(alone(settling.begin(replace(spec, wire=wire))))
+        wire = settling.dispatch.advance(new.run_id, new.spec.agent, crew.queue)
+        return await _on_mesh_loop(alone(settling.begin(replace(new, wire=wire))))
 
     async def moved() -> None:
         if not RUNNING_INSIDE.get():  # else whoever works on that step goes on with what was told

@@ -12,7 +12,7 @@ from agentmesh.engine.engine import Engine
 from agentmesh.engine.run import RunClient
 from agentmesh.journal.events import Event
 from agentmesh.journal.journal import Journal
-from agentmesh.journal.types import Accepted, Refused, RunSpec
+from agentmesh.journal.types import Accepted, NewRun, Refused
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class ProcessState:
     client: RunClient
     engine: Engine
     dispatch: Dispatch
-    begin: Callable[[RunSpec], Awaitable[Accepted | Refused]]
+    begin: Callable[[NewRun], Awaitable[Accepted | Refused]]
     housekeepers: list[Housekeeper] = field(default_factory=list)
 
     @property

@@ -38,7 +38,7 @@ def publisher_for(app: Celery) -> "Publisher":
 
 
 class Publisher:
-    """Sends rendered messages from a thread, in order. What is lost on the way is the outbox's to send again.
+    """Sends what celery/dispatch.py rendered from a thread, in order. What is lost on the way is the outbox's to send again.
 
     It never holds up who calls it. While the broker is away up to 10,000 messages wait and go out when it is back; what
     comes beyond them is dropped, and sent again by a sweep: a second after it was due, then after 2, 4, … 64 s.

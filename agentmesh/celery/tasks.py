@@ -62,7 +62,7 @@ class StepTask(EngineTask):
 
     async def coro(self, crew: str, run_id: str, n: str, kind: str, queue: str) -> str:
         home = self.meshes.get(crew)
-        return await home.active_engine().step(run_id, int(n), kind, queue) if home else unknown_crew(crew)
+        return await home.active_engine().step(run_id, int(n), queue) if home else unknown_crew(crew)
 
 
 class AdvanceTask(EngineTask):

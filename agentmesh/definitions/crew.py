@@ -185,13 +185,13 @@ class Crew:
         Args:
             default: the model of agents that name none, in a crew that names none.
         """
-        wanted: str = getattr(step, "queue", "") or getattr(getattr(step, "tool", None), "queue", "")
+        wanted: str = step.policy().queue
         if wanted in self.queues:
             return wanted
         if wanted == EMBED_QUEUE and (embed_queues := [q for q in self.queues.values() if q.embed]):
             return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # nobody waits for a document
         model = getattr(step, "model", None) or self.model or default
-        if step.kind == "Ask" and isinstance(model, str) and model.startswith("local:"):
+        if step.target == "model" and isinstance(model, str) and model.startswith("local:"):
             for queue in self.queues.values():
                 if queue.model == model.partition(":")[2]:
                     return queue.name
@@ -201,7 +201,9 @@ class Crew:
         """The model servers in front of which an Ask's queue stands, if it does; `default` as for `queue_of`."""
         model = getattr(step, "model", None) or self.model
         return (
-            None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step, default)].servers
+            None
+            if step.target != "model" or hasattr(model, "ask")
+            else self.queues[self.queue_of(step, default)].servers
         )
 
     def models(self, default: str) -> list[str]:

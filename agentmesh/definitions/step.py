@@ -5,33 +5,96 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, overload
 
-from agentmesh.errors import StepError
+from agentmesh.errors import StepError, ToolError
 from agentmesh.message import Message, ToolSpec
-from agentmesh.schema import digest, from_json
+from agentmesh.schema import digest, from_json, to_json
 
 T = TypeVar("T")
+Lane = Literal["queued", "due", "held", "child"]
 RUNNING_INSIDE: ContextVar[str] = ContextVar(
     "agentmesh_inside", default=""
 )  # what this code runs in: a flow, a tool, or nothing
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPolicy:
+    """How a step is planned and executed; of each lane only what concerns it.
+
+    Args:
+        queue: of the crew; "" is the model's own, or the crew's first.
+        timeout_s: of one attempt.
+        retries: how many attempts may follow one that failed.
+        at_most_once: no attempt follows one that was cut off by a crash, unless `reconcile`, or a person, allows it.
+        reconcile: asked with the step's key after a crash: the value, `NotDone`, or `Unknown` (a person decides).
+        max_output_bytes: of the value's JSON; longer text keeps its head and tail.
+        held: what the step waits for before anything else: `approve` is a person's approval.
+        due_in_s: of lane `due`: for how long it waits.
+    """
+
+    queue: str = ""
+    timeout_s: float | None = None
+    retries: int = 0
+    at_most_once: bool = False
+    reconcile: Callable[[str], Any] | None = None
+    max_output_bytes: int = 1 << 20
+    held: str = ""
+    due_in_s: float = 0
+
+
 @dataclass(frozen=True)
 class Step(Generic[T]):
-    """One unit of work to be journaled; asking for it does nothing until a Context is given it."""
+    """One unit of work to be journaled; asking for it does nothing until a Context is given it.
+
+    A class of steps describes itself here, and nothing else looks at which class it is: a new kind is one class.
+
+    Attributes:
+        kind: its name in the journal and in messages.
+        lane: who ends it: `queued` a worker, `due` the clock, `held` a person, `child` a run of its own.
+        target: what a worker does for a step of lane `queued`: call a `function` (see `bind`), or ask a `model`.
+        error: what an attempt that failed for good is, where it raised no StepError.
+    """
 
     kind: ClassVar[str] = ""
+    lane: ClassVar[Lane] = "queued"
+    target: ClassVar[Literal["function", "model"]] = "function"
+    error: ClassVar[type[StepError]] = StepError
     name: str
+
+    @property
+    def label(self) -> str:
+        """What errors and logs call it."""
+        return f"{self.kind} `{self.name}`"
+
+    def policy(self) -> StepPolicy:
+        """How it is planned and executed."""
+        return StepPolicy()
 
     def digest(self) -> str:
         """What must not change while a run is open."""
         return digest(self.kind, self.name)
 
-    def decode(self, value: Any) -> T:
-        """The step's value from the journal's JSON."""
-        raise NotImplementedError
+    def bind(self, context: "ToolContext") -> Callable[[], Any]:
+        """Of target `function`: what a worker calls, on a thread, or awaits when it is a coroutine function."""
+        raise NotImplementedError(f"{type(self).__name__}.bind: a step of lane 'queued' says what a worker calls")
 
-    def detail(self) -> Any:
-        """What a person is shown who must decide about this step."""
+    def child(self) -> tuple[Any, Any]:
+        """Of lane `child`: the agent, and the task as JSON."""
+        raise NotImplementedError(f"{type(self).__name__}.child: a step of lane 'child' says which agent does what")
+
+    def encode(self, value: Any) -> Any:
+        """A value of `bind`'s function as the journal's JSON.
+
+        Raises:
+            TypeError: it has no JSON form.
+        """
+        return to_json(value)
+
+    def decode(self, value: Any) -> T:
+        """The step's value from the journal's JSON; of lanes `due` and `held` that is None where nobody gave one."""
+        raise NotImplementedError(f"{type(self).__name__}.decode: a step says what its value is")
+
+    def describe(self) -> Any:
+        """What a person is shown who must decide about this step, as JSON."""
         return None
 
 
@@ -46,6 +109,7 @@ class Ask(Step[Message]):
     """
 
     kind: ClassVar[str] = "Ask"
+    target: ClassVar[Literal["function", "model"]] = "model"
     model: Any = ""
     messages: Sequence[Message] = ()
     tools: Sequence[ToolSpec] = ()
@@ -59,6 +123,10 @@ class Ask(Step[Message]):
         """Agent and output type: a mended typo in the instructions holds nobody up."""
         return digest(self.kind, self.name, self.output)
 
+    def policy(self) -> StepPolicy:
+        """The agent's."""
+        return StepPolicy(queue=self.queue, timeout_s=self.timeout_s, retries=self.retries)
+
     def decode(self, value: Any) -> Message:
         """The message."""
         return Message.from_json(value)
@@ -69,19 +137,43 @@ class Call(Step[T]):
     """Call a tool with these arguments (plain JSON)."""
 
     kind: ClassVar[str] = "Call"
-    tool: Any = None  # a tool.Tool; this floor does not know it
+    error: ClassVar[type[StepError]] = ToolError
+    tool: Any = None  # a tool.Tool, which imports this module
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The tool."""
+        return f"tool `{self.name}`"
+
+    def policy(self) -> StepPolicy:
+        """The tool's."""
+        tool = self.tool
+        return StepPolicy(
+            queue=tool.queue, timeout_s=tool.timeout_s, retries=tool.retries, reconcile=tool.reconcile,
+            at_most_once=tool.delivery == "at_most_once", max_output_bytes=tool.max_output_bytes,
+            held="approve" if tool.approve else "",
+        )  # fmt: skip
 
     def digest(self) -> str:
         """Name and arguments."""
         return digest(self.kind, self.name, self.arguments)
+
+    def bind(self, context: "ToolContext") -> Callable[[], Any]:
+        """The tool with its typed arguments."""
+        bound: Callable[[], Any] = self.tool.bind(self.arguments, context)
+        return bound
+
+    def encode(self, value: Any) -> Any:
+        """As the tool's return type says."""
+        return to_json(value, self.tool.returns)
 
     def decode(self, value: Any) -> T:
         """The tool's value."""
         decoded: T = from_json(value, self.tool.returns)
         return decoded
 
-    def detail(self) -> Any:
+    def describe(self) -> Any:
         """The arguments."""
         return dict(self.arguments)
 
@@ -91,12 +183,17 @@ class Delegate(Step[T]):
     """Have a sub-agent do a task, in a run of its own."""
 
     kind: ClassVar[str] = "Delegate"
-    agent: Any = None  # an agent.Agent; this floor does not know it
+    lane: ClassVar[Lane] = "child"
+    agent: Any = None  # an agent.Agent, which imports this module
     task: Any = None
 
     def digest(self) -> str:
         """Name, fields and task."""
         return digest(self.kind, self.name, self.agent.fields_json(), self.task)
+
+    def child(self) -> tuple[Any, Any]:
+        """The agent and its task."""
+        return self.agent, self.task
 
     def decode(self, value: Any) -> T:
         """The sub-agent's value."""
@@ -109,6 +206,7 @@ class Approve(Step[None]):
     """Wait until a person says yes; a no is ApprovalDenied. Holds no worker."""
 
     kind: ClassVar[str] = "Approve"
+    lane: ClassVar[Lane] = "held"
     question: str = ""
     about: Any = None
 
@@ -117,6 +215,10 @@ class Approve(Step[None]):
         object.__setattr__(self, "question", question)
         object.__setattr__(self, "about", about)
 
+    def policy(self) -> StepPolicy:
+        """It waits for a person's approval."""
+        return StepPolicy(held="approve")
+
     def digest(self) -> str:
         """The question."""
         return digest(self.kind, self.question)
@@ -124,7 +226,7 @@ class Approve(Step[None]):
     def decode(self, value: Any) -> None:
         """Nothing: it was approved."""
 
-    def detail(self) -> Any:
+    def describe(self) -> Any:
         """The question, and what it is about."""
         return (
             {"question": self.question, "about": self.about} if self.about is not None else {"question": self.question}
@@ -136,6 +238,7 @@ class Sleep(Step[None]):
     """Wait for a time, of the store's clock. Holds no worker."""
 
     kind: ClassVar[str] = "Sleep"
+    lane: ClassVar[Lane] = "due"
     seconds: float = 0
 
     def __init__(self, seconds: float) -> None:
@@ -143,6 +246,10 @@ class Sleep(Step[None]):
             raise ValueError(f"Sleep({seconds!r}): seconds must be 0 to ten years")
         object.__setattr__(self, "name", "sleep")
         object.__setattr__(self, "seconds", seconds)
+
+    def policy(self) -> StepPolicy:
+        """It waits for so long."""
+        return StepPolicy(due_in_s=self.seconds)
 
     def digest(self) -> str:
         """How long."""

@@ -4,18 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from agentmesh.definitions.step import Lane
 from agentmesh.journal.types import GatherPlan, TaskMessage
 
 
 @dataclass(frozen=True, slots=True)
 class MessageSpec:
-    """What a message is about, for whoever renders it: a step, or the child run that a Delegate begins."""
+    """What a message is about, for whoever renders it: a step, or the run that a step of lane `child` begins.
+
+    Args:
+        queue: the broker's name of it.
+        timeout_s: of a function that a worker calls; a pool that can kill does so some time after it.
+    """
 
     n: int
     kind: str
+    lane: Lane
     name: str
     queue: str
-    timeout_s: float | None = None  # of a tool
+    timeout_s: float | None = None
 
 
 class Dispatch(Protocol):

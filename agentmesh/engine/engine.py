@@ -18,7 +18,7 @@ from agentmesh.engine.token_buffer import TokenBuffer
 from agentmesh.errors import LimitReached, ReplayError, UnknownName, error_to_json
 from agentmesh.journal.events import Event, RunFailed, StepDone, StepFailed
 from agentmesh.journal.journal import Journal
-from agentmesh.journal.types import Accepted, Claimed, NextSteps, Refused, RunSpec, advance_unit, step_unit
+from agentmesh.journal.types import Accepted, Claimed, NewRun, NextSteps, Refused, advance_unit, step_unit
 
 ROOM_WAIT_S, ROOM_POLL_S = 5.0, 0.01  # a suspect waits for its worker's hand; after that the outbox sends it again
 THREADED_REPLAY_EVENTS = 400  # events; longer ones leave the event loop
@@ -62,11 +62,11 @@ class Engine:
         self._tokens = itertools.count(1)  # with the worker's name: unlike any other claim's
 
     # ---- the two units of work -----------------------------------------------------------------
-    async def step(self, run_id: str, n: int, kind: str, queue: str) -> str:
+    async def step(self, run_id: str, n: int, queue: str) -> str:
         """Do step n if it is still to be done; answers what became of it, for the log."""
         unit = step_unit(run_id, n)
         pace = self.crew.queues[queue].rate_limit() if queue in self.crew.queues else None
-        got = await self._claim(unit, run_id, ask=kind == "Ask", rate=pace, queue=queue)
+        got = await self._claim(unit, run_id, rate=pace, queue=queue)
         if isinstance(got, Refused):
             return Skipped(got.why)
         claimed, cached = got
@@ -118,13 +118,13 @@ class Engine:
         finally:
             self.leases.pop(unit, None)
 
-    async def begin(self, spec: RunSpec) -> Accepted | Refused:
+    async def begin(self, new: NewRun) -> Accepted | Refused:
         """Begin a run with its first steps: they are found here, by a replay over nothing."""
-        cached = CachedHistory(provisional_history(spec))
+        cached = CachedHistory(provisional_history(new))
         nxt, waiting = await self._replay_until_blocked(cached)
         if waiting is not None and not waiting.steps:
             nxt = NextSteps()
-        answer = await self.journal.begin(spec, nxt)
+        answer = await self.journal.begin(new, nxt)
         if (
             self._on_run_end is not None
             and nxt.end is not None
@@ -144,7 +144,7 @@ class Engine:
 
     # ---- parts ---------------------------------------------------------------------------------
     async def _claim(
-        self, unit: str, run_id: str, *, ask: bool = False, rate: tuple[int, int] | None = None, queue: str = ""
+        self, unit: str, run_id: str, *, rate: tuple[int, int] | None = None, queue: str = ""
     ) -> tuple[Claimed, CachedHistory] | Refused:
         await self._history_cache.wait_for_write(run_id)
         cached = self._history_cache.get(run_id, self.journal.epoch)
@@ -153,7 +153,7 @@ class Engine:
         while True:
             claimed = await self.journal.claim(
                 unit, worker=self.worker, token=f"{self.worker}#{next(self._tokens)}", version=version,
-                crew=self.crew.name, crew_version=self.crew.version, ask=ask, rate=rate,
+                crew=self.crew.name, crew_version=self.crew.version, rate=rate,
                 apart=self._isolates_suspects and self.crew.isolates_suspects(queue or self.crew.queue),
             )  # fmt: skip
             if not (isinstance(claimed, Refused) and claimed.why == "room") or time.monotonic() > until_s:
@@ -199,7 +199,7 @@ class Engine:
         live = TokenBuffer(self.journal, history.run_id, n, claimed.attempt)
         attempt = Attempt(
             history.run_id, n, claimed.attempt, claimed.in_doubt, lambda: lease.lost, live.progress,
-            live.text if started.stream and step.kind == "Ask" else None, started.agent, started.trace,
+            live.text if started.stream and step.target == "model" else None, started.agent, started.trace,
             history.away.get(n, ()),
         )  # fmt: skip
         if claimed.attempt > 1 and started.stream:
@@ -212,7 +212,7 @@ class Engine:
     async def _commit(
         self, unit: str, n: int, claimed: Claimed, event: Event, charge: Charge, cached: CachedHistory
     ) -> str:
-        """The step's end together with what comes next; of a gather's member, its end alone."""
+        """Write the step's end together with what comes next, or a gather's member's end alone: journal/lua/commit.lua."""
         history = cached.history
         planned = history.planned[n]
         if planned.gather or not isinstance(event, StepDone | StepFailed):

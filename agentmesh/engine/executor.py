@@ -4,12 +4,12 @@ import asyncio
 import contextvars
 import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from agentmesh.definitions.step import RUNNING_INSIDE, Ask, Call, Step, ToolContext
+from agentmesh.definitions.step import RUNNING_INSIDE, Ask, Step, StepPolicy, ToolContext
 from agentmesh.definitions.tool import NotDone, Unknown
 from agentmesh.errors import (
     ConfigError,
@@ -24,7 +24,7 @@ from agentmesh.errors import (
 from agentmesh.journal.events import Event, StepDone, StepFailed, StepInDoubt, StepRetried
 from agentmesh.journal.types import original_run_id
 from agentmesh.model import Answer, Model, Prompt, RetryLater
-from agentmesh.schema import canonical, to_json
+from agentmesh.schema import canonical
 
 # `def` tools on threads of this process, also those that nobody waits for any more: no thread can be stopped.
 RUNNING_THREADS: set[object] = set()
@@ -63,7 +63,7 @@ class StepExecutor(Protocol):
 
 
 class LocalExecutor:
-    """Does Asks and Calls.
+    """Executes steps of both targets: calls their function, or asks a model.
 
     Args:
         model_of: `provider:name` or an object, to a Model and the name it knows.
@@ -78,14 +78,15 @@ class LocalExecutor:
     ) -> None:  # fmt: skip
         self._servers_of = servers_of
         self._model_of, self._model, self._deps = model_of, model, deps
+        self._targets: dict[str, Callable[[Any, Attempt], Awaitable[tuple[Event, Charge]]]] = {
+            "model": self._ask_model,
+            "function": self._call_function,
+        }
         self._threads = executor or ThreadPoolExecutor(threads, thread_name_prefix="agentmesh-tool")
 
     async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
         """The step's end, or its next turn; and what it cost."""
-        if isinstance(step, Ask):
-            return await self._ask_model(step, at)
-        assert isinstance(step, Call)
-        return await self._call_tool(step, at), {}
+        return await self._targets[step.target](step, at)
 
     def close(self) -> None:
         """Let go of the threads; a tool that runs on is abandoned."""
@@ -120,34 +121,34 @@ class LocalExecutor:
         done = StepDone(n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number, finish=cut)
         return done, {"turns": 1, "tokens": usage.tokens, "usd": usage.cost_usd}
 
-    # ---- tools ---------------------------------------------------------------------------------
-    async def _call_tool(self, step: Call[Any], at: Attempt) -> Event:
-        tool = step.tool
-        if at.in_doubt and tool.reconcile is not None:
-            reconciled = await self._reconcile(step, at)
+    # ---- functions: tools, and what other kinds of steps bind -----------------------------------
+    async def _call_function(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
+        policy = step.policy()
+        if at.in_doubt and policy.reconcile is not None:
+            reconciled = await self._reconcile(step, policy, at)
             if reconciled is not None:
-                return reconciled
+                return reconciled, {}
         context = ToolContext(at.key, at.number, at.run_id, self._deps, at.cancelled, at.progress)
         try:
-            value = await asyncio.wait_for(self._run(tool.bind(step.arguments, context), tool.name), tool.timeout_s)
+            value = await asyncio.wait_for(self._run(step.bind(context), step.label), policy.timeout_s)
         except TryAgain as e:
-            return self._failed(step, at, ToolError(str(e), again=True))
+            return self._failed(step, at, ToolError(str(e), again=True)), {}
         except RetryLater as e:
-            error = ToolError(f"tool `{tool.name}` raised {getattr(e.error, 'message', e.error)}")
-            return self._retry_or_fail(step, at, error, tool.retries, e.after_s)
+            error = step.error(f"{step.label} raised {getattr(e.error, 'message', e.error)}")
+            return self._retry_or_fail(step, at, error, policy.retries, e.after_s), {}
         except TimeoutError:
-            late = StepTimeout(f"tool `{tool.name}` timed out after {tool.timeout_s} s")
-            return self._retry_or_fail(step, at, late, tool.retries)
+            late = StepTimeout(f"{step.label} timed out after {policy.timeout_s} s")
+            return self._retry_or_fail(step, at, late, policy.retries), {}
         except Exception as e:
             message = str(e) if isinstance(e, MeshError) else f"{type(e).__name__}: {e}"
-            return self._retry_or_fail(step, at, ToolError(f"tool `{tool.name}` raised {message}"), tool.retries)
-        return self._returned(step, at, value)
+            return self._retry_or_fail(step, at, step.error(f"{step.label} raised {message}"), policy.retries), {}
+        return self._returned(step, policy, at, value), {}
 
-    async def _run(self, call: Callable[[], Any], name: str) -> Any:
-        """A `def` on a thread, an `async def` here; both know that they are inside a tool."""
-        token = RUNNING_INSIDE.set(f"tool `{name}`")
+    async def _run(self, call: Callable[[], Any], label: str) -> Any:
+        """A `def` on a thread, an `async def` here; both know what they run in."""
+        token = RUNNING_INSIDE.set(label)
         try:
-            if inspect.iscoroutinefunction(getattr(call, "func", None)):
+            if inspect.iscoroutinefunction(getattr(call, "func", call)):
                 return await call()
             context = contextvars.copy_context()
             value = await asyncio.get_running_loop().run_in_executor(self._threads, context.run, _run_counted, call)
@@ -155,30 +156,32 @@ class LocalExecutor:
         finally:
             RUNNING_INSIDE.reset(token)
 
-    async def _reconcile(self, step: Call[Any], at: Attempt) -> Event | None:
-        """What the tool's `reconcile` knows of the attempt that was cut off; None: it did not happen."""
+    async def _reconcile(self, step: Step[Any], policy: StepPolicy, at: Attempt) -> Event | None:
+        """What `reconcile` knows of the attempt that was cut off; None: it did not happen."""
+        reconcile = policy.reconcile
+        assert reconcile is not None
         try:
-            outcome = await self._run(lambda: step.tool.reconcile(at.key), step.name)
+            outcome = await self._run(lambda: reconcile(at.key), step.label)
         except Exception:
             return StepInDoubt(n=at.n, attempt=at.number)
         if outcome is NotDone or isinstance(outcome, NotDone):
             return None
         if outcome is Unknown or isinstance(outcome, Unknown):
             return StepInDoubt(n=at.n, attempt=at.number)
-        return self._returned(step, at, outcome)
+        return self._returned(step, policy, at, outcome)
 
-    def _returned(self, step: Call[Any], at: Attempt, value: Any) -> Event:
-        tool = step.tool
+    def _returned(self, step: Step[Any], policy: StepPolicy, at: Attempt, value: Any) -> Event:
         try:
-            plain = to_json(value, tool.returns)
+            plain = step.encode(value)
         except TypeError as e:
-            return self._failed(step, at, ToolError(f"tool `{tool.name}` returned {e}"))
-        most = tool.max_output_bytes
+            return self._failed(step, at, step.error(f"{step.label} returned {e}"))
+        most = policy.max_output_bytes
         if isinstance(plain, str):
             plain = truncate_middle(plain, most)
         elif (size := len(canonical(plain).encode())) > most:
-            return self._failed(step, at, ToolError(
-                f"tool `{tool.name}` returned {size} bytes of JSON and max_output_bytes is {most}: return less, or raise it"
+            return self._failed(step, at, step.error(
+                f"{step.label} returned {size} bytes of JSON and max_output_bytes is {most}",
+                hint="return less, or raise it",
             ))  # fmt: skip
         return StepDone(n=at.n, value=plain, attempt=at.number)
 

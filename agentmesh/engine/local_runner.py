@@ -15,7 +15,7 @@ from agentmesh.engine.executor import StepExecutor
 from agentmesh.engine.replay import History
 from agentmesh.journal.events import Event
 from agentmesh.journal.memory import MemoryJournal
-from agentmesh.journal.types import Accepted, GatherPlan, OutboxMessage, Refused, RunSpec, TaskMessage
+from agentmesh.journal.types import Accepted, GatherPlan, NewRun, OutboxMessage, Refused, TaskMessage
 
 
 class LocalDispatch:
@@ -25,9 +25,7 @@ class LocalDispatch:
         self, run_id: str, members: Sequence[MessageSpec], gather: GatherPlan | None, queue: str
     ) -> list[TaskMessage]:
         """See Dispatch."""
-        return [
-            self._wire(f"a|{run_id}/{m.n}" if m.kind == "Delegate" else f"s|{run_id}|{m.n}|{m.kind}") for m in members
-        ]
+        return [self._wire(f"a|{run_id}/{m.n}" if m.lane == "child" else f"s|{run_id}|{m.n}") for m in members]
 
     def advance(self, run_id: str, agent: str, queue: str) -> TaskMessage:
         """See Dispatch."""
@@ -66,9 +64,9 @@ class LocalRunner:
         ]  # fmt: skip
         self._turn = itertools.cycle(self.engines)
 
-    async def begin(self, spec: RunSpec) -> Accepted | Refused:
+    async def begin(self, new: NewRun) -> Accepted | Refused:
         """Begin a run and go on until it ends or is waiting for a decision."""
-        answer = await self.engines[0].begin(spec)
+        answer = await self.engines[0].begin(new)
         if not isinstance(answer, Refused):
             await self.run_until_idle()
         return answer
@@ -95,7 +93,7 @@ class LocalRunner:
         letter, run_id, *rest = unit.split("|")
         engine = next(self._turn)
         if letter == "s":
-            await engine.step(run_id, int(rest[0]), rest[1], self.crew.queue)
+            await engine.step(run_id, int(rest[0]), self.crew.queue)
         elif letter == "a":
             await engine.advance(run_id)
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.step import Approve, Call, Delegate, Sleep, Step
+from agentmesh.definitions.step import Step, StepPolicy
 from agentmesh.engine.dispatch import Dispatch, MessageSpec
 from agentmesh.engine.replay import Failed, Finished, History, Outcome, Waiting
 from agentmesh.errors import MeshError, StepRefused, error_to_json, message_of, raised_at
 from agentmesh.journal.events import Event, RunDone, RunFailed, RunStarted, StepDone, StepFailed, StepPlanned
-from agentmesh.journal.types import NextSteps, RunSpec, StepPlan
+from agentmesh.journal.types import NewRun, NextSteps, StepPlan, TaskMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,70 +41,61 @@ class Planner:
         new = {n: step for n, step in waiting.steps.items() if n not in history.planned}
         if not new:
             return NextSteps()
+        policies = {n: step.policy() for n, step in new.items()}
+        queues = {n: self._queue(step) for n, step in new.items()}
         members = [
-            MessageSpec(
-                n,
-                s.kind,
-                s.name,
-                self.crew.broker_queue(self._queue(s)),
-                s.tool.timeout_s if isinstance(s, Call) else None,
-            )
+            MessageSpec(n, s.kind, s.lane, s.name, self.crew.broker_queue(queues[n]), _kill_after_s(s, policies[n]))
             for n, s in new.items()
         ]
         home = self.crew.broker_queue(self.crew.queue)
         wires = dict(zip(new, self.dispatch.steps(history.run_id, members, waiting.gather, home), strict=True))
         first = waiting.gather.first if waiting.gather else 0
-        plans = [self._plan(history, n, step, first, wires[n]) for n, step in new.items()]
+        plans = []
+        for n, step in new.items():
+            planned = StepPlanned(
+                n=n, kind=step.kind, lane=step.lane, name=step.name, digest=step.digest(), queue=queues[n], gather=first,
+                detail=step.describe() if policies[n].held else None,
+            )  # fmt: skip
+            plans.append(self._plan(history, planned, step, policies[n], wires[n]))
         return NextSteps(plans, waiting.gather)
 
     def _queue(self, step: Step[Any]) -> str:
-        if isinstance(step, Delegate | Approve | Sleep):
-            return self.crew.queue
-        return self.crew.queue_of(step, self.model)
+        return self.crew.queue_of(step, self.model) if step.lane == "queued" else self.crew.queue
 
-    def _plan(self, history: History, n: int, step: Step[Any], first: int, wire: Any) -> StepPlan:
-        detail = step.detail() if isinstance(step, Approve) or (isinstance(step, Call) and step.tool.approve) else None
-        planned = StepPlanned(
-            n=n,
-            kind=step.kind,
-            name=step.name,
-            digest=step.digest(),
-            queue=self._queue(step),
-            gather=first,
-            detail=detail,
-        )
-        if isinstance(step, Sleep):
-            return StepPlan(planned, "due", wire, due_in_ms=math.ceil(step.seconds * 1000))
-        if isinstance(step, Approve):
-            return StepPlan(planned, "held", wire, held="approve")
-        if isinstance(step, Delegate):
+    def _plan(
+        self, history: History, planned: StepPlanned, step: Step[Any], policy: StepPolicy, wire: TaskMessage
+    ) -> StepPlan:
+        if step.lane == "child":
             return self._child(history, planned, step, wire)
-        if isinstance(step, Call):
-            tool = step.tool
-            once, reconcile = tool.delivery == "at_most_once", tool.reconcile is not None
-            if tool.approve:
-                return StepPlan(planned, "held", wire, once=once, reconcile=reconcile, held="approve")
-            return StepPlan(planned, "queued", wire, once=once, reconcile=reconcile)
-        return StepPlan(planned, "queued", wire)
+        if step.lane == "due":
+            return StepPlan(planned, "due", wire, due_in_ms=math.ceil(policy.due_in_s * 1000))
+        return StepPlan(
+            planned, "held" if policy.held else "queued", wire, limited=step.target == "model", once=policy.at_most_once,
+            reconcile=policy.reconcile is not None, held=policy.held,
+        )  # fmt: skip
 
-    def _child(self, history: History, planned: StepPlanned, step: Delegate[Any], wire: Any) -> StepPlan:
+    def _child(self, history: History, planned: StepPlanned, step: Step[Any], wire: TaskMessage) -> StepPlan:
         started = history.started
         assert started is not None
-        self.crew.register_delegate(step.agent)
+        agent, task = step.child()
+        self.crew.register_delegate(agent)
         depth = history.run_id.count("/") + 1
         allowed = started.limits.get("depth", self.crew.limits.depth)
         if depth >= allowed:
             why = StepRefused(
-                f"`{step.name}` would run {depth + 1} agents deep, and the limit is {allowed}: an agent that calls itself "
-                "needs an end, or the crew Limits(depth=…)"
+                f"`{step.name}` would run {depth + 1} agents deep, and the limit is {allowed}",
+                hint="give an agent that calls itself an end, or the crew Limits(depth=…)",
             )
             return StepPlan(planned, "ended", wire, end=StepFailed(n=planned.n, error=error_to_json(why)))
-        spec = RunSpec(
-            f"{history.run_id}/{planned.n}", self.crew.name, started.version, step.name, step.task,
-            step.agent.fields_json(), (), history.run_id, planned.n, started.limits, wire, origin=started.origin, stream=started.stream,
-            trace=started.trace,
-        )  # fmt: skip
-        return StepPlan(planned, "child", child=spec)
+        spec = started.child(
+            agent=step.name, task=task, fields=agent.fields_json(), parent=history.run_id, parent_n=planned.n
+        )
+        return StepPlan(planned, "child", child=NewRun(f"{history.run_id}/{planned.n}", spec, wire))
+
+
+def _kill_after_s(step: Step[Any], policy: StepPolicy) -> float | None:
+    """The timeout of a function, which may not hear of it; a model's client does."""
+    return policy.timeout_s if step.lane == "queued" and step.target == "function" else None
 
 
 def parent_event(history: History, outcome: Outcome) -> Event | None:
@@ -131,11 +122,6 @@ def _flow_error(error: Exception) -> dict[str, Any]:
     return error_json
 
 
-def provisional_history(spec: RunSpec, events: Sequence[Event] = ()) -> History:
+def provisional_history(new: NewRun, events: Sequence[Event] = ()) -> History:
     """The history of a run that is about to begin, before the store has said when."""
-    started = RunStarted(
-        crew=spec.crew, version=spec.version, agent=spec.agent, task=spec.task, fields=spec.fields,
-        history=list(spec.history), limits=spec.limits, origin=spec.origin, stream=spec.stream,
-        trace=spec.trace,
-    )  # fmt: skip
-    return History(spec.id, [started, *events])
+    return History(new.run_id, [RunStarted.of(new.spec), *events])

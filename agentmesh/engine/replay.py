@@ -59,7 +59,7 @@ class History:
                 self.closed[event.first] = event
             elif isinstance(event, RunStarted):
                 self.started = event
-            elif (isinstance(event, Approved) and self.planned[event.n].kind == "Approve") or (
+            elif (isinstance(event, Approved) and self.planned[event.n].lane == "held") or (
                 isinstance(event, StepResolved) and event.action != "retry"
             ):
                 self.ended.setdefault(event.n, event)

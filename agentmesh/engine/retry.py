@@ -1,7 +1,6 @@
 """Retry of a finished run: which events the new run keeps, and which steps it repeats. Starts nothing."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from agentmesh.definitions.crew import Crew
 from agentmesh.engine.dispatch import Dispatch
@@ -19,7 +18,7 @@ from agentmesh.journal.events import (
     Woken,
 )
 from agentmesh.journal.journal import Journal
-from agentmesh.journal.types import NextSteps, Refused, RetryImport, RunHead, RunSpec
+from agentmesh.journal.types import NewRun, NextSteps, Refused, RetryImport, RunHead
 
 
 def steps_to_redo(history: History) -> set[int]:
@@ -55,12 +54,10 @@ def retained_events(old: str, new: str, events: Sequence[Event], started: RunSta
     cut = {
         n: planned.digest
         for n, planned in history.planned.items()
-        if n in redo and n not in history.ended and planned.kind == "Call"
+        if n in redo and n not in history.ended and planned.lane == "queued"
     }
     known = sorted(set(history.planned) - redo)
-    return RetryImport(old, new, retained, known, cut), [
-        n for n in sorted(redo) if history.planned[n].kind == "Delegate"
-    ]
+    return RetryImport(old, new, retained, known, cut), [n for n in sorted(redo) if history.planned[n].lane == "child"]
 
 
 async def _retained_tree(
@@ -74,10 +71,14 @@ async def _retained_tree(
         if len(below) < 2 or not isinstance(below[0], RunStarted):
             continue  # it had done nothing
         # What the planner will write when the flow asks for it again: the journal is then found to be this run's.
-        begun = replace(
-            below[0], parent=new, version=started.version, limits=started.limits, origin=started.origin,
-            stream=started.stream, trace=started.trace,
-        )  # fmt: skip
+        begun = started.child(
+            agent=below[0].agent,
+            task=below[0].task,
+            fields=below[0].fields,
+            parent=new,
+            parent_n=n,
+            at_ms=below[0].at_ms,
+        )
         out += await _retained_tree(journal, f"{old}/{n}", f"{new}/{n}", below, begun)
     return out
 
@@ -97,13 +98,11 @@ async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal
     was = events[0]
     assert isinstance(was, RunStarted)
     crew.agent(was.agent, was.fields)
-    started = replace(was, version=crew.version, limits=crew.limits.to_json(), canvas=None)
-    spec = RunSpec(
-        new, crew.name, crew.version, was.agent, was.task, was.fields, was.history, limits=started.limits,
-        wire=dispatch.advance(new, was.agent, crew.broker_queue(crew.queue)), origin=was.origin, stream=was.stream,
-        trace=was.trace,
-    )  # fmt: skip
-    answer = await journal.begin(spec, NextSteps(), await _retained_tree(journal, old, new, events, started))
+    started = was.retry(version=crew.version, limits=crew.limits.to_json())
+    wire = dispatch.advance(new, was.agent, crew.broker_queue(crew.queue))
+    answer = await journal.begin(
+        NewRun(new, started, wire), NextSteps(), await _retained_tree(journal, old, new, events, started)
+    )
     if isinstance(answer, Refused):
         raise RunError(f"run {new} exists with another agent or task", run_id=new)
     return new

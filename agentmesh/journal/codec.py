@@ -19,14 +19,14 @@ from agentmesh.journal.events import (
     StepDone,
     StepFailed,
     StepInDoubt,
-    StepPlanned,
     StepResolved,
     StepRetried,
     StepRevived,
     event_from_json,
 )
 from agentmesh.journal.journal import SweepResult
-from agentmesh.journal.types import Accepted, Claimed, NextSteps, Refused, RetryImport, RunSpec, StepPlan
+from agentmesh.journal.run_spec import RunSpec
+from agentmesh.journal.types import Accepted, Claimed, NewRun, NextSteps, Refused, RetryImport, StepPlan
 from agentmesh.schema import digest, dumps, loads
 
 TTL_MS = 10_000
@@ -51,22 +51,14 @@ def decode_event(line: str) -> Event:
         ) from None
 
 
-def run_started(spec: RunSpec) -> RunStarted:
-    """A run's first fact."""
-    return RunStarted(
-        crew=spec.crew, version=spec.version, agent=spec.agent, task=spec.task, fields=spec.fields,
-        history=list(spec.history), parent=spec.parent, parent_n=spec.parent_n, limits=spec.limits,
-        origin=spec.origin, stream=spec.stream, canvas=spec.canvas, trace=spec.trace,
-    )  # fmt: skip
-
-
-def head_of(spec: RunSpec) -> dict[str, Any]:
+def head_of(new: NewRun) -> dict[str, Any]:
     """What the store must know of a run to work on it."""
+    spec = new.spec
     head: dict[str, Any] = {"crew": spec.crew, "version": spec.version, "agent": spec.agent}
-    if spec.wire:
-        head["wire"] = spec.wire.packed()
-    if spec.finish:
-        head["finish"] = spec.finish.packed()
+    if new.wire:
+        head["wire"] = new.wire.packed()
+    if new.finish:
+        head["finish"] = new.finish.packed()
     if spec.parent:
         head |= {"parent": spec.parent, "n": spec.parent_n}
     else:
@@ -100,8 +92,8 @@ def encode_next(nxt: NextSteps) -> dict[str, Any]:
 def encode_plan(p: StepPlan) -> dict[str, Any]:
     """One step to plan."""
     planned = p.event
-    assert isinstance(planned, StepPlanned)
-    out: dict[str, Any] = {"n": planned.n, "kind": planned.kind, "state": p.state, "event": encode_event(planned)}
+    out: dict[str, Any] = {"n": planned.n, "kind": planned.kind, "lane": planned.lane, "state": p.state,
+                           "event": encode_event(planned)}  # fmt: skip
     if p.wire:
         out["wire"] = p.wire.packed()
     if p.state == "due":
@@ -109,9 +101,11 @@ def encode_plan(p: StepPlan) -> dict[str, Any]:
     if p.state == "held":
         out["held"] = p.held
     if p.child:
-        out["child"] = {"spec": head_of(p.child), "started": encode_event(run_started(p.child))}
+        out["child"] = {"spec": head_of(p.child), "started": encode_event(RunStarted.of(p.child.spec))}
     if p.end:
         out["end"] = encode_event(p.end)
+    if p.limited:
+        out["limited"] = 1
     if p.once:
         out |= {"once": 1, "digest": planned.digest}
     if p.reconcile:
@@ -151,24 +145,21 @@ class VerbJournal(ABC):
     async def _execute(self, verb: str, args: dict[str, Any]) -> Reply:
         """Do the verb; its header and its texts."""
 
-    async def begin(self, spec: RunSpec, next: NextSteps, carried: Sequence[RetryImport] = ()) -> Accepted | Refused:
+    async def begin(self, new: NewRun, next: NextSteps, carried: Sequence[RetryImport] = ()) -> Accepted | Refused:
         """See Journal."""
-        started = carried[0].events[0] if carried else run_started(spec)
-        args: dict[str, Any] = {"run": spec.id, "spec": head_of(spec), "started": encode_event(started),
-                "digest": spec_digest(spec), "next": encode_next(next)}  # fmt: skip
+        args: dict[str, Any] = {"run": new.run_id, "spec": head_of(new), "started": encode_event(RunStarted.of(new.spec)),
+                "digest": spec_digest(new.spec), "next": encode_next(next)}  # fmt: skip
         if carried:
             args |= {"carried": [encode_import(c) for c in carried]}
         return _accepted(await self._execute("begin", args))
 
     async def claim(
         self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
-        ask: bool = False, rate: tuple[int, int] | None = None, apart: bool = False,
+        rate: tuple[int, int] | None = None, apart: bool = False,
     ) -> Claimed | Refused:  # fmt: skip
         """See Journal."""
         args: dict[str, Any] = {"unit": unit, "worker": worker, "token": token, "version": version, "crew": crew,
                                 "crew_version": crew_version, "ttl": self.ttl_ms}  # fmt: skip
-        if ask:
-            args["ask"] = 1
         if rate:
             args |= {"rate_ms": rate[0], "burst": rate[1]}
         if apart:

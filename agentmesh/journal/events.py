@@ -2,19 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
+
+from agentmesh.journal.run_spec import RunSpec
+
+Lane = Literal["queued", "due", "held", "child"]
+# The lanes of the steps that there were before a StepPlanned said its lane.
+LANES_BEFORE: Mapping[str, Lane] = {"Sleep": "due", "Approve": "held", "Delegate": "child"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """A fact of one run."""
 
-    at_ms: int = field(default=0, compare=False)
+    at_ms: int = field(default=0, compare=False, metadata={"retry": "inherit"})
 
     def to_json(self) -> dict[str, Any]:
         """`{"e": "StepDone", "n": 3, …}`: the kind and what is not as by default; the time is the store's to add."""
         out: dict[str, Any] = {"e": type(self).__name__}
-        for name, default in _FIELDS[type(self).__name__].items():
+        for name, default in _defaults(type(self)).items():
             value = getattr(self, name)
             if value != default or default is _REQUIRED:
                 out[name] = value
@@ -22,27 +28,25 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunStarted(Event):
-    """A run began; everything it needs to be replayed from here."""
+class RunStarted(Event, RunSpec):
+    """A run began; its payload is the RunSpec, everything that the run is replayed from."""
 
-    crew: str
-    version: str = ""
-    agent: str
-    task: Any = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    history: list[Any] = field(default_factory=list)
-    parent: str = ""
-    parent_n: int = 0
-    limits: Mapping[str, Any] = field(default_factory=dict)
-    origin: str = ""
-    stream: bool = False
-    canvas: Mapping[str, Any] | None = None
-    trace: str = ""
+    @classmethod
+    def of(cls, spec: RunSpec) -> "RunStarted":
+        """The event of this spec; the store adds its time."""
+        return spec if isinstance(spec, cls) else cls(**vars(spec))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlanned(Event):
-    """The flow asked for step `n`; `digest` says what must not change, `gather` is the first step of its gather."""
+    """The flow asked for step `n`.
+
+    Args:
+        lane: who ends it: `queued` a worker, `due` the clock, `held` a person, `child` a run of its own.
+        digest: of what must not change while the run is open.
+        gather: the first step of its gather; 0 is none.
+        detail: what a person is shown who must decide about it: the question, or a held tool's arguments.
+    """
 
     n: int
     kind: str
@@ -50,7 +54,13 @@ class StepPlanned(Event):
     digest: str = ""
     queue: str = ""
     gather: int = 0
-    detail: Any = None  # for a person: the question, or a held tool's arguments
+    detail: Any = None
+    lane: Lane = "queued"
+
+    def to_json(self) -> dict[str, Any]:
+        """See Event; the lane is also said where its absence would mean another one."""
+        out = Event.to_json(self)
+        return out | {"lane": self.lane} if self.kind in LANES_BEFORE else out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +203,14 @@ def _default(f: "Field[Any]") -> Any:
     return f.default_factory() if f.default_factory is not MISSING else _REQUIRED
 
 
-_FIELDS = {name: {f.name: _default(f) for f in fields(cls) if f.name != "at_ms"} for name, cls in KINDS.items()}
+_DEFAULTS: dict[type[Event], dict[str, Any]] = {}
+
+
+def _defaults(cls: type[Event]) -> dict[str, Any]:
+    """An event's fields and what they are when they are left out."""
+    if cls not in _DEFAULTS:
+        _DEFAULTS[cls] = {f.name: _default(f) for f in fields(cls) if f.name != "at_ms"}
+    return _DEFAULTS[cls]
 
 
 def event_from_json(data: Mapping[str, Any], at_ms: int = 0) -> Event:
@@ -203,5 +220,8 @@ def event_from_json(data: Mapping[str, Any], at_ms: int = 0) -> Event:
         KeyError: no such kind.
     """
     cls = KINDS[data["e"]]
-    field_names = _FIELDS[data["e"]]
-    return cls(at_ms=at_ms, **{k: v for k, v in data.items() if k in field_names})
+    field_names = _defaults(cls)
+    values = {k: v for k, v in data.items() if k in field_names}
+    if cls is StepPlanned and "lane" not in data and data["kind"] in LANES_BEFORE:
+        values["lane"] = LANES_BEFORE[data["kind"]]
+    return cls(at_ms=at_ms, **values)

@@ -9,11 +9,11 @@ from agentmesh.journal.types import (
     Accepted,
     Claimed,
     JournalCounts,
+    NewRun,
     NextSteps,
     Refused,
     RetryImport,
     RunHead,
-    RunSpec,
     Token,
     WaitingEntry,
 )
@@ -42,8 +42,8 @@ class Journal(Protocol):
         """Another number once the store may have come back without what it had: nothing read before counts any more."""
         ...
 
-    async def begin(self, spec: RunSpec, next: NextSteps, carried: Sequence[RetryImport] = ()) -> Accepted | Refused:
-        """RunStarted and the first entries; again with the same spec is Accepted(again=True), with another Refused.
+    async def begin(self, new: NewRun, next: NextSteps, carried: Sequence[RetryImport] = ()) -> Accepted | Refused:
+        """RunStarted and the first entries; again with the same spec is Accepted(is_repeat=True), with another Refused.
 
         A retry begins with what is `carried` of the run before it: first its own, then its sub-agents'.
         """
@@ -51,7 +51,7 @@ class Journal(Protocol):
 
     async def claim(
         self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
-        ask: bool = False, rate: tuple[int, int] | None = None, apart: bool = False,
+        rate: tuple[int, int] | None = None, apart: bool = False,
     ) -> Claimed | Refused:  # fmt: skip
         """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst).
 

@@ -5,14 +5,13 @@ The other half of the protocol; the same rules as protocol.py.
 
 from agentmesh.journal.protocol import NO_LINES, VERBS, Args, Reply, refuse, same_fence, split_unit
 from agentmesh.journal.quarantine import clear_suspicion, forget_silent_workers, on_death, on_sign_of_life, on_silence
-from agentmesh.journal.transaction import Record, Transaction
+from agentmesh.journal.transaction import Record, Transaction, lane_of
 
 SWEEPER_LOCK_MS = 3000
 EMPTY_MS = 1000
 STALE_LOOK_MS = SWEEPER_LOCK_MS + 1000  # a dead sweeper's turn must end before the next one looks
 MAX_IDLE_MS = 2000  # how far ahead a sweep looks
 SILENT_MS = 86_400_000
-RESOLVABLE = {"Approved": ("approve",), "Denied": ("approve",), "StepResolved": ("in_doubt", "quarantined")}
 
 
 def signal(s: Transaction, a: Args) -> Reply:
@@ -49,16 +48,13 @@ def signal_step(s: Transaction, run: str, kind: str, a: Args) -> Reply:
     rec = s.rec(run, key)
     if not isinstance(rec, dict) or rec["st"] != "held":
         return refuse("not_waiting", "ended" if isinstance(rec, str) else "")
-    states = RESOLVABLE.get(kind, ())
-    barred = kind == "StepRevived" and rec["why"] in ("approve", "in_doubt")  # those are a decision, not a revival
-    if barred or (states and rec["why"] not in states):
+    action = a.get("action")
+    is_decision = lane_of(rec) == "held"  # a person ends it; there is nothing that a worker could do
+    if not may_decide(kind, action, rec["why"], is_decision):
         return refuse("not_waiting", rec["why"])
     s.event(run, a["event"])
-    ends = (
-        kind == "Denied" or (kind == "Approved" and rec["kind"] == "Approve") or a.get("action") in ("done", "failed")
-    )
-    if ends:
-        s.end_step(run, n, rec, kind != "Denied" and a.get("action") != "failed", 0)
+    if kind == "Denied" or (kind == "Approved" and is_decision) or action in ("done", "failed"):
+        s.end_step(run, n, rec, kind != "Denied" and action != "failed", 0)
         if not rec["g"]:
             s.advance(run)
     else:
@@ -67,6 +63,15 @@ def signal_step(s: Transaction, run: str, kind: str, a: Args) -> Reply:
         clear_suspicion(rec)
         s.enqueue(unit, run, key, rec)
     return {"ok": 1, "version": s.t.length(f"ev:{run}")}, NO_LINES
+
+
+def may_decide(kind: str, action: str | None, why: str, is_decision: bool) -> bool:
+    """Whether this decision is one that the step waits for."""
+    if kind in ("Approved", "Denied"):
+        return why == "approve"
+    if kind == "StepResolved":
+        return why in ("in_doubt", "quarantined") or (is_decision and why != "approve" and action != "retry")
+    return why not in ("approve", "in_doubt") and not is_decision  # StepRevived: those are a decision, not a revival
 
 
 def raise_limits(s: Transaction, run: str, a: Args) -> None:
@@ -212,7 +217,7 @@ def expire_leases(s: Transaction, limit: int) -> int:
 
 
 def fire_due(s: Transaction, limit: int) -> int:
-    """Due entries: a gather's deadline closes it, a Sleep ends, anything else goes out."""
+    """Due entries: a gather's deadline closes it, a step of lane `due` ends, anything else goes out."""
     units = s.t.zupto("due", s.now, limit)
     for unit in units:
         letter, run, key = split_unit(unit)
@@ -225,7 +230,7 @@ def fire_due(s: Transaction, limit: int) -> int:
         rec = s.rec(run, key)
         if not isinstance(rec, dict) or not s.is_open(run):
             continue
-        if rec.get("kind") == "Sleep":
+        if lane_of(rec) == "due":
             s.event(run, f'{{"e":"Woken","n":{key}}}')
             s.end_step(run, int(key), rec, True, 0)
             if not rec["g"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from agentmesh.journal.quarantine import clear_suspicion, room_limit, take_suspect
 from agentmesh.journal.retry_import import import_events, is_same_start, planned_state, settle_reopened_gather
-from agentmesh.journal.transaction import SUSPECTS, VERSION_TRIES, VERSION_WAIT_MS, Record, Transaction
+from agentmesh.journal.transaction import SUSPECTS, VERSION_TRIES, VERSION_WAIT_MS, Record, Transaction, is_limited
 
 Args = dict[str, Any]
 Reply = tuple[dict[str, Any], list[str]]
@@ -108,7 +108,7 @@ def why_not_claimable(s: Transaction, a: Args, unit: str, run: str, key: str, re
     if head["crew"] != a["crew"] or head["version"] != a["crew_version"]:
         requeue_for_other_version(s, unit, run, key, rec, f"version:{head['crew']} {head['version']}")
         return refuse("version", f"{head['crew']} {head['version']}")
-    if a.get("ask"):
+    if is_limited(rec):
         limit = limit_reached(s, run)
         if limit and s.t.hget(f"run:{run.partition('/')[0]}", "on_limit") == "fail":
             rec["limit"] = limit
@@ -166,7 +166,10 @@ def same_fence(rec: Record, fence: int) -> bool:
 
 
 def commit(s: Transaction, a: Args) -> Reply:
-    """A step's end, first under the newest fence: with what comes next (lone), or struck off its gather (member)."""
+    """A step's end, first under the newest fence: with what comes next (lone), or struck off its gather (member).
+
+    Its twin is lua/commit.lua.
+    """
     unit, fence = a["unit"], a["fence"]
     _, run, key = split_unit(unit)
     rec = s.rec(run, key)
@@ -272,9 +275,9 @@ def plan_step(s: Transaction, run: str, p: Args, g: Args | None) -> None:
         return
     unit = f"s|{run}|{n}"
     s.event(run, p["event"])
-    for flag in ("once", "rec"):
+    for flag in ("lane", "limited", "once", "rec"):
         if p.get(flag):
-            rec[flag] = 1
+            rec[flag] = p[flag]
     if p.get("wire"):
         s.t.hset("wires", unit, p["wire"])
     backlog = g and g["window"] and n >= g["first"] + g["window"]

@@ -6,6 +6,8 @@ Only what Redis has and with its meaning, so that each verb's Lua script can be 
 from collections import defaultdict
 from typing import Any
 
+from agentmesh.journal.events import LANES_BEFORE
+
 
 class Tables:
     """A store in memory. Hash values may be any JSON value (Lua keeps dicts as JSON text)."""
@@ -93,6 +95,19 @@ Record = dict[str, Any]
 RESEND_MS = 1000
 VERSION_TRIES, VERSION_WAIT_MS = 3, 5000  # passed on at once so often; then after 250 ms, doubled up to this
 SUSPECTS = ".suspects"  # after a queue's name: where its suspects wait
+
+
+def lane_of(rec: Record) -> str:
+    """Who ends this step: `queued` a worker, `due` the clock, `held` a person, `child` a run of its own.
+
+    Entries that were written before they said so have the lane of their step's kind.
+    """
+    return str(rec.get("lane") or LANES_BEFORE.get(rec.get("kind", ""), "queued"))
+
+
+def is_limited(rec: Record) -> bool:
+    """Whether this step may be claimed only within the limits of its run."""
+    return bool(rec.get("limited")) if rec.get("lane") else rec.get("kind") == "Ask"
 
 
 def is_in_doubt(rec: Record) -> bool:
@@ -248,7 +263,7 @@ class Transaction:
 
     def start_member(self, run: str, n: int, rec: Record) -> None:
         """A member of the backlog goes out; a child goes out as its first advance."""
-        if rec["kind"] == "Delegate":
+        if lane_of(rec) == "child":
             rec["st"] = "child"
             self.put(run, str(n), rec)
             self.advance(f"{run}/{n}")
@@ -275,7 +290,7 @@ class Transaction:
         if rec["st"] == "child":
             self.t.sadd("cancelled", f"{run}/{n}")
         elif rec["st"] != "leased":
-            if rec["st"] == "backlog" and rec["kind"] == "Delegate":
+            if rec["st"] == "backlog" and lane_of(rec) == "child":
                 self.t.sadd("cancelled", f"{run}/{n}")
             self.drop(f"s|{run}|{n}", run, str(n), rec, "E0")
 

@@ -1,10 +1,11 @@
 """The words a Journal is spoken to with, and Dispatch, which renders messages. Adapters implement it; the engine knows nothing else."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from agentmesh.journal.events import Event
+from agentmesh.journal.events import Event, StepPlanned
+from agentmesh.journal.run_spec import RunSpec
 
 # ---- the journal -------------------------------------------------------------------------------
 # A unit is what a message may ask a worker to do: "s|RUN|N" a step, "a|RUN" advancing a run,
@@ -51,36 +52,18 @@ class TaskMessage:
 
 
 @dataclass(frozen=True, slots=True)
-class RunSpec:
-    """What makes a run the run it is; kept whole in RunStarted.
+class NewRun:
+    """A run to begin: its id, what it is, and the messages that its entries send.
 
     Args:
-        fields: the agent's typed fields, JSON.
-        task: text, or any JSON value.
-        limits: of the whole tree; only a root's are looked at.
-        wire: the message that advances this run, rendered once.
-        finish: the message that tells a canvas, or None.
-        origin: the crew file, so that `runs resume` needs no more.
-        stream: whether tokens are to be streamed live.
-        trace: the W3C traceparent of whoever began the tree, or nothing.
+        wire: the message that advances the run, rendered once.
+        finish: the message that reports its end to a user's canvas, or None.
     """
 
-    id: str
-    crew: str
-    version: str
-    agent: str
-    task: Any
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    history: Sequence[Any] = ()
-    parent: str = ""
-    parent_n: int = 0
-    limits: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str
+    spec: RunSpec
     wire: TaskMessage | None = None
     finish: TaskMessage | None = None
-    origin: str = ""
-    stream: bool = False
-    canvas: Mapping[str, Any] | None = None
-    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +71,19 @@ class StepPlan:
     """One step to plan.
 
     Args:
-        state: `queued` goes out now, `held` waits for a person, `due` at `due_in_ms`, `child` has a run of its own,
-            `ended` failed before it began (`end` says why).
-        once: delivery at most once; `reconcile` says that the tool can tell what happened.
+        event: its StepPlanned, whose lane says who ends it.
+        state: where it stands first: `queued` is sent now, `held` waits for a person, `due` for `due_in_ms`, `child` has
+            a run of its own, `ended` failed before it began (`end` says why).
+        limited: it is claimed only within the limits of its run.
+        once: delivery at most once; `reconcile` says that the step can tell what happened.
     """
 
-    event: Event
+    event: StepPlanned
     state: Literal["queued", "held", "due", "child", "ended"]
     wire: TaskMessage | None = None
     due_in_ms: int = 0
-    child: RunSpec | None = None
+    child: NewRun | None = None
+    limited: bool = False
     once: bool = False
     reconcile: bool = False
     held: str = ""

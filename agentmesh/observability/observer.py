@@ -57,7 +57,7 @@ class ObservedExecutor:
             sight.ended(history, end)
 
     def _model_name(self, step: Step[Any]) -> str:
-        if step.kind != "Ask":
+        if step.target != "model":
             return ""
         model = getattr(step, "model", "") or self._model
         return type(model).__name__ if hasattr(model, "ask") else str(model)

@@ -158,7 +158,7 @@ class TracingObserver:
 def _described(api: Any, step: Step[Any], at: Attempt, model: str) -> tuple[str, Any, dict[str, Any]]:
     """An attempt's name, kind and attributes, in the conventions' words."""
     attributes: dict[str, Any] = {"gen_ai.agent.name": at.agent}
-    if step.kind == "Ask":
+    if step.target == "model":
         provider, _, name = model.rpartition(":")
         attributes |= {"gen_ai.operation.name": "chat", "gen_ai.request.model": name}
         attributes["gen_ai.provider.name"] = provider or "custom"

@@ -13,13 +13,14 @@ from typing import Any
 
 from agentmesh.journal.events import Event, RunCancelled, RunDone, StepDone, StepPlanned, StepRetried
 from agentmesh.journal.journal import Journal
+from agentmesh.journal.run_spec import RunSpec
 from agentmesh.journal.types import (
     Accepted,
     Claimed,
     GatherPlan,
+    NewRun,
     NextSteps,
     Refused,
-    RunSpec,
     StepPlan,
     TaskMessage,
     Token,
@@ -32,8 +33,8 @@ LARGE = 100_000  # characters: more than any message may have
 Contract = Callable[[Journal], Awaitable[None]]
 
 
-def _spec(run_id: str, task: Any = "task") -> RunSpec:
-    return RunSpec(run_id, "crew", "", "Agent", task, wire=_wire(advance_unit(run_id)))
+def _run(run_id: str, task: Any = "task") -> NewRun:
+    return NewRun(run_id, RunSpec(crew="crew", agent="Agent", task=task), _wire(advance_unit(run_id)))
 
 
 def _wire(unit: str) -> TaskMessage:
@@ -61,7 +62,7 @@ async def _kinds(journal: Journal, run_id: str) -> list[str]:
 
 async def a_run_from_begin_to_end(journal: Journal) -> None:
     """Begin, claim, commit with the end; the head and the list of runs tell of it."""
-    assert isinstance(await journal.begin(_spec("r"), _steps("r", 1)), Accepted)
+    assert isinstance(await journal.begin(_run("r"), _steps("r", 1)), Accepted)
     claimed = await _claimed(journal, step_unit("r", 1))
     done, end = StepDone(n=1, value="v"), NextSteps(end=RunDone(value="v"))
     await journal.commit(step_unit("r", 1), fence=claimed.fence, event=done, version=claimed.version, next=end)
@@ -76,12 +77,12 @@ async def a_run_from_begin_to_end(journal: Journal) -> None:
 
 async def begin_is_repeatable(journal: Journal) -> None:
     """The same spec again changes nothing; another under the same id is refused."""
-    await journal.begin(_spec("r"), _steps("r", 1))
+    await journal.begin(_run("r"), _steps("r", 1))
     before = await _kinds(journal, "r")
-    again = await journal.begin(_spec("r"), _steps("r", 1))
+    again = await journal.begin(_run("r"), _steps("r", 1))
     assert isinstance(again, Accepted)
     assert again.is_repeat
-    other = await journal.begin(_spec("r", "another"), _steps("r", 1))
+    other = await journal.begin(_run("r", "another"), _steps("r", 1))
     assert isinstance(other, Refused)
     assert other.why == "exists"
     assert await _kinds(journal, "r") == before
@@ -89,7 +90,7 @@ async def begin_is_repeatable(journal: Journal) -> None:
 
 async def one_claim_at_a_time(journal: Journal) -> None:
     """The same token gets the same fence, another worker none."""
-    await journal.begin(_spec("r"), _steps("r", 1))
+    await journal.begin(_run("r"), _steps("r", 1))
     first = await _claimed(journal, step_unit("r", 1), token="a")
     assert (await _claimed(journal, step_unit("r", 1), token="a")).fence == first.fence
     assert isinstance(await _claim(journal, step_unit("r", 1), worker="x", token="b"), Refused)
@@ -98,7 +99,7 @@ async def one_claim_at_a_time(journal: Journal) -> None:
 
 async def commit_is_repeatable_and_fenced(journal: Journal) -> None:
     """Said twice it counts once; under an old fence it is refused."""
-    await journal.begin(_spec("r"), _steps("r", 1))
+    await journal.begin(_run("r"), _steps("r", 1))
     unit, done = step_unit("r", 1), StepDone(n=1, value=1)
     old = await _claimed(journal, unit, worker="dead", token="a")
     assert await journal.release("dead", crashed=True) == 1
@@ -112,7 +113,7 @@ async def commit_is_repeatable_and_fenced(journal: Journal) -> None:
 
 async def a_retry_is_claimed_again(journal: Journal) -> None:
     """A turn that failed is told once and goes out again under a new fence."""
-    await journal.begin(_spec("r"), _steps("r", 1))
+    await journal.begin(_run("r"), _steps("r", 1))
     unit = step_unit("r", 1)
     first = await _claimed(journal, unit, token="a")
     event = StepRetried(n=1, error={"type": "ToolError", "message": "no"}, after_ms=0)
@@ -124,7 +125,7 @@ async def a_retry_is_claimed_again(journal: Journal) -> None:
 
 async def a_lease_runs_out_unless_renewed(journal: Journal) -> None:
     """A sweep gives an expired one to somebody else; the old holder hears of it at its next renewal."""
-    await journal.begin(_spec("r"), _steps("r", 1))
+    await journal.begin(_run("r"), _steps("r", 1))
     unit = step_unit("r", 1)
     await journal.sweep("w")
     held = await _claimed(journal, unit, worker="slow", token="a")
@@ -142,7 +143,7 @@ async def a_lease_runs_out_unless_renewed(journal: Journal) -> None:
 async def a_gather_joins_once(journal: Journal) -> None:
     """Its members end in any order; the advance comes when the last one has, and plans what follows once."""
     gather = GatherPlan(first=1, last=3, need=3)
-    await journal.begin(_spec("r"), _steps("r", 1, 2, 3, gather=gather))
+    await journal.begin(_run("r"), _steps("r", 1, 2, 3, gather=gather))
     for n in (3, 1, 2):
         assert isinstance(await _claim(journal, advance_unit("r"), token=f"early{n}"), Refused)
         claimed = await _claimed(journal, step_unit("r", n), token=f"t{n}")
@@ -159,7 +160,7 @@ async def a_gather_joins_once(journal: Journal) -> None:
 
 async def a_cancelled_run_takes_no_more(journal: Journal) -> None:
     """After a person's word and a sweep the run has ended, and a commit of what was in hand is refused."""
-    await journal.begin(_spec("r"), _steps("r", 1))
+    await journal.begin(_run("r"), _steps("r", 1))
     held = await _claimed(journal, step_unit("r", 1))
     assert isinstance(await journal.signal("r", RunCancelled(by="me")), Accepted)
     await journal.sweep("w")
@@ -173,7 +174,7 @@ async def a_cancelled_run_takes_no_more(journal: Journal) -> None:
 async def large_values_come_back_whole(journal: Journal) -> None:
     """However they are kept."""
     task, value = "t" * LARGE, "v" * LARGE
-    await journal.begin(_spec("r", task), _steps("r", 1))
+    await journal.begin(_run("r", task), _steps("r", 1))
     claimed = await _claimed(journal, step_unit("r", 1))
     await journal.commit(step_unit("r", 1), fence=claimed.fence, event=StepDone(n=1, value=value))
     done = [e for e in await journal.events("r") if isinstance(e, StepDone)]
@@ -183,7 +184,7 @@ async def large_values_come_back_whole(journal: Journal) -> None:
 
 async def watch_and_stream_end_with_the_run(journal: Journal) -> None:
     """Who watches is called when the run ends; the live stream is read from its beginning."""
-    await journal.begin(_spec("r"), _steps("r", 1))
+    await journal.begin(_run("r"), _steps("r", 1))
     claimed = await _claimed(journal, step_unit("r", 1))
     await journal.stream("r", [Token("r", 1, 1, "text", word) for word in ("one ", "two")])
     watching = asyncio.ensure_future(journal.watch("r", version=None, timeout_s=10))

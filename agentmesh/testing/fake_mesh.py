@@ -11,7 +11,8 @@ from agentmesh.engine.executor import LocalExecutor
 from agentmesh.engine.local_runner import LocalDispatch, LocalRunner
 from agentmesh.engine.run import Run, RunClient
 from agentmesh.errors import RunError
-from agentmesh.journal.types import Refused, RunSpec
+from agentmesh.journal.run_spec import RunSpec
+from agentmesh.journal.types import NewRun, Refused
 from agentmesh.message import Message
 from agentmesh.model import Model
 from agentmesh.testing.scripted import ScriptedModel
@@ -60,18 +61,19 @@ class FakeMesh(LocalRunner):
         """Begin a run and go on until it ends or is waiting for a decision."""
         agent, task = (agent_or_task, task) if isinstance(agent_or_task, Agent) else (self.crew.lead, agent_or_task)
         run_id = id or f"r{next(self._ids)}"
-        self._run_sync(self._begin(self.spec(agent, task, run_id, history=history, stream=stream)))
+        self._run_sync(self._begin(self.new_run(agent, task, run_id, history=history, stream=stream)))
         return Run(run_id, self.client)
 
-    def spec(
+    def new_run(
         self, agent: Agent[Any], task: Any, run_id: str, *, history: Sequence[Message] = (), stream: bool = True
-    ) -> RunSpec:
+    ) -> NewRun:
         """What a run of this agent is begun with."""
-        return RunSpec(
-            run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
-            [m.to_json() for m in history], limits=self.crew.limits.to_json(),
-            wire=LocalDispatch().advance(run_id, agent.name, ""), stream=stream,
+        spec = RunSpec(
+            crew=self.crew.name, version=self.crew.version, agent=agent.name, task=agent.task_json(task),
+            fields=agent.fields_json(), history=[m.to_json() for m in history], limits=self.crew.limits.to_json(),
+            stream=stream,
         )  # fmt: skip
+        return NewRun(run_id, spec, LocalDispatch().advance(run_id, agent.name, ""))
 
     def run(self, agent_or_task: Agent[Any] | Any, task: Any = None, **options: Any) -> Any:
         """`start` and its result.
@@ -81,9 +83,9 @@ class FakeMesh(LocalRunner):
         """
         return self.start(agent_or_task, task, **options).result(timeout_s=0)
 
-    async def _begin(self, spec: RunSpec) -> None:
-        if isinstance(await self.begin(spec), Refused):
-            raise RunError(f"run {spec.id!r} exists with another task", run_id=spec.id)
+    async def _begin(self, new: NewRun) -> None:
+        if isinstance(await self.begin(new), Refused):
+            raise RunError(f"run {new.run_id!r} exists with another task", run_id=new.run_id)
 
     def _run_sync(self, coro: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(coro)

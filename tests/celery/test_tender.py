@@ -10,7 +10,8 @@ from agentmesh.celery.housekeeping import Housekeeper
 from agentmesh.journal.events import StepPlanned
 from agentmesh.journal.journal import SweepResult
 from agentmesh.journal.memory import MemoryJournal
-from agentmesh.journal.types import NextSteps, RunSpec, StepPlan, TaskMessage
+from agentmesh.journal.run_spec import RunSpec
+from agentmesh.journal.types import NewRun, NextSteps, StepPlan, TaskMessage
 
 
 class Watched(MemoryJournal):
@@ -41,8 +42,8 @@ def tender(journal: Watched, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def begin(journal: Watched) -> None:
     planned = StepPlan(StepPlanned(n=1, kind="Call", name="f", digest="d"), "queued", TaskMessage("q", "s|r|1#", ""))
-    spec = RunSpec("r", "c", "", "A", "t", wire=TaskMessage("q", "a|r#", ""))
-    asyncio.run(journal.begin(spec, NextSteps([planned])))
+    new = NewRun("r", RunSpec(crew="c", agent="A", task="t"), TaskMessage("q", "a|r#", ""))
+    asyncio.run(journal.begin(new, NextSteps([planned])))
 
 
 def test_it_rests_until_the_first_step_comes(journal: Watched, tender: Housekeeper, eventually: Any) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from agentmesh.journal.redis import RedisJournal
-from agentmesh.journal.types import NextSteps, RunSpec, TaskMessage
+from agentmesh.journal.run_spec import RunSpec
+from agentmesh.journal.types import NewRun, NextSteps, TaskMessage
 
 
 async def begun(url: str) -> RedisJournal:
     journal = RedisJournal(url)
-    await journal.begin(RunSpec("r", "c", "", "A", "", wire=TaskMessage("q", "advance|r|#", "")), NextSteps())
+    await journal.begin(NewRun("r", RunSpec(crew="c", agent="A"), TaskMessage("q", "advance|r|#", "")), NextSteps())
     return journal
 
 

@@ -98,7 +98,7 @@ def test_two_of_three_with_a_deadline_and_a_late_third() -> None:
     mesh = FakeMesh(Crew(Tolerant(), Echo()), model=Slow())
 
     async def walk() -> Any:
-        spec_run = asyncio.create_task(mesh._begin(mesh.spec(Tolerant(), "x", "t1")))
+        spec_run = asyncio.create_task(mesh._begin(mesh.new_run(Tolerant(), "x", "t1")))
         while "RunDone" not in story_now():
             await asyncio.sleep(0)
             await mesh.process_messages()
@@ -172,7 +172,7 @@ def test_cancel_of_the_root_while_a_grandchild_asks_a_model() -> None:
     mesh = FakeMesh(Crew(Outer(), Inner(), Echo()), model=Hanging())
 
     async def walk() -> None:
-        running = asyncio.create_task(mesh._begin(mesh.spec(Outer(), "x", "c1")))
+        running = asyncio.create_task(mesh._begin(mesh.new_run(Outer(), "x", "c1")))
         await begun.wait()
         await mesh.journal.signal("c1", RunCancelled(by="ana"))
         await mesh.journal.sweep("s")

@@ -52,7 +52,7 @@ local function spent(root)
     if NOW - hnum(root, 'started') - waited >= tonumber(seconds) * 1000 then return 'seconds' end
   end
 end
-if A.ask then
+if is_limited(r) then
   local root = 'run:' .. root_of(run)
   local limit = spent(root)
   if limit and hget(root, 'on_limit') == 'fail' then

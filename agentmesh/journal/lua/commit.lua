@@ -1,3 +1,4 @@
+-- The twin of `commit` in journal/protocol.py; asked by `_commit` in engine/engine.py.
 local unit, fence = A.unit, A.fence
 local _, run, key = split(unit)
 local r, mark = rec(run, key)

@@ -36,6 +36,14 @@ local function rec(run, key)
   if v and string.sub(v, 1, 1) == '{' then return cjson.decode(v), nil end
   return nil, v
 end
+-- Who ends this step: 'queued' a worker, 'due' the clock, 'held' a person, 'child' a run of its own. Entries that were
+-- written before they said so have the lane of their step's kind.
+local LANES_BEFORE = { Sleep = 'due', Approve = 'held', Delegate = 'child' }
+local function lane_of(r) return r.lane or LANES_BEFORE[r.kind] or 'queued' end
+local function is_limited(r)
+  if r.lane then return r.limited == 1 end
+  return r.kind == 'Ask'
+end
 local function put(run, key, r) hset('st:' .. run, key, cjson.encode(r)) end
 local function event(run, text) return redis.call('RPUSH', P .. 'ev:' .. run, int(NOW) .. ' ' .. text) end
 local function version(run) return redis.call('LLEN', P .. 'ev:' .. run) end
@@ -56,6 +64,7 @@ local function charge(run, usage)
 end
 
 -- entries ---------------------------------------------------------------------------------------
+-- What celery/dispatch.py rendered is sent here, or answered for celery/publisher.py to send.
 local function send(wire, seq, queue)
   local home, head, rest = string.match(wire, '^(%Z*)%z(%Z*)%z(%Z*)$')
   queue = queue or home
@@ -162,7 +171,7 @@ end
 
 -- ends ------------------------------------------------------------------------------------------
 local function start_member(run, n, r)
-  if r.kind == 'Delegate' then
+  if lane_of(r) == 'child' then
     r.st = 'child'
     put(run, int(n), r)
     advance(run .. '/' .. int(n))
@@ -177,7 +186,7 @@ local function let_go(run, n)
   if r.st == 'child' then
     redis.call('SADD', P .. 'cancelled', run .. '/' .. key)
   elseif r.st ~= 'leased' then
-    if r.st == 'backlog' and r.kind == 'Delegate' then redis.call('SADD', P .. 'cancelled', run .. '/' .. key) end
+    if r.st == 'backlog' and lane_of(r) == 'child' then redis.call('SADD', P .. 'cancelled', run .. '/' .. key) end
     drop('s|' .. run .. '|' .. key, run, key, r, 'E0')
   end
 end
@@ -279,7 +288,8 @@ local function plan_step(run, p, g)
   if known and string.sub(known, 1, 2) ~= 'D:' then return end
   local unit = 's|' .. run .. '|' .. key
   event(run, p.event)
-  local r = { kind = p.kind, st = 'new', g = g and g.first or 0, f = 0, a = 0, once = p.once, rec = p.rec }
+  local r = { kind = p.kind, lane = p.lane, st = 'new', g = g and g.first or 0, f = 0, a = 0 }
+  r.limited, r.once, r.rec = p.limited, p.once, p.rec
   if known and p.once and known == 'D:' .. (p.digest or '') then
     r.lost = 1
     if state == 'held' then state = 'queued' end

@@ -33,12 +33,18 @@ local function signal_step()
   local unit = 's|' .. run .. '|' .. key
   local r, mark = rec(run, key)
   if not r or r.st ~= 'held' then return refuse('not_waiting', mark and 'ended' or '') end
-  local wanted = ({ Approved = 'approve', Denied = 'approve', StepResolved = 'in_doubt' })[kind]
-  local resolvable = kind == 'StepResolved' and r.why == 'quarantined'
-  local barred = kind == 'StepRevived' and (r.why == 'approve' or r.why == 'in_doubt')
-  if barred or (wanted and r.why ~= wanted and not resolvable) then return refuse('not_waiting', r.why) end
+  local is_decision = lane_of(r) == 'held' -- a person ends it; there is nothing that a worker could do
+  local may
+  if kind == 'Approved' or kind == 'Denied' then
+    may = r.why == 'approve'
+  elseif kind == 'StepResolved' then
+    may = r.why == 'in_doubt' or r.why == 'quarantined' or (is_decision and r.why ~= 'approve' and A.action ~= 'retry')
+  else -- StepRevived
+    may = r.why ~= 'approve' and r.why ~= 'in_doubt' and not is_decision
+  end
+  if not may then return refuse('not_waiting', r.why) end
   event(run, A.event)
-  local ends = kind == 'Denied' or (kind == 'Approved' and r.kind == 'Approve') or A.action == 'done' or A.action == 'failed'
+  local ends = kind == 'Denied' or (kind == 'Approved' and is_decision) or A.action == 'done' or A.action == 'failed'
   if ends then
     end_step(run, n, r, kind ~= 'Denied' and A.action ~= 'failed', 0)
     if r.g == 0 then advance(run) end

@@ -72,7 +72,7 @@ local function wake()
       local g = text and cjson.decode(text)
       if g and g.closed ~= 1 and is_open(run) then close(run, tonumber(key), g, 'deadline') end
     elseif r and is_open(run) then
-      if r.kind == 'Sleep' then
+      if lane_of(r) == 'due' then
         event(run, '{"e":"Woken","n":' .. key .. '}')
         end_step(run, tonumber(key), r, true, 0)
         if r.g == 0 then advance(run) end

@@ -12,12 +12,13 @@ from redis.exceptions import NoScriptError
 from agentmesh.journal import maintenance
 from agentmesh.journal.events import RunDone, StepDone, StepPlanned
 from agentmesh.journal.redis import RedisJournal, script
+from agentmesh.journal.run_spec import RunSpec
 from agentmesh.journal.transaction import Tables, Transaction
 from agentmesh.journal.types import (
     Accepted,
     Claimed,
+    NewRun,
     NextSteps,
-    RunSpec,
     StepPlan,
     TaskMessage,
     advance_unit,
@@ -34,8 +35,8 @@ class Journals:
     def wire(unit: str) -> TaskMessage:
         return TaskMessage("q", f"{unit}#", "")
 
-    def spec(self, run_id: str, task: Any = "t") -> RunSpec:
-        return RunSpec(run_id, "c", "", "A", task, wire=self.wire(advance_unit(run_id)))
+    def new_run(self, run_id: str, task: Any = "t") -> NewRun:
+        return NewRun(run_id, RunSpec(crew="c", agent="A", task=task), self.wire(advance_unit(run_id)))
 
     def lone(self, run_id: str, n: int = 1) -> NextSteps:
         return NextSteps(
@@ -57,7 +58,7 @@ class Journals:
 
     async def whole_run(self, journal: RedisJournal, run_id: str, value: Any = 1) -> None:
         """One step, then the end; every verb of it may be asked for again at any time."""
-        assert isinstance(await journal.begin(self.spec(run_id), self.lone(run_id)), Accepted)
+        assert isinstance(await journal.begin(self.new_run(run_id), self.lone(run_id)), Accepted)
         unit = step_unit(run_id, 1)
         claimed = await journal.claim(unit, token=run_id, version=0, **self.WORKER)
         assert isinstance(claimed, Claimed), claimed

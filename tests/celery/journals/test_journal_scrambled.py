@@ -51,8 +51,6 @@ class Scramble:
         args |= {"version": rng.choice([0, 0, 2]), "crew": "c", "crew_version": rng.choice(["", "", "", "2"])}
         if rng.random() < 0.3:
             args["apart"] = 1
-        if args["unit"][0] == "s" and rng.random() < 0.4:
-            args["ask"] = 1
         if rng.random() < 0.3:
             args |= {"rate_ms": 500, "burst": 2}
         return args
@@ -127,7 +125,11 @@ class Scramble:
         kind = {"child": "Delegate", "held": rng.choice(["Approve", "Call"]), "due": rng.choice(["Sleep", "Call"])}.get(
             state, "Call"
         )
+        kind = rng.choice(["Ask", "Call"]) if state == "queued" else kind
         out: dict[str, Any] = {"n": n, "kind": kind, "state": state, "event": f'{{"e":"StepPlanned","n":{n}}}'}
+        if rng.random() < 0.6:  # else it is of a time when entries did not say their lane, and their kind implied it
+            lane = {"Delegate": "child", "Approve": "held", "Sleep": "due"}.get(kind, "queued")
+            out |= {"kind": rng.choice([kind, "New"]), "lane": lane} | ({"limited": 1} if kind == "Ask" else {})
         if state == "child":
             out["child"] = {
                 "spec": self.alike.spec(f"{run}/{n}") | {"parent": run, "n": n},
@@ -140,7 +142,7 @@ class Scramble:
         if cut or (state == "held" and rng.random() < 0.4):
             out |= {"once": 1, "digest": "d"}
         return out | {
-            "held": {"held": "approve"},
+            "held": {"held": rng.choice(["approve", "approve", "signal:x"])},
             "due": {"due": 1_200},
             "ended": {"end": f'{{"e":"StepFailed","n":{n}}}'},
         }.get(state, {})

@@ -67,7 +67,7 @@ def test_two_loops_of_one_journal_have_a_connection_each(valkey: Any, journals: 
 
 def test_watchers_hear_of_an_end_and_of_something_new(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         ends = [asyncio.create_task(journal.watch("r", version=None, timeout_s=30)) for _ in range(50)]
         news = asyncio.create_task(journal.watch("r", version=2, timeout_s=30))
         await journal.watch("r", version=None, timeout_s=0.02)  # nothing has happened: the time is what ends it
@@ -84,7 +84,7 @@ def test_watchers_hear_of_an_end_and_of_something_new(valkey: Any, journals: Any
 
 def test_a_live_stream_ends_with_its_run(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> list[Token]:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
 
         async def listen() -> list[Token]:
             return [token async for token in journal.tokens("r")]
@@ -102,7 +102,7 @@ def test_a_live_stream_ends_with_its_run(valkey: Any, journals: Any) -> None:
 # ---- said twice --------------------------------------------------------------------------------
 def test_a_turn_told_twice_is_told_once(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         unit = step_unit("r", 1)
         claimed = await journal.claim(unit, token="t", version=0, **journals.WORKER)
         assert claimed == await journal.claim(unit, token="t", version=0, **journals.WORKER)
@@ -125,17 +125,20 @@ def test_a_turn_told_twice_is_told_once(valkey: Any, journals: Any) -> None:
 
 def test_a_limit_that_is_lifted_holds_nobody(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(replace(journals.spec("r"), limits={"tokens": 10}), journals.lone("r"))
+        new = journals.new_run("r")
+        (asking,) = journals.lone("r").plans
+        new = replace(new, spec=replace(new.spec, limits={"tokens": 10}))
+        await journal.begin(new, NextSteps([replace(asking, limited=True)]))
         unit = step_unit("r", 1)
-        first = await journal.claim(unit, token="t", version=0, ask=True, **journals.WORKER)
+        first = await journal.claim(unit, token="t", version=0, **journals.WORKER)
         assert isinstance(first, Claimed)
         turn = StepRetried(n=1, attempt=1, error={"type": "X", "message": ""}, after_ms=0)
         await journal.commit(unit, fence=first.fence, event=turn, charge={"tokens": 10})
-        refused = await journal.claim(unit, token="u", version=0, ask=True, **journals.WORKER)
+        refused = await journal.claim(unit, token="u", version=0, **journals.WORKER)
         assert isinstance(refused, Refused)
         assert [(held.key, held.why) for held in await journal.waiting("r")] == [("1", "limit:tokens")]
         assert isinstance(await journal.signal("r", LimitRaised(limits={"tokens": None})), Accepted)
-        assert isinstance(await journal.claim(unit, token="v", version=0, ask=True, **journals.WORKER), Claimed)
+        assert isinstance(await journal.claim(unit, token="v", version=0, **journals.WORKER), Claimed)
 
     journals.on(valkey, story)
 
@@ -191,7 +194,7 @@ def test_large_values_lie_beside_the_journal_and_die_with_their_run(valkey: Any,
     value, task = "x" * (10 * MEBI), {"text": "ü" * LARGE}
 
     async def story(journal: RedisJournal) -> None:
-        assert isinstance(await journal.begin(journals.spec("r", task), journals.lone("r")), Accepted)
+        assert isinstance(await journal.begin(journals.new_run("r", task), journals.lone("r")), Accepted)
         unit = step_unit("r", 1)
         claimed = await journal.claim(unit, token="r", version=0, **journals.WORKER)
         assert isinstance(claimed, Claimed)

@@ -47,7 +47,7 @@ def test_watchers_hear_of_an_end_after_the_server_was_away(valkey: Any, journals
             while (head := await journal.head("r")) is None or head.status == "open":
                 await journal.watch("r", version=None, timeout_s=60)
 
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         waiting = [asyncio.create_task(ended()) for _ in range(10)]
         await journal.watch("r", version=None, timeout_s=0.02)  # by now they are listened for
         await asyncio.to_thread(restart, valkey)
@@ -70,7 +70,7 @@ def test_a_sweep_sees_for_itself_that_a_message_is_lost(valkey: Any, journals: A
             return await journal.sweep("w", look=True)
 
         with journals.client(valkey) as broker:
-            await journal.begin(journals.spec("r"), journals.lone("r"))
+            await journal.begin(journals.new_run("r"), journals.lone("r"))
             assert [(await after(ms)).count for ms in (0, 700, 700, 700)] == [0] * 4  # the message waits
             assert broker.rpop("q") == "s|r|1#1"
             assert [await after(ms) for ms in (100, 900)] == [SweepResult(0), SweepResult(0)]
@@ -89,7 +89,7 @@ def test_a_sweep_says_how_long_it_can_wait_and_leaves_its_turn_to_who_has_work(v
         nonlocal now
         assert await journal.sweep("w") == SweepResult(0, 2_000)
         assert await journal.sweep("v") == SweepResult(0, 2_000)
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         assert await journal.sweep("w") == SweepResult(0)
         assert await journal.sweep("v") == SweepResult(0, 3_000, mine=False)
         unit = step_unit("r", 1)
@@ -109,7 +109,7 @@ def test_no_lease_expires_for_one_term_after_the_server_was_away(valkey: Any, jo
     ttl_ms = 30_000
 
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         await journal.sweep("w")
         unit = step_unit("r", 1)
         assert isinstance(await journal.claim(unit, token="t", version=0, **journals.WORKER), Claimed)
@@ -167,7 +167,7 @@ def test_a_command_that_cannot_be_sent_fails_and_the_next_one_works(valkey: Any,
 
 def test_a_verb_without_memory_is_refused_whole(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         unit = step_unit("r", 1)
         with journals.client(valkey) as c:
             try:
