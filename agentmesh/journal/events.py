@@ -7,9 +7,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A fact of one run."""
+    """A fact of one run.
+
+    Args:
+        line_bytes: its line's size in this process's memory; known once the line was read or written, else 0.
+    """
 
     at_ms: int = field(default=0, compare=False)
+    line_bytes: int = field(default=0, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """`{"e": "StepDone", "n": 3, …}`: the kind and what is not as by default; the time is the store's to add."""
@@ -193,10 +198,13 @@ def _default(f: "Field[Any]") -> Any:
     return f.default_factory() if f.default_factory is not MISSING else _REQUIRED
 
 
-_FIELDS = {name: {f.name: _default(f) for f in fields(cls) if f.name != "at_ms"} for name, cls in KINDS.items()}
+_FIELDS = {
+    name: {f.name: _default(f) for f in fields(cls) if f.name not in ("at_ms", "line_bytes")}
+    for name, cls in KINDS.items()
+}
 
 
-def event_from_json(data: Mapping[str, Any], at_ms: int = 0) -> Event:
+def event_from_json(data: Mapping[str, Any], at_ms: int = 0, line_bytes: int = 0) -> Event:
     """The event that `to_json` wrote; fields it does not know are left out (a newer writer).
 
     Raises:
@@ -204,4 +212,4 @@ def event_from_json(data: Mapping[str, Any], at_ms: int = 0) -> Event:
     """
     cls = KINDS[data["e"]]
     field_names = _FIELDS[data["e"]]
-    return cls(at_ms=at_ms, **{k: v for k, v in data.items() if k in field_names})
+    return cls(at_ms=at_ms, line_bytes=line_bytes, **{k: v for k, v in data.items() if k in field_names})
