@@ -31,6 +31,7 @@ class Config(BaseSettings):
         sweep_s: how often each worker looks for what is due or lost.
         drain_s: how long a stopping worker lets its steps finish.
         retain_days: how long an ended run stays.
+        history_cache_mb: MiB of each worker process for the events of recent runs; less means more reads of the journal.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
@@ -44,6 +45,7 @@ class Config(BaseSettings):
     sweep_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     retain_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    history_cache_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 64.0
 
     @classmethod
     def settings_customise_sources(

@@ -45,6 +45,7 @@ from agentmesh.models.registry import ModelRegistry
 from agentmesh.observability.observer import ObservedExecutor, Observer
 from agentmesh.observability.tracing import TracingObserver, current_traceparent
 from agentmesh.schema import canonical
+from agentmesh.sized_cache import MIB
 
 Out = TypeVar("Out")
 ModelOf = Callable[[Any], tuple[Model, str]]
@@ -209,6 +210,7 @@ class Mesh:
         engine = Engine(
             crew=self.crew, journal=journal, dispatch=self.dispatch, executor=watched, worker=name, on_run_end=watched.ended,
             apart=self.suspects == "exclude", model=model,
+            history_cache_bytes=int(self.config.history_cache_mb * MIB),
         )  # fmt: skip
         client = RunClient(crew=self.crew, journal=journal, run_sync=run_sync, dispatch=self.dispatch)
         return ProcessState(name, journal, client, engine, self.dispatch, engine.begin)

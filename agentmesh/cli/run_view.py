@@ -14,27 +14,24 @@ from rich.tree import Tree
 
 from agentmesh.journal.events import ENDS, Event, RunDone, RunStarted, StepDone, StepFailed, StepPlanned, StepRetried
 from agentmesh.journal.journal import Journal
+from agentmesh.journal.tree_follower import TreeFollower
 from agentmesh.journal.types import Token
 from agentmesh.schema import to_json
 
-POLL_S = 0.1
+POLL_S, MAX_POLL_S = 0.1, 2.0
 
 
 async def follow(journal: Journal, run_id: str) -> AsyncIterator[tuple[str, Event]]:
     """Each event of the tree with its run, until the root's end; parents before children."""
-    seen: dict[str, int] = {}
-    over: set[str] = set()
-    while run_id not in over:
-        for member in await journal.tree(run_id):
-            if member in over:
-                continue
-            for event in await journal.events(member, after=seen.get(member, 0)):
-                seen[member] = seen.get(member, 0) + 1
-                if isinstance(event, ENDS):
-                    over.add(member)
-                yield member, event
-        if run_id not in over:
-            await journal.watch(run_id, version=seen.get(run_id, 0), timeout_s=POLL_S)
+    tree = TreeFollower(journal, run_id)
+    while not tree.ended:
+        began_s = time.monotonic()
+        async for member, event in tree.new_events():
+            yield member, event
+        if not tree.ended:
+            # a large tree is read less often: its readers take at most a tenth of the store's time
+            pause_s = min(MAX_POLL_S, max(POLL_S, 10 * (time.monotonic() - began_s)))
+            await journal.watch(run_id, version=tree.version, timeout_s=pause_s)
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from agentmesh.config import Config, load
 from agentmesh.engine.run import Approval, Run, RunClient
 from agentmesh.errors import DefinitionError, RunError
 from agentmesh.journal.journal import Journal
+from agentmesh.journal.tree_follower import tree_events
 from agentmesh.journal.types import RunHead
 from agentmesh.runtime.bootstrap import open_journal
 from agentmesh.runtime.valkey import EmbeddedValkey
@@ -49,10 +50,9 @@ def show_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> i
     place = JournalAccess.open(broker=broker, file=file)
     try:
         run = place.run(run_id)
-        for member in run_sync(place.journal.tree(run_id)):
-            for event in run_sync(place.journal.events(member)):
-                line = json.dumps({"run": member, "at_ms": event.at_ms, **event.to_json()}, ensure_ascii=False)
-                print(line if as_json else describe_event(member, event))
+        for member, event in run_sync(tree_events(place.journal, run_id)):
+            line = json.dumps({"run": member, "at_ms": event.at_ms, **event.to_json()}, ensure_ascii=False)
+            print(line if as_json else describe_event(member, event))
         for item in run.waiting_for:
             told = json.dumps({"waiting": item.why, "run": item.run_id, "n": item.n, "args": item.args})
             print(

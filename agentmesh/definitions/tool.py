@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from sys import getsizeof
 from types import NoneType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
 
@@ -14,12 +15,13 @@ from agentmesh.definitions.step import Call, ToolContext
 from agentmesh.errors import DefinitionError, ToolSignatureError
 from agentmesh.message import ToolSpec
 from agentmesh.schema import Parameters, explain, summary
+from agentmesh.sized_cache import MIB, SizedCache
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Delivery = Literal["idempotent", "at_most_once"]
 TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
-CACHED_CHARS = 200  # characters; calls with longer texts are not kept
+CACHED_CHARS = 200  # characters of an argument; calls with longer ones are not kept, which bounds the cache's bytes
 
 
 class Tool(Generic[P, R]):
@@ -116,9 +118,23 @@ def _cached_call(tool: Tool[Any, Any], /, *args: Any, **kwargs: Any) -> Call[Any
     return _make_call(tool, args, kwargs)
 
 
-@lru_cache(maxsize=4096)
 def _cached_call_from_json(tool: Tool[Any, Any], arguments: str) -> Call[Any]:
     """Cached: a flow that is replayed asks again for what it asked before."""
+    call = _CALLS.get((tool, arguments))
+    if call is None:
+        call = _parse_call(tool, arguments)
+        _CALLS.put((tool, arguments), call)
+    return call
+
+
+def _call_bytes(key: tuple[Tool[Any, Any], str], _: Call[Any]) -> int:
+    return 1024 + 3 * getsizeof(key[1])  # the text, what it was parsed to, and the step's canonical form of it
+
+
+_CALLS: SizedCache[tuple[Tool[Any, Any], str], Call[Any]] = SizedCache("parsed_calls", 16 * MIB, _call_bytes)
+
+
+def _parse_call(tool: Tool[Any, Any], arguments: str) -> Call[Any]:
     parsed = json.loads(arguments or "{}")
     if not isinstance(parsed, dict):
         raise ValueError(f"the arguments are {type(parsed).__name__}, not an object")

@@ -11,7 +11,7 @@ from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.step import Step
 from agentmesh.engine.dispatch import Dispatch
 from agentmesh.engine.executor import Attempt, Charge, StepExecutor
-from agentmesh.engine.history_cache import CachedHistory, HistoryCache
+from agentmesh.engine.history_cache import HISTORY_CACHE_BYTES, CachedHistory, HistoryCache
 from agentmesh.engine.planner import Planner, parent_event, provisional_history
 from agentmesh.engine.replay import Failed, History, Outcome, Waiting, replay
 from agentmesh.engine.token_buffer import TokenBuffer
@@ -48,16 +48,18 @@ class Engine:
         apart: suspects have a process of their own, which is not this one.
         ended: is told of each run that this process ends.
         model: of agents that name none, in a crew that names none.
+        history_cache_bytes: what the events of recent runs may take of this process's memory.
     """
 
     def __init__(
         self, *, crew: Crew, journal: Journal, dispatch: Dispatch, executor: StepExecutor, worker: str,
         on_run_end: Callable[[History, Event], None] | None = None, apart: bool = False, model: Any = None,
+        history_cache_bytes: int = HISTORY_CACHE_BYTES,
     ) -> None:  # fmt: skip
         self.crew, self.journal, self.worker = crew, journal, worker
         self.planner = Planner(crew, dispatch, model)
         self._executor, self._on_run_end, self._isolates_suspects = executor, on_run_end, apart
-        self._history_cache = HistoryCache()
+        self._history_cache = HistoryCache(history_cache_bytes)
         self.leases: dict[str, Lease] = {}
         self._tokens = itertools.count(1)  # with the worker's name: unlike any other claim's
 

@@ -24,7 +24,9 @@ from agentmesh.journal.events import (
 )
 from agentmesh.journal.types import GatherPlan
 from agentmesh.message import Message
-from agentmesh.schema import from_json, to_json
+from agentmesh.schema import dumps, from_json, to_json
+
+EVENT_BYTES = 600  # an event's object and its strings, beside the text of its line
 
 
 class History:
@@ -42,12 +44,14 @@ class History:
         # What an earlier replay over this history has found out already: a run of n steps is replayed n times.
         self.checked: set[int] = set()
         self.values: dict[int, Any] = {}
+        self._bytes, self._unweighed = 0, list[Event]()
         self.extend(events)
 
     def extend(self, events: Iterable[Event]) -> None:
         """Add the next facts."""
         for event in events:
             self.version += 1
+            self._unweighed.append(event)
             if isinstance(event, StepPlanned):
                 self.planned[event.n] = event
             elif isinstance(event, StepDone | StepFailed | Denied | Woken):
@@ -65,6 +69,14 @@ class History:
                 self.ended.setdefault(event.n, event)
             elif isinstance(event, ENDS):
                 self.end = event
+
+    @property
+    def bytes(self) -> int:
+        """What its events weigh in memory, about: their lines and what surrounds their values."""
+        for event in self._unweighed:  # only now: one that was added before it was written had no line yet
+            self._bytes += EVENT_BYTES + (event.line_bytes or len(dumps(event.to_json())))
+        self._unweighed.clear()
+        return self._bytes
 
     def catch_up(self, events: Sequence[Event], version: int) -> None:
         """Add those of `events`, which end at `version`, that are not here yet."""

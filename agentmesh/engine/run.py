@@ -17,14 +17,13 @@ from agentmesh.journal.events import (
     Event,
     LimitRaised,
     RunDone,
-    StepPlanned,
     StepResolved,
     StepRevived,
 )
 from agentmesh.journal.events import RunCancelled as Cancelled
 from agentmesh.journal.events import RunFailed as Failed
 from agentmesh.journal.journal import Journal
-from agentmesh.journal.types import Refused, RunHead, Token
+from agentmesh.journal.types import Refused, RunHead, Token, WaitingEntry
 from agentmesh.message import Message
 from agentmesh.schema import from_json
 
@@ -54,6 +53,13 @@ class Approval:
     def tool(self) -> str:
         """`name`, by its old name."""
         return self.name
+
+
+def _approval(entry: WaitingEntry) -> Approval:
+    if not entry.key.isdigit():
+        return Approval(entry.run_id, 0, "run", {}, entry.why)
+    args = entry.detail if isinstance(entry.detail, dict) else {}
+    return Approval(entry.run_id, int(entry.key), entry.name, args, entry.why)
 
 
 class RunClient:
@@ -249,7 +255,8 @@ class Run(Generic[Out]):
 
     async def stuck(self) -> list[Approval]:
         """`waiting`, when nothing else of the tree moves any more; empty while something does."""
-        return [] if await self._journal.moving(self.run_id) else await self.waiting()
+        entries = await self._journal.open_entries(self.run_id)
+        return [] if entries.moving else [_approval(entry) for entry in entries.waiting]
 
     # ---- human decisions -----------------------------------------------------------------------
     @property
@@ -259,17 +266,7 @@ class Run(Generic[Out]):
 
     async def waiting(self) -> list[Approval]:
         """`waiting_for`, for code on an event loop."""
-        items = []
-        for held in await self._journal.waiting(self.run_id):
-            if not held.key.isdigit():
-                items.append(Approval(held.run_id, 0, "run", {}, held.why))
-                continue
-            n = int(held.key)
-            for event in await self._journal.events(held.run_id):
-                if isinstance(event, StepPlanned) and event.n == n:
-                    detail = event.detail if isinstance(event.detail, dict) else {}
-                    items.append(Approval(held.run_id, n, event.name, detail, held.why))
-        return items
+        return [_approval(entry) for entry in (await self._journal.open_entries(self.run_id)).waiting]
 
     def approve(self, item: Approval, *, by: str = "") -> None:
         """Approve a waiting step."""

@@ -1,18 +1,31 @@
-"""The live stream of one attempt: tokens and progress, gathered and sent together each 30 ms. Never the journal."""
+"""The live stream of one attempt: tokens and progress, collected and sent together every few milliseconds. Never the journal."""
 
 import asyncio
+import logging
 import threading
 from typing import Literal
+from weakref import WeakSet
 
 from agentmesh.journal.journal import Journal
 from agentmesh.journal.types import Token
 from agentmesh.model import Thought
 
-FLUSH_S = 0.03
+log = logging.getLogger("agentmesh")
+# The time between two sends grows with the attempts that stream: a busy process sends fewer and larger pieces.
+MIN_FLUSH_S, FLUSH_S_PER_ATTEMPT, MAX_FLUSH_S = 0.01, 0.0002, 0.25
+_STREAMING: "WeakSet[TokenBuffer]" = WeakSet()  # of this process: those that have sent something and have not ended
+
+
+def flush_interval_s() -> float:
+    """The time between two sends of an attempt, for as many attempts as stream in this process now."""
+    return min(MAX_FLUSH_S, max(MIN_FLUSH_S, FLUSH_S_PER_ATTEMPT * len(_STREAMING)))
 
 
 class TokenBuffer:
-    """Collects what an attempt says and passes it on; thread-safe towards its speakers.
+    """Collects the tokens of an attempt and sends them to the journal's live stream; `text` and `progress` are thread-safe.
+
+    The first ones are sent at once, later ones together with those of the process's other attempts. What the journal
+    does not take is lost and logged: the live stream never decides what becomes of a step.
 
     Made on the event loop that `flush` runs on.
     """
@@ -23,6 +36,8 @@ class TokenBuffer:
         self._lock = threading.Lock()
         self._loop = asyncio.get_running_loop()
         self._flushing: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()  # from then on nothing waits for the next send's time
+        self._failed = False
 
     def text(self, piece: str) -> None:
         """A piece of the model's text, or of its reasoning."""
@@ -33,7 +48,7 @@ class TokenBuffer:
         self._add("progress", line)
 
     def retract(self) -> None:
-        """What an earlier attempt of the step said is void."""
+        """What an earlier attempt of the step sent is void."""
         self._add("retract", "")
 
     def _add(self, kind: Literal["text", "thought", "progress", "retract"], text: str) -> None:
@@ -45,22 +60,43 @@ class TokenBuffer:
 
     def _schedule_flush(self) -> None:
         if self._flushing is None or self._flushing.done():
-            self._flushing = self._loop.create_task(self._flush_soon())
+            self._flushing = self._loop.create_task(self._flush_until_empty())
 
-    async def _flush_soon(self) -> None:
-        # all attempts of the process at the same ticks: what they send is then one exchange with the server
-        await asyncio.sleep(FLUSH_S - self._loop.time() % FLUSH_S)
-        await self._send()
+    async def _flush_until_empty(self) -> None:
+        if self not in _STREAMING and not self._ended.is_set():
+            _STREAMING.add(self)
+            await self._send()
+        # Also what was added during a send: it has started no task of its own, since this one was running.
+        while self._pending:
+            await self._wait_for_tick()
+            await self._send()
+
+    async def _wait_for_tick(self) -> None:
+        """All attempts of the process send at the same times, so that it is one exchange with the server."""
+        interval_s = flush_interval_s()
+        try:
+            async with asyncio.timeout(interval_s - self._loop.time() % interval_s):
+                await self._ended.wait()
+        except TimeoutError:
+            pass
 
     async def _send(self) -> None:
         with self._lock:
             tokens, self._pending = self._pending, []
-        if tokens:
+        if not tokens:
+            return
+        try:
             await self._journal.stream(self._run_id, tokens)
+        except Exception as e:
+            if not self._failed:
+                log.warning("run %s step %d: live tokens could not be sent: %s", self._run_id, self._n, e)
+            self._failed = True
 
     async def flush(self) -> None:
-        """Send what is left."""
+        """Send what is left, after the send that is under way. The attempt has ended."""
+        _STREAMING.discard(self)
+        self._ended.set()
         if self._flushing is not None:
-            self._flushing.cancel()
+            await asyncio.shield(self._flushing)  # who cancels this must not cut off a send that is half done
         if self._pending:
             await self._send()

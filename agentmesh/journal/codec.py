@@ -5,6 +5,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from sys import getsizeof
 from typing import Any
 
 from agentmesh.errors import JournalVersion
@@ -37,14 +38,16 @@ Reply = tuple[dict[str, Any], list[str]]
 
 def encode_event(event: Event) -> str:
     """An event as the journal's line, without its time."""
-    return dumps(event.to_json())
+    text = dumps(event.to_json())
+    object.__setattr__(event, "line_bytes", getsizeof(text))  # a measure of the event, no part of the fact
+    return text
 
 
 def decode_event(line: str) -> Event:
     """The event of a journal's line `AT_MS JSON`."""
     at, _, text = line.partition(" ")
     try:
-        return event_from_json(loads(text), int(at))
+        return event_from_json(loads(text), int(at), getsizeof(line))
     except KeyError as e:
         raise JournalVersion(
             f"the journal holds an event {e.args[0]!r} that this version of agentmesh does not know: upgrade it"

@@ -13,9 +13,14 @@ LANES_BEFORE: Mapping[str, Lane] = {"Sleep": "due", "Approve": "held", "Delegate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A fact of one run."""
+    """A fact of one run.
+
+    Args:
+        line_bytes: its line's size in this process's memory; known once the line was read or written, else 0.
+    """
 
     at_ms: int = field(default=0, compare=False, metadata={"retry": "inherit"})
+    line_bytes: int = field(default=0, compare=False, repr=False, metadata={"retry": "reset"})
 
     def to_json(self) -> dict[str, Any]:
         """`{"e": "StepDone", "n": 3, …}`: the kind and what is not as by default; the time is the store's to add."""
@@ -209,11 +214,11 @@ _DEFAULTS: dict[type[Event], dict[str, Any]] = {}
 def _defaults(cls: type[Event]) -> dict[str, Any]:
     """An event's fields and what they are when they are left out."""
     if cls not in _DEFAULTS:
-        _DEFAULTS[cls] = {f.name: _default(f) for f in fields(cls) if f.name != "at_ms"}
+        _DEFAULTS[cls] = {f.name: _default(f) for f in fields(cls) if f.name not in ("at_ms", "line_bytes")}
     return _DEFAULTS[cls]
 
 
-def event_from_json(data: Mapping[str, Any], at_ms: int = 0) -> Event:
+def event_from_json(data: Mapping[str, Any], at_ms: int = 0, line_bytes: int = 0) -> Event:
     """The event that `to_json` wrote; fields it does not know are left out (a newer writer).
 
     Raises:
@@ -224,4 +229,4 @@ def event_from_json(data: Mapping[str, Any], at_ms: int = 0) -> Event:
     values = {k: v for k, v in data.items() if k in field_names}
     if cls is StepPlanned and "lane" not in data and data["kind"] in LANES_BEFORE:
         values["lane"] = LANES_BEFORE[data["kind"]]
-    return cls(at_ms=at_ms, **values)
+    return cls(at_ms=at_ms, line_bytes=line_bytes, **values)

@@ -1,6 +1,6 @@
 """The journal as the engine sees it: the events of runs, with entries, leases and timers."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,11 +11,11 @@ from agentmesh.journal.types import (
     JournalCounts,
     NewRun,
     NextSteps,
+    OpenEntries,
     Refused,
     RetryImport,
     RunHead,
     Token,
-    WaitingEntry,
 )
 
 
@@ -79,7 +79,7 @@ class Journal(Protocol):
         ...
 
     async def hold(self, unit: str, *, fence: int, why: str) -> Accepted | Refused:
-        """A leased entry waits for a person; `why` is shown by `waiting`."""
+        """A leased entry waits for a person; `why` is shown by `open_entries`."""
         ...
 
     async def signal(self, run_id: str, event: Any) -> Accepted | Refused:
@@ -118,12 +118,18 @@ class Journal(Protocol):
         """The run and every run below it."""
         ...
 
-    async def waiting(self, run_id: str) -> list[WaitingEntry]:
-        """What waits for a person, a limit or another worker in the run's tree."""
+    async def open_entries(self, run_id: str) -> OpenEntries:
+        """What moves and what waits in the run's tree; in a time that does not grow with what has ended in it."""
         ...
 
-    async def moving(self, run_id: str) -> int:
-        """How many entries of the tree are queued, leased or due without a reason to wait."""
+    def new_events(self, known: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
+        """The new events of many runs, of each that has some, in the order asked for.
+
+        A run may come several times, its events always in order. One that was begun anew comes from its RunStarted on.
+
+        Args:
+            known: how many events of each run are known.
+        """
         ...
 
     async def queued(self, queues: Sequence[str]) -> int:

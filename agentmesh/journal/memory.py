@@ -3,14 +3,15 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from agentmesh.journal.codec import Reply, VerbJournal, decode_event
 from agentmesh.journal.events import Event
 from agentmesh.journal.maintenance import ALL_VERBS
 from agentmesh.journal.transaction import Tables, Transaction
-from agentmesh.journal.types import JournalCounts, OutboxMessage, RunHead, Token, WaitingEntry
+from agentmesh.journal.tree import entries_from_lines, new_events, open_entries
+from agentmesh.journal.types import JournalCounts, OpenEntries, OutboxMessage, RunHead, Token
 
 
 class MemoryJournal(VerbJournal):
@@ -66,26 +67,18 @@ class MemoryJournal(VerbJournal):
             members = self.tables.smembers(f"tree:{run_id.partition('/')[0]}")
         return [m for m in members if m == run_id or m.startswith(f"{run_id}/")]
 
-    async def waiting(self, run_id: str) -> list[WaitingEntry]:
+    async def open_entries(self, run_id: str) -> OpenEntries:
         """See Journal."""
-        return [
-            WaitingEntry(run, key, r["why"])
-            for run, key, r in await self._open(run_id)
-            if r["st"] in ("held", "due") and r.get("why")
-        ]
+        with self._lock:
+            entries = open_entries(self.tables, run_id)
+        return entries_from_lines(*entries)
 
-    async def moving(self, run_id: str) -> int:
+    async def new_events(self, known: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
         """See Journal."""
-        return sum(not r.get("why") and r["st"] in ("queued", "leased", "due") for _, _, r in await self._open(run_id))
-
-    async def _open(self, run_id: str) -> list[tuple[str, str, dict[str, Any]]]:
-        """The open records of a tree: run, key, record."""
-        found = []
-        for member in await self.tree(run_id):
-            with self._lock:
-                records = dict(self.tables.hashes[f"st:{member}"])
-            found += [(member, key, r) for key, r in sorted(records.items()) if isinstance(r, dict)]
-        return found
+        with self._lock:
+            added = list(new_events(self.tables, known))
+        for run, lines in added:
+            yield run, [decode_event(line) for line in lines]
 
     async def queued(self, queues: Sequence[str]) -> int:
         """See Journal."""

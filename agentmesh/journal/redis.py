@@ -1,11 +1,8 @@
 """The journal in Redis 7 or Valkey: one Lua script a verb, over one pipelined connection a loop. No Redis Cluster."""
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
-from importlib.resources import files
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,19 +21,14 @@ from agentmesh.journal.codec import (
 )
 from agentmesh.journal.events import Event
 from agentmesh.journal.redis_connection import CONNECTION_LOST, RedisConnection, cancel_and_wait, clean_url
-from agentmesh.journal.types import JournalCounts, OutboxMessage, RunHead, Token, WaitingEntry
+from agentmesh.journal.redis_tree import fill_missing_plans, read_new_events, read_open_entries
+from agentmesh.journal.scripts import script
+from agentmesh.journal.tree import entries_from_lines
+from agentmesh.journal.types import JournalCounts, OpenEntries, OutboxMessage, RunHead, Token
 from agentmesh.schema import dumps, loads
 
 LIVE_ENTRIES = 10_000
 POLL_S = 0.25
-
-
-@cache
-def script(verb: str) -> tuple[str, str]:
-    """A verb's Lua and its SHA-1, by which the server knows it."""
-    here = files("agentmesh.journal") / "lua"
-    text = f"{(here / 'common.lua').read_text()}\n{(here / f'{verb}.lua').read_text()}"
-    return text, hashlib.sha1(text.encode()).hexdigest()  # Redis' own choice
 
 
 class RedisJournal(VerbJournal):
@@ -87,18 +79,21 @@ class RedisJournal(VerbJournal):
                 await self._keep(run_id, fingerprint, text)
             said = dumps(args)
         now = str(self._clock()) if self._clock else ""
-        arguments = (self.prefix, said, now, "1" if self._push else "0")
-        text, sha = script(verb)
-        try:
-            reply = await self.pipe.ask("EVALSHA", sha, 1, *arguments)
-        except NoScriptError:
-            reply = await self.pipe.ask("EVAL", text, 1, *arguments)
+        reply = await self._evaluate(verb, said, now, "1" if self._push else "0")
         head, count = loads(reply[0]), reply[1]
         if self._send is not None:
             for queue, body in zip(reply[2 + count :: 2], reply[3 + count :: 2], strict=True):
                 self._send(OutboxMessage(queue, body))
         lines = reply[2 : 2 + count]
         return head, await self._whole(lines, run_id) if verb in ("claim", "plan") else lines
+
+    async def _evaluate(self, name: str, *arguments: Any) -> Any:
+        """The reply of a script."""
+        text, sha = script(name)
+        try:
+            return await self.pipe.ask("EVALSHA", sha, 1, self.prefix, *arguments)
+        except NoScriptError:
+            return await self.pipe.ask("EVAL", text, 1, self.prefix, *arguments)
 
     # ---- blobs ---------------------------------------------------------------------------------
     def _key(self, *parts: str) -> str:
@@ -129,8 +124,11 @@ class RedisJournal(VerbJournal):
     # ---- reads ---------------------------------------------------------------------------------
     async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
         """See Journal."""
-        lines = await self.pipe.ask("LRANGE", self._key("ev", run_id), after, -1)
-        return [decode_event(line) for line in await self._whole(lines, run_id)]
+        return [decode_event(line) for line in await self._whole(await self._lines(run_id, after), run_id)]
+
+    async def _lines(self, run_id: str, after: int = 0) -> list[str]:
+        lines: list[str] = await self.pipe.ask("LRANGE", self._key("ev", run_id), after, -1)
+        return lines
 
     async def head(self, run_id: str) -> RunHead | None:
         """See Journal."""
@@ -148,17 +146,19 @@ class RedisJournal(VerbJournal):
         members = await self.pipe.ask("SMEMBERS", self._key("tree", run_id.partition("/")[0]))
         return sorted(m for m in members if m == run_id or m.startswith(f"{run_id}/"))
 
-    async def waiting(self, run_id: str) -> list[WaitingEntry]:
+    async def open_entries(self, run_id: str) -> OpenEntries:
         """See Journal."""
-        return [
-            WaitingEntry(run, key, r["why"])
-            for run, key, r in await self._open(run_id)
-            if r["st"] in ("held", "due") and r.get("why")
-        ]
+        moving, waiting = await read_open_entries(self._evaluate, run_id)
+        waiting = await fill_missing_plans(waiting, self._lines)
+        lines = await self._whole([line for *_, line in waiting], run_id)
+        entries = [(run, key, why, line) for (run, key, why, _), line in zip(waiting, lines, strict=True)]
+        return entries_from_lines(moving, entries)
 
-    async def moving(self, run_id: str) -> int:
+    async def new_events(self, known: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
         """See Journal."""
-        return sum(not r.get("why") and r["st"] in ("queued", "leased", "due") for _, _, r in await self._open(run_id))
+        async for found in read_new_events(self._evaluate, known):
+            for run, lines in found:
+                yield run, [decode_event(line) for line in await self._whole(lines, run)]
 
     async def queued(self, queues: Sequence[str]) -> int:
         """See Journal."""
@@ -179,14 +179,6 @@ class RedisJournal(VerbJournal):
         depth = dict(zip(queues, await asyncio.gather(*waiting), strict=True))
         expired, overslept = await asyncio.gather(*late)
         return JournalCounts(runs, leased, due, held, depth, expired, overslept, sum(await asyncio.gather(*lost)))
-
-    async def _open(self, run_id: str) -> list[tuple[str, str, dict[str, Any]]]:
-        """The open records of a tree: run, key, record."""
-        found = []
-        for member in await self.tree(run_id):
-            records = _pairs(await self.pipe.ask("HGETALL", self._key("st", member)))
-            found += [(member, key, loads(text)) for key, text in sorted(records.items()) if text.startswith("{")]
-        return found
 
     # ---- live ----------------------------------------------------------------------------------
     async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:

@@ -203,11 +203,33 @@ class RunHead:
 
 @dataclass(frozen=True, slots=True)
 class WaitingEntry:
-    """An entry that waits: a step's number (or `a`, the run itself) and why: approve, in_doubt, limit:…, version:…"""
+    """An entry that waits.
+
+    Args:
+        key: the step's number, or `a`: the run itself.
+        why: approve, in_doubt, quarantined, limit:…, version:…, replay:…
+        name: of the step's tool or agent; empty for a run.
+        detail: what its plan says to a person: the question, or a held tool's arguments.
+    """
 
     run_id: str
     key: str
     why: str
+    name: str = ""
+    detail: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEntries:
+    """The entries of a run's tree.
+
+    Args:
+        moving: how many are queued, leased or due without a reason to wait.
+        waiting: those that wait for a person, a limit or another worker.
+    """
+
+    moving: int
+    waiting: Sequence[WaitingEntry]
 
 
 @dataclass(frozen=True, slots=True)

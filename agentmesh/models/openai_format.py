@@ -8,12 +8,13 @@ import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from sys import getsizeof
 from typing import Any
 
 from agentmesh.message import Message, ToolCall, ToolSpec, Usage
 from agentmesh.model import Answer, Prompt
 from agentmesh.schema import dumps, loads
+from agentmesh.sized_cache import MIB, SizedCache
 
 MALFORMED_ANSWER = (
     ValueError,
@@ -26,9 +27,23 @@ MAX_RETRY_AFTER_S = 86_400.0
 API_KEY = re.compile(r"\bsk-[\w*.-]+")  # servers quote the key they refuse
 
 
-@lru_cache(maxsize=2048)
 def message_text(message: Message) -> str:
     """A message as JSON text; cached, since a conversation is sent whole at every turn."""
+    text = _TEXTS.get(message)
+    if text is None:
+        text = _render_message(message)
+        _TEXTS.put(message, text)
+    return text
+
+
+def _text_bytes(message: Message, text: str) -> int:
+    return 512 + 2 * getsizeof(text)  # the text, and the message that it was made of
+
+
+_TEXTS: SizedCache[Message, str] = SizedCache("message_texts", 16 * MIB, _text_bytes)
+
+
+def _render_message(message: Message) -> str:
     if message.role == "tool":
         return dumps({"role": "tool", "tool_call_id": message.tool_call_id, "content": message.text})
     out: dict[str, Any] = {"role": message.role, "content": message.text}

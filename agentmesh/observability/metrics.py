@@ -18,6 +18,7 @@ from agentmesh.engine.executor import Attempt
 from agentmesh.engine.replay import History
 from agentmesh.journal.events import Event, StepDone, StepFailed, StepRetried
 from agentmesh.journal.types import JournalCounts
+from agentmesh.observability.cache_metrics import CacheMetrics, remove_gauges_of_dead
 from agentmesh.observability.engine_status import EngineStatus
 from agentmesh.observability.observer import OnStepEnd
 
@@ -60,6 +61,7 @@ class MetricsObserver:
         self._tokens = Counter("agentmesh_tokens", "Tokens of model calls", ("agent", "model", "type"), registry=own)
         self._cost = Counter("agentmesh_cost_usd", "Dollars of model calls", ("agent", "model"), registry=own)
         self._runs = Counter("agentmesh_runs_ended", "Runs that workers ended", ("agent", "status"), registry=own)
+        self._caches = CacheMetrics(own)
 
     def step(self, step: Step[Any], at: Attempt, model: str) -> Any:
         """See Observer."""
@@ -85,6 +87,7 @@ class MetricsObserver:
             self._seconds.labels(step.kind, step.name).observe(time.monotonic() - began)
             if at.number > 1:
                 self._repeats.labels(step.kind, step.name).inc()
+            self._caches.refresh()
 
     def ended(self, history: History, end: Event) -> None:
         """See Observer."""
@@ -167,4 +170,9 @@ def metrics_text(
     multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
     registry.register(_JournalCollector(counts, workers))
     registry.register(_EngineCollector(engines))
-    return lambda: generate_latest(registry)
+
+    def page() -> bytes:
+        remove_gauges_of_dead(folder)
+        return generate_latest(registry)
+
+    return page

@@ -9,12 +9,19 @@ from agentmesh.rag.embedders import embedder
 from agentmesh.rag.embedders.base import DEFAULT_EMBEDDER, Embedder
 from agentmesh.rag.embedders.batcher import EmbeddingBatcher
 from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.sized_cache import MIB, SizedCache
 
 LOCAL_PREFIX = "here:"  # an embedder that was given as an object: other processes do not have it
 _LOCK = threading.Lock()
 _REGISTERED: dict[str, Any] = {}
 _BATCHERS: dict[tuple[int, int], EmbeddingBatcher] = {}  # embedders are never let go, so that an id is one's own
-_STORES: dict[tuple[int, str, Any], FaissStore] = {}
+
+
+def _store_bytes(_: tuple[int, str, Any], store: FaissStore) -> int:
+    return 64 * 1024 + store.memory_bytes
+
+
+_STORES: SizedCache[tuple[int, str, Any], FaissStore] = SizedCache("stores", 256 * MIB, _store_bytes)
 
 
 def register_embedder(given: Any) -> str:
@@ -59,9 +66,12 @@ def batcher_for(by: Embedder) -> EmbeddingBatcher:
 
 
 def store_of(path: str, identity: Any = None) -> FaissStore:
-    """The store of a folder; one a process and identity."""
+    """The store of a folder; one a process and identity.
+
+    An evicted store is opened again at its next use; whoever works with it meanwhile goes on doing so.
+    """
     key = os.getpid(), path, identity
     with _LOCK:
-        if key not in _STORES:
-            _STORES[key] = FaissStore(path, identity=identity)
-        return _STORES[key]
+        store = _STORES.get(key) or FaissStore(path, identity=identity)
+        _STORES.put(key, store)  # weighed anew: it grows as it is read and written
+        return store

@@ -12,6 +12,7 @@ from agentmesh.engine.retry import latest_retry
 from agentmesh.engine.run import Approval, Run, run_failure
 from agentmesh.errors import MeshError, RunError
 from agentmesh.journal.events import ENDS, Event, RunCancelled, RunDone, RunFailed, RunStarted, StepDone, StepPlanned
+from agentmesh.journal.tree_follower import tree_events
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message, Usage
 from agentmesh.schema import canonical
@@ -158,11 +159,9 @@ class RequestRun:
 
     async def _used(self, events: Sequence[Event]) -> Usage:
         """What the whole tree's model calls were counted at."""
-        total = _sum(events)
-        for member in await self._journal.tree(self.run_id):
-            if member != self.run_id:
-                total += _sum(await self._journal.events(member))
-        return total
+        if any(isinstance(e, StepPlanned) and e.kind == "Delegate" for e in events):
+            events = [event for _, event in await tree_events(self._journal, self.run_id)]
+        return _sum(events)
 
     # ---- what it says --------------------------------------------------------------------------
     async def pieces(self) -> AsyncGenerator[tuple[str, str] | RunOutcome, None]:

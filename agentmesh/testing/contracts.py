@@ -9,9 +9,10 @@ Each wants a journal of its own, empty, with leases of LEASE_MS. A broken promis
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
-from agentmesh.journal.events import Event, RunCancelled, RunDone, StepDone, StepPlanned, StepRetried
+from agentmesh.journal.events import Denied, Event, RunCancelled, RunDone, StepDone, StepPlanned, StepRetried
 from agentmesh.journal.journal import Journal
 from agentmesh.journal.run_spec import RunSpec
 from agentmesh.journal.types import (
@@ -171,6 +172,57 @@ async def a_cancelled_run_takes_no_more(journal: Journal) -> None:
     assert head.status == "cancelled"
 
 
+def _delegate(parent: str, n: int) -> StepPlan:
+    child = replace(_spec(f"{parent}/{n}"), parent=parent, parent_n=n)
+    event = StepPlanned(n=n, kind="Delegate", name="B")
+    return StepPlan(event, "child", child=child)
+
+
+def _held(n: int, detail: dict[str, Any]) -> StepPlan:
+    event = StepPlanned(n=n, kind="Call", name=f"tool{n}", detail=detail)
+    return StepPlan(event, "held", _wire(step_unit("r/1", n)), held="approve")
+
+
+async def open_entries_of_a_tree(journal: Journal) -> None:
+    """What moves and what waits below a run, with the plan of each step that waits; nothing of what has ended."""
+    gather = GatherPlan(first=1, last=2, need=2)
+    await journal.begin(_spec("r"), NextSteps([_delegate("r", 1), _delegate("r", 2)], gather))
+    entries = await journal.open_entries("r")
+    assert (entries.moving, list(entries.waiting)) == (2, [])  # the advances of the two
+    below = await _claimed(journal, advance_unit("r/1"), token="a")
+    large = {"text": "x" * LARGE}
+    plans = NextSteps([_held(1, large), _held(2, {"to": "Ann"})], GatherPlan(first=1, last=2, need=2))
+    assert isinstance(await journal.plan("r/1", fence=below.fence, version=below.version, next=plans), Accepted)
+    entries = await journal.open_entries("r")
+    waits = [(entry.run_id, entry.key, entry.why, entry.name, entry.detail) for entry in entries.waiting]
+    assert waits == [("r/1", "1", "approve", "tool1", large), ("r/1", "2", "approve", "tool2", {"to": "Ann"})]
+    assert entries.moving == 1
+    assert (await journal.open_entries("r/2")).moving == 1
+    assert (await journal.open_entries("r/2")).waiting == []
+    assert isinstance(await journal.signal("r/1", Denied(n=1)), Accepted)  # the other one is not needed any more
+    assert list((await journal.open_entries("r")).waiting) == []
+    assert isinstance(await journal.signal("r", RunCancelled()), Accepted)
+    await journal.sweep("w")
+    assert await journal.open_entries("r") == await journal.open_entries("nobody")
+
+
+async def new_events_of_many_runs(journal: Journal) -> None:
+    """Each run's events after those that are known, in the order asked for; nothing of a run without new ones."""
+
+    async def ask(known: dict[str, int]) -> dict[str, list[str]]:
+        kinds: dict[str, list[str]] = {}
+        async for run, events in journal.new_events(known):
+            kinds.setdefault(run, []).extend(type(e).__name__ for e in events)
+        return kinds
+
+    for run in "abc":
+        await journal.begin(_spec(run), _steps(run, 1))
+    begun = ["RunStarted", "StepPlanned"]
+    assert list((await ask({"b": 0, "a": 1, "c": 2, "nobody": 0})).items()) == [("b", begun), ("a", begun[1:])]
+    assert await ask({"a": 9}) == {"a": begun}  # begun anew, by a store that came back with less
+    assert await ask({}) == {}
+
+
 async def large_values_come_back_whole(journal: Journal) -> None:
     """However they are kept."""
     task, value = "t" * LARGE, "v" * LARGE
@@ -198,5 +250,5 @@ async def watch_and_stream_end_with_the_run(journal: Journal) -> None:
 JOURNAL: tuple[Contract, ...] = (
     a_run_from_begin_to_end, begin_is_repeatable, one_claim_at_a_time, commit_is_repeatable_and_fenced,
     a_retry_is_claimed_again, a_lease_runs_out_unless_renewed, a_gather_joins_once, a_cancelled_run_takes_no_more,
-    large_values_come_back_whole, watch_and_stream_end_with_the_run,
+    open_entries_of_a_tree, new_events_of_many_runs, large_values_come_back_whole, watch_and_stream_end_with_the_run,
 )  # fmt: skip

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from agentmesh.errors import StoreConflict, StoreError, StoreVersion
+from agentmesh.rag import process_cache
 from agentmesh.rag.store import compaction, folder, follower, state
 from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.rag.store.writer import Replacement
+from agentmesh.sized_cache import SizedCache
 
 
 def test_opening_does_no_io_and_an_empty_store_answers(store: FaissStore, made: Any) -> None:
@@ -191,3 +193,22 @@ def test_the_store_imports_no_torch_and_no_celery() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert state.SMALL_ROWS < compaction.LIGHT_ROWS
+
+
+def test_the_stores_of_a_process_are_bounded_and_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any
+) -> None:
+    cache: SizedCache[Any, FaissStore] = SizedCache("few stores", 210_000, process_cache._store_bytes)
+    monkeypatch.setattr(process_cache, "_STORES", cache)
+    first = process_cache.store_of(str(tmp_path / "0"))
+    for i in range(5):
+        store = process_cache.store_of(str(tmp_path / str(i)))
+        assert store.memory_bytes == 0
+        store.replace("a", made.chunks("a", 1), made.vectors(1), digest="d")
+        assert store.memory_bytes > 0
+        assert process_cache.store_of(str(tmp_path / str(i))) is store
+    assert len(cache) == 3
+    again = process_cache.store_of(str(tmp_path / "0"))
+    assert again is not first
+    again.replace("b", made.chunks("b", 1), made.vectors(1), digest="e")
+    assert first.count() == again.count() == 2  # who still works with the evicted one sees what the new one writes

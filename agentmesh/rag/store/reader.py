@@ -19,6 +19,7 @@ from agentmesh.rag.store.vector_index import Floats
 from agentmesh.rag.store.writer import StoreWriter, scale_vectors
 
 Filter = Mapping[str, Any]
+ROW_BYTES = 1500  # a row that no merged file holds yet: its text, its metadata, its places in the tables
 TEXT_SEARCH = "agentmesh.rag.store.text_search"  # imported by the first search by words, for it brings tantivy
 
 
@@ -63,6 +64,14 @@ class StoreReader:
     def version(self) -> int:
         """The number of the newest commit; 0 for a store that has none."""
         return self._view().version
+
+    @property
+    def memory_bytes(self) -> int:
+        """What this process holds of the store, about: files are mapped and not counted. Reads nothing."""
+        state = self._core.state
+        if state is None:
+            return 0
+        return state.delta.n * (4 * state.d + ROW_BYTES) + 2 * sum(segment.n for segment in state.segments)
 
     def _view(self) -> Snapshot:
         return self._past[1] if self._past else self._core.latest()

@@ -11,8 +11,9 @@ from redis.exceptions import NoScriptError
 
 from agentmesh.journal import maintenance
 from agentmesh.journal.events import RunDone, StepDone, StepPlanned
-from agentmesh.journal.redis import RedisJournal, script
+from agentmesh.journal.redis import RedisJournal
 from agentmesh.journal.run_spec import RunSpec
+from agentmesh.journal.scripts import script
 from agentmesh.journal.transaction import Tables, Transaction
 from agentmesh.journal.types import (
     Accepted,

@@ -136,7 +136,7 @@ def test_a_limit_that_is_lifted_holds_nobody(valkey: Any, journals: Any) -> None
         await journal.commit(unit, fence=first.fence, event=turn, charge={"tokens": 10})
         refused = await journal.claim(unit, token="u", version=0, **journals.WORKER)
         assert isinstance(refused, Refused)
-        assert [(held.key, held.why) for held in await journal.waiting("r")] == [("1", "limit:tokens")]
+        assert [(held.key, held.why) for held in (await journal.open_entries("r")).waiting] == [("1", "limit:tokens")]
         assert isinstance(await journal.signal("r", LimitRaised(limits={"tokens": None})), Accepted)
         assert isinstance(await journal.claim(unit, token="v", version=0, **journals.WORKER), Claimed)
 
