@@ -1,9 +1,8 @@
-"""Following a run's whole tree, and what a person sees of it: a live tree, plain lines, or JSON."""
+"""What a person sees of a run's whole tree while it goes: a live tree, plain lines, or JSON."""
 
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,28 +12,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from agentmesh.journal.events import ENDS, Event, RunDone, RunStarted, StepDone, StepFailed, StepPlanned, StepRetried
-from agentmesh.journal.journal import Journal
 from agentmesh.journal.types import Token
 from agentmesh.schema import to_json
-
-POLL_S = 0.1
-
-
-async def follow(journal: Journal, run_id: str) -> AsyncIterator[tuple[str, Event]]:
-    """Each event of the tree with its run, until the root's end; parents before children."""
-    seen: dict[str, int] = {}
-    over: set[str] = set()
-    while run_id not in over:
-        for member in await journal.tree(run_id):
-            if member in over:
-                continue
-            for event in await journal.events(member, after=seen.get(member, 0)):
-                seen[member] = seen.get(member, 0) + 1
-                if isinstance(event, ENDS):
-                    over.add(member)
-                yield member, event
-        if run_id not in over:
-            await journal.watch(run_id, version=seen.get(run_id, 0), timeout_s=POLL_S)
 
 
 @dataclass(slots=True)
