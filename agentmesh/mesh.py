@@ -1,136 +1,160 @@
 """Where a crew runs: a Celery app, a journal, models. Made without I/O; used from any thread or event loop."""
 
-import math
-import os
-import socket
-import threading
-import uuid
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from datetime import datetime
 from typing import Any, TypeVar
 
 from celery import Celery, Signature, group
 
 from agentmesh.celery import canvas
-from agentmesh.celery.app import journal_url, make_app, same_server
-from agentmesh.celery.beat import add_schedules
-from agentmesh.celery.bootstep import add_bootstep
-from agentmesh.celery.broker import QueueLengths, check_broker
-from agentmesh.celery.dispatch import CeleryDispatch
-from agentmesh.celery.eager import eager_process_state, is_eager
-from agentmesh.celery.embedded import Admits, InProcessWorker, make_workers
+from agentmesh.celery.app import journal_url, make_app
+from agentmesh.celery.eager import is_eager
+from agentmesh.celery.embedded import Admits, InProcessWorker, in_process_worker
 from agentmesh.celery.event_loop import blocking_executor, run_sync
-from agentmesh.celery.housekeeping import Housekeeper
-from agentmesh.celery.mesh_runtime import ProcessState
-from agentmesh.celery.publisher import publisher_for
-from agentmesh.celery.tasks import register_tasks
+from agentmesh.celery.mesh_runtime import MeshRuntime
+from agentmesh.celery.registry import register
 from agentmesh.config import Config, load
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import Suspects
-from agentmesh.definitions.step import RUNNING_INSIDE
-from agentmesh.engine.engine import Engine
+from agentmesh.engine.async_run import AsyncRun
+from agentmesh.engine.blocking import refuse_inside_step, refuse_on_event_loop, waits
 from agentmesh.engine.executor import LocalExecutor
-from agentmesh.engine.run import Run, RunClient
-from agentmesh.errors import DefinitionError, MeshError, RunError
-from agentmesh.journal.events import Event
+from agentmesh.engine.run import Run
 from agentmesh.journal.journal import Journal
-from agentmesh.journal.redis import RedisJournal
-from agentmesh.journal.run_spec import RunSpec
-from agentmesh.journal.types import Accepted, NewRun, Refused, RunHead
+from agentmesh.journal.types import RunHead
 from agentmesh.message import Message
 from agentmesh.model import Model
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.observability.observer import ObservedExecutor, Observer
 from agentmesh.observability.tracing import TracingObserver, current_traceparent
-from agentmesh.schema import canonical
-from agentmesh.sized_cache import MIB
 
 Out = TypeVar("Out")
 ModelOf = Callable[[Any], tuple[Model, str]]
-RUN_ID = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
+
+
+class AsyncMesh:
+    """A mesh for code on an event loop: Mesh's words to await. `mesh.aio` is one."""
+
+    def __init__(self, runtime: MeshRuntime, close_models: Callable[[], Any] | None = None) -> None:
+        self._runtime, self._close_models = runtime, close_models
+
+    async def start(
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        origin: str = "",
+    ) -> AsyncRun[Out]:  # fmt: skip
+        """Begin a run and come back at once; `mesh.begin` is short for it."""
+        new = self._runtime.new_run(agent, task, run_id=run_id, history=history, stream=stream, origin=origin)
+        await self._runtime.begin(new)
+        return self.get(new.run_id)
+
+    async def run(
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+        timeout_s: float | None = None,
+    ) -> Out:  # fmt: skip
+        """`start` and its result."""
+        started = await self.start(agent, task, run_id=run_id, history=history)
+        return await started.result(timeout_s=timeout_s)
+
+    def get(self, run_id: str) -> AsyncRun[Any]:
+        """A handle to a run; whether it exists shows when it is used."""
+        return self._runtime.process_state.client.get(run_id)
+
+    async def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """The newest root runs."""
+        return list(await self._runtime.journal.runs(limit=limit))
+
+    async def check(self) -> None:
+        """Look once whether the broker answers and is safe to use."""
+        await asyncio.to_thread(self._runtime.check)
+
+    async def close(self) -> None:
+        """Give back this loop's connections; the mesh may be used again."""
+        await self._runtime.journal.close()
+        if self._close_models is not None:
+            await self._close_models()
 
 
 class Mesh:
     """Runs a crew on a Celery app: yours, or one it makes.
 
-    Construction does no I/O. The app's conf is read, never written.
+    Construction does no I/O. The app's conf is read, never written. Calls that wait need a thread without a running event
+    loop; on one, await `mesh.begin(…)` and the words of `mesh.aio`.
 
     Args:
         app: your Celery app; None makes one for `broker`.
         broker: a broker URL; not together with `app`.
-        journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey.
+        journal: `redis://…`, `unix://…` or a Journal; empty is the broker when that is Redis or Valkey. A Journal object
+            sends its own messages, and is used from several threads and event loops.
         models: `provider:name` or an object, to a Model; the default knows `openai:` and `local:`.
-        sights, suspects: for whoever runs workers: onlookers besides Tracing; where suspects are worked on.
+        observers: told of steps and runs, besides tracing.
+
+    Attributes:
+        aio: the same mesh with the same words to await.
 
     Raises:
         ConfigError: no broker is named, or the broker cannot hold the journal and no journal is named.
     """
 
     def __init__(
-        self, crew: Crew, *, app: Celery | None = None, broker: str = "", journal: str = "",
-        config: Config | None = None, models: ModelOf | None = None, worker: str = "", observers: Sequence[Observer] = (),
-        suspects: Suspects = "include",
+        self, crew: Crew, *, app: Celery | None = None, broker: str = "", journal: str | Journal = "",
+        config: Config | None = None, models: ModelOf | None = None, observers: Sequence[Observer] = (),
     ) -> None:  # fmt: skip
-        self.crew, self.config = crew, config or load()
-        broker = broker or self.config.broker
-        self.app = app if app is not None else make_app(broker)
-        self.broker = str(self.app.conf.broker_url or broker)
-        url = journal or self.config.journal
-        self.journal_url = url if is_eager(self.app) else journal_url(self.broker, url)
-        self._worker = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
-        self._pid, self.suspects = os.getpid(), suspects
-        self._models, self._observers = models or ModelRegistry(), (*observers, TracingObserver())
-        self._lock = threading.Lock()
-        self._checked = False
-        self.dispatch = CeleryDispatch(self.app, crew.name)
-        self._process_states: dict[tuple[int, bool], ProcessState] = {}
-        homes = register_tasks(self.app)
-        canvas.register_canvas(self.app, homes)
-        add_bootstep(self.app)
-        homes[crew.name] = self
-        if crew.schedules:
-            add_schedules(self.app, homes, crew.name, list(crew.schedules.values()))
+        models = models or ModelRegistry()
+        self._runtime = make_runtime(
+            crew, app=app, broker=broker, journal=journal, config=config, models=models, observers=observers
+        )
+        self.crew, self.app, self.config = crew, self._runtime.app, self._runtime.config
+        self.aio = AsyncMesh(self._runtime, getattr(models, "close", None))
 
-    # ---- for users -----------------------------------------------------------------------------
+    # ---- runs ----------------------------------------------------------------------------------
     def start(
-        self, agent: Agent[Out], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
     ) -> Run[Out]:  # fmt: skip
         """Begin a run and come back at once; the same id with the same task answers the run that is there.
 
         Args:
+            run_id: its id: letters, digits, `_`, `.`, `-`, at most 64; a new one when empty.
+            history: messages to put before the task: `other_run.messages()`.
             stream: whether `run.tokens()` will have something to give.
             origin: the crew file, for `agentmesh runs resume`.
 
         Raises:
             DefinitionError: the task is not what the agent takes, or the id is not one.
             RunError: the id is taken by another task.
+            MeshError: called in a flow or a tool, or where an event loop runs.
         """
-        self._refuse_inside_step("start")
-        return run_sync(self.begin(agent, task, id=id, history=history, stream=stream, origin=origin))
+        refuse_inside_step("start")
+        refuse_on_event_loop("mesh.start()", "await mesh.begin(…)")
+        return Run(run_sync(self.aio.start(agent, task, run_id=run_id, history=history, stream=stream, origin=origin)))
 
-    def run(self, agent: Agent[Out], task: Any = "", *, timeout_s: float | None = None, **options: Any) -> Out:
+    def run(
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+        timeout_s: float | None = None,
+    ) -> Out:  # fmt: skip
         """`start` and its result."""
-        self._refuse_inside_step("run")
-        return self.start(agent, task, **options).result(timeout_s=timeout_s)
+        refuse_inside_step("run")
+        refuse_on_event_loop("mesh.run()", "await mesh.aio.run(…)")
+        return run_sync(self.aio.run(agent, task, run_id=run_id, history=history, timeout_s=timeout_s))
 
     async def begin(
-        self, agent: Agent[Out], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
-    ) -> Run[Out]:  # fmt: skip
-        """`start`, for code on an event loop."""
-        new = self._new_run(agent, task, id or uuid.uuid4().hex[:12], history, stream, origin or self.crew.file)
-        answer = await self.process_state.begin(new)
-        if isinstance(answer, Refused):
-            raise RunError(
-                f"run {new.run_id!r} already exists with another agent or task",
-                hint=f"use another id, or see: agentmesh runs show {new.run_id}",
-                run_id=new.run_id,
-            )
-        return self.get(new.run_id)
+    ) -> AsyncRun[Out]:  # fmt: skip
+        """`start`, for code on an event loop: `run = await mesh.begin(agent, task)`, then `await run`."""
+        return await self.aio.start(agent, task, run_id=run_id, history=history, stream=stream, origin=origin)
 
+    def get(self, run_id: str) -> Run[Any]:
+        """A handle to a run; whether it exists shows when it is used."""
+        return Run(self.aio.get(run_id))
+
+    @waits("mesh")
+    def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """The newest root runs."""
+        return run_sync(self.aio.runs(limit=limit))
+
+    # ---- Celery --------------------------------------------------------------------------------
     def signature(self, agent: Agent[Any], task: Any = None) -> Signature:
         """The agent as a signature of the app, for your own chain, group or chord; the result is the run's value.
 
@@ -148,195 +172,59 @@ class Mesh:
         """A group with one run a task, results in the order of the tasks: what Celery's `map` and `chunks` are used for."""
         return group([self.s(agent, task) for task in tasks])
 
-    def begin_for_canvas(
-        self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
-    ) -> Sequence[Event]:
-        """See MeshRuntime."""
-        who = self.crew.agent(agent, fields)
-        if who.task_type is str and not isinstance(task, str):
-            task = canonical(task)
-        new = self._new_run(who, task, run_id, (), False, self.crew.file)
-        if not is_eager(self.app):
-            home = self.crew.broker_queue(self.crew.queue)
-            new = replace(new, spec=replace(new.spec, canvas=saved), finish=self.dispatch.finish(run_id, agent, home))
-        if isinstance(run_sync(_begun(self.process_state, new)), Refused):
-            raise RunError(f"run {run_id!r} exists with another agent or task", run_id=run_id)
-        return run_sync(self.journal.events(run_id)) if is_eager(self.app) else ()
-
-    def begin_scheduled(self, name: str, now: datetime) -> str:
-        """See MeshRuntime."""
-        one = self.crew.schedules[name]
-        return self.start(one.agent, one.task, id=one.run_id(one.times.last(now))).id
-
-    def get(self, run_id: str) -> Run[Any]:
-        """A handle to a run; whether it exists shows when it is used."""
-        return Run(run_id, self.process_state.client)
-
-    def runs(self, *, limit: int = 50) -> list[RunHead]:
-        """The newest root runs."""
-        return run_sync(self.journal.runs(limit=limit))
-
+    # ---- its life ------------------------------------------------------------------------------
+    @waits("mesh")
     def check(self) -> None:
-        """Look once whether broker and journal answer and are safe to use.
+        """Look once whether the broker answers and is safe to use.
 
         Raises:
-            ServiceDown, ConfigError: they are not; the message has the mend.
+            ServiceDown, ConfigError: it is not.
         """
-        with self._lock:
-            if not self._checked and not is_eager(self.app):
-                check_broker(self.app)
-                self._checked = True
-
-    # ---- for workers ---------------------------------------------------------------------------
-    @property
-    def process_state(self) -> ProcessState:
-        """What the mesh has in this process."""
-        key = os.getpid(), is_eager(self.app)
-        site = self._process_states.get(key)
-        if site is None:  # no lock, which a fork might find taken: of two threads that get here one wins
-            site = self._process_states.setdefault(key, self._make_process_state(*key))
-        return site
-
-    def _make_process_state(self, pid: int, eager: bool) -> ProcessState:
-        model, name = self.crew.model or self.config.model, self.lease_name(pid)
-        doer = LocalExecutor(
-            model_of=self._models, servers_of=lambda step: self.crew.servers_of(step, model), model=model,
-            deps=self.crew.deps, executor=blocking_executor(64),
-        )  # fmt: skip
-        watched = ObservedExecutor(doer, self._observers, model)
-        if eager:
-            return eager_process_state(self.crew, watched, name, watched.ended)
-        journal = make_journal(self.config, self.app, self.journal_url)
-        engine = Engine(
-            crew=self.crew, journal=journal, dispatch=self.dispatch, executor=watched, worker=name, on_run_end=watched.ended,
-            apart=self.suspects == "exclude", model=model,
-            history_cache_bytes=int(self.config.history_cache_mb * MIB),
-        )  # fmt: skip
-        client = RunClient(crew=self.crew, journal=journal, run_sync=run_sync, dispatch=self.dispatch)
-        return ProcessState(name, journal, client, engine, self.dispatch, engine.begin)
-
-    @property
-    def journal(self) -> Journal:
-        """This process's journal."""
-        return self.process_state.journal
-
-    @property
-    def engine(self) -> Engine:
-        """This process's engine for the crew."""
-        return self.process_state.engine
-
-    @property
-    def worker_name(self) -> str:
-        """This process's name in leases."""
-        return self.process_state.worker
-
-    def lease_name(self, pid: int) -> str:
-        """See MeshRuntime."""
-        return self._worker if pid == self._pid else f"{self._worker}/{pid}"
-
-    def broker_queues(self) -> list[str]:
-        """See MeshRuntime."""
-        return self.crew.broker_queues()
-
-    def active_engine(self) -> Engine:
-        """See MeshRuntime."""
-        housekeeper = self.process_state.housekeeper or self._start_housekeeping(
-            (), math.inf
-        )  # a child of a prefork pool: its parent sweeps
-        housekeeper.wake()
-        return self.process_state.engine
-
-    def start_housekeeping(self, *, queues: Sequence[str] = ()) -> Housekeeper:
-        """Start renewing leases and sweeping in a thread of this process."""
-        return self._start_housekeeping(queues or self.crew.broker_queues(), self.config.sweep_s)
-
-    def _start_housekeeping(self, queues: Sequence[str], sweep_s: float) -> Housekeeper:
-        site = self.process_state
-        journal = make_journal(self.config, self.app, self.journal_url)
-        housekeeper = Housekeeper(
-            engines=[site.engine], journal=journal, worker=site.worker, queues=queues,
-            lengths=None if journal.pushes else QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
-        )  # fmt: skip
-        site.housekeepers.append(housekeeper)
-        housekeeper.start()
-        return housekeeper
-
-    def stop_housekeeping(self, housekeeper: Housekeeper | None = None) -> bool:
-        """See MeshRuntime."""
-        tenders = self.process_state.housekeepers
-        for one in [housekeeper] if housekeeper is not None else list(tenders):
-            tenders.remove(one)
-            one.stop()
-        return not tenders
-
-    async def release_processes(self, pids: Sequence[int]) -> None:
-        """See MeshRuntime."""
-        for pid in pids:
-            await self.journal.release(self.lease_name(pid), crashed=False, queues=self.crew.broker_queues())
-
-    def release_dead(self, pid: int) -> None:
-        """See MeshRuntime."""
-        if self.process_state.housekeeper is not None and pid != os.getpid():
-            self.process_state.housekeeper.release_dead(self.lease_name(pid))
+        self._runtime.check()
 
     def worker(
         self, *, queues: Sequence[str] = (), concurrency: int = 0, admits: Admits | None = None
     ) -> InProcessWorker:
-        """A worker in a thread of this process: `with mesh.worker(): …`.
+        """A worker in a thread of this process: `with mesh.worker(): …`, or `async with`.
 
         Args:
             concurrency: of its queues together, and of each group in front of the same servers; 0 is as declared.
-            admits: how many more steps there is room for, given how many are in hand; all queues share it then.
+            admits: how many more steps there is room for, given how many are in flight; all queues share it then.
         """
-        workers = make_workers(
-            self.app, self.crew, queues, concurrency=concurrency, suspects=self.suspects, admits=admits
-        )
-        return InProcessWorker([self], workers)
+        return in_process_worker(self._runtime, queues=queues, concurrency=concurrency, admits=admits)
 
+    @waits("mesh")
     def close(self) -> None:
         """Give back connections; the mesh may be used again."""
-        run_sync(self.journal.close())
-        close = getattr(self._models, "close", None)
-        if close is not None:
-            run_sync(close())
+        run_sync(self.aio.close())
 
-    # ---- parts ---------------------------------------------------------------------------------
-    def _new_run(
-        self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool, origin: str
-    ) -> NewRun:
-        if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
-            raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
-        self.crew.agent(agent.name)
-        home = self.crew.broker_queue(self.crew.queue)
-        spec = RunSpec(
-            crew=self.crew.name, version=self.crew.version, agent=agent.name, task=agent.task_json(task),
-            fields=agent.fields_json(), history=[m.to_json() for m in history], limits=self.crew.limits.to_json(),
-            origin=origin, stream=stream, trace=current_traceparent(),
+
+def make_runtime(
+    crew: Crew, *, app: Celery | None = None, broker: str = "", journal: str | Journal = "", config: Config | None = None,
+    models: ModelOf | None = None, worker: str = "", observers: Sequence[Observer] = (), suspects: Suspects = "include",
+) -> MeshRuntime:  # fmt: skip
+    """What a Mesh and a worker process stand on: the crew, registered on its app.
+
+    Args:
+        worker: the process's name in leases; a unique one when empty.
+        suspects: whether this process takes steps that were in flight at crashes.
+    """
+    settings = config or load()
+    app = app if app is not None else make_app(broker or settings.broker)
+    source = journal or settings.journal
+    if isinstance(source, str) and not is_eager(app):
+        source = journal_url(str(app.conf.broker_url or broker or settings.broker), source)
+    model, model_of = crew.model or settings.model, models or ModelRegistry()
+    watchers = (*observers, TracingObserver())
+
+    def make_executor() -> ObservedExecutor:
+        executor = LocalExecutor(
+            model_of=model_of, servers_of=lambda step: crew.servers_of(step, model), model=model, deps=crew.deps,
+            executor=blocking_executor(64),
         )  # fmt: skip
-        return NewRun(run_id, spec, self.process_state.dispatch.advance(run_id, agent.name, home))
+        return ObservedExecutor(executor, watchers, model)
 
-    def _refuse_inside_step(self, verb: str) -> None:
-        inside = RUNNING_INSIDE.get()
-        if inside:
-            mend = (
-                "write `ctx.do(Researcher().on(task))`"
-                if "flow" in inside
-                else "make it an agent's flow, or a team member"
-            )
-            raise MeshError(f"`{verb}()` inside {inside} would block a worker while it waits: {mend}")
-
-
-async def _begun(site: ProcessState, new: NewRun) -> Accepted | Refused:
-    return await site.begin(new)
-
-
-def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
-    """The journal of these settings; where the broker is another server, a publisher sends what the scripts cannot push."""
-    broker = str(app.conf.broker_url or config.broker)
-    url = url or journal_url(broker, config.journal)
-    # A prefix of the user's broker keys is kombu's to add, not the scripts'.
-    push = same_server(broker, url) and not (app.conf.broker_transport_options or {}).get("global_keyprefix")
-    return RedisJournal(
-        url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
-        ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
-    )  # fmt: skip
+    return register(MeshRuntime(
+        crew, app, config=settings, journal=source, make_executor=make_executor, traceparent=current_traceparent,
+        worker=worker, suspects=suspects,
+    ))  # fmt: skip

@@ -1,17 +1,21 @@
 """Documents in, passages out: a store, an embedder and an ingest behind one name.
 
-It stands above `boot`, because adding documents is a run like any other.
+It stands above `runtime/`, because adding documents is a run like any other.
 """
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Unpack
 
 from pydantic import BaseModel
 
+from agentmesh import aio
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.tool import Tool, tool
+from agentmesh.engine.async_run import AsyncRun
+from agentmesh.engine.blocking import waits
 from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, MeshError
 from agentmesh.rag.documents import Chunk, Hit, Value
@@ -19,6 +23,7 @@ from agentmesh.rag.embedders import embedder as make_embedder
 from agentmesh.rag.embedders.base import Embedder
 from agentmesh.rag.evaluation import Scores, evaluate
 from agentmesh.rag.ingest import QUEUES, WINDOW, Added, Ingest
+from agentmesh.rag.ingestion.options import AddOptions, Paths, check_paths
 from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
 from agentmesh.rag.ingestion.scratch import metadata_to_json
 from agentmesh.rag.process_cache import LOCAL_PREFIX, embedder_for, register_embedder, store_of
@@ -28,6 +33,7 @@ from agentmesh.runtime.local import start
 
 Mode = Literal["hybrid", "dense", "text"]
 Where = Mapping[str, Any]
+Questions = str | Path | Iterable[Mapping[str, Any]]
 MODES = ("hybrid", "dense", "text")
 MMR_OF = 4  # times k: how many of the best maximal marginal relevance chooses among
 
@@ -64,46 +70,43 @@ class Retriever:
     def __repr__(self) -> str:
         return f"Retriever({self.path!r})"
 
+    @property
+    def aio(self) -> "AsyncRetriever":
+        """The same retriever with the same words to await."""
+        return AsyncRetriever(self)
+
     # ---- in ------------------------------------------------------------------------------------
+    @waits("retriever")
     def add(
-        self, paths: str | Path | Iterable[str | Path], *, glob: str = "", label: str = "", size: int = 1000,
-        overlap: int = 150, encoding: str = "utf-8", metadata: Mapping[str, Value] | None = None,
-        sync: bool = False, force: bool = False, window: int = WINDOW, id: str = "", timeout_s: float | None = None,
-    ) -> Added:  # fmt: skip
+        self, paths: Paths, *, run_id: str = "", timeout_s: float | None = None, **options: Unpack[AddOptions]
+    ) -> Added:
         """Index what is new or changed in folders and files, as Celery steps; comes back when the run has ended.
 
         Args:
-            glob: which files of the folders, such as `**/*.md`; every kind that a loader knows when left out.
-            label: what the sources' names begin with; each folder's own name when left out.
-            size: characters in a passage, at most; `overlap` is what it shares with the one before.
-            metadata: of every passage, for `where`.
-            sync: documents that vanished from these folders leave the store.
-            force: also when a folder is empty, or more than half of it vanished.
-            window: packs of documents in flight at once.
-            id: of the run; the same id takes up the run that is there.
+            run_id: of the run; the same id takes up the run that is there.
+            options: see AddOptions.
 
         Raises:
-            DefinitionError: a path that is not there, or an argument that is none.
+            DefinitionError: a path does not exist, or an argument is out of range.
             RunFailed: nothing was done; it says why. What cannot be read is in `Added.failed`.
         """
-        run = self.start_adding(
-            paths, glob=glob, label=label, size=size, overlap=overlap, encoding=encoding, metadata=metadata, sync=sync,
-            force=force, window=window, id=id,
-        )  # fmt: skip
-        return run.result(timeout_s=timeout_s)
+        return self.start_adding(paths, run_id=run_id, **options).result(timeout_s=timeout_s)
 
-    def start_adding(self, paths: str | Path | Iterable[str | Path], *, id: str = "", **how: Any) -> Run[Added]:
+    @waits("retriever")
+    def start_adding(self, paths: Paths, *, run_id: str = "", **options: Unpack[AddOptions]) -> Run[Added]:
         """`add` without waiting: a handle to its run."""
-        agent, request = self.ingest(paths, **how)
+        crew, request = self._ingest_crew(paths, options)
         check_paths(request)
+        return start(crew, request, run_id=run_id)
+
+    def _ingest_crew(self, paths: Paths, options: AddOptions) -> tuple[Crew, IngestRequest]:
+        agent, request = self.ingest(paths, **options)
         name = "rag" if not agent.embed.startswith(LOCAL_PREFIX) else f"rag-{agent.embed.removeprefix(LOCAL_PREFIX)}"
-        crew = Crew(agent, name=name, queues=QUEUES)
-        return cast(Run[Added], start(crew, request, id=id))
+        return Crew(agent, name=name, queues=QUEUES), request
 
     def ingest(
-        self, paths: str | Path | Iterable[str | Path], *, glob: str = "", label: str = "", size: int = 1000,
-        overlap: int = 150, encoding: str = "utf-8", metadata: Mapping[str, Value] | None = None, sync: bool = False,
-        force: bool = False, window: int = WINDOW,
+        self, paths: Paths, *, glob: str = "", label: str = "", size: int = 1000, overlap: int = 150, encoding: str = "utf-8",
+        metadata: Mapping[str, Value] | None = None, sync: bool = False, force: bool = False, window: int = WINDOW,
     ) -> tuple[Ingest, IngestRequest]:  # fmt: skip
         """The agent and its task that `add` runs, for a flow of your own: `ctx.do(agent.on(task))`. Touches no disk.
 
@@ -124,16 +127,22 @@ class Retriever:
         agent = Ingest(store=self.path, embed=self._embed_name(), how=how, window=window)
         return agent, IngestRequest(paths=absolute, glob=glob, label=label, sync=sync, force=force)
 
-    def sync(self, paths: str | Path | Iterable[str | Path], **how: Any) -> Added:
+    @waits("retriever")
+    def sync(
+        self, paths: Paths, *, run_id: str = "", timeout_s: float | None = None, **options: Unpack[AddOptions]
+    ) -> Added:
         """`add`, and what vanished from these folders leaves the store."""
-        return self.add(paths, sync=True, **how)
+        options["sync"] = True
+        return self.add(paths, run_id=run_id, timeout_s=timeout_s, **options)
 
+    @waits("retriever")
     def remove(self, sources: str | Iterable[str]) -> int:
         """Take documents out, by their sources' names; how many passages went."""
         names = [sources] if isinstance(sources, str) else list(sources)
         return self._store().remove(names).removed
 
     # ---- out -----------------------------------------------------------------------------------
+    @waits("retriever")
     def search(
         self, text: str, k: int = 5, *, mode: Mode = "hybrid", where: Where | None = None, diverse: float = 0.0
     ) -> list[Hit]:  # fmt: skip
@@ -193,23 +202,28 @@ class Retriever:
         search.__doc__ = f"Find passages of {about or 'the documents'} that bear on a question.\n\nArgs:\n    query: what to look for."
         return tool(name=name)(search)
 
+    @waits("retriever")
     def get(self, ids: Sequence[str]) -> list[Chunk | None]:
         """Passages by id; None where there is none."""
         return self._store().get(ids)
 
+    @waits("retriever")
     def count(self, where: Where | None = None) -> int:
         """How many passages there are."""
         return self._store().count(where)
 
+    @waits("retriever")
     def sources(self) -> Mapping[str, Any]:
         """Each document's digest, its number of passages and what else is known of it."""
         return self._store().sources()
 
+    @waits("retriever")
     def embedder(self) -> Embedder:
         """What makes the vectors of questions; loaded at its first use."""
         return embedder_for(self.path, self._embed) if isinstance(self._embed, str) else make_embedder(self._embed)
 
     # ---- upkeep --------------------------------------------------------------------------------
+    @waits("retriever")
     def reembed(self, embed: Any, *, progress: Callable[[int, int], None] | None = None) -> "Retriever":
         """The same passages with the vectors of another embedder, made in this process; cut off, it goes on where it was.
 
@@ -225,13 +239,8 @@ class Retriever:
         store.reembed(by.documents, identity=by.identity, progress=progress)
         return other
 
-    def evaluate(
-        self,
-        questions: str | Path | Iterable[Mapping[str, Any]],
-        *,
-        k: Sequence[int] = (1, 3, 5, 10),
-        mode: Mode = "hybrid",
-    ) -> Scores:
+    @waits("retriever")
+    def evaluate(self, questions: Questions, *, k: Sequence[int] = (1, 3, 5, 10), mode: Mode = "hybrid") -> Scores:
         """How often questions find the passage that answers them.
 
         Args:
@@ -242,8 +251,6 @@ class Retriever:
             DefinitionError: a line without these.
         """
         return evaluate(lambda text, most: self.search(text, most, mode=mode), questions, k)
-
-    eval = evaluate  # its old name
 
     # ---- parts ---------------------------------------------------------------------------------
     def _embed_name(self) -> str:
@@ -261,21 +268,77 @@ class Retriever:
         return store
 
 
-def check_paths(asked: IngestRequest) -> None:
-    """Nothing, where all paths of an ingest are there.
+class AsyncRetriever:
+    """A retriever for code on an event loop: Retriever's words to await. `retriever.aio` is one.
 
-    Raises:
-        DefinitionError: one is not, or a file is to be synced.
+    Stores and embedders are libraries that wait; each call has a thread of its own.
     """
-    for path in asked.paths:
-        if not os.path.exists(path):
-            raise DefinitionError(
-                f"there is no folder or file {path!r}", hint="name one that is there, for the workers too"
-            )
-        if asked.sync and not os.path.isdir(path):
-            raise DefinitionError(
-                f"sync compares folders with the store, and {path!r} is a file", hint="name its folder"
-            )
+
+    def __init__(self, retriever: Retriever) -> None:
+        self._retriever = retriever
+
+    def __repr__(self) -> str:
+        return f"AsyncRetriever({self._retriever.path!r})"
+
+    async def add(
+        self, paths: Paths, *, run_id: str = "", timeout_s: float | None = None, **options: Unpack[AddOptions]
+    ) -> Added:
+        """See Retriever."""
+        started = await self.start_adding(paths, run_id=run_id, **options)
+        return await started.result(timeout_s=timeout_s)
+
+    async def start_adding(self, paths: Paths, *, run_id: str = "", **options: Unpack[AddOptions]) -> AsyncRun[Added]:
+        """See Retriever."""
+        crew, request = self._retriever._ingest_crew(paths, options)
+        await asyncio.to_thread(check_paths, request)
+        return await aio.start(crew, request, run_id=run_id)
+
+    async def sync(
+        self, paths: Paths, *, run_id: str = "", timeout_s: float | None = None, **options: Unpack[AddOptions]
+    ) -> Added:
+        """See Retriever."""
+        options["sync"] = True
+        return await self.add(paths, run_id=run_id, timeout_s=timeout_s, **options)
+
+    async def remove(self, sources: str | Iterable[str]) -> int:
+        """See Retriever."""
+        return await asyncio.to_thread(self._retriever.remove, sources)
+
+    async def search(
+        self, text: str, k: int = 5, *, mode: Mode = "hybrid", where: Where | None = None, diverse: float = 0.0
+    ) -> list[Hit]:  # fmt: skip
+        """See Retriever."""
+        return await asyncio.to_thread(self._retriever.search, text, k, mode=mode, where=where, diverse=diverse)
+
+    def where(self, where: Where | None = None, **equal: Any) -> "AsyncRetriever":
+        """See Retriever."""
+        return self._retriever.where(where, **equal).aio
+
+    async def get(self, ids: Sequence[str]) -> list[Chunk | None]:
+        """See Retriever."""
+        return await asyncio.to_thread(self._retriever.get, ids)
+
+    async def count(self, where: Where | None = None) -> int:
+        """See Retriever."""
+        return await asyncio.to_thread(self._retriever.count, where)
+
+    async def sources(self) -> Mapping[str, Any]:
+        """See Retriever."""
+        return await asyncio.to_thread(self._retriever.sources)
+
+    async def embedder(self) -> Embedder:
+        """See Retriever."""
+        return await asyncio.to_thread(self._retriever.embedder)
+
+    async def reembed(self, embed: Any, *, progress: Callable[[int, int], None] | None = None) -> "AsyncRetriever":
+        """See Retriever."""
+        return (await asyncio.to_thread(self._retriever.reembed, embed, progress=progress)).aio
+
+    async def evaluate(
+        self, questions: Questions, *, k: Sequence[int] = (1, 3, 5, 10), mode: Mode = "hybrid"
+    ) -> Scores:
+        """See Retriever."""
+        return await asyncio.to_thread(self._retriever.evaluate, questions, k=k, mode=mode)
 
 
 __all__ = ["Added", "Hit", "MeshError", "Mode", "Passage", "Retriever", "Scores"]

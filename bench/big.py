@@ -17,6 +17,7 @@ from common import machine, rss_mb, valkey
 
 from agentmesh import Agent, Context, Crew, tool
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.registry import runtime_of
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 
@@ -114,14 +115,14 @@ class Scene:
         time.sleep(3.1)  # until nobody else is the sweeper
         for verb, look in (
             ("mesh.runs(50)", lambda: self.mesh.runs()),
-            ("sweep", lambda: run_sync(self.mesh.journal.sweep("bench"))),
+            ("sweep", lambda: run_sync(runtime_of(self.mesh.app, self.mesh.crew.name).journal.sweep("bench"))),
         ):
             began = time.perf_counter()
             look()
             print(f"    {verb} with {runs} open: {(time.perf_counter() - began) * 1e3:.1f} ms")
 
         async def end() -> None:
-            await asyncio.gather(*[h.wait() for h in handles])
+            await asyncio.gather(*[h.result() for h in handles])
 
         with self.mesh.worker(concurrency=100):
             began, cpu = time.perf_counter(), time.process_time()

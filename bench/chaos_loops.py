@@ -16,6 +16,7 @@ import redis
 from chaos_oracle import Oracle, answer, expected, repeats
 
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.registry import runtime_of
 from agentmesh.config import Config
 from agentmesh.journal.events import StepDone, StepInDoubt
 from agentmesh.mesh import Mesh
@@ -48,7 +49,9 @@ class Bench:
 
     def give_back(self, worker: WorkerProcess) -> None:
         """As its supervisor would."""
-        run_sync(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.broker_queues()))
+        crew = self.mesh.crew
+        journal = runtime_of(self.mesh.app, crew.name).journal
+        run_sync(journal.release(worker.name, crashed=True, queues=crew.broker_queues()))
 
 
 def kth(given: argparse.Namespace) -> list[str]:
@@ -86,8 +89,8 @@ def _cut_at(bench: Bench, proxy: Proxy, k: int, lose: Any) -> tuple[list[str], b
         cut.set()
 
     proxy.cut_after(k, lose=lose, then=killed)
-    run = bench.mesh.start(bench.mesh.crew.agent("Lead"), task, id=task)
-    while not cut.wait(0.005) and run_sync(run.head()).status == "open":
+    run = bench.mesh.start(bench.mesh.crew.agent("Lead"), task, run_id=task)
+    while not cut.wait(0.005) and run.head().status == "open":
         pass
     excused = 0
     if cut.is_set():
@@ -103,8 +106,8 @@ def _cut_at(bench: Bench, proxy: Proxy, k: int, lose: Any) -> tuple[list[str], b
             wrong.append(f"result {got!r}")
     except Exception as e:
         wrong.append(repr(e))
-    for member in run_sync(bench.mesh.journal.tree(task)):
-        if repeats(Counter(e.n for e in run_sync(bench.mesh.journal.events(member)) if isinstance(e, StepDone))):
+    for member in bench.mesh.get(task).tree():
+        if repeats(Counter(e.n for e in member.events() if isinstance(e, StepDone))):
             wrong.append(f"a step of {member} ended twice")
     again = repeats(Counter(json.dumps(r.body["messages"]) for r in bench.server.requests[asked_before:]))
     if again > excused:
@@ -131,8 +134,8 @@ def once(given: argparse.Namespace) -> list[str]:
         workers = [bench.worker(), bench.worker()]
         held = 0
         for kill in range(given.once):
-            while len([r for r in runs[-2 * AT_ONCE :] if run_sync(r.head()).status == "open"]) < AT_ONCE:
-                runs.append(bench.mesh.start(payer, f"p{len(runs)}", id=f"p{len(runs)}"))
+            while len([r for r in runs[-2 * AT_ONCE :] if r.head().status == "open"]) < AT_ONCE:
+                runs.append(bench.mesh.start(payer, f"p{len(runs)}", run_id=f"p{len(runs)}"))
             victim = workers[kill % 2]
             until = time.monotonic() + 5
             while not store.scard(f"agentmesh:wl:{victim.name}") and time.monotonic() < until:
@@ -157,7 +160,7 @@ def once(given: argparse.Namespace) -> list[str]:
             worker.kill()
             worker.join()
         store.close()
-        doubts = sum(isinstance(e, StepInDoubt) for r in runs for e in run_sync(bench.mesh.journal.events(r.id)))
+        doubts = sum(isinstance(e, StepInDoubt) for r in runs for e in r.events())
         done = Counter(bench.log.read_text().split())
         print(f"at_most_once: {given.once} kills ({held} with work in hand), {len(runs)} runs, {sum(done.values())} executions, "
               f"{doubts} in doubt, {repeats(done)} executed twice, {hung} hung, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
@@ -168,11 +171,11 @@ def _resolve(bench: Bench, runs: list[Any], over: threading.Event) -> None:
     ended: set[str] = set()
     while not over.wait(0.05):
         for run in list(runs):
-            if run.id in ended:
+            if run.run_id in ended:
                 continue
-            if run_sync(run.head()).status != "open":
-                ended.add(run.id)
+            if run.head().status != "open":
+                ended.add(run.run_id)
                 continue
-            for item in run.waiting_for:
+            for item in run.waiting_for():
                 with contextlib.suppress(Exception):  # it moved on
                     run.resolve(item, "done", value="as a person says", by="clerk")

@@ -11,7 +11,6 @@ from typing import Any
 
 import redis
 
-from agentmesh.celery.event_loop import run_sync
 from agentmesh.journal.events import StepDone, StepFailed
 from agentmesh.mesh import Mesh
 from agentmesh.testing import FakeOpenAI, says, uses
@@ -104,8 +103,8 @@ class Oracle:
                 tally.notes.append(f"lost: {task}: {result!r}"[:300])
         ended: dict[str, int] = {}
         for task in results:
-            for member in run_sync(mesh.journal.tree(task)):
-                events = run_sync(mesh.journal.events(member))
+            for member in mesh.get(task).tree():
+                events = member.events()
                 ends = Counter(e.n for e in events if isinstance(e, StepDone | StepFailed))
                 tally.double += repeats(ends)
                 for e in events:

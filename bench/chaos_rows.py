@@ -146,7 +146,7 @@ def mesh_row(given: argparse.Namespace) -> tuple[Tally, Chaos]:
         lead = mesh.crew.agent("Lead")
 
         def start(task: str) -> Callable[[float], Any]:
-            run = mesh.start(lead, task, id=task)
+            run = mesh.start(lead, task, run_id=task)
             return lambda timeout_s: run.result(timeout_s=timeout_s)
 
         with chaos:

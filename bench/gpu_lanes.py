@@ -57,7 +57,7 @@ def load(mesh: Mesh, waiting: int) -> Iterator[list[int]]:
         turn = 0
         while not over.is_set():
             run = mesh.start(mesh.crew.agents["Patient"], [AT_ONCE, who * 100_000 + turn])
-            while not over.is_set() and run.status == "open":
+            while not over.is_set() and run.status() == "open":
                 time.sleep(0.05)
             turn, done[0] = turn + 1, done[0] + AT_ONCE
             if over.is_set():

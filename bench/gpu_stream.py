@@ -22,7 +22,7 @@ WAIT_S = 120
 async def heard(run: "Run[int]", lags: list[float]) -> None:
     """The lag of every whole stamp of one stream, in ms."""
     rest = ""
-    async for token in run.live():
+    async for token in run.aio.live():
         now_ms = time.monotonic() * 1000
         if token.kind == "text":
             rest += token.text

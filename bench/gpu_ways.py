@@ -105,7 +105,7 @@ def three_ways() -> Iterator[Ways]:
         def celery(steps: int, turn: int, *, stream: bool = False) -> Took:
             began = time.perf_counter()
             run = mesh.start(crew.lead, [steps, turn], stream=stream)
-            firsts = run_sync(_first_tokens(run.live(), began)) if stream else []
+            firsts = run_sync(_first_tokens(run.aio.live(), began)) if stream else []
             run.result(timeout_s=600)
             wall, events = time.perf_counter() - began, run.events()
             (at_ms,) = [e.at_ms for e in events if isinstance(e, RunStarted)]

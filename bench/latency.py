@@ -39,7 +39,7 @@ async def chains(mesh: Mesh, count: int) -> list[float]:
 async def side_by_side(mesh: Mesh, count: int) -> None:
     """So many chains at once."""
     runs = [await mesh.begin(mesh.crew.agent("Chain"), STEPS) for _ in range(count)]
-    await asyncio.gather(*[run.wait() for run in runs])
+    await asyncio.gather(*[run.result() for run in runs])
 
 
 async def leave_open(mesh: Mesh, count: int) -> None:

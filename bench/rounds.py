@@ -53,7 +53,7 @@ def main() -> None:
 
             async def all_of() -> None:
                 runs = [await mesh.begin(mesh.crew.lead, "x") for _ in range(given.runs)]
-                await asyncio.gather(*[r.wait() for r in runs])
+                await asyncio.gather(*[r.result() for r in runs])
 
             began = time.process_time()
             run_sync(all_of())

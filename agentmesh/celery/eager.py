@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from celery import Celery
 
 from agentmesh.celery.event_loop import loop_of_this_process, run_sync
-from agentmesh.celery.mesh_runtime import ProcessState
+from agentmesh.celery.process_state import ProcessState
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.step import RUNNING_INSIDE
+from agentmesh.engine.async_run import RunClient
 from agentmesh.engine.executor import StepExecutor
 from agentmesh.engine.local_runner import LocalRunner
 from agentmesh.engine.replay import History
-from agentmesh.engine.run import RunClient
 from agentmesh.errors import MeshError, RunError, error_from_json
 from agentmesh.journal.events import Event, RunCancelled, RunDone, RunFailed
 from agentmesh.journal.types import Accepted, NewRun, Refused
@@ -42,7 +42,8 @@ def eager_process_state(
         inside = RUNNING_INSIDE.get()
         if inside:
             raise MeshError(
-                f"a run started inside {inside} would wait for itself on an app with task_always_eager: make it an agent's flow"
+                f"a run started inside {inside} would wait for itself on an app with task_always_eager",
+                hint="make it an agent's flow",
             )
         wire = settling.dispatch.advance(new.run_id, new.spec.agent, crew.queue)
         return await _on_mesh_loop(alone(settling.begin(replace(new, wire=wire))))
@@ -76,7 +77,7 @@ def canvas_value(events: Sequence[Event], run_id: str) -> Any:
             raise RunError(f"run {run_id} was cancelled", run_id=run_id)
     raise RunError(
         f"run {run_id} is waiting for a decision, and an eager canvas cannot wait",
-        hint=f"see `mesh.get({run_id!r}).waiting_for`",
+        hint=f"see `mesh.get({run_id!r}).waiting_for()`",
         run_id=run_id,
     )
 

@@ -1,5 +1,6 @@
 """A Celery worker in a thread of this process, for notebooks and `run()`; touches no signal, stdout or logging."""
 
+import asyncio
 import os
 import socket
 import threading
@@ -24,6 +25,7 @@ from agentmesh.celery.pool import CANCEL_S, TaskPool
 from agentmesh.celery.rabbitmq import on_rabbit
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import Suspects
+from agentmesh.engine.blocking import refuse_on_event_loop
 from agentmesh.errors import ConfigError, ServiceDown
 
 logger = get_logger("agentmesh.embedded")
@@ -214,10 +216,27 @@ class InProcessWorker:
         return [home for home, tender in tended if home.stop_housekeeping(tender)]
 
     def __enter__(self) -> Self:
+        refuse_on_event_loop("with mesh.worker()", "async with mesh.worker()")
         return self.start()
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+    async def __aenter__(self) -> Self:
+        return await asyncio.to_thread(self.start)
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(self.stop)
+
+
+def in_process_worker(
+    runtime: MeshRuntime, *, queues: Sequence[str] = (), concurrency: int = 0, admits: Admits | None = None
+) -> InProcessWorker:
+    """A worker for these queues of one crew, or for all; see `make_workers`."""
+    workers = make_workers(
+        runtime.app, runtime.crew, queues, concurrency=concurrency, suspects=runtime.suspects, admits=admits
+    )
+    return InProcessWorker([runtime], workers)
 
 
 def make_workers(

@@ -1,90 +1,226 @@
-"""A mesh as the tasks and the worker see it, and what it has in one process. A forked child has its own of each."""
+"""A crew on a Celery app as tasks and workers see it: its engine, its leases, the runs that a canvas or beat begins."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+import math
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Protocol
 
+from celery import Celery
+
+from agentmesh.celery.broker import QueueLengths, check_broker
+from agentmesh.celery.dispatch import CeleryDispatch
+from agentmesh.celery.eager import eager_process_state, is_eager
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.housekeeping import Housekeeper
+from agentmesh.celery.journal_factory import make_journal
+from agentmesh.celery.process_state import ProcessState
+from agentmesh.config import Config
+from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.crew import Crew
-from agentmesh.engine.dispatch import Dispatch
+from agentmesh.definitions.queue import Suspects
+from agentmesh.engine.async_run import RunClient
 from agentmesh.engine.engine import Engine
-from agentmesh.engine.run import RunClient
+from agentmesh.engine.executor import StepExecutor
+from agentmesh.engine.replay import History
+from agentmesh.errors import DefinitionError, RunError
 from agentmesh.journal.events import Event
 from agentmesh.journal.journal import Journal
+from agentmesh.journal.run_spec import RunSpec
 from agentmesh.journal.types import Accepted, NewRun, Refused
+from agentmesh.message import Message
+from agentmesh.schema import canonical
+from agentmesh.sized_cache import MIB
+
+RUN_ID = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
 
 
-@dataclass(slots=True)
-class ProcessState:
-    """Made at first use in a process, so that no connection, thread or lease crosses a fork.
+class RunExecutor(StepExecutor, Protocol):
+    """Does steps, and is told of each run that this process ends."""
+
+    def ended(self, history: History, end: Event) -> None:
+        """A run was ended by this process."""
+        ...
+
+
+class MeshRuntime:
+    """One crew on one app. Makes nothing and connects to nothing before its first use in a process.
 
     Args:
-        worker: the process's name in leases.
-        begin: begins a run; of an eager app, and sees it through.
-        tenders: one for each worker of this process; none until it works on steps.
+        journal: a URL or a Journal.
+        make_executor: makes what does this process's steps.
+        traceparent: the W3C trace context that new runs belong to, or "".
+        worker: the name in leases; a unique one when empty.
+        suspects: whether steps that were in flight at crashes are taken by this process.
     """
 
-    worker: str
-    journal: Journal
-    client: RunClient
-    engine: Engine
-    dispatch: Dispatch
-    begin: Callable[[NewRun], Awaitable[Accepted | Refused]]
-    housekeepers: list[Housekeeper] = field(default_factory=list)
+    def __init__(
+        self, crew: Crew, app: Celery, *, config: Config, journal: str | Journal, make_executor: Callable[[], RunExecutor],
+        traceparent: Callable[[], str], worker: str = "", suspects: Suspects = "include",
+    ) -> None:  # fmt: skip
+        self.crew, self.app, self.config, self.suspects = crew, app, config, suspects
+        self.dispatch = CeleryDispatch(app, crew.name)
+        self._journal_source, self._make_executor, self._traceparent = journal, make_executor, traceparent
+        self._worker = worker or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+        self._pid = os.getpid()
+        self._process_states: dict[tuple[int, bool], ProcessState] = {}
+        self._check_lock, self._checked = threading.Lock(), False
+
+    # ---- what it has in this process -----------------------------------------------------------
+    @property
+    def process_state(self) -> ProcessState:
+        """This process's, made at its first use."""
+        key = os.getpid(), is_eager(self.app)
+        state = self._process_states.get(key)
+        if state is None:  # no lock, which a fork might copy locked: of two threads that get here one wins
+            state = self._process_states.setdefault(key, self._make_process_state(*key))
+        return state
+
+    def _make_process_state(self, pid: int, eager: bool) -> ProcessState:
+        executor, worker = self._make_executor(), self.lease_name(pid)
+        if eager:
+            return eager_process_state(self.crew, executor, worker, executor.ended)
+        journal = make_journal(self.config, self.app, self._journal_source)
+        engine = Engine(
+            crew=self.crew, journal=journal, dispatch=self.dispatch, executor=executor, worker=worker,
+            on_run_end=executor.ended, apart=self.suspects == "exclude", model=self.crew.model or self.config.model,
+            history_cache_bytes=int(self.config.history_cache_mb * MIB),
+        )  # fmt: skip
+        client = RunClient(crew=self.crew, journal=journal, run_sync=run_sync, dispatch=self.dispatch)
+        return ProcessState(worker, journal, client, engine, self.dispatch, engine.begin)
 
     @property
-    def housekeeper(self) -> Housekeeper | None:
-        """The newest, or None."""
-        return next(reversed(self.housekeepers), None)
+    def journal(self) -> Journal:
+        """This process's journal."""
+        return self.process_state.journal
 
-
-# ---- The tasks, bound to the app they are given to ----------------------------------------------
-
-
-class MeshRuntime(Protocol):
-    """A mesh as the tasks and the worker see it."""
-
-    crew: Crew
+    @property
+    def engine(self) -> Engine:
+        """This process's engine for the crew."""
+        return self.process_state.engine
 
     def check(self) -> None:
-        """Whether broker and journal answer and are safe to use."""
-        ...
+        """Look once whether the broker answers and is safe to use.
 
-    def active_engine(self) -> Engine:
-        """This process's engine, whose leases are renewed from now on."""
-        ...
-
-    def start_housekeeping(self, *, queues: Sequence[str] = ()) -> Housekeeper:
-        """Renew and sweep in this process."""
-        ...
-
-    def broker_queues(self) -> list[str]:
-        """The broker's names of the crew's queues."""
-        ...
-
-    def stop_housekeeping(self, tender: Housekeeper | None = None) -> bool:
-        """Stop that, or all of them; whether this process works on no steps of the crew any more."""
-        ...
-
-    async def release_processes(self, pids: Sequence[int]) -> None:
-        """Give back what these processes hold."""
-        ...
+        Raises:
+            ServiceDown, ConfigError: it is not.
+        """
+        with self._check_lock:
+            if not self._checked and not is_eager(self.app):
+                check_broker(self.app)
+                self._checked = True
 
     def lease_name(self, pid: int) -> str:
         """The name under which a process holds leases."""
-        ...
+        return self._worker if pid == self._pid else f"{self._worker}/{pid}"
+
+    def broker_queues(self) -> list[str]:
+        """The broker's names of the crew's queues."""
+        return self.crew.broker_queues()
+
+    # ---- new runs ------------------------------------------------------------------------------
+    def new_run(
+        self, agent: Agent[Any], task: Any, *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        origin: str = "",
+    ) -> NewRun:  # fmt: skip
+        """What a run of this agent begins with.
+
+        Raises:
+            DefinitionError: the task is not what the agent takes, or the id is not one.
+            UnknownName: the crew has no such agent.
+        """
+        run_id = run_id or uuid.uuid4().hex[:12]
+        if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
+            raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
+        self.crew.agent(agent.name)
+        queue = self.crew.broker_queue(self.crew.queue)
+        spec = RunSpec(
+            crew=self.crew.name, version=self.crew.version, agent=agent.name, task=agent.task_json(task),
+            fields=agent.fields_json(), history=[m.to_json() for m in history], limits=self.crew.limits.to_json(),
+            origin=origin or self.crew.file, stream=stream, trace=self._traceparent(),
+        )  # fmt: skip
+        return NewRun(run_id, spec, self.process_state.dispatch.advance(run_id, agent.name, queue))
+
+    async def begin(self, new: NewRun) -> Accepted:
+        """Begin a run; again with the same spec it changes nothing.
+
+        Raises:
+            RunError: the id is taken by another agent or task.
+        """
+        answer = await self.process_state.begin(new)
+        if isinstance(answer, Refused):
+            raise RunError(
+                f"run {new.run_id!r} already exists with another agent or task",
+                hint=f"use another id, or see: agentmesh runs show {new.run_id}",
+                run_id=new.run_id,
+            )
+        return answer
 
     def begin_for_canvas(
         self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
     ) -> Sequence[Event]:
-        """Begin a run that a canvas waits for; of an eager app, its events to the end."""
-        ...
+        """Begin a run that a canvas waits for; on an eager app, its events to the end."""
+        instance = self.crew.agent(agent, fields)
+        if instance.task_type is str and not isinstance(task, str):
+            task = canonical(task)
+        new = self.new_run(instance, task, run_id=run_id)
+        if is_eager(self.app):
+            run_sync(self.begin(new))
+            return run_sync(self.journal.events(run_id))
+        finish = self.dispatch.finish(run_id, agent, self.crew.broker_queue(self.crew.queue))
+        run_sync(self.begin(replace(new, spec=replace(new.spec, canvas=saved), finish=finish)))
+        return ()
 
     def begin_scheduled(self, name: str, now: datetime) -> str:
         """Begin the run of a schedule that is due; its id."""
-        ...
+        schedule = self.crew.schedules[name]
+        new = self.new_run(schedule.agent, schedule.task, run_id=schedule.run_id(schedule.times.last(now)))
+        run_sync(self.begin(new))
+        return new.run_id
+
+    # ---- leases --------------------------------------------------------------------------------
+    def active_engine(self) -> Engine:
+        """This process's engine, whose leases are renewed from now on."""
+        housekeeper = self.process_state.housekeeper
+        if housekeeper is None:  # a child of a prefork pool: its parent sweeps
+            housekeeper = self._start_housekeeping((), math.inf)
+        housekeeper.wake()
+        return self.process_state.engine
+
+    def start_housekeeping(self, *, queues: Sequence[str] = ()) -> Housekeeper:
+        """Renew leases and sweep in a thread of this process."""
+        return self._start_housekeeping(queues or self.crew.broker_queues(), self.config.sweep_s)
+
+    def _start_housekeeping(self, queues: Sequence[str], sweep_s: float) -> Housekeeper:
+        state = self.process_state
+        journal = make_journal(self.config, self.app, self._journal_source)
+        housekeeper = Housekeeper(
+            engines=[state.engine], journal=journal, worker=state.worker, queues=queues,
+            lengths=None if getattr(journal, "pushes", False) else QueueLengths(self.app), ttl_s=self.config.lease_s,
+            sweep_s=sweep_s,
+        )  # fmt: skip
+        state.housekeepers.append(housekeeper)
+        housekeeper.start()
+        return housekeeper
+
+    def stop_housekeeping(self, housekeeper: Housekeeper | None = None) -> bool:
+        """Stop that one, or all; whether this process works on no steps of the crew any more."""
+        housekeepers = self.process_state.housekeepers
+        for one in [housekeeper] if housekeeper is not None else list(housekeepers):
+            housekeepers.remove(one)
+            one.stop()
+        return not housekeepers
+
+    async def release_processes(self, pids: Sequence[int]) -> None:
+        """Give back what these processes hold."""
+        for pid in pids:
+            await self.journal.release(self.lease_name(pid), crashed=False, queues=self.crew.broker_queues())
 
     def release_dead(self, pid: int) -> None:
-        """A child of this process died: what it held is given back soon."""
-        ...
+        """A child of this process died: its leases are given back soon."""
+        if self.process_state.housekeeper is not None and pid != os.getpid():
+            self.process_state.housekeeper.release_dead(self.lease_name(pid))

@@ -44,13 +44,13 @@ from crew import crew
 def test_a_price_is_looked_up() -> None:
     run = FakeMesh(crew, model=[uses("price", item="tea"), says("Tea is 4.50 euros.")]).start("What does tea cost?")
     assert run.result() == "Tea is 4.50 euros."
-    assert run.messages[-2].text == "4.5"  # what the tool told the model
+    assert run.messages()[-2].text == "4.5"  # what the tool told the model
 
 
 def test_what_there_is_not_is_told_to_the_model() -> None:
     run = FakeMesh(crew, model=[uses("price", item="gold"), says("There is no gold.")]).start("What does gold cost?")
     assert run.result() == "There is no gold."
-    assert "there are tea, cake" in run.messages[-2].text
+    assert "there are tea, cake" in run.messages()[-2].text
 '''
 README = """# {name}
 

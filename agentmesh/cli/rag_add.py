@@ -21,8 +21,8 @@ from agentmesh.journal.types import Token
 from agentmesh.mesh import Mesh
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.rag.ingest import Added
+from agentmesh.rag.ingestion.options import check_paths
 from agentmesh.rag.ingestion.steps import nothing_to_do
-from agentmesh.retriever import check_paths
 from agentmesh.runtime.bootstrap import resolve_servers
 from agentmesh.runtime.crew_file import load_crew
 from agentmesh.runtime.process_exit import DONE, FAILED
@@ -60,7 +60,7 @@ def add_documents(
     try:
         mesh = Mesh(crew, config=config, models=ModelRegistry())
         mesh.check()
-        run = mesh.start(agent, request, id=run_id, stream=True, origin=CREW)
+        run = mesh.start(agent, request, run_id=run_id, stream=True, origin=CREW)
         view: View = JsonView() if as_json else BarProgress() if sys.stderr.isatty() else PlainProgress()
         return follow_run(run, mesh, CREW, config, as_json=as_json, view=view, say=print_added, queues=queues)
     finally:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from agentmesh.celery.event_loop import run_sync
-from agentmesh.cli.run_view import View, answer, follow, make_view
+from agentmesh.cli.run_view import View, answer, make_view
 from agentmesh.cli.runs import JournalAccess
 from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config, load
 from agentmesh.definitions.crew import Crew
+from agentmesh.engine.async_run import AsyncRun
 from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, MeshError, RunError, ServiceDown
 from agentmesh.mesh import Mesh
@@ -33,7 +34,7 @@ from agentmesh.worker.supervisor import Supervisor
 
 READY_S = 60.0
 MODEL_READY_S = 900.0  # where a worker loads a model first
-STUCK_LOOKS = 3
+BLOCKED_LOOKS = 3
 STDERR = 2  # of workers too: the answer alone goes to the output
 DRAIN_S = 3.0  # a worker with a model in it takes two to leave; twice that where processes of a pool end too
 
@@ -50,10 +51,10 @@ def run_crew(
     try:
         mesh = Mesh(crew, config=config, models=ModelRegistry())
         mesh.check()
-        run = mesh.start(crew.lead, task_, id=run_id, stream=not detach, origin=origin_of(path))
+        run = mesh.start(crew.lead, task_, run_id=run_id, stream=not detach, origin=origin_of(path))
         if detach:
-            _leave_a_worker(path, config_, run.id)
-            print(run.id)
+            _leave_a_worker(path, config_, run.run_id)
+            print(run.run_id)
             return DONE
         return follow_run(run, mesh, path, config, as_json=as_json)
     finally:
@@ -71,7 +72,7 @@ def resume_run(
         loaded = load_crew(path)
         if limits:
             run.raise_limits(_limits(limits))
-        for item in run.waiting_for:
+        for item in run.waiting_for():
             if item.why.startswith("replay"):
                 run.revive(item)
         mesh = Mesh(loaded, config=access.config, models=ModelRegistry())
@@ -93,21 +94,21 @@ def retry_run(
         check_models(loaded, access.config)
         mesh = Mesh(loaded, config=access.config, models=ModelRegistry())
         run = mesh.get(run_id).retry()
-        print(f"{run_id} goes on as {run.id}", file=sys.stderr)
+        print(f"{run_id} goes on as {run.run_id}", file=sys.stderr)
         if raised:
             run.raise_limits(raised)
         if detach:
-            _leave_a_worker(path, load(file=file, broker=broker or None, model=model or None), run.id)
-            print(run.id)
+            _leave_a_worker(path, load(file=file, broker=broker or None, model=model or None), run.run_id)
+            print(run.run_id)
             return DONE
         return follow_run(run, mesh, path, access.config, as_json=as_json)
     finally:
         access.close()
 
 
-def _crew_file(found: JournalAccess, run_id: str, verb: str) -> str:
+def _crew_file(access: JournalAccess, run_id: str, verb: str) -> str:
     """The file that the run was begun from."""
-    started = run_sync(found.journal.events(run_id.partition("/")[0]))[0]
+    started = access.run(run_id.partition("/")[0]).events()[0]
     path = getattr(started, "origin", "")
     if not path:
         raise DefinitionError(
@@ -133,18 +134,18 @@ def follow_run(
     view = view or make_view(as_json=as_json)
     try:
         ready_s = MODEL_READY_S if mesh.crew.queues_of_pool("device") else READY_S
-        if run_sync(run.head()).status == "open" and not supervisor.wait_ready(ready_s):
+        if run.status() == "open" and not supervisor.wait_ready(ready_s):
             raise ServiceDown(
                 f"the worker was not ready within {ready_s:.0f} s", hint=f"find out why with: agentmesh worker {path}"
             )
-        waits = asyncio.run(_show(run, view))
+        waits = run_sync(_show(run.aio, view))
         view.close()
         if waits:
             return _print_waiting(run)
         return say(run.result(timeout_s=10), as_json=as_json) or DONE
     except KeyboardInterrupt:
         view.close()
-        print(f"\ninterrupted; resume the run with: agentmesh runs resume {run.id}", file=sys.stderr)
+        print(f"\ninterrupted; resume the run with: agentmesh runs resume {run.run_id}", file=sys.stderr)
         return INTERRUPTED
     except RunError as e:
         view.close()
@@ -174,24 +175,24 @@ def _supervisor(
     return supervisor, drain_s
 
 
-async def _show(run: Run[Any], view: View) -> bool:
+async def _show(run: AsyncRun[Any], view: View) -> bool:
     """Events and tokens into the view; True when only people, or another worker, could move the run."""
 
     async def events() -> None:
-        async for member, event in follow(run._journal, run.id):
+        async for member, event in run.follow():
             view.event(member, event)
 
     async def tokens() -> None:
         async for token in run.live():
             view.token(token)
 
-    async def stuck() -> None:
+    async def blocked() -> None:
         looks = 0
-        while looks < STUCK_LOOKS:  # between two entries nothing may seem to move for a moment
+        while looks < BLOCKED_LOOKS:  # between two entries nothing may seem to move for a moment
             await asyncio.sleep(0.5)
-            looks = looks + 1 if await run.stuck() else 0
+            looks = looks + 1 if await run.blocked_on() else 0
 
-    watching = [asyncio.create_task(work()) for work in (events, stuck)]
+    watching = [asyncio.create_task(work()) for work in (events, blocked)]
     talking = asyncio.create_task(tokens())
     try:
         done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
@@ -202,11 +203,10 @@ async def _show(run: Run[Any], view: View) -> bool:
         for task in (*watching, talking):
             task.cancel()
         await asyncio.gather(*watching, talking, return_exceptions=True)
-        await run._journal.close()  # this loop's connections
 
 
 def _print_waiting(run: Run[Any]) -> int:
-    for item in run.waiting_for:
+    for item in run.waiting_for():
         what = f"{item.name} {json.dumps(dict(item.args), ensure_ascii=False)}" if item.args else item.name
         print(f"waiting ({item.why}): run {item.run_id}, step {item.n}: {what}", file=sys.stderr)
         if item.why == "approve":
@@ -216,7 +216,7 @@ def _print_waiting(run: Run[Any]) -> int:
             )
         elif item.why in ("in_doubt", "quarantined"):
             print(f"  agentmesh runs resolve {item.run_id} {item.n} done|failed|retry", file=sys.stderr)
-    print(f"then: agentmesh runs resume {run.id.partition('/')[0]}", file=sys.stderr)
+    print(f"then: agentmesh runs resume {run.run_id.partition('/')[0]}", file=sys.stderr)
     return WAITING
 
 

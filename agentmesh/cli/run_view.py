@@ -1,9 +1,8 @@
-"""Following a run's whole tree, and what a person sees of it: a live tree, plain lines, or JSON."""
+"""What a person sees of a run's whole tree while it goes: a live tree, plain lines, or JSON."""
 
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,25 +12,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from agentmesh.journal.events import ENDS, Event, RunDone, RunStarted, StepDone, StepFailed, StepPlanned, StepRetried
-from agentmesh.journal.journal import Journal
-from agentmesh.journal.tree_follower import TreeFollower
 from agentmesh.journal.types import Token
 from agentmesh.schema import to_json
-
-POLL_S, MAX_POLL_S = 0.1, 2.0
-
-
-async def follow(journal: Journal, run_id: str) -> AsyncIterator[tuple[str, Event]]:
-    """Each event of the tree with its run, until the root's end; parents before children."""
-    tree = TreeFollower(journal, run_id)
-    while not tree.ended:
-        began_s = time.monotonic()
-        async for member, event in tree.new_events():
-            yield member, event
-        if not tree.ended:
-            # a large tree is read less often: its readers take at most a tenth of the store's time
-            pause_s = min(MAX_POLL_S, max(POLL_S, 10 * (time.monotonic() - began_s)))
-            await journal.watch(run_id, version=tree.version, timeout_s=pause_s)
 
 
 @dataclass(slots=True)

@@ -1,6 +1,5 @@
 """`agentmesh runs`: looking at runs and speaking to them; the journal is all they need."""
 
-import asyncio
 import json
 import time
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from agentmesh.celery.event_loop import run_sync
-from agentmesh.cli.run_view import describe_event, follow, make_view
+from agentmesh.cli.run_view import describe_event, make_view
 from agentmesh.config import Config, load
-from agentmesh.engine.run import Approval, Run, RunClient
+from agentmesh.engine.async_run import Approval, RunClient
+from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, RunError
 from agentmesh.journal.journal import Journal
-from agentmesh.journal.tree_follower import tree_events
 from agentmesh.journal.types import RunHead
 from agentmesh.runtime.bootstrap import open_journal
 from agentmesh.runtime.valkey import EmbeddedValkey
@@ -35,7 +34,7 @@ def list_runs(limit: int, *, broker: str, as_json: bool, file: Path | None) -> i
         for head in heads:
             began = time.strftime("%m-%d %H:%M:%S", time.localtime(head.started_ms / 1000))
             state: str = head.status
-            if state == "open" and (why := Run[Any](head.id, place.client).waiting_for):
+            if state == "open" and (why := place.handle(head.id).waiting_for()):
                 state = f"waiting: {_reason(why[0])}"
             cost = f"{head.cost_usd:.4f}" if head.cost_usd else ""
             table.add_row(head.id, state, f"{head.crew}.{head.agent}", began, str(head.turns), str(head.tokens), cost)
@@ -50,10 +49,10 @@ def show_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> i
     place = JournalAccess.open(broker=broker, file=file)
     try:
         run = place.run(run_id)
-        for member, event in run_sync(tree_events(place.journal, run_id)):
+        for member, event in run.tree_events():
             line = json.dumps({"run": member, "at_ms": event.at_ms, **event.to_json()}, ensure_ascii=False)
             print(line if as_json else describe_event(member, event))
-        for item in run.waiting_for:
+        for item in run.waiting_for():
             told = json.dumps({"waiting": item.why, "run": item.run_id, "n": item.n, "args": item.args})
             print(
                 told
@@ -70,16 +69,8 @@ def tail_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> i
     place = JournalAccess.open(broker=broker, file=file)
     view = make_view(as_json=as_json)
     try:
-        place.run(run_id)
-
-        async def show() -> None:
-            try:
-                async for member, event in follow(place.journal, run_id):
-                    view.event(member, event)
-            finally:
-                await place.journal.close()  # this loop's connections
-
-        asyncio.run(show())
+        for member, event in place.run(run_id).follow():
+            view.event(member, event)
         return 0
     finally:
         view.close()
@@ -149,6 +140,10 @@ class JournalAccess:
         """For handles; it needs no crew's code."""
         return RunClient(crew=None, journal=self.journal, run_sync=run_sync)
 
+    def handle(self, run_id: str) -> Run[Any]:
+        """A handle to a run; whether it exists shows when it is used."""
+        return Run(self.client.get(run_id))
+
     def run(self, run_id: str) -> Run[Any]:
         """A handle to a run that exists.
 
@@ -160,7 +155,7 @@ class JournalAccess:
             raise RunError(
                 f"there is no run {run_id!r} in {where}", hint="`agentmesh runs ls` lists those that are", run_id=run_id
             )
-        return Run(run_id, self.client)
+        return self.handle(run_id)
 
     def close(self) -> None:
         """Leave."""

@@ -9,10 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.cli.run import origin_of
-from agentmesh.cli.worker import journal_answers, release_on_death, status_folder, where
+from agentmesh.cli.worker import REPLY_TIMEOUT_S, release_on_death, status_folder, where
 from agentmesh.config import Config, load
 from agentmesh.definitions.crew import Crew
+from agentmesh.errors import MeshError
 from agentmesh.mesh import Mesh
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.observability.engine_status import STATUS_FOLDER_ENV, read_statuses
@@ -52,7 +54,7 @@ def serve_crew(
         def health() -> tuple[bool, dict[str, Any]]:
             wanted, ready = supervisor.health if supervisor is not None else (0, 0)
             engines = read_statuses(reports, supervisor.names) if supervisor is not None else ()
-            now = Health(wanted, ready, journal=journal_answers(mesh.journal), engines=engines)
+            now = Health(wanted, ready, journal=_journal_answers(mesh), engines=engines)
             return now.good, now.numbers
 
         models = crew.models(config.model)
@@ -69,6 +71,14 @@ def serve_crew(
             _stop(supervisor, FORCED_STOP_S if signal_number == signal.SIGINT else config.drain_s + FORCED_STOP_S)
         print("stopped; open runs continue with: agentmesh runs resume ID", file=sys.stderr)
         return INTERRUPTED if signal_number == signal.SIGINT else DONE
+
+
+def _journal_answers(mesh: Mesh) -> bool:
+    try:
+        run_sync(asyncio.wait_for(mesh.aio.runs(limit=1), REPLY_TIMEOUT_S))
+    except (TimeoutError, MeshError):
+        return False
+    return True
 
 
 def _embedders(names: Sequence[str]) -> dict[str, Any]:

@@ -144,11 +144,6 @@ def serve_metrics(stack: ExitStack, metrics: str, config: Config, supervisor: Su
     return f" · metrics http://{host}:{endpoint.port}/metrics"
 
 
-def journal_answers(journal: Journal) -> bool:
-    """Whether the journal's server does."""
-    return run_sync(_counts(journal)) is not None
-
-
 async def _counts(journal: Journal) -> JournalCounts | None:
     try:
         return await asyncio.wait_for(journal.counts(), REPLY_TIMEOUT_S)

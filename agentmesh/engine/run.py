@@ -1,148 +1,34 @@
-"""A handle to one execution: result, events, tokens, approve, cancel. Reads and tells; carries nothing forward."""
+"""A handle to one run, for plain code: AsyncRun's words as calls that wait."""
 
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar, cast
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from typing import Any, Generic, ParamSpec, TypeVar
 
-from agentmesh.definitions.crew import Crew
-from agentmesh.engine.dispatch import Dispatch
-from agentmesh.engine.replay import History, replay
-from agentmesh.engine.retry import retry
-from agentmesh.errors import RunCancelled, RunError, RunFailed, StepError, error_from_json, message_of
-from agentmesh.journal.events import (
-    ENDS,
-    Approved,
-    Denied,
-    Event,
-    LimitRaised,
-    RunDone,
-    StepResolved,
-    StepRevived,
-)
-from agentmesh.journal.events import RunCancelled as Cancelled
-from agentmesh.journal.events import RunFailed as Failed
-from agentmesh.journal.journal import Journal
-from agentmesh.journal.types import Refused, RunHead, Token, WaitingEntry
+from agentmesh.engine.async_run import Approval, AsyncRun, Resolution, RunClient, Status
+from agentmesh.engine.blocking import refuse_method
+from agentmesh.journal.events import Event
+from agentmesh.journal.types import RunHead, Token
 from agentmesh.message import Message
-from agentmesh.schema import from_json
 
 Out = TypeVar("Out")
 T = TypeVar("T")
-RunSync = Callable[[Coroutine[Any, Any, T]], T]
-WATCH_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Approval:
-    """Something the run waits for: an approval (`approve`), a decision (`in_doubt`), a higher limit, another worker.
-
-    Args:
-        n: the step's number; 0 is the run itself.
-        name: of the tool or agent, or `Approve`.
-        args: a held tool's arguments, or the question.
-    """
-
-    run_id: str
-    n: int
-    name: str
-    args: Mapping[str, Any] = field(default_factory=dict)
-    why: str = "approve"
-
-    @property
-    def tool(self) -> str:
-        """`name`, by its old name."""
-        return self.name
-
-
-def _approval(entry: WaitingEntry) -> Approval:
-    if not entry.key.isdigit():
-        return Approval(entry.run_id, 0, "run", {}, entry.why)
-    args = entry.detail if isinstance(entry.detail, dict) else {}
-    return Approval(entry.run_id, int(entry.key), entry.name, args, entry.why)
-
-
-class RunClient:
-    """What a handle needs of where the run lives.
-
-    Args:
-        crew: None where only its journal is at hand; values then stay plain JSON.
-        drive: runs a coroutine to its end from plain code.
-        moved: called after a word was told; a mesh without workers goes on here.
-        dispatch: renders the messages of a retry; None where no crew is at hand.
-    """
-
-    def __init__(
-        self, *, crew: Crew | None, journal: Journal, run_sync: Callable[[Coroutine[Any, Any, Any]], Any],
-        on_change: Callable[[], Awaitable[None]] | None = None, dispatch: Dispatch | None = None,
-    ) -> None:  # fmt: skip
-        self.crew, self.journal, self._run_sync, self._on_change, self._dispatch = (
-            crew,
-            journal,
-            run_sync,
-            on_change,
-            dispatch,
-        )
-
-    @property
-    def is_synchronous(self) -> bool:
-        """Whether runs advance only inside calls, so that waiting for one would never end."""
-        return self._on_change is not None
-
-    def run_sync(self, coro: Coroutine[Any, Any, T]) -> T:
-        """The coroutine's value, for plain code."""
-        return cast(T, self._run_sync(coro))
-
-    async def signal(self, run_id: str, event: Event) -> None:
-        """Record a human decision.
-
-        Raises:
-            RunError: there is no such run, it has ended, or it is not waiting for this.
-        """
-        answer = await self.journal.signal(run_id, event)
-        if isinstance(answer, Refused):
-            n, root = getattr(event, "n", None), run_id.partition("/")[0]
-            messages = {
-                "unknown": f"there is no run {run_id!r}; `agentmesh runs ls` lists them",
-                "ended": f"run {run_id} has ended ({answer.detail})"
-                + (f"; to retry its failed steps: agentmesh runs retry {root}" if answer.detail != "done" else ""),
-                "run": f"run {run_id} is blocked as a whole ({answer.detail}), and only `retry` resolves it: "
-                f"`agentmesh runs resolve {run_id} 0 retry`, or `agentmesh runs cancel {run_id}`",
-                "not_waiting": f"step {n} of run {run_id} is not waiting for this{f' ({answer.detail})' if answer.detail else ''}",
-            }
-            raise RunError(messages.get(answer.why, answer.why), run_id=run_id)
-        if self._on_change is not None:
-            await self._on_change()
-
-    async def retry(self, run_id: str) -> str:
-        """Begin the run again with what it has done; answers the new run's id.
-
-        Raises:
-            RunError: it is not a run that can be retried, or its crew's code is not at hand.
-        """
-        if self.crew is None or self._dispatch is None:
-            raise RunError(
-                f"a retry of run {run_id} needs the code of its crew: agentmesh runs retry {run_id}", run_id=run_id
-            )
-        new = await retry(run_id, crew=self.crew, dispatch=self._dispatch, journal=self.journal)
-        if self._on_change is not None:
-            await self._on_change()
-        return new
+P = ParamSpec("P")
 
 
 class Run(Generic[Out]):
-    """A handle to one run; `await` it, or ask for its `result()`."""
+    """A handle to one run: its result, events and tokens; approve, cancel, retry.
 
-    def __init__(self, run_id: str, client: RunClient) -> None:
-        self.run_id, self._client, self._journal = run_id, client, client.journal
+    Each call waits for the journal and needs a thread without a running event loop; on one, use `run.aio`.
+
+    Attributes:
+        aio: the same run with the same words to await.
+        run_id: its id, which any process can look it up by.
+    """
+
+    def __init__(self, aio: AsyncRun[Out]) -> None:
+        self.aio, self.run_id = aio, aio.run_id
 
     def __repr__(self) -> str:
         return f"Run({self.run_id!r})"
-
-    @property
-    def id(self) -> str:
-        """`run_id`, by its old name."""
-        return self.run_id
 
     # ---- the end -------------------------------------------------------------------------------
     def result(self, *, timeout_s: float | None = None) -> Out:
@@ -150,180 +36,126 @@ class Run(Generic[Out]):
 
         Raises:
             RunFailed, RunCancelled, LimitReached: it ended without one.
-            TimeoutError: it has not ended in time; it goes on.
+            TimeoutError: it has not ended in time; it continues.
         """
-        return self._client.run_sync(self.wait(timeout_s=timeout_s))
+        return self._call(self.aio.result, timeout_s=timeout_s)
 
-    def __await__(self) -> Generator[Any, None, Out]:
-        return self.wait().__await__()
-
-    async def wait(self, *, timeout_s: float | None = None) -> Out:
-        """`result`, for code on an event loop."""
-        if timeout_s is None and self._client.is_synchronous:
-            timeout_s = 0
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            head = await self.head()
-            if head.status != "open":
-                return await self._ended(head)
-            remaining_s = WATCH_S if deadline is None else deadline - time.monotonic()
-            if remaining_s <= 0:
-                waits = "; ".join(f"{a.run_id} step {a.n} ({a.name}): {a.why}" for a in await self.waiting())
-                raise TimeoutError(
-                    f"run {self.run_id} has not ended after {timeout_s} s" + (f"; waiting: {waits}" if waits else "")
-                )
-            await self._journal.watch(self.run_id, version=None, timeout_s=min(remaining_s, WATCH_S))
-
-    async def head(self) -> RunHead:
-        """The run at a glance.
-
-        Raises:
-            RunError: there is no such run.
-        """
-        head = await self._journal.head(self.run_id)
-        if head is None:
-            raise RunError(
-                f"there is no run {self.run_id!r}", hint="`agentmesh runs ls` lists them", run_id=self.run_id
-            )
-        return head
-
-    async def _ended(self, head: RunHead) -> Out:
-        (end,) = await self._journal.events(self.run_id, after=-1)
-        if not isinstance(end, ENDS):  # a tolerant gather's late member was recorded after the end
-            end = next(e for e in reversed(await self._journal.events(self.run_id)) if isinstance(e, ENDS))
-        if isinstance(end, RunDone):
-            crew = self._client.crew
-            agent = crew.agents.get(head.agent) if crew is not None else None
-            return cast(Out, from_json(end.value, agent.output) if agent is not None else end.value)
-        if isinstance(end, Cancelled):
-            raise RunCancelled(
-                f"run {self.run_id} was cancelled{f' by {end.by}' if end.by else ''}", run_id=self.run_id
-            )
-        raise run_failure(self.run_id, end)
+    def wait(self, *, timeout_s: float | None = None) -> bool:
+        """Whether the run has ended; comes back when it has, or after `timeout_s`."""
+        return self._call(self.aio.wait, timeout_s=timeout_s)
 
     # ---- what happens --------------------------------------------------------------------------
-    @property
-    def status(self) -> Literal["open", "done", "failed", "cancelled"]:
+    def status(self) -> Status:
         """open, done, failed or cancelled."""
-        return self._client.run_sync(self.head()).status
+        return self._call(self.aio.status)
+
+    def head(self) -> RunHead:
+        """The run at a glance: status, agent, turns, tokens, cost."""
+        return self._call(self.aio.head)
 
     def events(self) -> list[Event]:
         """The journal so far."""
-        return self._client.run_sync(self._journal.events(self.run_id))
+        return self._call(self.aio.events)
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        seen = 0
-        while True:
-            new = await self._journal.events(self.run_id, after=seen)
-            for event in new:
-                yield event
-            seen += len(new)
-            if any(isinstance(e, ENDS) for e in new):
-                return
-            await self._journal.watch(self.run_id, version=seen, timeout_s=WATCH_S)
+    def tree_events(self) -> list[tuple[str, Event]]:
+        """The journal so far of the run and every run below it, each event with its run's id: the run's own first, then by depth."""
+        return self._call(self.aio.tree_events)
+
+    def follow(self) -> Iterator[tuple[str, Event]]:
+        """Each event of the tree with its run's id, until this run's end; parents before children."""
+        return self._iterate(self.aio.follow)
+
+    def live(self) -> Iterator[Token]:
+        """Everything said live in the run's tree: text, progress, retractions; each with run, step and attempt."""
+        return self._iterate(self.aio.live)
 
     def tokens(self) -> Iterator[str]:
-        """The text of the tree's model calls as it comes, of the run's own steps alone."""
-        stream = self.live()
-        try:
-            while True:
-                token = self._client.run_sync(_next_token(stream))
-                if token is None:
-                    return
-                if token.kind == "text" and token.run_id == self.run_id:
-                    yield token.text
-        finally:
-            self._client.run_sync(_close_stream(stream))
+        """The text of the run's own model calls as it comes."""
+        return self._iterate(self.aio.tokens)
 
-    def live(self) -> AsyncIterator[Token]:
-        """Everything said live in the run's tree: text, progress, retractions; each with run, step and attempt."""
-        return self._journal.tokens(self.run_id)
-
-    @property
     def messages(self) -> list[Message]:
         """The conversation, for `history=` of another run."""
-        return self._client.run_sync(self._messages())
-
-    async def _messages(self) -> list[Message]:
-        history = History(self.run_id, await self._journal.events(self.run_id))
-        if history.started is None:
-            raise RunError(f"there is no run {self.run_id!r}", run_id=self.run_id)
-        if self._client.crew is None:
-            raise RunError(f"the messages of run {self.run_id} need the code of its crew", run_id=self.run_id)
-        agent = self._client.crew.agent(history.started.agent, dict(history.started.fields))
-        return list(replay(agent, history).messages)
-
-    async def stuck(self) -> list[Approval]:
-        """`waiting`, when nothing else of the tree moves any more; empty while something does."""
-        entries = await self._journal.open_entries(self.run_id)
-        return [] if entries.moving else [_approval(entry) for entry in entries.waiting]
+        return self._call(self.aio.messages)
 
     # ---- human decisions -----------------------------------------------------------------------
-    @property
     def waiting_for(self) -> list[Approval]:
         """What is waiting for a decision in the whole tree."""
-        return self._client.run_sync(self.waiting())
+        return self._call(self.aio.waiting_for)
 
-    async def waiting(self) -> list[Approval]:
-        """`waiting_for`, for code on an event loop."""
-        return [_approval(entry) for entry in (await self._journal.open_entries(self.run_id)).waiting]
+    def blocked_on(self) -> list[Approval]:
+        """`waiting_for`, when nothing else of the tree moves; empty while something does."""
+        return self._call(self.aio.blocked_on)
 
     def approve(self, item: Approval, *, by: str = "") -> None:
         """Approve a waiting step."""
-        self._client.run_sync(self._client.signal(item.run_id, Approved(n=item.n, by=by)))
+        self._call(self.aio.approve, item, by=by)
 
     def deny(self, item: Approval, *, by: str = "", reason: str = "") -> None:
         """Deny a waiting step; the reason goes to whoever asked for it, including a model."""
-        self._client.run_sync(self._client.signal(item.run_id, Denied(n=item.n, by=by, reason=reason)))
+        self._call(self.aio.deny, item, by=by, reason=reason)
 
-    def resolve(
-        self, item: Approval, action: Literal["done", "failed", "retry"], *, value: Any = None, by: str = ""
-    ) -> None:
+    def resolve(self, item: Approval, action: Resolution, *, value: Any = None, by: str = "") -> None:
         """Resolve a step in doubt."""
-        self._client.run_sync(
-            self._client.signal(item.run_id, StepResolved(n=item.n, action=action, value=value, by=by))
-        )
+        self._call(self.aio.resolve, item, action, value=value, by=by)
 
     def revive(self, item: Approval, *, by: str = "") -> None:
         """Release a quarantined step or a blocked run."""
-        self._client.run_sync(self._client.signal(item.run_id, StepRevived(n=item.n, by=by)))
+        self._call(self.aio.revive, item, by=by)
 
     def raise_limits(self, limits: Mapping[str, float], *, by: str = "") -> None:
         """Raise the run's limits: `raise_limits({"turns": 50})`."""
-        self._client.run_sync(self._client.signal(self.run_id, LimitRaised(limits=dict(limits), by=by)))
+        self._call(self.aio.raise_limits, limits, by=by)
 
     def cancel(self, *, by: str = "") -> None:
-        """End the run and everything below it; what is running stops at its next token or renewal."""
-        self._client.run_sync(self._client.signal(self.run_id, Cancelled(by=by)))
+        """End the run and everything below it; what is running stops at its next token or lease renewal."""
+        self._call(self.aio.cancel, by=by)
 
+    # ---- retries -------------------------------------------------------------------------------
     def retry(self) -> "Run[Out]":
         """Do an ended run's last, failed steps again, in a run `ID~2` (then `~3`) that begins with all that was done.
 
-        Nothing that ended well is done or paid again, sub-agents' steps included; limits are counted from zero.
+        Nothing that succeeded is done or paid again, steps of sub-agents included; limits are counted from zero.
 
         Raises:
             RunError: the run is open or done, or a sub-agent's.
         """
-        return Run(self._client.run_sync(self._client.retry(self.run_id)), self._client)
+        return Run(self._call(self.aio.retry))
+
+    def latest(self) -> "Run[Out]":
+        """The newest retry of this run; itself where it was never retried."""
+        return Run(self._call(self.aio.latest))
+
+    # ---- parts ---------------------------------------------------------------------------------
+    def _call(self, method: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        refuse_method("run", method, args, kwargs)
+        return self.aio.client.run_sync(method(*args, **kwargs))
+
+    def _iterate(self, method: Callable[[], AsyncGenerator[T, None]]) -> Iterator[T]:
+        refuse_method("run", method, (), {})
+        return _items(self.aio.client, method())
 
 
-def run_failure(run_id: str, end: Failed) -> RunError:
-    """RunFailed's error as an exception: a RunError as itself, anything else as its cause."""
-    cause = error_from_json(end.error)
-    if isinstance(cause, RunError):
-        return cause
-    where = f" in step {cause.n}" if isinstance(cause, StepError) and cause.n else ""
-    kind = end.error["type"]
-    message = message_of(end.error)
-    return RunFailed(
-        f"run {run_id} failed{where}: {message if kind in message else f'{kind}: {message}'}", run_id=run_id, cause=kind
-    )
+def _items(client: RunClient, stream: AsyncGenerator[T, None]) -> Iterator[T]:
+    if client.is_synchronous:  # nothing new comes while the caller looks at an item
+        yield from client.run_sync(_collect(stream))
+        return
+    try:
+        while (batch := client.run_sync(_next(stream))) is not None:
+            yield batch[0]
+    finally:
+        client.run_sync(_close(stream))
 
 
-async def _next_token(stream: AsyncIterator[Token]) -> Token | None:
-    return await anext(stream, None)
+async def _collect(stream: AsyncGenerator[T, None]) -> list[T]:
+    return [item async for item in stream]
 
 
-async def _close_stream(stream: AsyncIterator[Token]) -> None:
-    if hasattr(stream, "aclose"):
-        await stream.aclose()
+async def _next(stream: AsyncGenerator[T, None]) -> tuple[T] | None:
+    """The next item in a tuple; None at the end."""
+    async for item in stream:
+        return (item,)
+    return None
+
+
+async def _close(stream: AsyncGenerator[T, None]) -> None:
+    await stream.aclose()

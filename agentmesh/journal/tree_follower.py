@@ -42,7 +42,7 @@ class TreeFollower:
     def _take_in(self, run: str, event: Event, below: dict[str, int], unbegun: set[str]) -> None:
         if run in self._versions:
             self._versions[run] += 1
-        if isinstance(event, StepPlanned) and event.kind == "Delegate":
+        if isinstance(event, StepPlanned) and event.lane == "child":
             child = f"{run}/{event.n}"
             if child not in self._versions:
                 self._versions[child] = below[child] = 0

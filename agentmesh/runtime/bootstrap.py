@@ -55,15 +55,15 @@ def resolve_servers(config: "Config") -> "tuple[Config, EmbeddedValkey | None]":
 def open_journal(config: "Config") -> "tuple[Config, Journal, EmbeddedValkey | None]":
     """The journal alone, for whoever only reads and tells; needs no crew."""
     from agentmesh.celery.app import make_app
-    from agentmesh.mesh import make_journal
+    from agentmesh.celery.journal_factory import make_journal
 
     config, valkey = resolve_servers(config)
     return config, make_journal(config, make_app(config.broker)), valkey
 
 
-def make_mesh(crew: Crew, config: "Config", *, worker: str = "") -> "tuple[Mesh, EmbeddedValkey | None]":
+def make_mesh(crew: Crew, config: "Config") -> "tuple[Mesh, EmbeddedValkey | None]":
     """A mesh for a crew: on the configured servers, or on the embedded Valkey."""
     from agentmesh.mesh import Mesh
 
     config, valkey = resolve_servers(config)
-    return Mesh(crew, config=config, models=ModelRegistry(), worker=worker), valkey
+    return Mesh(crew, config=config, models=ModelRegistry()), valkey

@@ -4,13 +4,12 @@ import atexit
 import os
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.step import RUNNING_INSIDE
+from agentmesh.engine.blocking import refuse_inside_step, refuse_on_event_loop
 from agentmesh.engine.run import Run
-from agentmesh.errors import MeshError
 from agentmesh.message import Message
 from agentmesh.runtime.bootstrap import check_models, make_mesh
 
@@ -30,10 +29,9 @@ class _LocalRuntime:
         self._open: dict[str, tuple[Mesh, InProcessWorker, EmbeddedValkey | None]] = {}
         self._pid = os.getpid()
 
-    def mesh(self, agent: "Agent[Any] | Crew") -> "Mesh":
+    def mesh(self, crew: Crew) -> "Mesh":
         from agentmesh.config import load
 
-        crew = agent if isinstance(agent, Crew) else Crew(agent, extensible=True)
         with self._lock:
             if self._pid != os.getpid():  # a fork has neither our threads nor our sockets
                 self._open, self._pid = {}, os.getpid()
@@ -65,53 +63,81 @@ class _LocalRuntime:
 _RUNTIME = _LocalRuntime()
 
 
+def local_crew(agent: Agent[Any] | Crew) -> Crew:
+    """The crew that `run` and `start` carry this agent in; named after the caller's file."""
+    return agent if isinstance(agent, Crew) else Crew(agent, extensible=True)
+
+
+def local_mesh(crew: Crew) -> "Mesh":
+    """This process's mesh for a crew, with a worker; takes seconds at its first use.
+
+    Raises:
+        ConfigError: a broker, model, key or package is missing.
+    """
+    return _RUNTIME.mesh(crew)
+
+
+@overload
 def start(
-    agent: "Agent[Out] | Crew", task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = True
-) -> Run[Out]:
+    agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+) -> Run[Out]: ...
+@overload
+def start(
+    agent: Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+) -> Run[Any]: ...
+def start(
+    agent: Agent[Any] | Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+) -> Run[Any]:
     """Begin a run and come back at once with its handle; a script or notebook needs nothing else.
 
     Args:
         agent: an agent, or a Crew whose first agent leads.
-        id: of the run; the same id with the same task answers the run that is there.
-        history: messages to put before the task: `other_run.messages`.
+        run_id: its id; the same id with the same task answers the run that is there.
+        history: messages to put before the task: `other_run.messages()`.
         stream: whether `run.tokens()` has something to give.
 
     Raises:
-        MeshError: called inside a flow or a tool.
+        MeshError: called in a flow or a tool, or where an event loop runs; there, await `agentmesh.aio.start`.
         ConfigError: a broker, model, key or package is missing.
     """
-    _refuse_inside_step("start")
-    mesh = _RUNTIME.mesh(agent)
+    refuse_inside_step("start")
+    refuse_on_event_loop("start()", "await agentmesh.aio.start(…)")
+    crew = local_crew(agent)
     lead = agent.lead if isinstance(agent, Crew) else agent
-    return mesh.start(lead, task, id=id, history=history, stream=stream)
+    return local_mesh(crew).start(lead, task, run_id=run_id, history=history, stream=stream)
 
 
+@overload
 def run(
-    agent: "Agent[Out] | Crew",
+    agent: Agent[Out],
     task: Any = "",
     *,
-    id: str = "",
+    run_id: str = "",
     history: Sequence[Message] = (),
     timeout_s: float | None = None,
-) -> Out:
+) -> Out: ...
+@overload
+def run(
+    agent: Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), timeout_s: float | None = None
+) -> Any: ...
+def run(
+    agent: Agent[Any] | Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+    timeout_s: float | None = None,
+) -> Any:  # fmt: skip
     """The agent's answer: `start` and its result.
 
     Raises:
         RunError: the run ended without a value.
-        TimeoutError: it has not ended in `timeout_s`; it can be taken up again under its id.
+        TimeoutError: it has not ended in `timeout_s`; it can be resumed under its id.
+        MeshError: called in a flow or a tool, or where an event loop runs; there, await `agentmesh.aio.run`.
     """
-    _refuse_inside_step("run")
-    handle: Run[Out] = start(agent, task, id=id, history=history, stream=False)
-    return handle.result(timeout_s=timeout_s)
+    refuse_inside_step("run")
+    refuse_on_event_loop("run()", "await agentmesh.aio.run(…)")
+    crew = local_crew(agent)
+    lead = agent.lead if isinstance(agent, Crew) else agent
+    return local_mesh(crew).run(lead, task, run_id=run_id, history=history, timeout_s=timeout_s)
 
 
 def stop() -> None:
     """Stop what `run` and `start` keep up in this process."""
     _RUNTIME.close()
-
-
-def _refuse_inside_step(verb: str) -> None:
-    inside = RUNNING_INSIDE.get()
-    if inside:
-        mend = "write `ctx.do(Researcher().on(task))`" if "flow" in inside else "call it from an agent's flow as a step"
-        raise MeshError(f"`{verb}()` inside {inside} would block a worker while it waits: {mend}")

@@ -8,11 +8,10 @@ from typing import Any
 
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.passthrough import Passthrough
-from agentmesh.engine.retry import latest_retry
-from agentmesh.engine.run import Approval, Run, run_failure
+from agentmesh.engine.async_run import Approval, AsyncRun
+from agentmesh.engine.run_errors import run_error
 from agentmesh.errors import MeshError, RunError
 from agentmesh.journal.events import ENDS, Event, RunCancelled, RunDone, RunFailed, RunStarted, StepDone, StepPlanned
-from agentmesh.journal.tree_follower import tree_events
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message, Usage
 from agentmesh.schema import canonical
@@ -36,7 +35,7 @@ class RequestRun:
         self, mesh: Mesh, run_id: str, agent: Agent[Any], task: Any, history: Sequence[Message], *, keyed: bool,
         stream: bool, origin: str, waiting: Counter[str],
     ) -> None:  # fmt: skip
-        self._mesh, self._journal = mesh, mesh.journal
+        self._mesh = mesh.aio
         self._agent, self._task, self._history = agent, task, history
         self._stream, self._origin = stream, origin
         self.run_id, self.keyed = run_id, keyed
@@ -47,7 +46,7 @@ class RequestRun:
         waiting[run_id] += 1
 
     @property
-    def _run(self) -> Run[Any]:
+    def _run(self) -> AsyncRun[Any]:
         return self._mesh.get(self.run_id)
 
     # ---- its beginning -------------------------------------------------------------------------
@@ -58,11 +57,11 @@ class RequestRun:
             Refusal: the key was used for something else, or the task is not what the agent takes.
         """
         try:
-            if self.keyed and await self._journal.head(self._line) is not None:
-                await self._take_up()
+            if self.keyed and (events := await self._mesh.get(self._line).events()):
+                await self._take_up(events)
                 return
-            await self._mesh.begin(
-                self._agent, self._task, id=self.run_id, history=self._history, stream=self._stream,
+            await self._mesh.start(
+                self._agent, self._task, run_id=self.run_id, history=self._history, stream=self._stream,
                 origin=self._origin,
             )  # fmt: skip
         except RunError as e:
@@ -70,9 +69,9 @@ class RequestRun:
         except MeshError as e:
             raise api_error_of(e) from None
 
-    async def _take_up(self) -> None:
-        """What this key has begun before, here or at another server."""
-        started = (await self._journal.events(self._line))[0]
+    async def _take_up(self, events: Sequence[Event]) -> None:
+        """Continue the run that this key has begun before, here or at another server."""
+        started = events[0]
         assert isinstance(started, RunStarted)
         request_key = self._agent.name, self._agent.task_json(self._task), [m.to_json() for m in self._history]
         if request_key != (started.agent, started.task, started.history):
@@ -81,17 +80,16 @@ class RequestRun:
 
     async def _go_on(self) -> bool:
         """Turn to the newest of the line; True when it had been cancelled, so that a new one goes on from there."""
-        last = await latest_retry(self._journal, self._line)
-        self.run_id = last.id
-        if last.status != "cancelled":
+        line = self._mesh.get(self._line)
+        self.run_id = (await line.latest()).run_id
+        if await self._run.status() != "cancelled":
             return False
         try:
-            self.run_id = await self._mesh.process_state.client.retry(self._line)
+            self.run_id = (await line.retry()).run_id
         except RunError:  # unless somebody else who waits for it was quicker
-            last = await latest_retry(self._journal, self._line)
-            if last.status == "cancelled":
+            self.run_id = (await line.latest()).run_id
+            if await self._run.status() == "cancelled":
                 raise
-            self.run_id = last.id
         return True
 
     def _other(self, error: RunError | None) -> ApiError:
@@ -119,19 +117,18 @@ class RequestRun:
     async def _ended(self) -> None:
         looks = 0
         while True:
-            await self._journal.watch(self.run_id, version=None, timeout_s=POLL_S)
-            if (await self._run.head()).status != "open":
+            if await self._run.wait(timeout_s=POLL_S):
                 return
-            waits = await self._run.stuck()
+            waits = await self._run.blocked_on()
             looks = looks + 1 if waits else 0
             if looks >= STUCK_LOOKS:
                 raise self._waits(waits)
 
     async def _was_left(self) -> bool:
         """Whether a client that left has cancelled it."""
-        if (await self._run.head()).status != "cancelled":
+        if await self._run.status() != "cancelled":
             return False
-        events = await self._journal.events(self.run_id)
+        events = await self._run.events()
         return any(isinstance(e, RunCancelled) and e.by == CANCELLED_BY_CLIENT for e in events)
 
     def _waits(self, waits: Sequence[Approval]) -> ApiError:
@@ -143,10 +140,10 @@ class RequestRun:
         )  # fmt: skip
 
     async def _came_to(self) -> RunOutcome:
-        events = await self._journal.events(self.run_id)
+        events = await self._run.events()
         end = next(e for e in reversed(events) if isinstance(e, ENDS))
         if isinstance(end, RunFailed):
-            raise run_failure(self.run_id, end)
+            raise run_error(self.run_id, end)
         if not isinstance(end, RunDone):
             raise ApiError(409, f"run {self.run_id} was cancelled{_cancelled_by(end)}", "run_cancelled", again=False)
         usage = await self._used(events)
@@ -159,8 +156,8 @@ class RequestRun:
 
     async def _used(self, events: Sequence[Event]) -> Usage:
         """What the whole tree's model calls were counted at."""
-        if any(isinstance(e, StepPlanned) and e.kind == "Delegate" for e in events):
-            events = [event for _, event in await tree_events(self._journal, self.run_id)]
+        if any(isinstance(e, StepPlanned) and e.lane == "child" for e in events):
+            events = [event for _, event in await self._run.tree_events()]
         return _sum(events)
 
     # ---- what it says --------------------------------------------------------------------------
@@ -206,7 +203,7 @@ class RequestRun:
 
     async def _rest(self, outcome: RunOutcome, said: dict[int, str]) -> AsyncIterator[str]:
         """What the live stream had not brought when the run ended; the journal has it all."""
-        last = _last_answer(await self._journal.events(self.run_id))
+        last = _last_answer(await self._run.events())
         n = last.n if last is not None else 0
         given = said.get(n, "")
         if not outcome.text.startswith(given):
@@ -234,7 +231,7 @@ class RequestRun:
     async def cancel(self, by: str) -> None:
         """End the run, wherever it is by now."""
         with contextlib.suppress(MeshError):  # it has ended, or was never begun
-            await self._mesh.process_state.client.signal(self.run_id, RunCancelled(by=by))
+            await self._run.cancel(by=by)
 
 
 async def _tell(news: "asyncio.Queue[Any]", outcome: Any) -> None:
@@ -244,7 +241,7 @@ async def _tell(news: "asyncio.Queue[Any]", outcome: Any) -> None:
         news.put_nowait(e)
 
 
-async def _listen(news: "asyncio.Queue[Any]", run: Run[Any]) -> None:
+async def _listen(news: "asyncio.Queue[Any]", run: AsyncRun[Any]) -> None:
     with contextlib.suppress(MeshError):  # the outcome says it too
         async for token in run.live():
             news.put_nowait(token)

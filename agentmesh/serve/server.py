@@ -72,7 +72,7 @@ class HttpServer:
             await serving
             return signals[0] if signals else 0
         finally:
-            await mesh.journal.close()  # this loop's connections
+            await mesh.aio.close()  # this loop's connections
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
 

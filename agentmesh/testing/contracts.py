@@ -173,9 +173,9 @@ async def a_cancelled_run_takes_no_more(journal: Journal) -> None:
 
 
 def _delegate(parent: str, n: int) -> StepPlan:
-    child = replace(_spec(f"{parent}/{n}"), parent=parent, parent_n=n)
-    event = StepPlanned(n=n, kind="Delegate", name="B")
-    return StepPlan(event, "child", child=child)
+    child = _run(f"{parent}/{n}")
+    event = StepPlanned(n=n, kind="Delegate", name="B", lane="child")
+    return StepPlan(event, "child", child=replace(child, spec=replace(child.spec, parent=parent, parent_n=n)))
 
 
 def _held(n: int, detail: dict[str, Any]) -> StepPlan:
@@ -186,7 +186,7 @@ def _held(n: int, detail: dict[str, Any]) -> StepPlan:
 async def open_entries_of_a_tree(journal: Journal) -> None:
     """What moves and what waits below a run, with the plan of each step that waits; nothing of what has ended."""
     gather = GatherPlan(first=1, last=2, need=2)
-    await journal.begin(_spec("r"), NextSteps([_delegate("r", 1), _delegate("r", 2)], gather))
+    await journal.begin(_run("r"), NextSteps([_delegate("r", 1), _delegate("r", 2)], gather))
     entries = await journal.open_entries("r")
     assert (entries.moving, list(entries.waiting)) == (2, [])  # the advances of the two
     below = await _claimed(journal, advance_unit("r/1"), token="a")
@@ -216,7 +216,7 @@ async def new_events_of_many_runs(journal: Journal) -> None:
         return kinds
 
     for run in "abc":
-        await journal.begin(_spec(run), _steps(run, 1))
+        await journal.begin(_run(run), _steps(run, 1))
     begun = ["RunStarted", "StepPlanned"]
     assert list((await ask({"b": 0, "a": 1, "c": 2, "nobody": 0})).items()) == [("b", begun), ("a", begun[1:])]
     assert await ask({"a": 9}) == {"a": begun}  # begun anew, by a store that came back with less

@@ -3,89 +3,215 @@
 import asyncio
 import itertools
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, overload
 
+from agentmesh.celery.event_loop import run_sync
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.crew import Crew
+from agentmesh.engine.async_run import AsyncRun, RunClient
+from agentmesh.engine.blocking import refuse_inside_step, refuse_on_event_loop, waits
 from agentmesh.engine.executor import LocalExecutor
-from agentmesh.engine.local_runner import LocalDispatch, LocalRunner
-from agentmesh.engine.run import Run, RunClient
+from agentmesh.engine.local_runner import LocalRunner
+from agentmesh.engine.run import Run
 from agentmesh.errors import RunError
 from agentmesh.journal.run_spec import RunSpec
-from agentmesh.journal.types import NewRun, Refused
+from agentmesh.journal.types import NewRun, Refused, RunHead
 from agentmesh.message import Message
 from agentmesh.model import Model
 from agentmesh.testing.scripted import ScriptedModel
 
 Out = TypeVar("Out")
+T = TypeVar("T")
 
 
-class FakeMesh(LocalRunner):
-    """Runs agents to where nothing more can happen, at once: for tests of crews.
+class AsyncFakeMesh:
+    """FakeMesh's words to await. `mesh.aio` is one."""
 
-    Time is the journal's own and skips ahead to the next timer; nothing waits.
+    def __init__(self, runner: LocalRunner, client: RunClient, executor: LocalExecutor) -> None:
+        self._runner, self._client, self._executor = runner, client, executor
+        self._numbers = itertools.count(1)
+
+    @overload
+    async def start(
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        origin: str = "",
+    ) -> AsyncRun[Out]: ...  # fmt: skip
+    @overload
+    async def start(
+        self, agent: Any, *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True, origin: str = ""
+    ) -> AsyncRun[Any]: ...
+    async def start(
+        self, agent: Any, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        origin: str = "",
+    ) -> AsyncRun[Any]:  # fmt: skip
+        """Begin a run and continue until it ends or is waiting for a decision."""
+        crew = self._runner.crew
+        lead, task = (agent, task) if isinstance(agent, Agent) else (crew.lead, agent)
+        run_id = run_id or f"r{next(self._numbers)}"
+        spec = RunSpec(
+            crew=crew.name, version=crew.version, agent=lead.name, task=lead.task_json(task), fields=lead.fields_json(),
+            history=[m.to_json() for m in history], limits=crew.limits.to_json(), origin=origin, stream=stream,
+        )  # fmt: skip
+        new = NewRun(run_id, spec, self._runner.dispatch.advance(run_id, lead.name, ""))
+        if isinstance(await self._runner.begin(new), Refused):
+            raise RunError(f"run {run_id!r} already exists with another task", hint="use another id", run_id=run_id)
+        return self.get(run_id)
+
+    @overload
+    async def run(
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+        timeout_s: float | None = None,
+    ) -> Out: ...  # fmt: skip
+    @overload
+    async def run(
+        self, agent: Any, *, run_id: str = "", history: Sequence[Message] = (), timeout_s: float | None = None
+    ) -> Any: ...
+    async def run(
+        self,
+        agent: Any,
+        task: Any = "",
+        *,
+        run_id: str = "",
+        history: Sequence[Message] = (),
+        timeout_s: float | None = None,
+    ) -> Any:
+        """`start` and its result."""
+        started = await self.start(agent, task, run_id=run_id, history=history)
+        return await started.result(timeout_s=timeout_s)
+
+    def get(self, run_id: str) -> AsyncRun[Any]:
+        """A handle to a run; whether it exists shows when it is used."""
+        return self._client.get(run_id)
+
+    async def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """The newest root runs."""
+        return await self._runner.journal.runs(limit=limit)
+
+    async def check(self) -> None:
+        """Nothing: there are no servers."""
+
+    async def close(self) -> None:
+        """Let go of the threads that `def` tools run in."""
+        self._executor.close()
+
+
+class FakeMesh:
+    """Runs agents to where nothing more can happen, at once: for tests of crews. It has Mesh's face, but for Celery's words.
+
+    Time is the journal's own and skips ahead to the next timer; nothing waits. Where a call takes an agent, a task alone
+    is for the leading one.
 
     Args:
         model: replies in order (`says`, `uses`), a function of the Prompt, or a Model; serves every agent.
         workers: how many engines share the work, each with a cache of its own.
+
+    Attributes:
+        aio: the same mesh with the same words to await.
+        runner: what does the work: its journal, its clock, its messages.
+        model: what answers; a ScriptedModel has the `prompts` so far.
     """
 
     def __init__(
         self, agent: Agent[Any] | Crew, *, model: Any = (), workers: int = 1, start_ms: int = 1_000_000
     ) -> None:
-        crew = agent if isinstance(agent, Crew) else Crew(agent)
+        self.crew = crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
-        doer = LocalExecutor(
+        executor = LocalExecutor(
             model_of=lambda name: (self.model, str(name)), servers_of=crew.servers_of, model=crew.model, deps=crew.deps,
             threads=4,
         )  # fmt: skip
-        super().__init__(crew, doer, start_ms=start_ms, workers=workers)
-        self._ids = itertools.count(1)
-        self.client = RunClient(
-            crew=self.crew,
-            journal=self.journal,
-            run_sync=self._run_sync,
-            on_change=self.run_until_idle,
-            dispatch=LocalDispatch(),
-        )
-
-    def start(
-        self,
-        agent_or_task: Agent[Any] | Any,
-        task: Any = None,
-        *,
-        id: str = "",
-        history: Sequence[Message] = (),
-        stream: bool = True,
-    ) -> Run[Any]:
-        """Begin a run and go on until it ends or is waiting for a decision."""
-        agent, task = (agent_or_task, task) if isinstance(agent_or_task, Agent) else (self.crew.lead, agent_or_task)
-        run_id = id or f"r{next(self._ids)}"
-        self._run_sync(self._begin(self.new_run(agent, task, run_id, history=history, stream=stream)))
-        return Run(run_id, self.client)
-
-    def new_run(
-        self, agent: Agent[Any], task: Any, run_id: str, *, history: Sequence[Message] = (), stream: bool = True
-    ) -> NewRun:
-        """What a run of this agent is begun with."""
-        spec = RunSpec(
-            crew=self.crew.name, version=self.crew.version, agent=agent.name, task=agent.task_json(task),
-            fields=agent.fields_json(), history=[m.to_json() for m in history], limits=self.crew.limits.to_json(),
-            stream=stream,
+        self.runner = LocalRunner(crew, executor, start_ms=start_ms, workers=workers)
+        client = RunClient(
+            crew=crew, journal=self.runner.journal, run_sync=_run_here, on_change=self.runner.run_until_idle,
+            dispatch=self.runner.dispatch,
         )  # fmt: skip
-        return NewRun(run_id, spec, LocalDispatch().advance(run_id, agent.name, ""))
+        self.aio = AsyncFakeMesh(self.runner, client, executor)
 
-    def run(self, agent_or_task: Agent[Any] | Any, task: Any = None, **options: Any) -> Any:
+    @overload
+    def start(
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        origin: str = "",
+    ) -> Run[Out]: ...  # fmt: skip
+    @overload
+    def start(
+        self, agent: Any, *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True, origin: str = ""
+    ) -> Run[Any]: ...
+    def start(
+        self, agent: Any, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        origin: str = "",
+    ) -> Run[Any]:  # fmt: skip
+        """Begin a run and continue until it ends or is waiting for a decision."""
+        refuse_inside_step("start")
+        refuse_on_event_loop("mesh.start()", "await mesh.begin(…)")
+        started = self.aio.start(agent, task, run_id=run_id, history=history, stream=stream, origin=origin)
+        return Run(_run_here(started))
+
+    @overload
+    def run(
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+        timeout_s: float | None = None,
+    ) -> Out: ...  # fmt: skip
+    @overload
+    def run(
+        self, agent: Any, *, run_id: str = "", history: Sequence[Message] = (), timeout_s: float | None = None
+    ) -> Any: ...
+    def run(
+        self,
+        agent: Any,
+        task: Any = "",
+        *,
+        run_id: str = "",
+        history: Sequence[Message] = (),
+        timeout_s: float | None = None,
+    ) -> Any:
         """`start` and its result.
 
         Raises:
             TimeoutError: the run is waiting for a decision.
         """
-        return self.start(agent_or_task, task, **options).result(timeout_s=0)
+        refuse_inside_step("run")
+        refuse_on_event_loop("mesh.run()", "await mesh.aio.run(…)")
+        return _run_here(self.aio.run(agent, task, run_id=run_id, history=history, timeout_s=timeout_s))
 
-    async def _begin(self, new: NewRun) -> None:
-        if isinstance(await self.begin(new), Refused):
-            raise RunError(f"run {new.run_id!r} exists with another task", run_id=new.run_id)
+    @overload
+    async def begin(
+        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        origin: str = "",
+    ) -> AsyncRun[Out]: ...  # fmt: skip
+    @overload
+    async def begin(
+        self, agent: Any, *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True, origin: str = ""
+    ) -> AsyncRun[Any]: ...
+    async def begin(
+        self, agent: Any, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        origin: str = "",
+    ) -> AsyncRun[Any]:  # fmt: skip
+        """`start`, for code on an event loop."""
+        return await self.aio.start(agent, task, run_id=run_id, history=history, stream=stream, origin=origin)
 
-    def _run_sync(self, coro: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run(coro)
+    def get(self, run_id: str) -> Run[Any]:
+        """A handle to a run; whether it exists shows when it is used."""
+        return Run(self.aio.get(run_id))
+
+    @waits("mesh")
+    def runs(self, *, limit: int = 50) -> list[RunHead]:
+        """The newest root runs."""
+        return _run_here(self.aio.runs(limit=limit))
+
+    def check(self) -> None:
+        """Nothing: there are no servers."""
+
+    def worker(self, *, queues: Sequence[str] = (), concurrency: int = 0) -> AbstractContextManager[None]:
+        """Nothing, for a while: runs need no worker here."""
+        return nullcontext()
+
+    @waits("mesh")
+    def close(self) -> None:
+        """Let go of the threads that `def` tools run in."""
+        _run_here(self.aio.close())
+
+
+def _run_here(coro: Coroutine[Any, Any, T]) -> T:
+    """In this thread, where a debugger expects it; in a notebook's cell, whose kernel has a loop in it, on another."""
+    return run_sync(coro) if asyncio._get_running_loop() is not None else asyncio.run(coro)

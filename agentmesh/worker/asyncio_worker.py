@@ -18,13 +18,14 @@ from types import FrameType
 from typing import Any, Literal
 
 from agentmesh.celery.beat import start_beat
-from agentmesh.celery.embedded import InProcessWorker
+from agentmesh.celery.embedded import InProcessWorker, in_process_worker
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import POOLS, Suspects
 from agentmesh.errors import MeshError
-from agentmesh.mesh import Mesh
+from agentmesh.mesh import make_runtime
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.observability.logs import Form, LogObserver, set_up_logging
 from agentmesh.runtime.crew_file import load_crew
@@ -46,26 +47,27 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     over = stop_event()
     models = ModelRegistry()
     workers: list[InProcessWorker] = []
-    watched: list[tuple[Mesh, list[str]]] = []
+    watched: list[tuple[MeshRuntime, list[str]]] = []
     suspects: Suspects = spec.get("suspects", "include")
     crews = [load_crew(path) for path in spec["crews"]]
     set_up_tracing()  # after the crews: one that sets the SDK up itself has its way
     sights = [LogObserver(), *metrics_observers()]
     for crew in crews:
-        mesh = Mesh(crew, config=config, models=models, worker=name, observers=sights, suspects=suspects)
-        mesh.app.conf.worker_send_task_events = bool(spec.get("events"))
+        runtime = make_runtime(crew, config=config, models=models, worker=name, observers=sights, suspects=suspects)
+        runtime.app.conf.worker_send_task_events = bool(spec.get("events"))
         served = crew.queues_of_pool("asyncio", spec["queues"])
         if served and (suspect_queues := crew.broker_queues(served, suspects=suspects)):
-            watched.append((mesh, suspect_queues))
-            workers.append(mesh.worker(queues=served, concurrency=spec["concurrency"]).start())
-        if spec.get("beat") and mesh.crew.schedules:
-            start_beat(mesh.app)
+            watched.append((runtime, suspect_queues))
+            workers.append(in_process_worker(runtime, queues=served, concurrency=spec["concurrency"]).start())
+        if spec.get("beat") and crew.schedules:
+            start_beat(runtime.app)
     tune_garbage_collector()
     if ready_fd is not None:
         announce_ready(ready_fd)
     if suspects == "only":
         wait_until_idle(
-            over, lambda: any(mesh.engine.leases or has_waiting_steps(mesh, queues) for mesh, queues in watched)
+            over,
+            lambda: any(runtime.engine.leases or has_waiting_steps(runtime, queues) for runtime, queues in watched),
         )
     else:
         over.wait()
@@ -108,10 +110,10 @@ def wait_until_idle(over: threading.Event, wanted: Callable[[], object]) -> None
             last = time.monotonic()
 
 
-def has_waiting_steps(mesh: Mesh, queues: Sequence[str]) -> bool:
+def has_waiting_steps(runtime: MeshRuntime, queues: Sequence[str]) -> bool:
     """Whether an entry waits in these broker queues; also when the journal does not say."""
     try:
-        return run_sync(asyncio.wait_for(mesh.journal.queued(queues), POLL_S)) > 0
+        return run_sync(asyncio.wait_for(runtime.journal.queued(queues), POLL_S)) > 0
     except (TimeoutError, OSError, MeshError):
         return True
 

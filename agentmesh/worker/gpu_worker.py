@@ -15,11 +15,12 @@ from agentmesh.celery.beat import start_beat
 from agentmesh.celery.embedded import EmbeddedWorker, InProcessWorker, make_workers
 from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.lanes import Lanes
+from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import EMBED_QUEUE, Queue
 from agentmesh.inference.request import Gauge
-from agentmesh.mesh import Mesh
+from agentmesh.mesh import make_runtime
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.observability.engine_status import STATUS_FOLDER_ENV, EngineStatus, write_status
 from agentmesh.observability.logs import LogObserver, set_up_logging
@@ -131,11 +132,11 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     engine = _prepare_engine(models, spec["model"], queues, concurrency)
     sights, app = [LogObserver(), *metrics_observers()], make_app(config.broker)
     app.conf.worker_send_task_events = bool(spec.get("events"))
-    homes = [
-        Mesh(c, app=app, config=config, models=models, worker=name, observers=sights, suspects=spec["suspects"])
+    runtimes = [
+        make_runtime(c, app=app, config=config, models=models, worker=name, observers=sights, suspects=spec["suspects"])
         for c in (*crews, *embeds)
     ]
-    meshes = homes[: len(crews)]
+    crew_runtimes = runtimes[: len(crews)]
     names = [n for c in crews if served[c.name] for n in c.broker_queues(served[c.name], suspects=spec["suspects"])]
     lanes = {c.broker_queue(q): c.queues[q].lane for c in crews for q in served[c.name]}
     admits = Lanes(lanes, engine.admits)
@@ -143,15 +144,15 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     workers = [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]
     for crew in embeds:
         workers += make_workers(app, crew, [EMBED_QUEUE], suspects=spec["suspects"])
-    worker = InProcessWorker(homes, workers).start()
-    for mesh in meshes:
-        if mesh.process_state.housekeeper is not None:
-            mesh.process_state.housekeeper.renew_most_s = CANCELLED_S
+    worker = InProcessWorker(runtimes, workers).start()
+    for runtime in crew_runtimes:
+        if runtime.process_state.housekeeper is not None:
+            runtime.process_state.housekeeper.renew_most_s = CANCELLED_S
     if spec.get("beat") and any(crew.schedules for crew in crews):
         start_beat(app)
     tune_garbage_collector()
     report = StatusReporter(
-        engine, model=spec["model"], worker=name, in_hand=lambda: _in_flight(meshes), places=concurrency
+        engine, model=spec["model"], worker=name, in_hand=lambda: _in_flight(crew_runtimes), places=concurrency
     )
     report.start()
     if ready_fd is not None:
@@ -191,8 +192,8 @@ def _exit_for_restart(error: Exception) -> None:
     os._exit(RESTART_EXIT_CODE)  # whatever is in the device's hands cannot be waited for
 
 
-def _in_flight(meshes: list[Mesh]) -> int:
-    return sum(len(mesh.engine.leases) for mesh in meshes)
+def _in_flight(runtimes: list[MeshRuntime]) -> int:
+    return sum(len(runtime.engine.leases) for runtime in runtimes)
 
 
 def _exit_when_hung(engine: Any, model: str, over: threading.Event) -> None:

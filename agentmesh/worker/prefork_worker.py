@@ -15,9 +15,10 @@ from celery.worker import state
 
 from agentmesh.celery.app import make_app
 from agentmesh.celery.beat import start_beat
+from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.celery.prefork import make_worker
 from agentmesh.config import Config
-from agentmesh.mesh import Mesh
+from agentmesh.mesh import make_runtime
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.observability.logs import LogObserver, set_up_logging
 from agentmesh.runtime.crew_file import load_crew
@@ -39,9 +40,11 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     processes, suspects = 0, spec.get("suspects", "include")
     for crew in crews:
         names = crew.queues_of_pool("prefork", spec["queues"])
-        mesh = Mesh(crew, app=app, config=config, models=models, worker=name, observers=sights, suspects=suspects)
+        runtime = make_runtime(
+            crew, app=app, config=config, models=models, worker=name, observers=sights, suspects=suspects
+        )
         if names:
-            mesh.check()
+            runtime.check()
             served += crew.broker_queues(names, suspects=suspects)
             processes += sum(crew.queues[queue].concurrency for queue in names)
     if spec.get("beat") and any(crew.schedules for crew in crews):
@@ -52,7 +55,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
             announce_ready(ready_fd)
         if suspects == "only":
             threading.Thread(
-                target=_exit_when_idle, args=(mesh, served), name="agentmesh-unwanted", daemon=True
+                target=_exit_when_idle, args=(runtime, served), name="agentmesh-unwanted", daemon=True
             ).start()
 
     worker_ready.connect(ready)
@@ -62,8 +65,8 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     return int(worker.exitcode or 0)
 
 
-def _exit_when_idle(mesh: Mesh, queues: list[str]) -> None:
-    wait_until_idle(threading.Event(), lambda: state.reserved_requests or has_waiting_steps(mesh, queues))
+def _exit_when_idle(runtime: MeshRuntime, queues: list[str]) -> None:
+    wait_until_idle(threading.Event(), lambda: state.reserved_requests or has_waiting_steps(runtime, queues))
     os.kill(os.getpid(), signal.SIGTERM)
 
 

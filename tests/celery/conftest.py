@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from agentmesh.celery.event_loop import run_sync
 from agentmesh.journal.events import StepDone
 from agentmesh.testing import FakeOpenAI, says, uses
 from agentmesh.testing.servers import RabbitServer, ValkeyServer, running_server
@@ -96,8 +95,8 @@ class Oracle:
     @staticmethod
     def ends(mesh: Any, *runs: str) -> list[tuple[str, StepDone]]:
         """The ends of all steps of these runs and what is below them, with the run each is in."""
-        members = [m for run in runs for m in run_sync(mesh.journal.tree(run))]
-        return [(m, e) for m in members for e in run_sync(mesh.journal.events(m)) if isinstance(e, StepDone)]
+        members = [m for run in runs for m in mesh.get(run).tree()]
+        return [(m.run_id, e) for m in members for e in m.events() if isinstance(e, StepDone)]
 
     def ended_twice(self, mesh: Any, *runs: str) -> list[str]:
         """Steps with more than one end."""

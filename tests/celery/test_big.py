@@ -9,6 +9,7 @@ import redis
 
 from agentmesh import Agent, Context, Crew, tool
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.registry import runtime_of
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 
@@ -90,11 +91,11 @@ def test_a_thousand_runs_at_once_all_end(mesh: Mesh, valkey: Any) -> None:
         return [await mesh.begin(Long(), i % 3 + 1) for i in range(1000)]
 
     async def results(runs: list[Any]) -> list[int]:
-        await asyncio.gather(*[run.wait() for run in runs])
+        await asyncio.gather(*[run.result() for run in runs])
         return [await run for run in runs]
 
     runs = run_sync(begin())
     assert 0 < longest_message(valkey) < LONGEST_MESSAGE
     with mesh.worker():
         assert run_sync(results(runs)) == [i % 3 + 1 for i in range(1000)]
-    assert run_sync(mesh.journal.counts()).open_runs == 0
+    assert run_sync(runtime_of(mesh.app, mesh.crew.name).journal.counts()).open_runs == 0

@@ -147,7 +147,7 @@ def test_a_chord_that_was_forgotten_meanwhile_fails(scene: Any, valkey: Any, eve
     size = backend.get_key_for_group(joined.parent.id, ".s")
     eventually(lambda: not backend.client.exists(size))
     run = scene.mesh.get(waiting.id)
-    run.approve(run.waiting_for[0], by="ana")
+    run.approve(run.waiting_for()[0], by="ana")
     with pytest.raises(ChordError, match="Celery forgets a chord 1 s after"):
         joined.get(timeout=15)
     eventually(lambda: backend.client.hget(f"agentmesh:st:{waiting.id}", "f") == b"E0")

@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.registry import runtime_of
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.runtime.crew_file import load_crew
@@ -57,7 +58,7 @@ class Scene:
         return WorkerProcess(self.crew_file, self.through(place or self.valkey), env=self.env).start()
 
     def start(self, agent: str, task: str) -> Any:
-        return self.mesh.start(self.mesh.crew.agent(agent), task, id=task)
+        return self.mesh.start(self.mesh.crew.agent(agent), task, run_id=task)
 
     def note(self, worker: str, pid: int) -> None:
         """What a victim holds, by kind; a store that is away as well is asked until it is back."""
@@ -74,7 +75,9 @@ class Scene:
                 time.sleep(0.02)
 
     def give_back(self, worker: WorkerProcess) -> None:
-        run_sync(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.broker_queues()))
+        crew = self.mesh.crew
+        journal = runtime_of(self.mesh.app, crew.name).journal
+        run_sync(journal.release(worker.name, crashed=True, queues=crew.broker_queues()))
 
     def asked_again(self) -> int:
         """LLM calls beyond one a step."""
@@ -136,7 +139,7 @@ def test_the_link_cut_after_each_command_and_the_worker_killed(scene: Any, valke
 
             proxy.cut_after(k, lose=lose, then=killed)
             run = it.start("Small", task)
-            while not cut.wait(0.002) and run_sync(run.head()).status == "open":
+            while not cut.wait(0.002) and run.head().status == "open":
                 pass
             after = None
             if cut.is_set():
@@ -244,10 +247,10 @@ def test_what_may_run_once_never_runs_twice(scene: Any) -> None:
     worker = it.worker()
     try:
         until, doubts = time.monotonic() + 20, 0
-        while any(run_sync(run.head()).status == "open" for run in runs):
+        while any(run.head().status == "open" for run in runs):
             assert time.monotonic() < until
             for run in runs:
-                for item in run.waiting_for:
+                for item in run.waiting_for():
                     assert item.why == "in_doubt"
                     run.resolve(item, "done", value="as a person says")
                     doubts += 1

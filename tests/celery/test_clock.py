@@ -42,7 +42,7 @@ def test_a_worker_with_a_wrong_clock(valkey: Any, tmp_path: Path, hours: int) ->
     env = {"SLEEPERS_LOG": str(log)}
     with Host(CREW, config, env=env), Host(CREW, config, env=env | wrong(tmp_path, hours)):
         began = time.time()
-        runs = [mesh.start(mesh.crew.lead, NAP_S, id=f"r{i}") for i in range(20)]
+        runs = [mesh.start(mesh.crew.lead, NAP_S, run_id=f"r{i}") for i in range(20)]
         assert [run.result(timeout_s=20) for run in runs] == [f"r{i}" for i in range(20)]
         ended = time.time()
         events = [event for run in runs for event in run.events()]

@@ -39,14 +39,14 @@ class Scene:
 
     def start(self) -> Run[str]:
         task = f"t{len(self.runs)}"
-        self.runs.append(self.mesh.start(self.crew.lead, task, id=task))
+        self.runs.append(self.mesh.start(self.crew.lead, task, run_id=task))
         return self.runs[-1]
 
     def asked(self) -> Counter[str]:
         return self.oracle.asked(self.server)
 
     def attempts(self, run: Run[str]) -> set[int]:
-        return {e.attempt for _, e in self.oracle.ends(self.mesh, run.id)}
+        return {e.attempt for _, e in self.oracle.ends(self.mesh, run.run_id)}
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def test_a_rolling_restart_under_load(valkey: Any, oracle: Any, eventually: Any)
                 time.sleep(0.05)
         last = time.monotonic()
         for run in it.runs:
-            assert run.result(timeout_s=15) == oracle.expected(run.id)
+            assert run.result(timeout_s=15) == oracle.expected(run.run_id)
             assert it.attempts(run) == {1}
         assert time.monotonic() - last < SOON_S
         assert set(it.asked().values()) == {1}
@@ -94,7 +94,7 @@ def test_what_a_leaving_worker_cannot_end_goes_on_at_once(valkey: Any, oracle: A
         for pid in it.supervisor.pids.values():
             os.kill(pid, signal.SIGTERM)
         told = time.monotonic()
-        assert run.result(timeout_s=15) == oracle.expected(run.id)
+        assert run.result(timeout_s=15) == oracle.expected(run.run_id)
         assert time.monotonic() - told < SOON_S
         assert sorted(it.asked().values()) == [1] * 8 + [2]
 
@@ -107,6 +107,6 @@ def test_messages_that_a_worker_took_and_never_began_are_sent_again(valkey: Any,
         os.kill(asleep, signal.SIGKILL)
         killed = time.monotonic()
         for run in runs:
-            assert run.result(timeout_s=15) == oracle.expected(run.id)
+            assert run.result(timeout_s=15) == oracle.expected(run.run_id)
         assert time.monotonic() - killed < SOON_S
         assert set(it.asked().values()) == {1}

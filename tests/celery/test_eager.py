@@ -90,10 +90,10 @@ def test_runs(mesh: Mesh) -> None:
     mesh.check()
     assert mesh.run(Team(), "a") == "<a0> <a1> <a2>"
     assert [head.status for head in mesh.runs()] == ["done"]
-    run = mesh.start(Desk(), "x", id="desk")
+    run = mesh.start(Desk(), "x", run_id="desk")
     with pytest.raises(TimeoutError, match="approve"):
         run.result()
-    run.approve(run.waiting_for[0], by="ana")
+    run.approve(run.waiting_for()[0], by="ana")
     assert run.result() == "refunded 7"
     answers: list[Any] = []
     threads = [threading.Thread(target=lambda: answers.append(mesh.run(Team(), "t"))) for _ in range(4)]

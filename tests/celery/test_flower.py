@@ -57,7 +57,7 @@ def test_flower_shows_readable_names(
 
     try:
         eventually(up)
-        assert their_app.mesh.start(their_app.Team(), "a", id="tea-7").result(timeout_s=20) == "<a0,a1,a2,a3>"
+        assert their_app.mesh.start(their_app.Team(), "a", run_id="tea-7").result(timeout_s=20) == "<a0,a1,a2,a3>"
         eventually(lambda: "Echo.ask" in {t["name"] for t in tasks().values() if t["state"] == "SUCCESS"})
         shown = {(t["name"], t["args"]) for t in tasks().values()}
         assert {("work.call", "tea-7 step 1"), ("Echo.ask", "tea-7/5 step 1"), ("Team.advance", "tea-7")} <= shown

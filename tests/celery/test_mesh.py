@@ -12,6 +12,7 @@ from celery import chord
 from agentmesh import Agent, ConfigError, Context, Crew, DefinitionError, Queue, RunError, ServiceDown, Sleep, tool
 from agentmesh.celery.dispatch import Gather
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.registry import runtime_of
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says
@@ -54,22 +55,22 @@ def make(valkey: Any, *agents: Agent[Any], **crew: Any) -> Mesh:
 def test_a_handle(valkey: Any) -> None:
     mesh = make(valkey, Echo())
     with mesh.worker():
-        run = mesh.start(Echo(), "hello there", id="h1", stream=True)
+        run = mesh.start(Echo(), "hello there", run_id="h1", stream=True)
         assert "".join(run.tokens()).split() == ["hello", "there"]
         assert run.result(timeout_s=10) == "hello there"
-        assert mesh.start(Echo(), "hello there", id="h1").result(timeout_s=10) == "hello there"
+        assert mesh.start(Echo(), "hello there", run_id="h1").result(timeout_s=10) == "hello there"
         with pytest.raises(RunError, match="exists with another agent or task"):
-            mesh.start(Echo(), "another", id="h1")
+            mesh.start(Echo(), "another", run_id="h1")
         with pytest.raises(DefinitionError, match="run id 'a/b' must be"):
-            mesh.start(Echo(), "x", id="a/b")
+            mesh.start(Echo(), "x", run_id="a/b")
         assert [h.id for h in mesh.runs()] == ["h1"]
 
         async def from_a_loop() -> str:
             handle = await mesh.begin(Echo(), "x")
-            seen = [type(e).__name__ async for e in handle]
+            seen = [type(e).__name__ async for _, e in handle.follow()]
             assert seen == ["RunStarted", "StepPlanned", "StepDone", "RunDone"]
             value = await handle
-            await mesh.journal.close()  # this loop's connections; the mesh's own go with mesh.close()
+            await mesh.aio.close()  # this loop's connections; the mesh's own go with mesh.close()
             return value
 
         assert asyncio.run(from_a_loop()) == "x"
@@ -99,7 +100,7 @@ def test_large_values_live_beside_the_journal(valkey: Any) -> None:
         assert run.result(timeout_s=20) == "x" * 900_000
         assert len(run.events()[0].task) == 200_000  # type: ignore[attr-defined]
     with redis.Redis.from_url(valkey.url, decode_responses=True) as client:
-        lines = client.lrange(f"agentmesh:ev:{run.id}", 0, -1)
+        lines = client.lrange(f"agentmesh:ev:{run.run_id}", 0, -1)
         assert max(map(len, lines)) < 1000  # type: ignore[arg-type]
         assert len(list(client.scan_iter("agentmesh:blob:*"))) >= 2
     mesh.close()
@@ -110,11 +111,11 @@ def test_a_run_of_another_version_waits_visibly(valkey: Any) -> None:
     run = old.start(Echo(), "x")
     with new.worker():
         for _ in range(200):
-            if run.waiting_for:
+            if run.waiting_for():
                 break
             threading.Event().wait(0.02)
-        assert [i.why for i in run.waiting_for] == ["version:m 1"]
-        assert run.status == "open"
+        assert [i.why for i in run.waiting_for()] == ["version:m 1"]
+        assert run.status() == "open"
     with old.worker():
         assert run.result(timeout_s=20) == "x"
     old.close()
@@ -124,7 +125,7 @@ def test_a_run_of_another_version_waits_visibly(valkey: Any) -> None:
 def test_a_gather_is_a_chord_and_its_messages_say_so(valkey: Any) -> None:
     mesh = make(valkey, Wide(), Echo())
     assert issubclass(Gather, chord)
-    run = mesh.start(Wide(), 3, id="g1")
+    run = mesh.start(Wide(), 3, run_id="g1")
     with redis.Redis.from_url(valkey.url, decode_responses=True) as client:
         messages = [json.loads(m) for m in client.lrange("agentmesh.m.main", 0, -1)]  # type: ignore[union-attr]
         assert len(messages) == 3
@@ -189,13 +190,13 @@ def test_a_worker_that_stops_leaves_another_of_its_mesh_at_work(valkey: Any) -> 
         run = mesh.start(Slow(), "go")
         assert running.wait(10)
         first.stop()
-        counts = run_sync(mesh.journal.counts())
+        counts = run_sync(runtime_of(mesh.app, mesh.crew.name).journal.counts())
         assert (counts.leased, sum(counts.queues.values())) == (1, 0)
-        assert mesh.process_state.housekeeper is not None
+        assert runtime_of(mesh.app, mesh.crew.name).process_state.housekeeper is not None
         over.set()
         assert run.result(timeout_s=10) == 7
     assert times == [7]
-    assert mesh.process_state.housekeeper is None
+    assert runtime_of(mesh.app, mesh.crew.name).process_state.housekeeper is None
     mesh.close()
 
 

@@ -10,7 +10,8 @@ import pytest
 from agentmesh.cli.runs import show_run
 from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
-from agentmesh.engine.run import Approval, Run
+from agentmesh.engine.async_run import Approval
+from agentmesh.engine.run import Run
 from agentmesh.journal.events import StepInDoubt
 from agentmesh.mesh import Mesh
 from agentmesh.runtime.crew_file import load_crew
@@ -38,10 +39,10 @@ def test_never_twice(
     at_work = worker()
     try:
         for i in range(KILLS):
-            run = mesh.start(crew.lead, i, id=f"r{i}")
+            run = mesh.start(crew.lead, i, run_id=f"r{i}")
             runs.append(run)
             moment = "began" if i % 2 else "paid"
-            wanted = {f"{moment} {run.id}/{n}" for n in (1, 2, 3)}
+            wanted = {f"{moment} {run.run_id}/{n}" for n in (1, 2, 3)}
             eventually(lambda wanted=wanted: wanted <= set(book.read_text().splitlines()))
             at_work.kill()
             at_work.join()
@@ -49,7 +50,7 @@ def test_never_twice(
             at_work = worker()
         for run in runs:  # the blind and the vague one are held; the known one has ended
             eventually(
-                lambda run=run: [(a.tool, a.why) for a in held(run)] == [("blind", "in_doubt"), ("vague", "in_doubt")]
+                lambda run=run: [(a.name, a.why) for a in held(run)] == [("blind", "in_doubt"), ("vague", "in_doubt")]
             )
             assert [e.n for e in run.events() if isinstance(e, StepInDoubt)].count(1) == 1
         paid = Counter(line for line in book.read_text().splitlines() if line.startswith("paid"))
@@ -62,7 +63,7 @@ def test_never_twice(
         assert "(run r0, step 1, blind" in shown
         for run in runs:  # a person looks into the book
             for item in held(run):
-                known = f"paid {run.id}/{item.n}" in paid
+                known = f"paid {run.run_id}/{item.n}" in paid
                 run.resolve(item, "done" if known else "retry", value="paid, said a person", by="ana")
         ends = Counter(word for run in runs for word in run.result(timeout_s=20))
         lines = Counter(line for line in book.read_text().splitlines() if line.startswith("paid"))
@@ -77,4 +78,4 @@ def test_never_twice(
 
 
 def held(run: Run[Any]) -> list[Approval]:
-    return sorted(run.waiting_for, key=lambda a: a.n)
+    return sorted(run.waiting_for(), key=lambda a: a.n)

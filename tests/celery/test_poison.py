@@ -44,14 +44,14 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
     supervisor.start()
     try:
         assert supervisor.wait_ready(20)
-        run = mesh.start(crew.lead, "x", id="p")
+        run = mesh.start(crew.lead, "x", run_id="p")
         others = [mesh.start(crew.agent("Other"), f"early{i}") for i in range(5)]
         eventually(lambda: len(deaths) >= 2, timeout_s=30)
         others += [mesh.start(crew.agent("Other"), f"late{i}") for i in range(5)]
-        eventually(lambda: run.waiting_for, timeout_s=60)
+        eventually(lambda: run.waiting_for(), timeout_s=60)
         eventually(lambda: sum(isinstance(e, StepDone) for e in run.events()) == 499, timeout_s=30)
-        (item,) = run.waiting_for
-        assert (item.n, item.why, item.tool) == (8, "quarantined", "work")
+        (item,) = run.waiting_for()
+        assert (item.n, item.why, item.name) == (8, "quarantined", "work")
         assert [e.crashes for e in run.events() if isinstance(e, StepQuarantined)] == [3]
         assert [other.result(timeout_s=20) for other in others] == [20] * 10
         # After the second death suspects have a process of their own, and nobody else shares it.

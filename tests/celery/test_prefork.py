@@ -135,8 +135,8 @@ def test_a_tool_that_will_not_stop_is_killed(valkey: Any, tmp_path: Path, monkey
         assert [type(e) for e in both[0].events()].count(StepRetried) == 1
         spun = it.pids("spin")
         assert len(set(spun)) == 2
-        eventually(lambda: both[1].waiting_for)
-        assert both[1].waiting_for[0].why == "in_doubt"
+        eventually(lambda: both[1].waiting_for())
+        assert both[1].waiting_for()[0].why == "in_doubt"
         (seized,) = it.pids("seize")
         eventually(lambda: not any(alive(pid) for pid in (*spun, seized)))
         assert it.mesh.run(it.crew.lead, "x", timeout_s=20) == [0, 1, 2, 3]

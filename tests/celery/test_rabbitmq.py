@@ -61,8 +61,8 @@ def test_a_run_with_everything_in_it(rabbitmq: RabbitServer, valkey: ValkeyServe
     mesh = mesh_on(rabbitmq, valkey, Everything())
     with mesh.worker():
         run = mesh.start(Everything(), "tea")
-        eventually(lambda: run.waiting_for)
-        run.approve(run.waiting_for[0], by="ana")
+        eventually(lambda: run.waiting_for())
+        run.approve(run.waiting_for()[0], by="ana")
         assert run.result(timeout_s=20) == "40 tea39"
         facts = rabbit.inspect_broker(mesh.app, mesh.crew.broker_queues())
         assert facts.version.startswith(("3.", "4."))

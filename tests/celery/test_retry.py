@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from agentmesh import Agent, Context, Crew
-from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
 from agentmesh.definitions.tool import tool
 from agentmesh.mesh import Mesh
@@ -101,9 +100,9 @@ class Maker(Agent[int]):
 def test_large_values_come_along(valkey: Any, tmp_path: Path) -> None:
     mesh = Mesh(Crew(Maker(), name="maker"), config=Config(broker=valkey.broker_url, journal=valkey.url, sweep_s=0.05))
     with mesh.worker():
-        run = mesh.start(Maker(), str(tmp_path / "gift"), id="m")
-        run_sync(mesh.journal.watch("m", version=None, timeout_s=10))
-        assert run.status == "failed"
+        run = mesh.start(Maker(), str(tmp_path / "gift"), run_id="m")
+        run.wait(timeout_s=10)
+        assert run.status() == "failed"
         (tmp_path / "gift").write_text("here")
         again = run.retry()
         assert again.result(timeout_s=10) == 200_000

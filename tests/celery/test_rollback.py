@@ -46,13 +46,13 @@ def test_a_worker_does_not_go_on_from_what_the_store_has_lost(valkey: Any, tmp_p
         assert REACHED.wait(10)
         shutil.copytree(kept, tmp_path / "earlier")  # step 1 is claimed, nothing is done
         GO_ON.set()
-        eventually(lambda: run.waiting_for)
+        eventually(lambda: run.waiting_for())
         valkey.kill()
         shutil.rmtree(kept)
         shutil.copytree(tmp_path / "earlier", kept)
         valkey.restart()
-        eventually(lambda: len(DID) == 4 and run.waiting_for)
-        run.approve(run.waiting_for[0])
+        eventually(lambda: len(DID) == 4 and run.waiting_for())
+        run.approve(run.waiting_for()[0])
         assert run.result(timeout_s=20) == [1, 2]
         events = run.events()
     mesh.close()

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
 from agentmesh.journal.events import StepDone, StepRetried
 from agentmesh.mesh import Mesh
@@ -38,7 +37,7 @@ def test_a_server_killed_under_load(valkey: Any, eventually: Any, monkeypatch: p
         mesh = Mesh(load_crew(CREW), config=config)
         try:
             with Host(CREW, config, processes=2):
-                run = mesh.start(mesh.crew.lead, COUNT, id="load")
+                run = mesh.start(mesh.crew.lead, COUNT, run_id="load")
                 eventually(lambda: stays.in_flight >= 20)
                 os.kill(doomed.pid, signal.SIGKILL)
                 said = run.result(timeout_s=60)
@@ -59,10 +58,10 @@ def test_a_server_killed_under_load(valkey: Any, eventually: Any, monkeypatch: p
 def check(mesh: Mesh, run_id: str) -> int:
     """Each step ended once; how many attempts were cut off."""
     cut = 0
-    tree = run_sync(mesh.journal.tree(run_id))
+    tree = mesh.get(run_id).tree()
     assert len(tree) == COUNT + 1
     for member in tree:
-        events = run_sync(mesh.journal.events(member))
+        events = member.events()
         ends = Counter(e.n for e in events if isinstance(e, StepDone))
         assert set(ends.values()) == {1}
         cut += sum(isinstance(e, StepRetried) for e in events)

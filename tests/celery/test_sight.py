@@ -61,8 +61,8 @@ def seen(_valkey_server: Any, tmp_path_factory: pytest.TempPathFactory, eventual
             config = Config(broker=_valkey_server.broker_url, journal=_valkey_server.url)
             mesh = Mesh(load_crew(CREW), config=config)
             with use_span(NonRecordingSpan(CALLER)):
-                called = mesh.start(mesh.crew.lead, "tea", id="called")
-            alone = mesh.start(mesh.crew.lead, "mint", id="alone")
+                called = mesh.start(mesh.crew.lead, "tea", run_id="called")
+            alone = mesh.start(mesh.crew.lead, "mint", run_id="alone")
             eventually(lambda: 'agentmesh_entries{state="leased"} 8.0' in get(f"{url}/metrics")[1])
             it.during = get(f"{url}/metrics")[1]
             (folder / "go").touch()

@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from agentmesh.celery.publisher import publisher_for
+from agentmesh.celery.registry import runtime_of
 from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
 from agentmesh.engine.run import Run
@@ -47,7 +48,7 @@ class Scene:
         self.excused = 0
 
     def start(self, task: str) -> Run[str]:
-        return self.mesh.start(self.crew.lead, task, id=task)
+        return self.mesh.start(self.crew.lead, task, run_id=task)
 
     def kill(self, number: int = signal.SIGKILL, which: int = 0) -> int:
         """A worker process gets a signal; what it asked and had not yet written may be asked again."""
@@ -186,8 +187,8 @@ def test_every_message_delivered_twice(valkey: Any, broker: Any, oracle: Any, mo
             send(sent)
             send(sent)
 
-        monkeypatch.setattr(mesh.journal, "_push", False)
-        monkeypatch.setattr(mesh.journal, "_send", twice)
+        monkeypatch.setattr(runtime_of(mesh.app, mesh.crew.name).journal, "_push", False)
+        monkeypatch.setattr(runtime_of(mesh.app, mesh.crew.name).journal, "_send", twice)
         with mesh.worker():
             runs = [mesh.start(crew.lead, f"t{i}") for i in range(3)]
             assert [r.result(timeout_s=20) for r in runs] == [oracle.expected(f"t{i}") for i in range(3)]

@@ -49,7 +49,7 @@ def worker(config: Config, version: str, flow: str = "") -> Iterator[WorkerProce
 
 def begin(meshes: dict[str, Mesh], version: str, run_id: str) -> Any:
     mesh = meshes[version]
-    return mesh.start(mesh.crew.lead, 1, id=run_id)
+    return mesh.start(mesh.crew.lead, 1, run_id=run_id)
 
 
 def claims(valkey: Any, unit: str, for_s: float) -> int:
@@ -76,8 +76,8 @@ def test_an_old_run_waits_for_an_old_worker(
 ) -> None:
     with worker(config, "2"):
         run = begin(meshes, "1", "old")
-        eventually(lambda: run.waiting_for)
-        assert [(a.n, a.why) for a in run.waiting_for] == [(1, "version:versions 1")]
+        eventually(lambda: run.waiting_for())
+        assert [(a.n, a.why) for a in run.waiting_for()] == [(1, "version:versions 1")]
         show_run("old", broker=config.broker, as_json=False, file=None)
         assert "no worker of crew 'versions' version '1'" in capsys.readouterr().out
         assert 1 <= claims(valkey, "s|old|1", for_s=2.0) <= 6  # ever less often, at last every 5 s
@@ -96,8 +96,8 @@ def test_a_flow_that_asks_for_other_steps_is_held_with_the_step_named(
         first.join()
         release_on_death(config, meshes["1"].crew.broker_queues())(first.name, -9)
     with worker(config, "1", flow="other"):
-        eventually(lambda: run.waiting_for, timeout_s=20)
-        (item,) = run.waiting_for
+        eventually(lambda: run.waiting_for(), timeout_s=20)
+        (item,) = run.waiting_for()
         assert item.why.startswith("replay: step 3 was `Call 'old'` when first run and is now `Call 'new'`")
         show_run("changed", broker=config.broker, as_json=False, file=None)
         assert "step 3 was `Call 'old'`" in capsys.readouterr().out

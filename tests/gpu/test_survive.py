@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.housekeeping import Housekeeper
 from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
@@ -107,7 +106,7 @@ class Scene:
     def check(self, run: Run[list[str]], steps: int = MANY) -> None:
         """All ended well, and each once."""
         assert run.result(timeout_s=WAIT_S) == ["said"] * steps
-        ends = Counter(e.n for e in run_sync(self.mesh.journal.events(run.id)) if isinstance(e, StepDone))
+        ends = Counter(e.n for e in run.events() if isinstance(e, StepDone))
         assert ends == Counter(range(1, steps + 1))
 
 

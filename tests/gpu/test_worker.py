@@ -11,7 +11,6 @@ import pytest
 
 from agentmesh.celery.app import make_app
 from agentmesh.celery.embedded import EmbeddedWorker, InProcessWorker
-from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.housekeeping import Housekeeper
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
@@ -83,15 +82,15 @@ def test_a_deadly_prompt_among_sixty_three_others_is_held_alone(
     with working(valkey, tmp_path, "death") as work:
         run = work.start("Many", f"{words(30)} a@@@b {words(33)}")
         eventually(
-            lambda: run.waiting_for, timeout_s=3 * WAIT_S
+            lambda: run.waiting_for(), timeout_s=3 * WAIT_S
         )  # several processes, each with torch and a model to load
-        (item,) = run.waiting_for
-        assert (item.run_id, item.why) == (f"{run.id}/31", "quarantined")
+        (item,) = run.waiting_for()
+        assert (item.run_id, item.why) == (f"{run.run_id}/31", "quarantined")
         run.resolve(item, "failed")
         said = run.result(timeout_s=WAIT_S)
         assert [i for i, s in enumerate(said) if s.startswith("failed")] == [30]
         for n in {*range(1, 65)} - {31}:
-            events = run_sync(work.mesh.journal.events(f"{run.id}/{n}"))
+            events = work.mesh.get(f"{run.run_id}/{n}").events()
             assert [type(e) for e in events if isinstance(e, StepDone | RunDone)] == [StepDone, RunDone]
 
 

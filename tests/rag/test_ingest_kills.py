@@ -90,7 +90,12 @@ def family(supervisor: Supervisor) -> list[int]:
 
 def tell_of_a_hang(run: Run[Any], supervisor: Supervisor, log: Path) -> None:
     """What waits, where each process stands (faulthandler, at its abort), and what the workers said."""
-    print("counts:", run_sync(run._journal.counts()), "open:", run_sync(run._journal._open(run.id)))  # type: ignore[attr-defined]
+    print(
+        "counts:",
+        run_sync(run.aio.client.journal.counts()),
+        "open:",
+        run_sync(run.aio.client.journal._open(run.run_id)),
+    )  # type: ignore[attr-defined]
     for pid in family(supervisor):
         print("aborting", pid)
         os.kill(pid, signal.SIGABRT)
@@ -122,18 +127,18 @@ def test_whoever_is_killed_the_store_is_as_if_nobody_had_been(
         assert supervisor.wait_ready(60)  # with a load of 16 on two cores it took more than 30
         run = mesh.start(agent, asked)
         kills = 0
-        while kills < KILLS and run.status == "open":
+        while kills < KILLS and run.status() == "open":
             time.sleep(rng.uniform(0.1, 0.35))  # the schedule of the deaths
             victims = family(supervisor)
             if victims:
                 os.kill(rng.choice(victims), signal.SIGKILL)
                 kills += 1
         until = time.monotonic() + 60
-        while run.status == "open" and time.monotonic() < until:
-            for item in run.waiting_for:  # alone in hand at three deaths: a person says that it was not to blame
+        while run.status() == "open" and time.monotonic() < until:
+            for item in run.waiting_for():  # alone in hand at three deaths: a person says that it was not to blame
                 run.resolve(item, "retry")
-            run_sync(run._journal.watch(run.id, version=None, timeout_s=0.2))
-        if run.status == "open":
+            run_sync(run.aio.client.journal.watch(run.run_id, version=None, timeout_s=0.2))
+        if run.status() == "open":
             tell_of_a_hang(run, supervisor, Path(log.name))
         added = run.result(timeout_s=1)
     finally:

@@ -49,7 +49,7 @@ def test_try_again_goes_to_the_model() -> None:
     mesh = FakeMesh(Guide(), model=[uses("city", name="Lima"), uses("city", name="Lima, Peru"), says("found")])
     handle = mesh.start("x")
     assert handle.result() == "found"
-    assert [m.text for m in handle.messages if m.role == "tool"] == ["no city 'Lima'; add the country", "Lima, Peru"]
+    assert [m.text for m in handle.messages() if m.role == "tool"] == ["no city 'Lima'; add the country", "Lima, Peru"]
 
 
 def test_what_a_model_calls_wrongly_is_said_to_it_without_a_step() -> None:
@@ -59,7 +59,7 @@ def test_what_a_model_calls_wrongly_is_said_to_it_without_a_step() -> None:
     mesh = FakeMesh(A(), model=[uses("plus", a=1), uses("add", a="x", b=2), says("sorry")])
     handle = mesh.start("x")
     assert handle.result() == "sorry"
-    told = [m.text for m in handle.messages if m.role == "tool"]
+    told = [m.text for m in handle.messages() if m.role == "tool"]
     assert told[0] == "error: there is no tool 'plus'; there are: add"
     assert told[1].startswith("error: a: Input should be a valid integer")
     assert [e.kind for e in handle.events() if isinstance(e, StepPlanned)] == ["Ask", "Ask", "Ask"]
@@ -89,11 +89,11 @@ def test_a_denied_call_is_told_to_the_model() -> None:
 
     mesh = FakeMesh(Desk(), model=[uses("refund", order=7), says("it was not allowed")])
     handle = mesh.start("refund 7")
-    (item,) = handle.waiting_for
-    assert (item.tool, item.args) == ("refund", {"order": 7})
+    (item,) = handle.waiting_for()
+    assert (item.name, item.args) == ("refund", {"order": 7})
     handle.deny(item, by="ana", reason="too late")
     assert handle.result() == "it was not allowed"
-    assert "refund was denied by ana: too late" in handle.messages[2].text
+    assert "refund was denied by ana: too late" in handle.messages()[2].text
     assert issubclass(ApprovalDenied, StepError)
 
 
@@ -114,7 +114,7 @@ def test_a_tool_knows_its_key_attempt_and_deps() -> None:
             return ctx.do(once.on())
 
     mesh = FakeMesh(Crew(A(), deps={"db": 1}))
-    handle = mesh.start("x", id="k1")
+    handle = mesh.start("x", run_id="k1")
     assert handle.result() == "ok"
     assert seen == [("k1/1", 1, "k1", {"db": 1}, False), ("k1/1", 2, "k1", {"db": 1}, False)]
     assert [type(e) for e in handle.events()][2:4] == [StepRetried, StepDone]

@@ -57,14 +57,14 @@ def test_a_flow_that_asks_for_another_step_is_held_with_the_step_named() -> None
             return first
 
     mesh = FakeMesh(Crew(Fickle(), Echo()), model=echo)
-    mesh.paused = True
+    mesh.runner.paused = True
     handle = mesh.start("x")
-    mesh.paused = False
-    asyncio.run(mesh.process_messages())
+    mesh.runner.paused = False
+    asyncio.run(mesh.runner.process_messages())
     asked[0] = "two"
-    mesh.engines[0]._history_cache.drop(handle.id)
-    asyncio.run(mesh.run_until_idle())
-    (item,) = handle.waiting_for
+    mesh.runner.engines[0]._history_cache.drop(handle.run_id)
+    asyncio.run(mesh.runner.run_until_idle())
+    (item,) = handle.waiting_for()
     assert "step 1 was `Delegate 'Echo'` when first run and is now `Delegate 'Echo'`" in item.why
     with pytest.raises(RunError, match="is blocked as a whole .* only `retry` resolves it"):
         handle.resolve(item, "failed")
@@ -111,7 +111,7 @@ def test_structured_output_and_its_one_correcting_turn() -> None:
     mesh = FakeMesh(Critic(), model=[says("well"), says('```json\n{"good": true, "why": "short"}\n```')])
     handle = mesh.start("x")
     assert handle.result() == Verdict(good=True, why="short")
-    assert "Answer again" in handle.messages[2].text
+    assert "Answer again" in handle.messages()[2].text
     with pytest.raises(RunFailed, match="the answer of `Critic` is not a Verdict: why: Field required") as e:
         FakeMesh(Critic(), model=[says("{}"), says('{"good": true}')]).run("x")
     assert e.value.cause == OutputInvalid.__name__
@@ -162,7 +162,7 @@ def test_a_limit_holds_the_run_until_it_is_raised() -> None:
     crew = Crew(Chatty(), limits=Limits(turns=2))
     mesh = FakeMesh(crew, model=[uses("add", a=1, b=1), uses("add", a=2, b=2), says("4")])
     handle = mesh.start("x")
-    (item,) = handle.waiting_for
+    (item,) = handle.waiting_for()
     assert item.why == "limit:turns"
     handle.raise_limits({"turns": 10})
     assert handle.result() == "4"
@@ -177,6 +177,6 @@ def test_a_limit_fails_the_run_where_a_script_wants_that() -> None:
 
 def test_the_same_id_is_the_same_run() -> None:
     mesh = FakeMesh(Echo(), model=echo)
-    assert mesh.start("a", id="same").result() == mesh.start("a", id="same").result() == "a"
+    assert mesh.start("a", run_id="same").result() == mesh.start("a", run_id="same").result() == "a"
     with pytest.raises(MeshError, match="exists with another task"):
-        mesh.start("b", id="same")
+        mesh.start("b", run_id="same")

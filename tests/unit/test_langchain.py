@@ -38,7 +38,7 @@ def test_a_chat_model_with_tool_calls() -> None:
     mesh = FakeMesh(Calculator(), model=as_model(chat))
     run = mesh.start("21 times 2", stream=False)
     assert run.result() == "it is 42"
-    assert [m.text for m in run.messages] == ["21 times 2", "", "42", "it is 42"]
+    assert [m.text for m in run.messages()] == ["21 times 2", "", "42", "it is 42"]
 
 
 def test_a_chat_model_streams() -> None:
@@ -60,7 +60,7 @@ def test_a_tool_keeps_its_name_description_and_schema() -> None:
     mesh = FakeMesh(Calculator(), model=[uses("multiply", a="x"), uses("multiply", a=4, b=3), says("12")])
     run = mesh.start("x")
     assert run.result() == "12"
-    assert [m.text for m in run.messages if m.role == "tool"][1] == "12"
+    assert [m.text for m in run.messages() if m.role == "tool"][1] == "12"
 
 
 def test_messages_both_ways() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Approve, Context, Crew, RunError, RunFailed, Sleep, StepError, ToolContext, tool
-from agentmesh.engine.run import Run
 from agentmesh.journal.events import Event, RunStarted
 from agentmesh.testing import FakeMesh, says
 
@@ -46,16 +45,16 @@ def times(events: list[Event]) -> list[tuple[str, int]]:
 def test_only_the_failed_step_is_done_again() -> None:
     BROKEN.add("three")
     mesh = FakeMesh(Line(), start_ms=1_000)
-    run = mesh.start("x", id="r")
+    run = mesh.start("x", run_id="r")
     with pytest.raises(RunFailed, match="three is broken"):
         run.result()
-    mesh.now_ms += 60_000
+    mesh.runner.now_ms += 60_000
     again = run.retry()
-    assert (again.id, again.status) == ("r~2", "failed")
+    assert (again.run_id, again.status()) == ("r~2", "failed")
     BROKEN.clear()
-    mesh.now_ms += 60_000
+    mesh.runner.now_ms += 60_000
     third = run.retry()
-    assert third.id == "r~3"
+    assert third.run_id == "r~3"
     assert third.result() == "ONE TWO THREE 1.0"
     assert DONE == {"one": 1, "two": 1, "three": 3}
     assert KEYS == ["r/1", "r/2", "r/3", "r/3", "r/3"]
@@ -72,17 +71,17 @@ def test_what_cannot_be_retried_says_what_to_do() -> None:
             return "went"
 
     mesh = FakeMesh(Asking())
-    run = mesh.start("x", id="r")
+    run = mesh.start("x", run_id="r")
     with pytest.raises(RunError, match="is still open.*runs resume r.*runs resolve r N"):
         run.retry()
-    run.deny(run.waiting_for[0])
-    assert run.status == "failed"
+    run.deny(run.waiting_for()[0])
+    assert run.status() == "failed"
     again = run.retry()
-    assert [a.n for a in again.waiting_for] == [1]
-    again.approve(again.waiting_for[0])
+    assert [a.n for a in again.waiting_for()] == [1]
+    again.approve(again.waiting_for()[0])
     assert again.result() == "went"
     with pytest.raises(RunError, match="no run 'nope'"):
-        Run[Any]("nope", mesh.client).retry()
+        mesh.get("nope").retry()
 
 
 def test_a_flow_that_raised_by_itself_is_replayed_over_everything() -> None:
@@ -98,7 +97,7 @@ def test_a_flow_that_raised_by_itself_is_replayed_over_everything() -> None:
 
     mesh = FakeMesh(Buggy())
     run = mesh.start("x")
-    assert run.status == "failed"
+    assert run.status() == "failed"
     wrong.clear()
     assert run.retry().result() == "AB"
     assert DONE == {"a": 1, "b": 1}
@@ -134,7 +133,7 @@ def test_of_a_gather_only_the_failed_members_are_done_again(window: int, broken:
 
     BROKEN.update(broken)
     run = FakeMesh(Wide()).start("x")
-    assert run.status == "failed"
+    assert run.status() == "failed"
     BROKEN.clear()
     assert run.retry().result() == list("ABCDE")
     assert {x: 1 + (x in broken) for x in "abcde"} == DONE
@@ -148,7 +147,7 @@ def test_a_quorum_that_was_missed() -> None:
     BROKEN.update("bcd")
     mesh = FakeMesh(Quorum())
     run = mesh.start("x")
-    assert run.status == "failed"
+    assert run.status() == "failed"
     BROKEN.clear()
     BROKEN.add("b")
     assert run.retry().result() == ["A", "C", "D"]
@@ -193,10 +192,10 @@ class Tree(Agent[str]):
 def test_sub_agents_go_on_where_they_were(workers: int) -> None:
     BROKEN.update(("right2", "deep2"))
     mesh = FakeMesh(Crew(Tree(), Branch(), Leaf()), workers=workers)
-    run = mesh.start("x", id="t")
-    assert run.status == "failed"
+    run = mesh.start("x", run_id="t")
+    assert run.status() == "failed"
     again = run.retry()
-    assert again.status == "failed"
+    assert again.status() == "failed"
     BROKEN.clear()
     third = again.retry()
     assert third.result() == "LEFT1LEFT2-RIGHT1RIGHT2-BRANCHDEEP1DEEP2"
@@ -205,10 +204,10 @@ def test_sub_agents_go_on_where_they_were(workers: int) -> None:
         "left1": 1, "right1": 1, "branch": 1, "deep1": 1,
     }  # fmt: skip
     assert DONE["left2"] == 1
-    started = Run[Any]("t~3/2", mesh.client).events()[0]
+    started = mesh.get("t~3/2").events()[0]
     assert isinstance(started, RunStarted)
     assert (started.parent, started.parent_n) == ("t~3", 2)
-    assert asyncio.run(mesh.journal.tree("t~3")) == ["t~3", "t~3/2", "t~3/3", "t~3/3/2"]
+    assert asyncio.run(mesh.runner.journal.tree("t~3")) == ["t~3", "t~3/2", "t~3/3", "t~3/3/2"]
 
 
 def test_a_sub_agent_that_a_mended_flow_asks_something_else_begins_anew() -> None:
@@ -248,5 +247,5 @@ def test_llm_turns_are_not_paid_again_and_are_counted_from_zero() -> None:
     again = run.retry()
     assert again.result() == "ENDab"
     assert sorted(asked) == ["a", "b"]
-    heads = [asyncio.run(r.head()) for r in (run, again)]
+    heads = [r.head() for r in (run, again)]
     assert [h.turns for h in heads] == [2, 0]

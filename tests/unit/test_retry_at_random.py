@@ -78,8 +78,8 @@ def test_however_often_it_fails_each_call_succeeds_once(seed: int) -> None:
     calls = [f"c{n}" for n in range(next(names))]
     WELL.clear()
     BROKEN.update(x for x in calls if rng.random() < 0.3)
-    run = FakeMesh(crew, workers=rng.choice([1, 3])).start(task, id="r")
-    while run.status == "failed":
+    run = FakeMesh(crew, workers=rng.choice([1, 3])).start(task, run_id="r")
+    while run.status() == "failed":
         if rng.random() < 0.7:
             BROKEN.discard(rng.choice(sorted(BROKEN)))
         run = run.retry()

@@ -20,16 +20,16 @@ def cut_off(flow_tool: Any, *, died: bool = False) -> tuple[FakeMesh, Run[Any]]:
             return ctx.do(flow_tool.on(40))
 
     mesh = FakeMesh(Once())
-    mesh.paused = True
-    run = mesh.start("x", id="r")
-    claimed = asyncio.run(mesh.journal.claim(
+    mesh.runner.paused = True
+    run = mesh.start("x", run_id="r")
+    claimed = asyncio.run(mesh.runner.journal.claim(
         "s|r|1", worker="w", token="t", version=0, crew=mesh.crew.name, crew_version=""
     ))  # fmt: skip
     assert isinstance(claimed, Claimed)
     if died:
-        asyncio.run(mesh.journal.release("w", crashed=True))
+        asyncio.run(mesh.runner.journal.release("w", crashed=True))
     run.cancel()
-    mesh.paused = False
+    mesh.runner.paused = False
     return mesh, run
 
 
@@ -45,15 +45,15 @@ def test_an_at_most_once_step_that_was_cut_off_is_held_in_doubt(later: int, died
         return f"paid {amount}"
 
     mesh, run = cut_off(pay, died=died)
-    mesh.now_ms += later
-    asyncio.run(mesh.journal.sweep("s"))  # later, its lease has run out
+    mesh.runner.now_ms += later
+    asyncio.run(mesh.runner.journal.sweep("s"))  # later, its lease has run out
     again = run.retry()
-    assert [(a.n, a.why) for a in again.waiting_for] == [(1, "in_doubt")]
+    assert [(a.n, a.why) for a in again.waiting_for()] == [(1, "in_doubt")]
     again.cancel()
     third = again.retry()
-    assert [(a.n, a.why) for a in third.waiting_for] == [(1, "in_doubt")]
+    assert [(a.n, a.why) for a in third.waiting_for()] == [(1, "in_doubt")]
     assert not paid
-    third.resolve(third.waiting_for[0], "retry")
+    third.resolve(third.waiting_for()[0], "retry")
     assert third.result() == "paid 40"
 
 
@@ -87,6 +87,6 @@ def test_an_at_most_once_step_that_nobody_had_begun_is_simply_done() -> None:
     run = FakeMesh(Once()).start("x")
     run.cancel()
     again = run.retry()
-    assert [a.why for a in again.waiting_for] == ["approve"]
-    again.approve(again.waiting_for[0])
+    assert [a.why for a in again.waiting_for()] == ["approve"]
+    again.approve(again.waiting_for()[0])
     assert again.result() == "paid 40"

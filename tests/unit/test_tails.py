@@ -50,9 +50,9 @@ def test_a_message_that_overtakes_its_commit_s_answer_waits_for_it(monkeypatch: 
     monkeypatch.setattr(history_cache, "WRITE_WAIT_S", 60)
 
     async def both() -> None:
-        first = asyncio.create_task(engine.step(run.id, 1, "main"))
+        first = asyncio.create_task(engine.step(run.run_id, 1, "main"))
         await late.wrote.wait()
-        second = asyncio.create_task(engine.step(run.id, 2, "main"))
+        second = asyncio.create_task(engine.step(run.run_id, 2, "main"))
         for _ in range(10):
             await asyncio.sleep(0)
         assert late.versions == [0]
@@ -69,10 +69,10 @@ def test_an_answer_that_does_not_come_holds_up_nobody(monkeypatch: pytest.Monkey
     monkeypatch.setattr(history_cache, "WRITE_WAIT_S", 0.01)
 
     async def both() -> None:
-        first = asyncio.create_task(engine.step(run.id, 1, "main"))
+        first = asyncio.create_task(engine.step(run.run_id, 1, "main"))
         await late.wrote.wait()
         late.wrote.clear()
-        second = asyncio.create_task(engine.step(run.id, 2, "main"))
+        second = asyncio.create_task(engine.step(run.run_id, 2, "main"))
         await late.wrote.wait()  # it has read the run anew, and committed
         assert late.versions == [0, 0]
         late.answers.set()
@@ -85,10 +85,10 @@ def test_an_answer_that_does_not_come_holds_up_nobody(monkeypatch: pytest.Monkey
 
 def _begun() -> tuple[Any, Any, Any]:
     mesh = FakeMesh(Two())
-    mesh.paused = True
+    mesh.runner.paused = True
     run = mesh.start("x")
-    mesh.paused = False
-    engine: Any = mesh.engines[0]
+    mesh.runner.paused = False
+    engine: Any = mesh.runner.engines[0]
     engine.journal = Late(engine.journal)
     return run, engine, engine.journal
 

@@ -49,7 +49,7 @@ def test_default_agent_with_parallel_tool_calls() -> None:
         "StepPlanned 2 Call add", "StepPlanned 3 Call add", "StepDone 2", "StepDone 3", "GatherClosed 2 [2, 3] all",
         "StepPlanned 4 Ask Adder", "StepDone 4", "RunDone",
     ]  # fmt: skip
-    assert [m.role for m in run.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [m.role for m in run.messages()] == ["user", "assistant", "tool", "tool", "assistant"]
 
 
 class Pair(Agent[list[str]]):
@@ -61,22 +61,22 @@ def test_a_member_dies_between_its_commit_and_the_body() -> None:
     """The last member's end is written with the body's entry; the body's message is lost, and the sweeper sends it again."""
     mesh = FakeMesh(Crew(Pair(), Echo()), model=lambda p: says(p.messages[-1].text.upper()))
     lose = iter([True])
-    sent = mesh.journal._send
+    sent = mesh.runner.journal._send
 
     def lossy(message: Any) -> None:
         body = message.body.partition("#")[0]
-        closed = any("GatherClosed" in line for line in mesh.journal.tables.lists["ev:r1"])
+        closed = any("GatherClosed" in line for line in mesh.runner.journal.tables.lists["ev:r1"])
         if body == "a|r1" and closed and next(lose, False):
             return
         sent(message)
 
-    mesh.journal._send = lossy
+    mesh.runner.journal._send = lossy
     run = mesh.start("x")
-    assert run.status == "open"
+    assert run.status() == "open"
     assert story(run)[-1] == "GatherClosed 1 [1, 2] all"
-    mesh.now_ms += 3_000
-    asyncio.run(mesh.journal.sweep("s", empty=["plain"]))
-    asyncio.run(mesh.run_until_idle())
+    mesh.runner.now_ms += 3_000
+    asyncio.run(mesh.runner.journal.sweep("s", empty=["plain"]))
+    asyncio.run(mesh.runner.run_until_idle())
     assert run.result() == ["A", "B"]
     assert story(run).count("GatherClosed 1 [1, 2] all") == 1
 
@@ -98,22 +98,22 @@ def test_two_of_three_with_a_deadline_and_a_late_third() -> None:
     mesh = FakeMesh(Crew(Tolerant(), Echo()), model=Slow())
 
     async def walk() -> Any:
-        spec_run = asyncio.create_task(mesh._begin(mesh.new_run(Tolerant(), "x", "t1")))
+        spec_run = asyncio.create_task(mesh.begin(Tolerant(), "x", run_id="t1"))
         while "RunDone" not in story_now():
             await asyncio.sleep(0)
-            await mesh.process_messages()
+            await mesh.runner.process_messages()
         released.set()
         await spec_run
 
     def story_now() -> str:
-        return " ".join(mesh.journal.tables.lists["ev:t1"])
+        return " ".join(mesh.runner.journal.tables.lists["ev:t1"])
 
     asyncio.run(walk())
-    run: Run[list[str]] = Run("t1", mesh.client)
+    run: Run[list[str]] = mesh.get("t1")
     assert run.result() == ["quick", "quicker"]
     assert "GatherClosed 1 [1, 2] need" in story(run)
     assert story(run)[-1] == "RunDone"
-    assert mesh.journal.tables.hashes["run:t1/3"]["status"] == "cancelled"
+    assert mesh.runner.journal.tables.hashes["run:t1/3"]["status"] == "cancelled"
 
 
 class Payer(Agent):
@@ -130,20 +130,20 @@ class Office(Agent[list[str]]):
 def test_approval_inside_a_gathered_sub_agent() -> None:
     mesh = FakeMesh(Crew(Office(), Payer()))
     run = mesh.start("x")
-    first, second = run.waiting_for
+    first, second = run.waiting_for()
     assert [(i.run_id, i.n, i.args["question"]) for i in (first, second)] == [
         ("r1/1", 1, "pay 1?"),
         ("r1/2", 1, "pay 2?"),
     ]
     run.approve(second, by="ana")
-    assert run.status == "open"
+    assert run.status() == "open"
     run.approve(first, by="bo")
     assert run.result() == ["paid 1", "paid 2"]
     assert story(run) == [
         "RunStarted", "StepPlanned 1 Delegate Payer", "StepPlanned 2 Delegate Payer", "StepDone 2", "StepDone 1",
         "GatherClosed 1 [2, 1] all", "RunDone",
     ]  # fmt: skip
-    assert story(Run("r1/2", mesh.client)) == ["RunStarted", "StepPlanned 1 Approve approve", "Approved 1", "RunDone"]
+    assert story(mesh.get("r1/2")) == ["RunStarted", "StepPlanned 1 Approve approve", "Approved 1", "RunDone"]
 
 
 class Inner(Agent):
@@ -172,12 +172,12 @@ def test_cancel_of_the_root_while_a_grandchild_asks_a_model() -> None:
     mesh = FakeMesh(Crew(Outer(), Inner(), Echo()), model=Hanging())
 
     async def walk() -> None:
-        running = asyncio.create_task(mesh._begin(mesh.new_run(Outer(), "x", "c1")))
+        running = asyncio.create_task(mesh.begin(Outer(), "x", run_id="c1"))
         await begun.wait()
-        await mesh.journal.signal("c1", RunCancelled(by="ana"))
-        await mesh.journal.sweep("s")
-        (engine,) = mesh.engines
-        lost = await mesh.journal.renew(engine.worker, engine.held_leases())
+        await mesh.runner.journal.signal("c1", RunCancelled(by="ana"))
+        await mesh.runner.journal.sweep("s")
+        (engine,) = mesh.runner.engines
+        lost = await mesh.runner.journal.renew(engine.worker, engine.held_leases())
         for unit in lost:
             engine.lose_lease(unit)
         await asyncio.gather(running, return_exceptions=True)
@@ -185,7 +185,7 @@ def test_cancel_of_the_root_while_a_grandchild_asks_a_model() -> None:
     asyncio.run(walk())
     assert seen == ["stopped"]
     for run_id in ("c1", "c1/1", "c1/1/1"):
-        assert story(Run(run_id, mesh.client))[-1] == "RunCancelled"
+        assert story(mesh.get(run_id))[-1] == "RunCancelled"
 
 
 def once_crew(reconcile: Any = None) -> tuple[type[Agent], list[str]]:
@@ -206,14 +206,16 @@ def once_crew(reconcile: Any = None) -> tuple[type[Agent], list[str]]:
 
 def crash_inside_the_tool(mesh: FakeMesh) -> Run[str]:
     """Another worker takes the step and dies with it."""
-    mesh.paused = True
-    run = mesh.start("x", id="p1")
-    claim = mesh.journal.claim("s|p1|1", worker="dead", token="t", version=0, crew=mesh.crew.name, crew_version="")
+    mesh.runner.paused = True
+    run = mesh.start("x", run_id="p1")
+    claim = mesh.runner.journal.claim(
+        "s|p1|1", worker="dead", token="t", version=0, crew=mesh.crew.name, crew_version=""
+    )
     assert isinstance(asyncio.run(claim), Claimed)
-    mesh.messages.clear()
-    mesh.paused = False
-    asyncio.run(mesh.journal.release("dead", crashed=True))
-    asyncio.run(mesh.run_until_idle())
+    mesh.runner.messages.clear()
+    mesh.runner.paused = False
+    asyncio.run(mesh.runner.journal.release("dead", crashed=True))
+    asyncio.run(mesh.runner.run_until_idle())
     return run
 
 
@@ -221,7 +223,7 @@ def test_at_most_once_with_a_crash_waits_for_a_person() -> None:
     bank, done = once_crew()
     mesh = FakeMesh(bank())
     run = crash_inside_the_tool(mesh)
-    (item,) = run.waiting_for
+    (item,) = run.waiting_for()
     assert (item.why, item.n, done) == ("in_doubt", 1, [])
     run.resolve(item, "done", value="paid 5", by="ana")
     assert run.result() == "paid 5"
@@ -236,7 +238,7 @@ def test_at_most_once_reconciled() -> None:
         assert (run.result(), done) == (value, calls)
     bank, done = once_crew(lambda key: Unknown)
     run = crash_inside_the_tool(FakeMesh(bank()))
-    assert ([i.why for i in run.waiting_for], done) == (["in_doubt"], [])
+    assert ([i.why for i in run.waiting_for()], done) == (["in_doubt"], [])
 
 
 def test_a_retry_with_back_off_inside_a_gather() -> None:
@@ -279,21 +281,21 @@ def test_a_delegate_whose_child_is_cancelled() -> None:
 
     mesh = FakeMesh(Crew(Boss(), Patient()))
     run = mesh.start("x")
-    Run("r1/1", mesh.client).cancel(by="ana")
+    mesh.get("r1/1").cancel(by="ana")
     assert run.result() == "without it: r1/1"
     assert story(run) == [
         "RunStarted", "StepPlanned 1 Delegate Patient", "StepFailed 1", "StepPlanned 2 Sleep sleep", "Woken 2", "RunDone",
     ]  # fmt: skip
-    assert story(Run("r1/1", mesh.client))[-1] == "RunCancelled"
+    assert story(mesh.get("r1/1"))[-1] == "RunCancelled"
 
 
 def test_words_that_come_too_late_are_refused() -> None:
     mesh = FakeMesh(Crew(Payer()))
     run = mesh.start("1")
-    (item,) = run.waiting_for
+    (item,) = run.waiting_for()
     run.approve(item)
     assert run.result() == "paid 1"
-    answer = asyncio.run(mesh.journal.signal(run.id, Approved(n=1)))
+    answer = asyncio.run(mesh.runner.journal.signal(run.run_id, Approved(n=1)))
     assert (answer.why, answer.detail) == ("ended", "done")  # type: ignore[union-attr]
 
 

@@ -1,0 +1,55 @@
+"""How documents are added, and where they come from."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypedDict
+
+from agentmesh.errors import DefinitionError
+from agentmesh.rag.documents import Value
+from agentmesh.rag.ingestion.plan import IngestRequest
+
+Paths = str | Path | Iterable[str | Path]
+
+
+class AddOptions(TypedDict, total=False):
+    """How documents are added; what is left out is as `Retriever.ingest` has it.
+
+    Attributes:
+        glob: which files of the folders, such as `**/*.md`; every kind that a loader knows when left out.
+        label: what the sources' names begin with; each folder's own name when left out.
+        size: characters in a passage, at most.
+        overlap: characters that a passage shares with the one before.
+        encoding: of text files.
+        metadata: of every passage, for `where`.
+        sync: documents that vanished from these folders leave the store.
+        force: also when a folder is empty, or more than half of it vanished.
+        window: packs of documents in flight at once.
+    """
+
+    glob: str
+    label: str
+    size: int
+    overlap: int
+    encoding: str
+    metadata: Mapping[str, Value] | None
+    sync: bool
+    force: bool
+    window: int
+
+
+def check_paths(request: IngestRequest) -> None:
+    """Nothing, where all paths of an ingest are there.
+
+    Raises:
+        DefinitionError: one is not, or a file is to be synced.
+    """
+    for path in request.paths:
+        if not os.path.exists(path):
+            raise DefinitionError(
+                f"there is no folder or file {path!r}", hint="name one that is there, for the workers too"
+            )
+        if request.sync and not os.path.isdir(path):
+            raise DefinitionError(
+                f"sync compares folders with the store, and {path!r} is a file", hint="name its folder"
+            )
