@@ -124,8 +124,8 @@ def _fresh() -> None:
 
 def test_a_run_of_new_kinds_from_begin_to_end() -> None:
     mesh = FakeMesh(crew)
-    run = mesh.start("7", id="r")
-    (item,) = run.waiting_for
+    run = mesh.start("7", run_id="r")
+    (item,) = run.waiting_for()
     assert (item.n, item.name, dict(item.args), item.why) == (2, "paid", {"about": "order 7"}, "signal:paid")
     run.resolve(item, "done", value={"by": "ana"})
     assert run.result() == VALUE
@@ -136,14 +136,14 @@ def test_a_run_of_new_kinds_from_begin_to_end() -> None:
     ]  # fmt: skip
     shown = [describe_event("r", e) for e in run.events()]
     assert any(line.endswith("  2 Signal paid") for line in shown)
-    assert mesh.now_ms >= 1_000_000 + 86_400_000
+    assert mesh.runner.now_ms >= 1_000_000 + 86_400_000
 
 
 def test_its_function_fails_as_a_tool_does() -> None:
     FAILING.add("b")
     mesh = FakeMesh(crew)
-    run = mesh.start("7", id="r")
-    run.resolve(run.waiting_for[0], "done", value={"by": "ana"})
+    run = mesh.start("7", run_id="r")
+    run.resolve(run.waiting_for()[0], "done", value={"by": "ana"})
     with pytest.raises(RunFailed, match="Fetch `left` raised OSError: b does not answer"):
         run.result()
     assert FETCHED == {"a": 1, "b": 3, "c": 1}  # two retries
@@ -153,8 +153,8 @@ def test_its_function_fails_as_a_tool_does() -> None:
 def test_a_retry_of_the_run_keeps_what_was_done() -> None:
     FAILING.add("b")
     mesh = FakeMesh(crew)
-    run = mesh.start("7", id="r")
-    run.resolve(run.waiting_for[0], "done", value={"by": "ana"})
+    run = mesh.start("7", run_id="r")
+    run.resolve(run.waiting_for()[0], "done", value={"by": "ana"})
     FAILING.clear()
     again = run.retry()
     assert again.result() == VALUE  # the keys are those of the first run
@@ -164,12 +164,12 @@ def test_a_retry_of_the_run_keeps_what_was_done() -> None:
 
 def test_a_signal_that_failed_is_asked_for_again_in_a_retry() -> None:
     mesh = FakeMesh(crew)
-    run = mesh.start("7", id="r")
-    run.resolve(run.waiting_for[0], "failed", by="ana")
+    run = mesh.start("7", run_id="r")
+    run.resolve(run.waiting_for()[0], "failed", by="ana")
     with pytest.raises(RunFailed, match="step 2, paid: ana reported that it failed"):
         run.result()
     again = run.retry()
-    (item,) = again.waiting_for
+    (item,) = again.waiting_for()
     assert (item.run_id, item.n, item.why) == ("r~2", 2, "signal:paid")
     again.resolve(item, "done", value={"by": "ana"})
     assert again.result() == VALUE
@@ -179,11 +179,11 @@ def test_a_signal_that_failed_is_asked_for_again_in_a_retry() -> None:
 def test_a_signal_takes_no_decision_but_its_own(decision: str) -> None:
     """A worker can do nothing for it: were it queued, it would be claimed and never end."""
     mesh = FakeMesh(crew)
-    run = mesh.start("7", id="r")
-    (item,) = run.waiting_for
+    run = mesh.start("7", run_id="r")
+    (item,) = run.waiting_for()
     with pytest.raises(Exception, match="step 2 of run r is not waiting for this"):
         run.resolve(item, "retry") if decision == "retry" else getattr(run, decision)(item)
-    assert run.waiting_for == [item]
+    assert run.waiting_for() == [item]
 
 
 def test_a_function_may_speak_to_whoever_asked() -> None:

@@ -11,6 +11,7 @@ from agentmesh.engine.run import Run
 from agentmesh.journal import events
 from agentmesh.journal.codec import decode_event, encode_event
 from agentmesh.journal.run_spec import RunSpec, rules
+from agentmesh.journal.types import NewRun
 from agentmesh.schema import dumps
 from agentmesh.testing import FakeMesh
 
@@ -56,19 +57,19 @@ def test_a_new_field_goes_to_children_and_retries(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(events.KINDS, "RunStarted", RunStarted)
     BROKEN.add("x")
     mesh = FakeMesh(Crew(Outer()))
-    new = mesh.new_run(Outer(), "x", "r")
-    asyncio.run(mesh.begin(replace(new, spec=RunStarted(**vars(new.spec), tenant="acme", note="once", spent=3))))
-    run = Run[Any]("r", mesh.client)
+    spec = RunStarted(crew=mesh.runner.crew.name, agent="Outer", task="x", tenant="acme", note="once", spent=3)
+    asyncio.run(mesh.runner.begin(NewRun("r", spec, mesh.runner.dispatch.advance("r", "Outer", ""))))
+    run = mesh.get("r")
     with pytest.raises(RunFailed):
         run.result()
     assert (started(run).tenant, started(run).note, started(run).spent) == ("acme", "once", 3)
-    child = Run[Any]("r/1", mesh.client)
+    child = mesh.get("r/1")
     assert (started(child).tenant, started(child).note, started(child).spent) == ("acme", "", 3)
     BROKEN.clear()
     again = run.retry()
     assert again.result() == "X"
     assert (started(again).tenant, started(again).note, started(again).spent) == ("acme", "", 3)
-    assert started(Run("r~2/1", mesh.client)).tenant == "acme"
+    assert started(mesh.get("r~2/1")).tenant == "acme"
     assert started(again).retry(spent=4).spent == 7
 
 

@@ -1,5 +1,6 @@
 """A cache bounded in bytes; and a worker whose runs have large values stays small, with nothing lost by an eviction."""
 
+import asyncio
 import gc
 import random
 import threading
@@ -157,7 +158,7 @@ class Chain(Agent[int]):
 
 def engine_of(mesh: FakeMesh, max_bytes: int) -> HistoryCache:
     cache = HistoryCache(max_bytes)
-    mesh.engines[0]._history_cache = cache
+    mesh.runner.engines[0]._history_cache = cache
     return cache
 
 
@@ -169,8 +170,8 @@ def test_a_thousand_runs_of_large_values_leave_a_worker_small() -> None:
     try:
         before, _ = tracemalloc.get_traced_memory()
         for i in range(1_000):
-            mesh.start(str(i), id=f"w{i}")
-            lines = mesh.journal.tables.lists[f"ev:w{i}"]
+            mesh.start(str(i), run_id=f"w{i}")
+            lines = mesh.runner.journal.tables.lists[f"ev:w{i}"]
             lines[:] = [line if len(line) < VALUE_BYTES else f"{i}" for line in lines]
         gc.collect()
         held = tracemalloc.get_traced_memory()[0] - before
@@ -189,11 +190,11 @@ def test_a_weight_is_that_of_the_memory() -> None:
             before, _ = tracemalloc.get_traced_memory()
             cache = HistoryCache(10_000 * MIB)
             mesh = FakeMesh(Steps())
-            mesh.engines[0]._history_cache = cache
+            mesh.runner.engines[0]._history_cache = cache
             for i in range(runs // 20):
-                mesh.start([value, i], id=f"s{i}")
-            mesh.journal.tables.lists.clear()
-            mesh.journal.tables.hashes.clear()
+                mesh.start([value, i], run_id=f"s{i}")
+            mesh.runner.journal.tables.lists.clear()
+            mesh.runner.journal.tables.hashes.clear()
             gc.collect()
             held = tracemalloc.get_traced_memory()[0] - before
         finally:
@@ -222,13 +223,13 @@ def test_an_eviction_costs_a_read_and_nothing_else(max_bytes: int) -> None:
     """Many runs at once over a cache that holds none, few, or some of them."""
     mesh = FakeMesh(Chain(), workers=2)
     caches = []
-    for engine in mesh.engines:
+    for engine in mesh.runner.engines:
         cache = engine._history_cache = HistoryCache(max_bytes)
         caches.append(cache)
-    mesh.paused = True
-    runs = [mesh.start(f"{i}", id=f"c{i}") for i in range(6)]
-    mesh.paused = False
-    mesh._run_sync(mesh.run_until_idle())
+    mesh.runner.paused = True
+    runs = [mesh.start(f"{i}", run_id=f"c{i}") for i in range(6)]
+    mesh.runner.paused = False
+    asyncio.run(mesh.runner.run_until_idle())
     assert [run.result(timeout_s=0) for run in runs] == [4 * (VALUE_BYTES + 1) + 12 * 5] * 6
     for run in runs:
         done = [e.n for e in run.events() if isinstance(e, StepDone)]

@@ -77,31 +77,31 @@ def test_every_open_run_goes_on(mesh: Mesh, eventually: Callable[..., None]) -> 
     assert (started.agent, started.task, started.parent, started.parent_n) == ("Child", "approve", "child", 1)
     assert mesh.get("failed").retry().run_id == "failed~2"
     assert {"limited": "limit:turns", "doubt": "in_doubt", "poison": "quarantined", "mixed": "approve"}.items() <= {
-        run_id: item.why for run_id in ENDS for item in mesh.get(run_id).waiting_for if item.run_id.startswith(run_id)
+        run_id: item.why for run_id in ENDS for item in mesh.get(run_id).waiting_for() if item.run_id.startswith(run_id)
     }.items()
-    (refund,) = mesh.get("mixed").waiting_for
+    (refund,) = mesh.get("mixed").waiting_for()
     assert (refund.name, dict(refund.args)) == ("refund", {"order": 8})
     worker = WorkerProcess(CREW, mesh.config).start()
     try:
         for run_id in APPROVE:
             run = mesh.get(run_id)
-            eventually(lambda run=run: run.waiting_for, timeout_s=20)
-            (item,) = (a for a in run.waiting_for if a.why == "approve")
+            eventually(lambda run=run: run.waiting_for(), timeout_s=20)
+            (item,) = (a for a in run.waiting_for() if a.why == "approve")
             run.approve(item, by="ana")
         for run_id in ("doubt", "cut~2"):
             run = mesh.get(run_id)
-            eventually(lambda run=run: run.waiting_for, timeout_s=20)
-            (item,) = run.waiting_for
+            eventually(lambda run=run: run.waiting_for(), timeout_s=20)
+            (item,) = run.waiting_for()
             assert (item.name, item.why) == ("pay", "in_doubt")
             run.resolve(item, "done", value="paid by hand")
-        (poison,) = mesh.get("poison").waiting_for
+        (poison,) = mesh.get("poison").waiting_for()
         mesh.get("poison").revive(poison)
         for run_id in (
             "ask",
             "limited",
         ):  # the limit holds, also for a step whose entry and message are older than its lane
             run = mesh.get(run_id)
-            eventually(lambda run=run: [a.why for a in run.waiting_for] == ["limit:turns"], timeout_s=20)
+            eventually(lambda run=run: [a.why for a in run.waiting_for()] == ["limit:turns"], timeout_s=20)
             run.raise_limits({"turns": 5})
         ends = {run_id: mesh.get(run_id).result(timeout_s=60) for run_id in ENDS}
     finally:

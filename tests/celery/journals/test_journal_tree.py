@@ -295,10 +295,10 @@ def test_all_events_of_a_tree_are_those_of_its_runs() -> None:
     mesh = FakeMesh(Top())
     run = mesh.start("x")
     assert run.result() == 16
-    got = asyncio.run(tree_events(mesh.journal, run.id))
-    runs = asyncio.run(mesh.journal.tree(run.id))
+    got = asyncio.run(tree_events(mesh.runner.journal, run.run_id))
+    runs = asyncio.run(mesh.runner.journal.tree(run.run_id))
     assert sorted({r for r, _ in got}) == sorted(runs)
     for member in runs:
-        assert [e for r, e in got if r == member] == asyncio.run(mesh.journal.events(member))
+        assert [e for r, e in got if r == member] == asyncio.run(mesh.runner.journal.events(member))
     assert isinstance(got[1][1], StepPlanned)
     assert sum(isinstance(e, StepDone) for _, e in got) == 8

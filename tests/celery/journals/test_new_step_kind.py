@@ -21,8 +21,8 @@ def test_new_kinds_run_in_a_worker(valkey: Any, eventually: Callable[..., None],
     mesh = Mesh(load_crew(CREW), config=config)
     worker = WorkerProcess(CREW, config, env={"TOMORROW_S": "0.3"}).start()
     try:
-        run = mesh.start(mesh.crew.lead, "7", id="r")
-        eventually(lambda: run.waiting_for)
+        run = mesh.start(mesh.crew.lead, "7", run_id="r")
+        eventually(lambda: run.waiting_for())
         show_run("r", broker=config.broker, as_json=False, file=None)
         shown = capsys.readouterr().out
         assert "StepPlanned    1 Fetch page" in shown
@@ -31,9 +31,9 @@ def test_new_kinds_run_in_a_worker(valkey: Any, eventually: Callable[..., None],
         with pytest.raises(Exception, match="step 2 of run r is not waiting for this"):
             tell_run("r", "approve", n=2, broker=config.broker)
         tell_run("r", "resolve", n=2, action="failed", broker=config.broker)
-        eventually(lambda: run.status == "failed")
+        eventually(lambda: run.status() == "failed")
         again = run.retry()
-        eventually(lambda: again.waiting_for)
+        eventually(lambda: again.waiting_for())
         tell_run("r~2", "resolve", n=2, action="done", value='{"by": "ana"}', broker=config.broker)
         assert again.result(timeout_s=30) == VALUE
     finally:
