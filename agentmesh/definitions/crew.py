@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic
+
+from typing_extensions import TypeVar
 
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.limits import Limits
@@ -21,10 +23,13 @@ from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_me
 
 CREW_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 DEFAULT_QUEUE = "main"
+Out_co = TypeVar("Out_co", default=Any, covariant=True)
 
 
-class Crew:
+class Crew(Generic[Out_co]):
     """What a program declares: its agents (the first one leads), closed over `team`.
+
+    `Crew[Verdict]` is a crew whose lead gives a Verdict: what a run of the crew gives.
 
     Args:
         name: of the broker queues `agentmesh.NAME.QUEUE`; the file's stem when left out.
@@ -41,10 +46,11 @@ class Crew:
     """
 
     def __init__(
-        self, lead: Agent[Any], *agents: Agent[Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
+        self, lead: Agent[Out_co, Any], *agents: Agent[Any, Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
         limits: Limits | None = None, schedules: Sequence[Schedule] = (), version: str = "", deps: Any = None, extensible: bool = False,
     ) -> None:  # fmt: skip
-        self.lead, self.model, self.version, self.deps, self.extensible = lead, model, version, deps, extensible
+        self.lead: Agent[Out_co, Any] = lead
+        self.model, self.version, self.deps, self.extensible = model, version, deps, extensible
         self.limits = limits or Limits()
         self.file = _caller_file(inspect.currentframe())
         self.name = name or _default_name(self.file)
@@ -56,7 +62,7 @@ class Crew:
                 f"crew {self.name!r} has several queues with the same name: {', '.join(q.name for q in queues)}"
             )
         self._check_devices()
-        self.agents: dict[str, Agent[Any]] = {}
+        self.agents: dict[str, Agent[Any, Any]] = {}
         self.tools: dict[str, Tool[..., Any]] = {}
         for agent in (lead, *agents, *(s.agent for s in schedules)):
             self._add(agent)
@@ -71,7 +77,7 @@ class Crew:
         """The first queue: where steps go that name none."""
         return next(iter(self.queues))
 
-    def _add(self, agent: Agent[Any]) -> None:
+    def _add(self, agent: Agent[Any, Any]) -> None:
         if isinstance(agent, type):
             raise DefinitionError(
                 f"crew {self.name!r} was given the class {agent.__name__}", hint=f"write `{agent.__name__}()`"
@@ -138,7 +144,7 @@ class Crew:
                 f"{who} names queue {queue!r}", hint=f"the crew has {names}.{did_you_mean(queue, self.queues)}"
             )
 
-    def _check_model(self, agent: Agent[Any]) -> None:
+    def _check_model(self, agent: Agent[Any, Any]) -> None:
         model = agent.model or self.model
         if isinstance(model, str) and ":" not in model:
             raise DefinitionError(
@@ -152,17 +158,17 @@ class Crew:
             )
             raise DefinitionError(f"agent `{agent.name}` has model {model!r}, which is not a model: {mend}")
 
-    def absorb(self, other: "Crew") -> None:
+    def absorb(self, other: "Crew[Any]") -> None:
         """Another crew's agents too; the newest class of a name wins (a notebook's cell that was run again)."""
         self.agents.update(other.agents)
         self.tools.update(other.tools)
 
-    def register_delegate(self, agent: Agent[Any]) -> None:
+    def register_delegate(self, agent: Agent[Any, Any]) -> None:
         """A flow delegates to this agent; an open crew takes it in."""
         if self.extensible and agent.name not in self.agents:
             self._add(agent)
 
-    def agent(self, name: str, fields: Mapping[str, Any] | None = None) -> Agent[Any]:
+    def agent(self, name: str, fields: Mapping[str, Any] | None = None) -> Agent[Any, Any]:
         """The agent of this name, with these fields.
 
         Raises:
@@ -266,10 +272,10 @@ def _default_name(file: str) -> str:
     return f"kernel-{hashlib.blake2b(f'{os.getpid()}{sys.argv}'.encode(), digest_size=4).hexdigest()}"
 
 
-def _defined_at(agent: Agent[Any]) -> str:
+def _defined_at(agent: Agent[Any, Any]) -> str:
     return f"{type(agent).__module__}.{type(agent).__qualname__}"
 
 
-def _is_redefinition(old: Agent[Any], new: Agent[Any]) -> bool:
+def _is_redefinition(old: Agent[Any, Any], new: Agent[Any, Any]) -> bool:
     """A cell that was run again makes its class anew: the newest of a name wins."""
     return _defined_at(old) == _defined_at(new) and type(new).__module__ == "__main__"

@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from agentmesh.definitions.agent import Agent
-from agentmesh.definitions.step import Ask, Context
+from agentmesh.definitions.context import Context
+from agentmesh.definitions.step import Ask
 from agentmesh.message import Message, ToolSpec
 
 
@@ -28,7 +29,7 @@ class ModelRequest(BaseModel):
     options: Mapping[str, Any] = {}
 
 
-class Passthrough(Agent):
+class Passthrough(Agent[str, ModelRequest]):
     """Puts a question as it is, once. Every crew has it beside its own agents; its tools are for whoever asked to call."""
 
     name = "_asked"

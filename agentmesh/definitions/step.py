@@ -1,22 +1,21 @@
-"""What a flow may ask for: Ask, Call, Delegate, Approve, Sleep; and the Context it asks through."""
+"""What a flow may ask for: Ask, Call, Delegate, Approve, Sleep; and what a tool may: its ToolContext."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, overload
+from typing import Any, ClassVar, Generic, TypeVar
 
-from agentmesh.errors import StepError
 from agentmesh.message import Message, ToolSpec
 from agentmesh.schema import digest, from_json
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 RUNNING_INSIDE: ContextVar[str] = ContextVar(
     "agentmesh_inside", default=""
 )  # what this code runs in: a flow, a tool, or nothing
 
 
 @dataclass(frozen=True)
-class Step(Generic[T]):
+class Step(Generic[T_co]):
     """One unit of work to be journaled; asking for it does nothing until a Context is given it."""
 
     kind: ClassVar[str] = ""
@@ -26,7 +25,7 @@ class Step(Generic[T]):
         """What must not change while a run is open."""
         return digest(self.kind, self.name)
 
-    def decode(self, value: Any) -> T:
+    def decode(self, value: Any) -> T_co:
         """The step's value from the journal's JSON."""
         raise NotImplementedError
 
@@ -65,7 +64,7 @@ class Ask(Step[Message]):
 
 
 @dataclass(frozen=True)
-class Call(Step[T]):
+class Call(Step[T_co]):
     """Call a tool with these arguments (plain JSON)."""
 
     kind: ClassVar[str] = "Call"
@@ -76,9 +75,9 @@ class Call(Step[T]):
         """Name and arguments."""
         return digest(self.kind, self.name, self.arguments)
 
-    def decode(self, value: Any) -> T:
+    def decode(self, value: Any) -> T_co:
         """The tool's value."""
-        decoded: T = from_json(value, self.tool.returns)
+        decoded: T_co = from_json(value, self.tool.returns)
         return decoded
 
     def detail(self) -> Any:
@@ -87,7 +86,7 @@ class Call(Step[T]):
 
 
 @dataclass(frozen=True)
-class Delegate(Step[T]):
+class Delegate(Step[T_co]):
     """Have a sub-agent do a task, in a run of its own."""
 
     kind: ClassVar[str] = "Delegate"
@@ -98,9 +97,9 @@ class Delegate(Step[T]):
         """Name, fields and task."""
         return digest(self.kind, self.name, self.agent.fields_json(), self.task)
 
-    def decode(self, value: Any) -> T:
+    def decode(self, value: Any) -> T_co:
         """The sub-agent's value."""
-        decoded: T = from_json(value, self.agent.output)
+        decoded: T_co = from_json(value, self.agent.output)
         return decoded
 
 
@@ -150,60 +149,6 @@ class Sleep(Step[None]):
 
     def decode(self, value: Any) -> None:
         """Nothing: it is over."""
-
-
-class Context(Protocol):
-    """What a flow asks steps through. Between two asks a flow is plain code without clocks, randomness or I/O.
-
-    Args:
-        run_id: of this run.
-        started_at: seconds since the epoch, the store's; the same in every replay.
-        history: messages of an earlier conversation, which the default flow puts before the task.
-        messages: where a flow leaves its conversation for `run.messages`.
-    """
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def started_at(self) -> float: ...
-    @property
-    def history(self) -> Sequence[Message]: ...
-
-    messages: list[Message]
-
-    def do(self, step: Step[T]) -> T:
-        """The step's value, from the journal; where it is not there yet, the flow ends here for now.
-
-        Raises:
-            StepError: the step failed for good.
-        """
-        ...
-
-    @overload
-    def gather(
-        self, steps: Iterable[Step[T]], *, need: float | None = None, deadline_s: float | None = None, window: int = 0
-    ) -> list[T]: ...
-    @overload
-    def gather(
-        self, steps: Iterable[Step[T]], *, errors: Literal[True], deadline_s: float | None = None, window: int = 0
-    ) -> list[T | StepError]: ...
-    def gather(self, steps: Iterable[Step[T]], **how: Any) -> Any:
-        """The values of steps done side by side, in the order asked.
-
-        Args:
-            need: how many successes are enough: a count (int) or a fraction (float) of them, rounded up.
-            deadline_s: close after so many seconds with what is there.
-            errors: True gives each member's value or its StepError, once all have ended.
-            window: how many are in flight at once; 0 is all.
-
-        Returns:
-            All values; with `need` or `deadline_s` those of the members that succeeded in time.
-
-        Raises:
-            StepError: the first member that failed (neither need nor deadline_s given).
-            QuorumMissed: fewer than `need` succeeded.
-        """
-        ...
 
 
 @dataclass(frozen=True)

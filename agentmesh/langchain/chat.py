@@ -3,9 +3,11 @@
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from agentmesh.definitions.tool import Tool
+from typing_extensions import Unpack
+
+from agentmesh.definitions.tool import Tool, ToolOptions
 from agentmesh.errors import DefinitionError, ExtraMissing
 from agentmesh.message import Message, ToolCall, ToolSpec, Usage
 from agentmesh.model import Answer, Prompt
@@ -59,11 +61,11 @@ def as_model(chat: BaseChatModel) -> _ChatModel:
     return _ChatModel(chat)
 
 
-def as_tool(tool: BaseTool, **options: Any) -> Tool[..., Any]:
+def as_tool(tool: BaseTool, **options: Unpack[ToolOptions]) -> Tool[..., Any]:
     """A LangChain tool for `Agent.tools`, with its own name, description and arguments.
 
     Args:
-        options: as `@tool` takes them: timeout_s, retries, delivery, approve, queue.
+        options: as `@tool` takes them, without a name: see ToolOptions.
     """
     if not isinstance(tool, BaseTool):
         raise DefinitionError(f"as_tool takes a LangChain tool, not {type(tool).__name__}")
@@ -71,19 +73,25 @@ def as_tool(tool: BaseTool, **options: Any) -> Tool[..., Any]:
     async def call(**arguments: Any) -> Any:
         return await tool.ainvoke(arguments)
 
-    fields: dict[str, Any] = getattr(tool.get_input_schema(), "model_fields", {})  # pydantic v1 has none
+    name: str = tool.name
+    description: str = tool.description
+    arguments: Any = tool.tool_call_schema
+    fields: dict[str, Any] | None = getattr(arguments, "model_fields", None)
+    if fields is None:  # a JSON Schema, as langchain-mcp-adapters gives it, or a model of pydantic's first version
+        schema: dict[str, Any] = arguments if isinstance(arguments, dict) else arguments.schema()
+        made: Tool[..., Any] = Tool.from_schema(name, schema, call, description=description, **options)
+        return made
     parameters = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation,
+            field_name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[field.annotation, field],
             default=inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True),
         )
-        for name, field in fields.items()
+        for field_name, field in fields.items()
     ]  # fmt: skip
-    call.__name__ = tool.name
-    call.__doc__ = tool.description
+    call.__name__ = name
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     vars(call)["__signature__"] = inspect.Signature(parameters)
-    return Tool(call, name=tool.name, **options)
+    return Tool(call, name=name, description=description, **options)
 
 
 def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:

@@ -14,7 +14,7 @@ class Page(BaseModel):
     sources: list[str]
 
 
-class Writer(Agent[Page]):
+class Writer(Agent[Page, list[Note]]):
     """Writes a page that answers a question from notes."""
 
     question: str = ""
