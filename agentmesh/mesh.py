@@ -93,7 +93,7 @@ class Mesh:
 
     # ---- for users -----------------------------------------------------------------------------
     def start(
-        self, agent: Agent[Out], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        self, agent: Agent[Out, Any], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
     ) -> Run[Out]:  # fmt: skip
         """Begin a run and come back at once; the same id with the same task answers the run that is there.
@@ -109,13 +109,13 @@ class Mesh:
         self._refuse_inside_step("start")
         return run_sync(self.begin(agent, task, id=id, history=history, stream=stream, origin=origin))
 
-    def run(self, agent: Agent[Out], task: Any = "", *, timeout_s: float | None = None, **options: Any) -> Out:
+    def run(self, agent: Agent[Out, Any], task: Any = "", *, timeout_s: float | None = None, **options: Any) -> Out:
         """`start` and its result."""
         self._refuse_inside_step("run")
         return self.start(agent, task, **options).result(timeout_s=timeout_s)
 
     async def begin(
-        self, agent: Agent[Out], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        self, agent: Agent[Out, Any], task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
     ) -> Run[Out]:  # fmt: skip
         """`start`, for code on an event loop."""
@@ -129,7 +129,7 @@ class Mesh:
             )
         return self.get(spec.id)
 
-    def signature(self, agent: Agent[Any], task: Any = None) -> Signature:
+    def signature(self, agent: Agent[Any, Any], task: Any = None) -> Signature:
         """The agent as a signature of the app, for your own chain, group or chord; the result is the run's value.
 
         Without a task it takes what the canvas gives it: text as it is, anything else as JSON text.
@@ -142,7 +142,7 @@ class Mesh:
 
     s = signature  # Celery's own short word
 
-    def map(self, agent: Agent[Any], tasks: Iterable[Any]) -> group:
+    def map(self, agent: Agent[Any, Any], tasks: Iterable[Any]) -> group:
         """A group with one run a task, results in the order of the tasks: what Celery's `map` and `chunks` are used for."""
         return group([self.s(agent, task) for task in tasks])
 
@@ -299,7 +299,7 @@ class Mesh:
 
     # ---- parts ---------------------------------------------------------------------------------
     def _spec(
-        self, agent: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool, origin: str
+        self, agent: Agent[Any, Any], task: Any, run_id: str, history: Sequence[Message], stream: bool, origin: str
     ) -> RunSpec:
         if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
             raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")

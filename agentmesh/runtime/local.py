@@ -30,7 +30,7 @@ class _LocalRuntime:
         self._open: dict[str, tuple[Mesh, InProcessWorker, EmbeddedValkey | None]] = {}
         self._pid = os.getpid()
 
-    def mesh(self, agent: "Agent[Any] | Crew") -> "Mesh":
+    def mesh(self, agent: "Agent[Any, Any] | Crew") -> "Mesh":
         from agentmesh.config import load
 
         crew = agent if isinstance(agent, Crew) else Crew(agent, extensible=True)
@@ -66,7 +66,12 @@ _RUNTIME = _LocalRuntime()
 
 
 def start(
-    agent: "Agent[Out] | Crew", task: Any = "", *, id: str = "", history: Sequence[Message] = (), stream: bool = True
+    agent: "Agent[Out, Any] | Crew",
+    task: Any = "",
+    *,
+    id: str = "",
+    history: Sequence[Message] = (),
+    stream: bool = True,
 ) -> Run[Out]:
     """Begin a run and come back at once with its handle; a script or notebook needs nothing else.
 
@@ -87,7 +92,7 @@ def start(
 
 
 def run(
-    agent: "Agent[Out] | Crew",
+    agent: "Agent[Out, Any] | Crew",
     task: Any = "",
     *,
     id: str = "",

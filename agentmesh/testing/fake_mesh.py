@@ -30,7 +30,7 @@ class FakeMesh(LocalRunner):
     """
 
     def __init__(
-        self, agent: Agent[Any] | Crew, *, model: Any = (), workers: int = 1, start_ms: int = 1_000_000
+        self, agent: Agent[Any, Any] | Crew, *, model: Any = (), workers: int = 1, start_ms: int = 1_000_000
     ) -> None:
         crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
@@ -50,7 +50,7 @@ class FakeMesh(LocalRunner):
 
     def start(
         self,
-        agent_or_task: Agent[Any] | Any,
+        agent_or_task: Agent[Any, Any] | Any,
         task: Any = None,
         *,
         id: str = "",
@@ -64,7 +64,7 @@ class FakeMesh(LocalRunner):
         return Run(run_id, self.client)
 
     def spec(
-        self, agent: Agent[Any], task: Any, run_id: str, *, history: Sequence[Message] = (), stream: bool = True
+        self, agent: Agent[Any, Any], task: Any, run_id: str, *, history: Sequence[Message] = (), stream: bool = True
     ) -> RunSpec:
         """What a run of this agent is begun with."""
         return RunSpec(
@@ -73,7 +73,7 @@ class FakeMesh(LocalRunner):
             wire=LocalDispatch().advance(run_id, agent.name, ""), stream=stream,
         )  # fmt: skip
 
-    def run(self, agent_or_task: Agent[Any] | Any, task: Any = None, **options: Any) -> Any:
+    def run(self, agent_or_task: Agent[Any, Any] | Any, task: Any = None, **options: Any) -> Any:
         """`start` and its result.
 
         Raises:

@@ -9,10 +9,10 @@ import pytest
 from agentmesh import errors, tool
 from agentmesh.config import load
 from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.context import Context
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.limits import Limits
 from agentmesh.definitions.queue import Queue
-from agentmesh.definitions.step import Context
 from agentmesh.errors import (
     ConfigError,
     DefinitionError,
