@@ -75,7 +75,8 @@ def as_tool(tool: BaseTool, **options: Unpack[ToolOptions]) -> Tool[..., Any]:
 
     name: str = tool.name
     description: str = tool.description
-    arguments: Any = tool.tool_call_schema
+    given: Any = tool.args_schema
+    arguments: Any = given if isinstance(given, dict) else tool.tool_call_schema  # that without what is injected
     fields: dict[str, Any] | None = getattr(arguments, "model_fields", None)
     if fields is None:  # a JSON Schema, as langchain-mcp-adapters gives it, or a model of pydantic's first version
         schema: dict[str, Any] = arguments if isinstance(arguments, dict) else arguments.schema()
