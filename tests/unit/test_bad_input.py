@@ -46,13 +46,13 @@ def test_agents() -> None:
         class A(Agent):
             tools = (plain,)  # type: ignore[assignment]
 
-    with pytest.raises(DefinitionError, match="a flow is a plain `def`"):
+    with pytest.raises(DefinitionError, match="its flow is not a plain `def`; wait with ctx.do"):
 
         class B(Agent):
             async def flow(self, task: str, ctx: Context) -> str:  # type: ignore[override]
                 return ""
 
-    with pytest.raises(DefinitionError, match=r"a flow is `def flow\(self, task, ctx\)`"):
+    with pytest.raises(DefinitionError, match=r"its flow takes .*; write `def flow\(self, task, ctx\)`"):
 
         class C(Agent):
             def flow(self, task: str) -> str:  # type: ignore[override]
