@@ -1,4 +1,4 @@
-"""Types to JSON Schema and JSON to types: the one place where pydantic is asked."""
+"""Types to JSON Schema, values to JSON and back, by pydantic."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def from_json(data: Any, kind: Any) -> Any:
     """The value of type `kind` that plain JSON stands for.
 
     Raises:
-        pydantic.ValidationError: it is not one.
+        pydantic.ValidationError: the data does not fit the type.
     """
     if kind is str and type(data) is str:
         return data
@@ -57,7 +57,7 @@ def json_schema(kind: Any) -> dict[str, Any]:
 
 
 def dumps(data: Any) -> str:
-    """Compact JSON text of plain values; for what is stored, not for what is compared."""
+    """Compact JSON text of plain values, to be stored; `canonical` is for what is compared."""
     return to_json_bytes(data).decode()
 
 
@@ -67,7 +67,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def canonical(data: Any) -> str:
-    """JSON text that equal values share: sorted keys, no spaces."""
+    """JSON text that is the same for equal values: sorted keys, no spaces."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -77,7 +77,7 @@ def digest(*parts: Any) -> str:
 
 
 def explain(error: ValidationError) -> str:
-    """What is wrong with a value, in one line a model or a person can act on."""
+    """What is wrong with a value, in one line for a model or a person."""
     return "; ".join(
         f"{'.'.join(str(p) for p in e['loc']) or 'value'}: {e['msg']}" for e in error.errors(include_url=False)[:5]
     )

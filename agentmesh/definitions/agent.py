@@ -28,8 +28,8 @@ CODE_FENCE = re.compile(r"^\s*```[a-z]*\n(.*?)\n?```\s*$", re.DOTALL)
 class Agent(Generic[Out_co, In_contra]):
     """A role that a model plays, or plain code: subclass it.
 
-    Class attributes say what it is. Annotated attributes without a default, or with one, are typed fields: they are
-    given at construction and travel as JSON with a Delegate.
+    Class attributes say what it is. Annotated attributes are typed fields, with or without a default: they are given at
+    construction and travel as JSON with a Delegate.
 
     `Agent` takes text and gives text, `Agent[Verdict]` takes text and gives a Verdict, `Agent[Verdict, Order]` takes an
     Order. Both types need a JSON form: what pydantic has a schema for.
@@ -40,8 +40,10 @@ class Agent(Generic[Out_co, In_contra]):
         tools: functions the model may call.
         team: agents the model may delegate to.
         options: temperature, max_tokens, seed, stop: given to the model as they are.
-        queue: where its model calls wait; "" is the model's own queue or the crew's first.
-        retries: how often a failed model call is tried again after what the model's client did itself.
+        queue: of the crew, where its model calls wait; "" is the model's own queue or the crew's first.
+        retries: how often a failed model call is retried, after the retries of the model's client.
+        timeout_s: of one model call.
+        name: the class's own when left out.
     """
 
     model: ClassVar[Any] = None
@@ -65,7 +67,9 @@ class Agent(Generic[Out_co, In_contra]):
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
         if not AGENT_NAME.fullmatch(cls.name):
-            raise DefinitionError(f"agent name {cls.name!r} must be letters, digits and `_`, at most 64")
+            raise DefinitionError(
+                f"agent name {cls.name!r} is not allowed", hint="use letters, digits and `_`, at most 64 characters"
+            )
         cls._types = type_arguments(cls, Agent, cls._types)
         if "output" not in cls.__dict__:
             cls.output = cls._types[0]
@@ -96,10 +100,10 @@ class Agent(Generic[Out_co, In_contra]):
     @overload
     def on(self, task: In_contra) -> Step[Out_co]: ...
     def on(self, task: Any = "") -> Step[Out_co]:
-        """The step that has this agent do a task, in a run of its own.
+        """The step that gives this agent a task, in a run of its own.
 
         Raises:
-            DefinitionError: the task is not what the agent's flow takes.
+            DefinitionError: the task is not of the type that the agent takes.
         """
         return Delegate(self.name, self, self.task_json(task))
 
@@ -107,7 +111,7 @@ class Agent(Generic[Out_co, In_contra]):
         """A task as JSON.
 
         Raises:
-            DefinitionError: it is not what the flow takes.
+            DefinitionError: it is not of the type that the agent takes.
         """
         task_type = self.task_type
         if task_type is str and not isinstance(task, str):
@@ -122,7 +126,7 @@ class Agent(Generic[Out_co, In_contra]):
 
     # ---- the default flow ----------------------------------------------------------------------
     def flow(self, task: In_contra, ctx: Context) -> Out_co:
-        """Ask, act on the tool calls together, ask again: written with the words every flow has."""
+        """Ask the model, call the tools it asks for side by side, and ask again, until it answers without a call."""
         text = task if isinstance(task, str) else canonical(to_json(task, self.task_type))
         messages = ctx.messages = [*ctx.history, user(text)]
         corrected = False
@@ -144,7 +148,7 @@ class Agent(Generic[Out_co, In_contra]):
         """The step that asks this agent's model, with its instructions, tools and team.
 
         Args:
-            plain: for words; else the answer is held to the agent's output type.
+            plain: the answer is free text; else it has to meet the JSON Schema of the agent's output.
         """
         head = (system(self.instructions),) if self.instructions else ()
         schema = None if plain else self.schema()
@@ -154,14 +158,14 @@ class Agent(Generic[Out_co, In_contra]):
         )  # fmt: skip
 
     def tool_specs(self) -> list[ToolSpec]:
-        """The tools and the team as the model sees them."""
+        """The tools and the team as the model sees them, made once."""
         cached: list[ToolSpec] | None = self.__dict__.get("_specs")
         if cached is None:
             cached = self.__dict__["_specs"] = [t.spec for t in self.tools] + [a.as_tool() for a in self.team]
         return cached
 
     def schema(self) -> dict[str, Any] | None:
-        """The JSON Schema of the answer's text; None for plain text. What is no object is wrapped as `value`."""
+        """The JSON Schema of the answer's text; None for plain text. A type that is not an object is wrapped as `value`."""
         if self.output is str:
             return None
         schema = json_schema(self.output)
@@ -182,14 +186,14 @@ class Agent(Generic[Out_co, In_contra]):
         return ToolSpec(self.name, about or f"Delegate to {self.name}.", parameters)
 
     def call_tools(self, calls: Sequence[ToolCall], ctx: Context) -> list[Message]:
-        """What came of the calls a model asked for together: one message each, in order."""
+        """The results of the calls that a model asked for together: one message each, in order."""
         steps = [self.step_for(call) for call in calls]
-        ended = iter(ctx.gather([s for s in steps if isinstance(s, Step)], errors=True))
-        texts = [_outcome_text(next(ended)) if isinstance(s, Step) else s for s in steps]
+        outcomes = iter(ctx.gather([s for s in steps if isinstance(s, Step)], errors=True))
+        texts = [_outcome_text(next(outcomes)) if isinstance(s, Step) else s for s in steps]
         return [tool_result(call, text) for call, text in zip(calls, texts, strict=True)]
 
     def step_for(self, call: ToolCall) -> Step[Any] | str:
-        """The step that a model's call asks for, or what to tell the model is wrong with it."""
+        """The step that a model's call asks for, or the error text for the model."""
         try:
             for tool in self.tools:
                 if tool.name == call.name:
@@ -204,13 +208,13 @@ class Agent(Generic[Out_co, In_contra]):
             missing = "it needs `task`" if isinstance(e, KeyError) else str(e)
             return f"error: {missing}; call {call.name} again"
         names = ", ".join(s.name for s in self.tool_specs())
-        return f"error: there is no tool {call.name!r}; there are: {names or 'none'}"
+        return f"error: unknown tool {call.name!r}; use one of: {names or 'none'}"
 
     def parse_output(self, text: str) -> Out_co:
         """The model's last text as the agent's output type.
 
         Raises:
-            OutputInvalid: it is not one.
+            OutputInvalid: it does not have that type.
         """
         if self.output is str:
             return cast(Out_co, text)
@@ -228,36 +232,35 @@ class Agent(Generic[Out_co, In_contra]):
             raise OutputInvalid(f"the answer of `{self.name}` is not JSON for {type_name(self.output)}: {e}") from None
 
 
-def _outcome_text(ended: Any) -> str:
-    """What a model is told of a step's end; a failure that is not for a model goes up."""
-    if isinstance(ended, StepError):
-        if isinstance(ended, ApprovalDenied) or (isinstance(ended, ToolError) and ended.again):
-            return str(ended)
-        raise ended
-    return ended if isinstance(ended, str) else canonical(to_json(ended))
+def _outcome_text(outcome: Any) -> str:
+    """A step's value or error as a model reads it; an error that the model cannot mend is raised."""
+    if isinstance(outcome, StepError):
+        if isinstance(outcome, ApprovalDenied) or (isinstance(outcome, ToolError) and outcome.again):
+            return str(outcome)
+        raise outcome
+    return outcome if isinstance(outcome, str) else canonical(to_json(outcome))
 
 
 def _check_tools_and_team(cls: type["Agent[Any, Any]"]) -> None:
     seen: set[str] = set()
-    for act in [*cls.tools, *cls.team]:
-        if isinstance(act, type) and issubclass(act, Agent):
+    for member in [*cls.tools, *cls.team]:
+        if isinstance(member, type) and issubclass(member, Agent):
             raise DefinitionError(
-                f"agent `{cls.__name__}`: team has the class {act.__name__}", hint=f"write `{act.__name__}()`"
+                f"agent `{cls.__name__}`: team has the class {member.__name__}", hint=f"write `{member.__name__}()`"
             )
-        if not isinstance(act, Tool | Agent):
-            raise DefinitionError(f"agent `{cls.__name__}`: {act!r} is not a tool{_langchain_advice(act)}")
-        if act.name in seen:
+        if not isinstance(member, Tool | Agent):
+            raise DefinitionError(f"agent `{cls.__name__}`: {member!r} is not a tool", hint=_tool_hint(member))
+        if member.name in seen:
             raise NameTaken(
-                f"agent `{cls.__name__}` has two tools or team members named {act.name!r}", hint="rename one"
+                f"agent `{cls.__name__}` has two tools or team members named {member.name!r}", hint="rename one"
             )
-        seen.add(act.name)
+        seen.add(member.name)
 
 
-def _langchain_advice(act: Any) -> str:
-    module = type(act).__module__.partition(".")[0]
-    if module.startswith("langchain"):
-        return "; write `agentmesh.langchain.as_tool(it)`"
-    return f"; write `@tool` above `def {act.__name__}`" if inspect.isfunction(act) else ""
+def _tool_hint(value: Any) -> str:
+    if type(value).__module__.startswith("langchain"):
+        return "write `agentmesh.langchain.as_tool(it)`"
+    return f"write `@tool` above `def {value.__name__}`" if inspect.isfunction(value) else "use `@tool` on a function"
 
 
 def _is_object(schema: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What a flow asks steps through."""
+"""How a flow asks for steps: one with `do`, several side by side with `gather`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol, TypeVar, overload
@@ -17,13 +17,13 @@ T6 = TypeVar("T6")
 
 
 class Context(Protocol):
-    """What a flow asks steps through. Between two asks a flow is plain code without clocks, randomness or I/O.
+    """What a flow asks for steps. Between two steps a flow is plain code without clocks, randomness or I/O.
 
     Args:
         run_id: of this run.
-        started_at: seconds since the epoch, the store's; the same in every replay.
+        started_at: seconds since the epoch, by the clock of the journal's store; the same in every replay.
         history: messages of an earlier conversation, which the default flow puts before the task.
-        messages: where a flow leaves its conversation for `run.messages`.
+        messages: the flow puts its conversation here, for `run.messages`.
     """
 
     @property
@@ -36,7 +36,7 @@ class Context(Protocol):
     messages: list[Message]
 
     def do(self, step: Step[T]) -> T:
-        """The step's value, from the journal; where it is not there yet, the flow ends here for now.
+        """The step's value, from the journal; while it is not there, the flow is suspended here.
 
         Raises:
             StepError: the step failed for good.
@@ -107,9 +107,9 @@ class Context(Protocol):
 
         Args:
             need: how many successes are enough: a count (int) or a fraction (float) of them, rounded up.
-            deadline_s: close after so many seconds with what is there.
+            deadline_s: the gather closes after so many seconds, with the members that have ended.
             errors: True gives each member's value or its StepError, once all have ended.
-            window: how many are in flight at once; 0 is all.
+            window: how many members are in flight at once; 0 is all.
 
         Returns:
             All values: a tuple for a tuple of steps, so that `a, b = ctx.gather((x, y))` has the types of both, and a

@@ -9,6 +9,8 @@ from docstring_parser import parse as parse_docstring
 from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, create_model
 from pydantic.fields import FieldInfo
 
+from agentmesh.errors import ToolSignatureError
+
 
 class Parameters(Protocol):
     """The parameters of a tool.
@@ -46,7 +48,7 @@ class FunctionParameters:
     style of Google, NumPy, reST or Epydoc.
 
     Raises:
-        TypeError: a parameter has no type, or one that has no JSON Schema.
+        ToolSignatureError: a parameter has no type, or one that has no JSON Schema.
     """
 
     def __init__(self, func: Callable[..., Any], *, hidden: frozenset[str] = frozenset()) -> None:
@@ -58,16 +60,16 @@ class FunctionParameters:
         definitions: dict[str, Any] = {}
         for name, p in self.signature.parameters.items():
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                raise TypeError(f"parameter `*{name}` has no fixed form; name each parameter")
+                raise ToolSignatureError(f"parameter `*{name}` has no fixed form", hint="name each parameter")
             if name not in hints:
-                raise TypeError(f"parameter `{name}` has no type; write `{name}: str`, or whatever it is")
+                raise ToolSignatureError(f"parameter `{name}` has no type", hint=f"write `{name}: str`, or what it is")
             definitions[name] = (hints[name], _field(p, hints[name], docs.get(name)))
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=False, populate_by_name=True)
         try:
             self.model: type[BaseModel] = create_model(func.__name__, __config__=config, **definitions)
             self.schema = _without_titles(self.model.model_json_schema())
         except PydanticSchemaGenerationError as e:
-            raise TypeError(str(e).splitlines()[0]) from None
+            raise ToolSignatureError(str(e).splitlines()[0]) from None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """See Parameters."""
@@ -101,7 +103,7 @@ def _field(p: inspect.Parameter, hint: Any, doc: str | None) -> Any:
 
 
 def _without_titles(schema: dict[str, Any]) -> dict[str, Any]:
-    """Without pydantic's titles, which cost a model tokens and tell it nothing."""
+    """Without pydantic's titles, which cost tokens and repeat the names."""
     drop = {k: v for k, v in schema.items() if k != "title" or not isinstance(v, str)}
     for key in ("properties", "$defs"):
         if key in drop:

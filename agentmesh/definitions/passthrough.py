@@ -12,7 +12,7 @@ from agentmesh.message import Message, ToolSpec
 
 
 class ModelRequest(BaseModel):
-    """All that a model is told.
+    """What a client asks a model: the whole request.
 
     Args:
         model: `provider:name`.
@@ -30,12 +30,12 @@ class ModelRequest(BaseModel):
 
 
 class Passthrough(Agent[str, ModelRequest]):
-    """Puts a question as it is, once. Every crew has it beside its own agents; its tools are for whoever asked to call."""
+    """Passes a request to a model as it is. Every crew has it beside its own agents; the client calls the tools itself."""
 
     name = "_asked"
 
     def flow(self, task: ModelRequest, ctx: Context) -> str:
-        """One Ask; the run's value is the answer's text, the whole message is in the step's end."""
+        """One Ask. The run's value is the answer's text; the whole message is the step's value in the journal."""
         reply = ctx.do(Ask(self.name, task.model, task.messages, task.tools, task.output, task.options))
         ctx.messages = [*task.messages, reply]
         return reply.text

@@ -10,6 +10,7 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from agentmesh.errors import ToolSignatureError
 from agentmesh.schema import to_json
 
 MAX_PROBLEMS, MAX_PROBLEM_CHARS = 5, 300  # in the message about arguments that do not fit
@@ -25,7 +26,8 @@ class SchemaParameters:
         closed: only arguments that `properties` names are taken, whatever the schema says of others.
 
     Raises:
-        TypeError: it is not a JSON Schema, or not that of an object.
+        ToolSignatureError: it is not a JSON Schema, or not that of an object.
+        TypeError: it is not JSON.
 
     Source: https://json-schema.org/draft/2020-12
     """
@@ -35,12 +37,12 @@ class SchemaParameters:
         self.returns, self._closed = returns, closed
         self.names = frozenset(self.schema.get("properties", ()))
         if self.schema.get("type") != "object":
-            raise TypeError('the schema of its arguments must have "type": "object"')
+            raise ToolSignatureError("its JSON Schema is not that of an object", hint='give it "type": "object"')
         validator = validator_for(self.schema, default=Draft202012Validator)
         try:
             validator.check_schema(self.schema)
         except SchemaError as e:
-            raise TypeError(f"its JSON Schema is not valid at {e.json_path}: {_brief(e.message)}") from None
+            raise ToolSignatureError(f"its JSON Schema is not valid at {e.json_path}: {_brief(e.message)}") from None
         self._validator = validator(self.schema, registry=Registry())
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

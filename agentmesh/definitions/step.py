@@ -9,20 +9,19 @@ from agentmesh.message import Message, ToolSpec
 from agentmesh.schema import digest, from_json
 
 T_co = TypeVar("T_co", covariant=True)
-RUNNING_INSIDE: ContextVar[str] = ContextVar(
-    "agentmesh_inside", default=""
-)  # what this code runs in: a flow, a tool, or nothing
+# the flow or tool that this code runs in, for error messages; "" is neither
+RUNNING_INSIDE: ContextVar[str] = ContextVar("agentmesh_inside", default="")
 
 
 @dataclass(frozen=True)
 class Step(Generic[T_co]):
-    """One unit of work to be journaled; asking for it does nothing until a Context is given it."""
+    """One unit of work to be journaled; it is done when it is given to a Context, not when it is made."""
 
     kind: ClassVar[str] = ""
     name: str
 
     def digest(self) -> str:
-        """What must not change while a run is open."""
+        """A fingerprint of what must not change while a run is open."""
         return digest(self.kind, self.name)
 
     def decode(self, value: Any) -> T_co:
@@ -55,7 +54,7 @@ class Ask(Step[Message]):
     timeout_s: float | None = None
 
     def digest(self) -> str:
-        """Agent and output type: a mended typo in the instructions holds nobody up."""
+        """Agent and output type, so that a corrected typo in the instructions blocks no run."""
         return digest(self.kind, self.name, self.output)
 
     def decode(self, value: Any) -> Message:
@@ -105,7 +104,7 @@ class Delegate(Step[T_co]):
 
 @dataclass(frozen=True, init=False)
 class Approve(Step[None]):
-    """Wait until a person says yes; a no is ApprovalDenied. Holds no worker."""
+    """Wait until a person approves; a denial is ApprovalDenied. Occupies no worker."""
 
     kind: ClassVar[str] = "Approve"
     question: str = ""
@@ -121,10 +120,10 @@ class Approve(Step[None]):
         return digest(self.kind, self.question)
 
     def decode(self, value: Any) -> None:
-        """Nothing: it was approved."""
+        """None: it was approved."""
 
     def detail(self) -> Any:
-        """The question, and what it is about."""
+        """The question, and `about` where it was given."""
         return (
             {"question": self.question, "about": self.about} if self.about is not None else {"question": self.question}
         )
@@ -132,7 +131,7 @@ class Approve(Step[None]):
 
 @dataclass(frozen=True, init=False)
 class Sleep(Step[None]):
-    """Wait for a time, of the store's clock. Holds no worker."""
+    """Wait for a time, by the clock of the journal's store. Occupies no worker."""
 
     kind: ClassVar[str] = "Sleep"
     seconds: float = 0
@@ -148,15 +147,15 @@ class Sleep(Step[None]):
         return digest(self.kind, self.seconds)
 
     def decode(self, value: Any) -> None:
-        """Nothing: it is over."""
+        """None: the time is over."""
 
 
 @dataclass(frozen=True)
 class ToolContext:
-    """What a tool may ask for: annotate a parameter with it and it is given, hidden from the model.
+    """What a tool may know of its step: a parameter with this annotation is given it, and is hidden from the model.
 
     Args:
-        key: `run_id/n`, the same in every attempt and in every retry of the run: an idempotency key for the outside world.
+        key: `run_id/n`, the same in every attempt and in every retry of the run: an idempotency key for other services.
         attempt: 1 for the first.
         deps: the crew's `deps`.
     """
@@ -170,9 +169,9 @@ class ToolContext:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the run was cancelled, or this attempt is not the step's any more."""
+        """Whether the run was cancelled, or another attempt has taken over the step."""
         return self._cancelled()
 
     def progress(self, text: str) -> None:
-        """Show a line of progress in the run's live stream."""
+        """Send a line of progress to the run's live stream."""
         self._progress(text)

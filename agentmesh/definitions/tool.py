@@ -22,7 +22,7 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 Delivery = Literal["idempotent", "at_most_once"]
 TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
-CACHED_CHARS = 200  # characters; calls with longer texts are not kept
+MAX_CACHED_CHARS = 200  # calls with longer texts are not cached
 
 
 class ToolOptions(TypedDict, total=False):
@@ -78,6 +78,8 @@ class Tool(Generic[P, R_co]):
     def _read_parameters(self) -> Parameters:
         try:
             parameters = FunctionParameters(self.func, hidden=frozenset(self.context))
+        except ToolSignatureError as e:
+            raise ToolSignatureError(f"tool `{self.name}`: {e.message}", hint=e.hint) from None
         except (TypeError, NameError) as e:
             raise ToolSignatureError(f"tool `{self.name}`: {e}") from None
         every = inspect.signature(self.func).parameters.values()
@@ -86,10 +88,13 @@ class Tool(Generic[P, R_co]):
 
     def _check(self) -> None:
         if not TOOL_NAME.fullmatch(self.name):
-            raise DefinitionError(f"tool name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
+            raise DefinitionError(
+                f"tool name {self.name!r} is not allowed",
+                hint="use letters, digits, `_` and `-`, at most 64 characters",
+            )
         if self.delivery not in ("idempotent", "at_most_once"):
             raise DefinitionError(
-                f"tool `{self.name}`: delivery={self.delivery!r} must be 'idempotent' or 'at_most_once'"
+                f"tool `{self.name}`: unknown delivery {self.delivery!r}", hint="use 'idempotent' or 'at_most_once'"
             )
         if self.delivery == "at_most_once" and self.retries:
             raise DefinitionError(
@@ -97,7 +102,7 @@ class Tool(Generic[P, R_co]):
                 hint="drop one of the two",
             )
         if self.retries < 0:
-            raise DefinitionError(f"tool `{self.name}`: retries={self.retries} must be 0 or more")
+            raise DefinitionError(f"tool `{self.name}`: retries={self.retries} is negative", hint="use 0 or more")
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         value: R_co = self.func(*args, **kwargs)
@@ -171,6 +176,8 @@ class Tool(Generic[P, R_co]):
             takes = _parameters_of(call)
             closed = not any(p.kind is p.VAR_KEYWORD for p in takes.values())
             parameters = SchemaParameters(json_schema, returns=_returned_type(call), closed=closed)
+        except ToolSignatureError as e:
+            raise ToolSignatureError(f"tool `{name}`: {e.message}", hint=e.hint) from None
         except TypeError as e:
             raise ToolSignatureError(f"tool `{name}`: {e}") from None
         if closed and (missing := sorted(parameters.names - takes.keys())):
@@ -192,7 +199,7 @@ class Tool(Generic[P, R_co]):
 class AsyncTool(Tool[P, R_co]):
     """A tool that is an `async def`: called, it gives a coroutine; its step's value is what that returns."""
 
-    # A Tool in everything but a direct call, which no room but a test of the tool itself makes.
+    # A Tool in everything but its direct call, which only the caller who knows this class makes.
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]:  # type: ignore[override]
         coroutine: Coroutine[Any, Any, R_co] = self.func(*args, **kwargs)
         return coroutine
@@ -209,18 +216,18 @@ def _make_call(tool: Tool[Any, Any], args: Any, kwargs: Any) -> Call[Any]:
 
 
 def _is_small(value: object) -> bool:
-    return type(value) in (int, float, bool, NoneType) or (type(value) is str and len(value) <= CACHED_CHARS)
+    return type(value) in (int, float, bool, NoneType) or (type(value) is str and len(value) <= MAX_CACHED_CHARS)
 
 
 @lru_cache(maxsize=4096, typed=True)  # 1, 1.0 and True are three calls
 def _cached_call(tool: Tool[Any, Any], /, *args: Any, **kwargs: Any) -> Call[Any]:
-    """Cached: a flow that is replayed calls again what it called before."""
+    """Cached, because every replay of a flow makes the same calls."""
     return _make_call(tool, args, kwargs)
 
 
 @lru_cache(maxsize=4096)
 def _cached_call_from_json(tool: Tool[Any, Any], arguments: str) -> Call[Any]:
-    """Cached: a flow that is replayed asks again for what it asked before."""
+    """Cached, because every replay of a flow parses the same calls."""
     parsed = json.loads(arguments or "{}")
     if not isinstance(parsed, dict):
         raise ValueError(f"the arguments are {type(parsed).__name__}, not an object")
@@ -234,7 +241,10 @@ def _context_parameters(func: Callable[..., Any], name: str) -> list[str]:
         if annotation is ToolContext or (isinstance(annotation, str) and annotation.split(".")[-1] == "ToolContext"):
             parameters.append(parameter)
     if len(parameters) > 1:
-        raise ToolSignatureError(f"tool `{name}` asks for two ToolContexts: {', '.join(parameters)}")
+        raise ToolSignatureError(
+            f"tool `{name}` has {len(parameters)} parameters annotated ToolContext: {', '.join(parameters)}",
+            hint="keep one",
+        )
     return parameters
 
 
@@ -242,7 +252,7 @@ def _parameters_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(call).parameters
     except ValueError:  # of a function written in C
-        raise TypeError("its function does not say what it takes: wrap it in a `def`") from None
+        raise ToolSignatureError("the parameters of its function are unknown", hint="wrap it in a `def`") from None
 
 
 def _returned_type(call: Callable[..., Any]) -> Any:

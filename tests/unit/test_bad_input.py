@@ -121,7 +121,8 @@ def test_crews() -> None:
         queue = "gpus"
 
     with pytest.raises(
-        UnknownName, match="agent `Editor` names queue 'gpus'; the crew has 'gpu', 'web'. Did you mean 'gpu'?"
+        UnknownName,
+        match="agent `Editor` names the unknown queue 'gpus'; use one of: 'gpu', 'web'. Did you mean 'gpu'?",
     ):
         Crew(Editor(), queues=[Queue("gpu"), Queue("web")])
 
@@ -134,13 +135,13 @@ def test_crews() -> None:
 
     with pytest.raises(NameTaken, match="two agents are named 'Editor'"):
         Crew(Editor(), another()(), queues=[Queue("gpus")])
-    with pytest.raises(DefinitionError, match="model 'gpt-5'; a model is `provider:name`"):
+    with pytest.raises(DefinitionError, match="model 'gpt-5', which names no provider; write `provider:name`"):
         Crew(another()(), model="gpt-5")
     with pytest.raises(DefinitionError, match="which is not a model"):
         Crew(another()(), model=42)
     with pytest.raises(NameTaken, match="several queues with the same name"):
         Crew(another()(), queues=[Queue("a"), Queue("a")])
-    with pytest.raises(UnknownName, match="has no agent 'Edtor'; it has Editor. Did you mean 'Editor'?"):
+    with pytest.raises(UnknownName, match="has no agent 'Edtor': it has Editor. Did you mean 'Editor'?"):
         Crew(another()()).agent("Edtor")
     with pytest.raises(DefinitionError, match="write `Editor\\(\\)`"):
         Crew(another())  # type: ignore[arg-type]

@@ -127,7 +127,7 @@ def test_the_arguments_are_the_tools_own() -> None:
 @pytest.mark.parametrize(
     ("schema", "call", "sentence"),
     [
-        ({"type": "string"}, forecast, 'the schema of its arguments must have "type": "object"'),
+        ({"type": "string"}, forecast, 'its JSON Schema is not that of an object; give it "type": "object"'),
         ({"type": "object", "properties": {"a": {"type": "text"}}}, forecast, "not valid at [$].properties.a.type"),
         (CITY, lambda city: city, "its function has no parameter 'at'; add it, or take `[*][*]arguments`"),
         ({"type": "object", "x": object()}, forecast, "is not JSON"),
