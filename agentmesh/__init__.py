@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentmesh.config import Config
     from agentmesh.definitions.agent import Agent
+    from agentmesh.definitions.context import Context
     from agentmesh.definitions.crew import Crew
     from agentmesh.definitions.limits import Limits
     from agentmesh.definitions.queue import Queue
     from agentmesh.definitions.schedule import Schedule
-    from agentmesh.definitions.step import Approve, Context, Sleep, ToolContext
+    from agentmesh.definitions.step import Approve, Sleep, ToolContext
     from agentmesh.definitions.tool import NotDone, Tool, Unknown, tool
     from agentmesh.engine.run import Run
     from agentmesh.errors import (
@@ -125,7 +126,7 @@ _HOME = {
     "Agent": "definitions.agent",
     "Approve": "definitions.step",
     "Config": "config",
-    "Context": "definitions.step",
+    "Context": "definitions.context",
     "Crew": "definitions.crew",
     "Limits": "definitions.limits",
     "Mesh": "mesh",

@@ -17,14 +17,19 @@ Awaited = Coroutine[Any, Any, T]
 
 @overload
 def start(
-    agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+    agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
 ) -> Awaited[AsyncRun[Out]]: ...
 @overload
 def start(
-    agent: Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
-) -> Awaited[AsyncRun[Any]]: ...
+    agent: Crew[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+) -> Awaited[AsyncRun[Out]]: ...
 def start(
-    agent: Agent[Any] | Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+    agent: Agent[Any, Any] | Crew[Any],
+    task: Any = "",
+    *,
+    run_id: str = "",
+    history: Sequence[Message] = (),
+    stream: bool = True,
 ) -> Awaited[AsyncRun[Any]]:
     """Begin a run; see `agentmesh.start`."""
     crew = local_crew(agent)  # here and not in a task of its own: it is named after the caller's file
@@ -33,7 +38,7 @@ def start(
 
 @overload
 def run(
-    agent: Agent[Out],
+    agent: Agent[Out, Any],
     task: Any = "",
     *,
     run_id: str = "",
@@ -42,10 +47,15 @@ def run(
 ) -> Awaited[Out]: ...
 @overload
 def run(
-    agent: Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), timeout_s: float | None = None
-) -> Awaited[Any]: ...
+    agent: Crew[Out],
+    task: Any = "",
+    *,
+    run_id: str = "",
+    history: Sequence[Message] = (),
+    timeout_s: float | None = None,
+) -> Awaited[Out]: ...
 def run(
-    agent: Agent[Any] | Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+    agent: Agent[Any, Any] | Crew[Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
     timeout_s: float | None = None,
 ) -> Awaited[Any]:  # fmt: skip
     """The agent's answer; see `agentmesh.run`."""
@@ -54,14 +64,14 @@ def run(
 
 
 async def _start(
-    crew: Crew, lead: Agent[Any], task: Any, run_id: str, history: Sequence[Message], stream: bool
+    crew: Crew[Any], lead: Agent[Any, Any], task: Any, run_id: str, history: Sequence[Message], stream: bool
 ) -> AsyncRun[Any]:
     mesh = await asyncio.to_thread(local_mesh, crew)
     return await mesh.begin(lead, task, run_id=run_id, history=history, stream=stream)
 
 
 async def _run(
-    crew: Crew, lead: Agent[Any], task: Any, run_id: str, history: Sequence[Message], timeout_s: float | None
+    crew: Crew[Any], lead: Agent[Any, Any], task: Any, run_id: str, history: Sequence[Message], timeout_s: float | None
 ) -> Any:
     started = await _start(crew, lead, task, run_id, history, stream=False)
     return await started.result(timeout_s=timeout_s)

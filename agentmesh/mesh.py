@@ -40,7 +40,7 @@ class AsyncMesh:
         self._runtime, self._close_models = runtime, close_models
 
     async def start(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
     ) -> AsyncRun[Out]:  # fmt: skip
         """Begin a run and come back at once; `mesh.begin` is short for it."""
@@ -49,7 +49,7 @@ class AsyncMesh:
         return self.get(new.run_id)
 
     async def run(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
         timeout_s: float | None = None,
     ) -> Out:  # fmt: skip
         """`start` and its result."""
@@ -109,7 +109,7 @@ class Mesh:
 
     # ---- runs ----------------------------------------------------------------------------------
     def start(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
     ) -> Run[Out]:  # fmt: skip
         """Begin a run and come back at once; the same id with the same task answers the run that is there.
@@ -130,7 +130,7 @@ class Mesh:
         return Run(run_sync(self.aio.start(agent, task, run_id=run_id, history=history, stream=stream, origin=origin)))
 
     def run(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
         timeout_s: float | None = None,
     ) -> Out:  # fmt: skip
         """`start` and its result."""
@@ -139,7 +139,7 @@ class Mesh:
         return run_sync(self.aio.run(agent, task, run_id=run_id, history=history, timeout_s=timeout_s))
 
     async def begin(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
     ) -> AsyncRun[Out]:  # fmt: skip
         """`start`, for code on an event loop: `run = await mesh.begin(agent, task)`, then `await run`."""
@@ -155,7 +155,7 @@ class Mesh:
         return run_sync(self.aio.runs(limit=limit))
 
     # ---- Celery --------------------------------------------------------------------------------
-    def signature(self, agent: Agent[Any], task: Any = None) -> Signature:
+    def signature(self, agent: Agent[Any, Any], task: Any = None) -> Signature:
         """The agent as a signature of the app, for your own chain, group or chord; the result is the run's value.
 
         Without a task it takes what the canvas gives it: text as it is, anything else as JSON text.
@@ -168,7 +168,7 @@ class Mesh:
 
     s = signature  # Celery's own short word
 
-    def map(self, agent: Agent[Any], tasks: Iterable[Any]) -> group:
+    def map(self, agent: Agent[Any, Any], tasks: Iterable[Any]) -> group:
         """A group with one run a task, results in the order of the tasks: what Celery's `map` and `chunks` are used for."""
         return group([self.s(agent, task) for task in tasks])
 

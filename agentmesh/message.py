@@ -9,7 +9,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A model's wish to have a tool called.
+    """A model's request to call a tool.
 
     Args:
         arguments: the JSON text as the model wrote it; it may be invalid.
@@ -51,7 +51,7 @@ class ToolSpec:
 
     Args:
         parameters: a JSON Schema object.
-        strict: whether a server is asked to hold calls to it; None leaves that to the server.
+        strict: whether a server is asked to enforce the schema; None leaves that to the server.
     """
 
     name: str
@@ -77,7 +77,12 @@ def tool_result(call: ToolCall, text: str) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer cost; unknown numbers are 0. `batch`: how many requests were computed together with it, at most."""
+    """What an answer cost; unknown numbers are 0.
+
+    Args:
+        cached_tokens: input tokens that were not computed again.
+        batch: the largest number of requests that were computed together with it.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0

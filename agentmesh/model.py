@@ -1,4 +1,4 @@
-"""A model as the engine sees it: messages in, message out. Adapters in `models/` implement it; the engine knows nothing else of them."""
+"""A model as the engine sees it: messages in, message out. Clients in `models/` implement it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from agentmesh.message import Message, ToolSpec, Usage
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question to a model.
+    """One request to a model.
 
     Args:
         model: the name after the provider: `gpt-5-mini`, `smollm2`.
         output: a JSON Schema the answer's text must meet, or None for free text.
-        options: temperature, max_tokens, seed, stop: what the agent set, nothing else.
+        options: temperature, max_tokens, seed, stop: only what the agent sets.
     """
 
     model: str
@@ -37,16 +37,17 @@ class Answer:
 
 
 class Thought(str):
-    """A piece of a model's reasoning, told by `on_token`; not part of the answer and never sent back."""
+    """A piece of a model's reasoning, passed to `on_token`; not part of the answer, and never sent back to the model."""
 
     __slots__ = ()
 
 
 class RetryLater(Exception):
-    """An attempt failed and the next one should wait longer than a worker ought to: the step is retried.
+    """An attempt failed, and the next one should wait longer than a worker should be occupied: the step is retried.
 
     Args:
-        away: nobody was there to be asked, which is none of the step's `retries`; it waits as long as its queue says.
+        after_s: the delay before the next attempt.
+        away: no server could be reached. This is not counted against the step's `retries`; the queue says how long it waits.
     """
 
     def __init__(self, error: Exception, after_s: float, *, away: bool = False) -> None:
@@ -55,17 +56,17 @@ class RetryLater(Exception):
 
 
 class Model(Protocol):
-    """Messages in, message out (or tokens). One object serves many concurrent asks of one event loop."""
+    """Messages in, message out. One object serves many concurrent calls of `ask` on one event loop."""
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
         """The answer; `on_token` gets each piece of text as it comes.
 
         Raises:
-            ModelError: and its kin, when asking again would not help.
-            RetryLater: when it would, but not within 5 s.
+            ModelError: (or a subclass) a retry would not help.
+            RetryLater: a retry may help, after more than 5 s.
         """
         ...
 
     async def close(self) -> None:
-        """Give back connections."""
+        """Close connections."""
         ...

@@ -124,7 +124,7 @@ class MeshRuntime:
 
     # ---- new runs ------------------------------------------------------------------------------
     def new_run(
-        self, agent: Agent[Any], task: Any, *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
+        self, agent: Agent[Any, Any], task: Any, *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
     ) -> NewRun:  # fmt: skip
         """What a run of this agent begins with.

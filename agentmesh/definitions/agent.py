@@ -3,30 +3,36 @@
 import inspect
 import json
 import re
-import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, cast, dataclass_transform
+from typing import Annotated, Any, ClassVar, Generic, cast, dataclass_transform, overload
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 from typing_extensions import TypeVar
 
-from agentmesh.definitions.step import Ask, Context, Delegate, Step
+from agentmesh.definitions.context import Context
+from agentmesh.definitions.declaration import Unsaid, check_type, fields_model, task_type, type_arguments, type_name
+from agentmesh.definitions.parameters import read_docstring
+from agentmesh.definitions.step import Ask, Delegate, Step
 from agentmesh.definitions.tool import Tool
 from agentmesh.errors import ApprovalDenied, DefinitionError, NameTaken, OutputInvalid, StepError, ToolError
 from agentmesh.message import Message, ToolCall, ToolSpec, system, tool_result, user
-from agentmesh.schema import canonical, explain, from_json, json_schema, summary, to_json
+from agentmesh.schema import canonical, explain, from_json, json_schema, to_json
 
-Out = TypeVar("Out", default=str)
+Out_co = TypeVar("Out_co", default=str, covariant=True)
+In_contra = TypeVar("In_contra", default=Annotated[str, Unsaid], contravariant=True)  # text, where nothing is said
 AGENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 CODE_FENCE = re.compile(r"^\s*```[a-z]*\n(.*?)\n?```\s*$", re.DOTALL)
 
 
 @dataclass_transform(kw_only_default=True)
-class Agent(Generic[Out]):
+class Agent(Generic[Out_co, In_contra]):
     """A role that a model plays, or plain code: subclass it.
 
-    Class attributes say what it is. Annotated attributes without a default, or with one, are typed fields: they are
-    given at construction and travel as JSON with a Delegate.
+    Class attributes say what it is. Annotated attributes are typed fields, with or without a default: they are given at
+    construction and travel as JSON with a Delegate.
+
+    `Agent` takes text and gives text, `Agent[Verdict]` takes text and gives a Verdict, `Agent[Verdict, Order]` takes an
+    Order. Both types need a JSON form: what pydantic has a schema for.
 
     Args:
         model: `provider:name`, an object with `ask`, or None for the crew's.
@@ -34,14 +40,16 @@ class Agent(Generic[Out]):
         tools: functions the model may call.
         team: agents the model may delegate to.
         options: temperature, max_tokens, seed, stop: given to the model as they are.
-        queue: where its model calls wait; "" is the model's own queue or the crew's first.
-        retries: how often a failed model call is tried again after what the model's client did itself.
+        queue: of the crew, where its model calls wait; "" is the model's own queue or the crew's first.
+        retries: how often a failed model call is retried, after the retries of the model's client.
+        timeout_s: of one model call.
+        name: the class's own when left out.
     """
 
     model: ClassVar[Any] = None
     instructions: ClassVar[Any] = ""
     tools: ClassVar[Sequence[Tool[..., Any]]] = ()
-    team: ClassVar[Sequence["Agent[Any]"]] = ()
+    team: ClassVar[Sequence["Agent[Any, Any]"]] = ()
     options: ClassVar[Mapping[str, Any]] = {}
     queue: ClassVar[str] = ""
     retries: ClassVar[int] = 3
@@ -50,6 +58,7 @@ class Agent(Generic[Out]):
 
     output: ClassVar[Any] = str
     task_type: ClassVar[Any] = str
+    _types: ClassVar[tuple[Any, Any]] = (str, Unsaid)  # output and task, as the class and its bases give them
     _fields: ClassVar[type[BaseModel]]
     _values: BaseModel
 
@@ -58,14 +67,15 @@ class Agent(Generic[Out]):
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
         if not AGENT_NAME.fullmatch(cls.name):
-            raise DefinitionError(f"agent name {cls.name!r} must be letters, digits and `_`, at most 64")
-        for base in getattr(cls, "__orig_bases__", ()):
-            if typing.get_origin(base) is not None and issubclass(typing.get_origin(base), Agent):
-                (cls.output,) = typing.get_args(base)
-        hints = _type_hints(cls)
-        cls._fields = _fields_model(cls, hints)
-        cls.task_type = _task_type(cls)
-        _check_output(cls)
+            raise DefinitionError(
+                f"agent name {cls.name!r} is not allowed", hint="use letters, digits and `_`, at most 64 characters"
+            )
+        cls._types = type_arguments(cls, Agent, cls._types)
+        if "output" not in cls.__dict__:
+            cls.output = cls._types[0]
+        cls._fields = fields_model(cls, Agent.__annotations__)
+        cls.task_type = task_type(cls, None if cls.flow is Agent.flow else cls.flow, cls._types[1])
+        check_type(cls, "output", cls.output)
         _check_tools_and_team(cls)
 
     def __init__(self, **fields: Any) -> None:
@@ -85,11 +95,15 @@ class Agent(Generic[Out]):
         """The typed fields as JSON."""
         return self._values.model_dump(mode="json")
 
-    def on(self, task: Any = "") -> Step[Out]:
-        """The step that has this agent do a task, in a run of its own.
+    @overload
+    def on(self: "Agent[Out_co, str]", task: str = "") -> Step[Out_co]: ...
+    @overload
+    def on(self, task: In_contra) -> Step[Out_co]: ...
+    def on(self, task: Any = "") -> Step[Out_co]:
+        """The step that gives this agent a task, in a run of its own.
 
         Raises:
-            DefinitionError: the task is not what the agent's flow takes.
+            DefinitionError: the task is not of the type that the agent takes.
         """
         return Delegate(self.name, self, self.task_json(task))
 
@@ -97,7 +111,7 @@ class Agent(Generic[Out]):
         """A task as JSON.
 
         Raises:
-            DefinitionError: it is not what the flow takes.
+            DefinitionError: it is not of the type that the agent takes.
         """
         task_type = self.task_type
         if task_type is str and not isinstance(task, str):
@@ -111,9 +125,10 @@ class Agent(Generic[Out]):
             raise DefinitionError(f"the task of agent `{self.name}`: {e}") from None
 
     # ---- the default flow ----------------------------------------------------------------------
-    def flow(self, task: Any, ctx: Context) -> Out:
-        """Ask, act on the tool calls together, ask again: written with the words every flow has."""
-        messages = ctx.messages = [*ctx.history, user(task if isinstance(task, str) else canonical(task))]
+    def flow(self, task: In_contra, ctx: Context) -> Out_co:
+        """Ask the model, call the tools it asks for side by side, and ask again, until it answers without a call."""
+        text = task if isinstance(task, str) else canonical(to_json(task, self.task_type))
+        messages = ctx.messages = [*ctx.history, user(text)]
         corrected = False
         while True:
             reply = ctx.do(self.ask(messages))
@@ -133,7 +148,7 @@ class Agent(Generic[Out]):
         """The step that asks this agent's model, with its instructions, tools and team.
 
         Args:
-            plain: for words; else the answer is held to the agent's output type.
+            plain: the answer is free text; else it has to meet the JSON Schema of the agent's output.
         """
         head = (system(self.instructions),) if self.instructions else ()
         schema = None if plain else self.schema()
@@ -143,14 +158,14 @@ class Agent(Generic[Out]):
         )  # fmt: skip
 
     def tool_specs(self) -> list[ToolSpec]:
-        """The tools and the team as the model sees them."""
+        """The tools and the team as the model sees them, made once."""
         cached: list[ToolSpec] | None = self.__dict__.get("_specs")
         if cached is None:
             cached = self.__dict__["_specs"] = [t.spec for t in self.tools] + [a.as_tool() for a in self.team]
         return cached
 
     def schema(self) -> dict[str, Any] | None:
-        """The JSON Schema of the answer's text; None for plain text. What is no object is wrapped as `value`."""
+        """The JSON Schema of the answer's text; None for plain text. A type that is not an object is wrapped as `value`."""
         if self.output is str:
             return None
         schema = json_schema(self.output)
@@ -158,7 +173,7 @@ class Agent(Generic[Out]):
 
     def as_tool(self) -> ToolSpec:
         """This agent as its team's leader sees it."""
-        about = summary(inspect.getdoc(type(self)) or "") if type(self).__doc__ else ""
+        about = read_docstring(inspect.getdoc(type(self)) or "")[0] if type(self).__doc__ else ""
         task = {"type": "string", "description": "what to do, with all it needs to know"}
         if self.task_type is not str:
             task = json_schema(self.task_type)
@@ -171,14 +186,14 @@ class Agent(Generic[Out]):
         return ToolSpec(self.name, about or f"Delegate to {self.name}.", parameters)
 
     def call_tools(self, calls: Sequence[ToolCall], ctx: Context) -> list[Message]:
-        """What came of the calls a model asked for together: one message each, in order."""
+        """The results of the calls that a model asked for together: one message each, in order."""
         steps = [self.step_for(call) for call in calls]
-        ended = iter(ctx.gather([s for s in steps if isinstance(s, Step)], errors=True))
-        texts = [_outcome_text(next(ended)) if isinstance(s, Step) else s for s in steps]
+        outcomes = iter(ctx.gather([s for s in steps if isinstance(s, Step)], errors=True))
+        texts = [_outcome_text(next(outcomes)) if isinstance(s, Step) else s for s in steps]
         return [tool_result(call, text) for call, text in zip(calls, texts, strict=True)]
 
     def step_for(self, call: ToolCall) -> Step[Any] | str:
-        """The step that a model's call asks for, or what to tell the model is wrong with it."""
+        """The step that a model's call asks for, or the error text for the model."""
         try:
             for tool in self.tools:
                 if tool.name == call.name:
@@ -193,113 +208,59 @@ class Agent(Generic[Out]):
             missing = "it needs `task`" if isinstance(e, KeyError) else str(e)
             return f"error: {missing}; call {call.name} again"
         names = ", ".join(s.name for s in self.tool_specs())
-        return f"error: there is no tool {call.name!r}; there are: {names or 'none'}"
+        return f"error: unknown tool {call.name!r}; use one of: {names or 'none'}"
 
-    def parse_output(self, text: str) -> Out:
+    def parse_output(self, text: str) -> Out_co:
         """The model's last text as the agent's output type.
 
         Raises:
-            OutputInvalid: it is not one.
+            OutputInvalid: it does not have that type.
         """
         if self.output is str:
-            return cast(Out, text)
+            return cast(Out_co, text)
         fenced = CODE_FENCE.match(text)
         try:
             data = json.loads(fenced.group(1) if fenced else text)
             if not _is_object(json_schema(self.output)):
                 data = data["value"]
-            return cast(Out, from_json(data, self.output))
+            return cast(Out_co, from_json(data, self.output))
         except ValidationError as e:
             raise OutputInvalid(
-                f"the answer of `{self.name}` is not a {_type_name(self.output)}: {explain(e)}"
+                f"the answer of `{self.name}` is not a {type_name(self.output)}: {explain(e)}"
             ) from None
         except (ValueError, KeyError, TypeError) as e:
-            raise OutputInvalid(f"the answer of `{self.name}` is not JSON for {_type_name(self.output)}: {e}") from None
+            raise OutputInvalid(f"the answer of `{self.name}` is not JSON for {type_name(self.output)}: {e}") from None
 
 
-def _outcome_text(ended: Any) -> str:
-    """What a model is told of a step's end; a failure that is not for a model goes up."""
-    if isinstance(ended, StepError):
-        if isinstance(ended, ApprovalDenied) or (isinstance(ended, ToolError) and ended.again):
-            return str(ended)
-        raise ended
-    return ended if isinstance(ended, str) else canonical(to_json(ended))
+def _outcome_text(outcome: Any) -> str:
+    """A step's value or error as a model reads it; an error that the model cannot mend is raised."""
+    if isinstance(outcome, StepError):
+        if isinstance(outcome, ApprovalDenied) or (isinstance(outcome, ToolError) and outcome.again):
+            return str(outcome)
+        raise outcome
+    return outcome if isinstance(outcome, str) else canonical(to_json(outcome))
 
 
-def _type_hints(cls: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(cls, include_extras=True)
-    except NameError as e:
-        raise DefinitionError(f"agent `{cls.__name__}`: {e}") from None
-
-
-def _fields_model(cls: type["Agent[Any]"], hints: dict[str, Any]) -> type[BaseModel]:
-    """The typed fields of an agent: what its classes annotate beyond Agent's own words."""
-    definitions: dict[str, Any] = {}
-    for name, hint in hints.items():
-        if name.startswith("_") or name in Agent.__annotations__ or typing.get_origin(hint) is ClassVar:
-            continue
-        default = getattr(cls, name, ...)
-        definitions[name] = (hint, default)
-    try:
-        return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", frozen=True), **definitions)
-    except Exception as e:
-        raise DefinitionError(
-            f"agent `{cls.__name__}`: its fields have no JSON form: {str(e).splitlines()[0]}"
-        ) from None
-
-
-def _task_type(cls: type["Agent[Any]"]) -> Any:
-    """The type of the flow's second parameter; text for the default flow and where nothing is said."""
-    if cls.flow is Agent.flow:
-        return str
-    parameters = list(inspect.signature(cls.flow).parameters)
-    if len(parameters) != 3:
-        raise DefinitionError(
-            f"agent `{cls.__name__}`: a flow is `def flow(self, task, ctx)`", hint=f"this one takes {parameters}"
-        )
-    if inspect.iscoroutinefunction(cls.flow) or inspect.isgeneratorfunction(cls.flow):
-        raise DefinitionError(
-            f"agent `{cls.__name__}`: a flow is a plain `def`", hint="its waiting is done by ctx.do and ctx.gather"
-        )
-    try:
-        return typing.get_type_hints(cls.flow).get(parameters[1], str)
-    except NameError as e:
-        raise DefinitionError(f"agent `{cls.__name__}`, flow: {e}") from None
-
-
-def _check_output(cls: type["Agent[Any]"]) -> None:
-    if isinstance(cls.output, TypeVar | typing.TypeVar):
-        return  # a generic agent: its subclass says which
-    try:
-        json_schema(cls.output)
-    except Exception as e:
-        raise DefinitionError(
-            f"agent `{cls.__name__}`: its output {_type_name(cls.output)} has no JSON Schema: {str(e).splitlines()[0]}"
-        ) from None
-
-
-def _check_tools_and_team(cls: type["Agent[Any]"]) -> None:
+def _check_tools_and_team(cls: type["Agent[Any, Any]"]) -> None:
     seen: set[str] = set()
-    for act in [*cls.tools, *cls.team]:
-        if isinstance(act, type) and issubclass(act, Agent):
+    for member in [*cls.tools, *cls.team]:
+        if isinstance(member, type) and issubclass(member, Agent):
             raise DefinitionError(
-                f"agent `{cls.__name__}`: team has the class {act.__name__}", hint=f"write `{act.__name__}()`"
+                f"agent `{cls.__name__}`: team has the class {member.__name__}", hint=f"write `{member.__name__}()`"
             )
-        if not isinstance(act, Tool | Agent):
-            raise DefinitionError(f"agent `{cls.__name__}`: {act!r} is not a tool{_langchain_advice(act)}")
-        if act.name in seen:
+        if not isinstance(member, Tool | Agent):
+            raise DefinitionError(f"agent `{cls.__name__}`: {member!r} is not a tool", hint=_tool_hint(member))
+        if member.name in seen:
             raise NameTaken(
-                f"agent `{cls.__name__}` has two tools or team members named {act.name!r}", hint="rename one"
+                f"agent `{cls.__name__}` has two tools or team members named {member.name!r}", hint="rename one"
             )
-        seen.add(act.name)
+        seen.add(member.name)
 
 
-def _langchain_advice(act: Any) -> str:
-    module = type(act).__module__.partition(".")[0]
-    if module.startswith("langchain"):
-        return "; write `agentmesh.langchain.as_tool(it)`"
-    return f"; write `@tool` above `def {act.__name__}`" if inspect.isfunction(act) else ""
+def _tool_hint(value: Any) -> str:
+    if type(value).__module__.startswith("langchain"):
+        return "write `agentmesh.langchain.as_tool(it)`"
+    return f"write `@tool` above `def {value.__name__}`" if inspect.isfunction(value) else "use `@tool` on a function"
 
 
 def _is_object(schema: Mapping[str, Any]) -> bool:
@@ -310,7 +271,3 @@ def _wrap_schema(schema: dict[str, Any]) -> dict[str, Any]:
     defs = schema.pop("$defs", None)
     out = {"type": "object", "properties": {"value": schema}, "required": ["value"], "additionalProperties": False}
     return {**out, "$defs": defs} if defs else out
-
-
-def _type_name(kind: Any) -> str:
-    return getattr(kind, "__name__", None) or str(kind)

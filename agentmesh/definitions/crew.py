@@ -1,4 +1,4 @@
-"""The agents of one program with their queues and limits; every name is checked here, once."""
+"""The agents of one program with their queues and limits; all names are checked here, once."""
 
 import hashlib
 import inspect
@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic
+
+from typing_extensions import TypeVar
 
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.limits import Limits
@@ -21,19 +23,24 @@ from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_me
 
 CREW_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 DEFAULT_QUEUE = "main"
+Out_co = TypeVar("Out_co", default=Any, covariant=True)
 
 
-class Crew:
+class Crew(Generic[Out_co]):
     """What a program declares: its agents (the first one leads), closed over `team`.
 
+    `Crew[Verdict]` is a crew whose lead gives a Verdict: what a run of the crew gives.
+
     Args:
+        lead: the agent that a run of the crew begins with.
+        agents: those that flows delegate to, or that are started by name; members of a `team` need not be listed.
         name: of the broker queues `agentmesh.NAME.QUEUE`; the file's stem when left out.
         model: for agents that name none.
-        queues: the first is where steps go that name none; `Queue("main")` when left out.
-        schedules: what runs by itself, where `--beat` or `celery beat` runs.
-        version: declared by hand; a worker takes runs of its own version alone.
+        queues: steps that name no queue go to the first; `Queue("main")` when left out.
+        schedules: runs begun at set times, where `--beat` or `celery beat` runs.
+        version: a worker claims only steps of runs begun with its own version.
         deps: given to tools as `ToolContext.deps`.
-        extensible: agents that a flow delegates to are added; for a crew whose one process does everything.
+        extensible: agents that a flow delegates to are added; for a crew whose steps all run in one process.
 
     Raises:
         NameTaken: two different agents, or two tools, of one name.
@@ -41,22 +48,26 @@ class Crew:
     """
 
     def __init__(
-        self, lead: Agent[Any], *agents: Agent[Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
+        self, lead: Agent[Out_co, Any], *agents: Agent[Any, Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
         limits: Limits | None = None, schedules: Sequence[Schedule] = (), version: str = "", deps: Any = None, extensible: bool = False,
     ) -> None:  # fmt: skip
-        self.lead, self.model, self.version, self.deps, self.extensible = lead, model, version, deps, extensible
+        self.lead: Agent[Out_co, Any] = lead
+        self.model, self.version, self.deps, self.extensible = model, version, deps, extensible
         self.limits = limits or Limits()
         self.file = _caller_file(inspect.currentframe())
         self.name = name or _default_name(self.file)
         if not CREW_NAME.fullmatch(self.name):
-            raise DefinitionError(f"crew name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
+            raise DefinitionError(
+                f"crew name {self.name!r} is not allowed",
+                hint="use letters, digits, `_` and `-`, at most 64 characters",
+            )
         self.queues = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
         if len(self.queues) < len(queues):
             raise NameTaken(
                 f"crew {self.name!r} has several queues with the same name: {', '.join(q.name for q in queues)}"
             )
         self._check_devices()
-        self.agents: dict[str, Agent[Any]] = {}
+        self.agents: dict[str, Agent[Any, Any]] = {}
         self.tools: dict[str, Tool[..., Any]] = {}
         for agent in (lead, *agents, *(s.agent for s in schedules)):
             self._add(agent)
@@ -71,7 +82,7 @@ class Crew:
         """The first queue: where steps go that name none."""
         return next(iter(self.queues))
 
-    def _add(self, agent: Agent[Any]) -> None:
+    def _add(self, agent: Agent[Any, Any]) -> None:
         if isinstance(agent, type):
             raise DefinitionError(
                 f"crew {self.name!r} was given the class {agent.__name__}", hint=f"write `{agent.__name__}()`"
@@ -104,7 +115,11 @@ class Crew:
             self._add(member)
 
     def _check_devices(self) -> None:
-        """The queues of a model are served by the same processes."""
+        """Nothing, where the queues that the same processes or servers serve agree.
+
+        Raises:
+            DefinitionError: two of them contradict each other.
+        """
         first: dict[str, Queue] = {}
         encoders: dict[str, Queue] = {}
         for queue in self.queues.values():
@@ -113,14 +128,14 @@ class Crew:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
                     f"{other.devices!r} and {queue.devices!r}",
-                    hint="the same processes serve both, so write the same in each",
+                    hint="write the same in each: the same processes serve both",
                 )
             beside = encoders.setdefault(queue.model, queue) if queue.embed else queue
             if queue.embed != beside.embed:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {beside.name!r} and {queue.name!r} of model {queue.model!r} have embed="
                     f"{beside.embed!r} and {queue.embed!r}",
-                    hint="the same processes serve both, so name one encoder",
+                    hint="name one encoder: the same processes serve both",
                 )
         for one, two in combinations([q for q in self.queues.values() if q.url], 2):
             shared = sorted({*one.url} & {*two.url})
@@ -128,41 +143,49 @@ class Crew:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
                     f"{', '.join(shared)}, but not all servers",
-                    hint="lanes share their places, so write the same url in each",
+                    hint="write the same url in each: lanes share their places",
                 )
 
     def _check_queue(self, who: str, queue: str) -> None:
+        """Nothing, where there is such a queue, or `queue` is "".
+
+        Raises:
+            UnknownName: there is none.
+        """
         if queue and queue not in self.queues:
             names = ", ".join(repr(q) for q in self.queues)
             raise UnknownName(
-                f"{who} names queue {queue!r}", hint=f"the crew has {names}.{did_you_mean(queue, self.queues)}"
+                f"{who} names the unknown queue {queue!r}",
+                hint=f"use one of: {names}.{did_you_mean(queue, self.queues)}",
             )
 
-    def _check_model(self, agent: Agent[Any]) -> None:
+    def _check_model(self, agent: Agent[Any, Any]) -> None:
         model = agent.model or self.model
         if isinstance(model, str) and ":" not in model:
             raise DefinitionError(
-                f"agent `{agent.name}` has model {model!r}",
-                hint="a model is `provider:name`, such as 'openai:gpt-5-mini' or 'local:smollm2'",
+                f"agent `{agent.name}` has model {model!r}, which names no provider",
+                hint="write `provider:name`, such as 'openai:gpt-5-mini' or 'local:smollm2'",
             )
         if model is not None and not isinstance(model, str) and not hasattr(model, "ask"):
-            foreign = type(model).__module__.startswith("langchain")
-            mend = (
-                "write `agentmesh.langchain.as_model(it)`" if foreign else "it needs an async `ask(prompt, on_token)`"
+            is_langchain = type(model).__module__.startswith("langchain")
+            raise DefinitionError(
+                f"agent `{agent.name}` has model {model!r}, which is not a model",
+                hint="write `agentmesh.langchain.as_model(it)`"
+                if is_langchain
+                else "give it an `async def ask(prompt, on_token)`",
             )
-            raise DefinitionError(f"agent `{agent.name}` has model {model!r}, which is not a model: {mend}")
 
-    def absorb(self, other: "Crew") -> None:
-        """Another crew's agents too; the newest class of a name wins (a notebook's cell that was run again)."""
+    def absorb(self, other: "Crew[Any]") -> None:
+        """Add another crew's agents; of two classes of one name the newer one stays (a notebook's cell that was run again)."""
         self.agents.update(other.agents)
         self.tools.update(other.tools)
 
-    def register_delegate(self, agent: Agent[Any]) -> None:
-        """A flow delegates to this agent; an open crew takes it in."""
+    def register_delegate(self, agent: Agent[Any, Any]) -> None:
+        """Add an agent that a flow delegates to, where the crew is extensible."""
         if self.extensible and agent.name not in self.agents:
             self._add(agent)
 
-    def agent(self, name: str, fields: Mapping[str, Any] | None = None) -> Agent[Any]:
+    def agent(self, name: str, fields: Mapping[str, Any] | None = None) -> Agent[Any, Any]:
         """The agent of this name, with these fields.
 
         Raises:
@@ -173,23 +196,23 @@ class Crew:
         if name not in self.agents:
             names = ", ".join(self.agents)
             raise UnknownName(
-                f"crew {self.name!r} has no agent {name!r}",
-                hint=f"it has {names}.{did_you_mean(name, self.agents)} List it in Crew(...), or in an agent's team",
+                f"crew {self.name!r} has no agent {name!r}: it has {names}.{did_you_mean(name, self.agents)}",
+                hint="list it in Crew(...), or in an agent's team",
             )
         agent = self.agents[name]
         return type(agent)(**fields) if fields else agent
 
     def queue_of(self, step: Any, default: Any = None) -> str:
-        """The crew's queue for a step: its own, its model's, or the first; an ingest's embed steps go where somebody embeds.
+        """The crew's queue for a step: its own, its model's, or the first; for embed steps of an ingest one with an encoder.
 
         Args:
             default: the model of agents that name none, in a crew that names none.
         """
-        wanted: str = step.policy().queue
-        if wanted in self.queues:
-            return wanted
-        if wanted == EMBED_QUEUE and (embed_queues := [q for q in self.queues.values() if q.embed]):
-            return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # nobody waits for a document
+        own: str = step.policy().queue
+        if own in self.queues:
+            return own
+        if own == EMBED_QUEUE and (embed_queues := [q for q in self.queues.values() if q.embed]):
+            return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # the least urgent
         model = getattr(step, "model", None) or self.model or default
         if step.target == "model" and isinstance(model, str) and model.startswith("local:"):
             for queue in self.queues.values():
@@ -198,7 +221,11 @@ class Crew:
         return self.queue
 
     def servers_of(self, step: Any, default: Any = None) -> Servers | None:
-        """The model servers in front of which an Ask's queue stands, if it does; `default` as for `queue_of`."""
+        """The model servers that answer the asks of a step's queue, or None.
+
+        Args:
+            default: the model of agents that name none, in a crew that names none.
+        """
         model = getattr(step, "model", None) or self.model
         return (
             None
@@ -207,14 +234,14 @@ class Crew:
         )
 
     def models(self, default: str) -> list[str]:
-        """The names of the models that the crew names, or that its agents ask; `default` is for agents that name none."""
+        """The names of the models that the crew or its agents name; `default` stands for those of agents that name none."""
         names = [m for m in (self.model, *(a.model for a in self.agents.values())) if isinstance(m, str)]
         if self.model is None and any(a.model is None and type(a).flow is Agent.flow for a in self.agents.values()):
             names.append(default)
         return list(dict.fromkeys(names))
 
     def queues_of_pool(self, pool: str, only: Iterable[str] = ()) -> list[str]:
-        """Of these queues, or of all, the ones that a worker of this pool serves; `device` are those with a model."""
+        """Of these queues, or of all, those that a worker of this pool serves; `device` is the pool of those with a model."""
         selected = list(only) or self.queues
         pools = {
             name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in selected
@@ -222,7 +249,11 @@ class Crew:
         return [name for name, of in pools.items() if of == pool]
 
     def worker_groups(self, only: Iterable[str] = ()) -> list[list[str]]:
-        """These queues, or all, by the places in a worker that they share: those in front of the same servers have their own."""
+        """These queues, or all, grouped by the places in a worker that they share: queues of the same servers share theirs.
+
+        Raises:
+            UnknownName: the crew has no such queue.
+        """
         groups: dict[Any, list[str]] = {}
         for name in list(only) or self.queues:
             self._check_queue(f"crew {self.name!r}: --queue", name)
@@ -235,14 +266,14 @@ class Crew:
         return f"agentmesh.{self.name}.{queue}"
 
     def isolates_suspects(self, queue: str) -> bool:
-        """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
+        """Whether this queue's suspects run in a separate process; not where that process would load a model again."""
         return queue in self.queues and not self.queues[queue].on_device
 
     def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "include") -> list[str]:
         """The broker's names of these queues, or of all, each with the queue of its suspects.
 
         Args:
-            suspects: `elsewhere` leaves out the suspects that have a process of their own, `only` all but those.
+            suspects: `exclude` leaves out the suspects that run in a separate process, `only` all but those.
 
         Raises:
             UnknownName: the crew has no such queue.
@@ -264,14 +295,14 @@ def _caller_file(frame: FrameType | None) -> str:
 def _default_name(file: str) -> str:
     if file:
         return re.sub(r"[^A-Za-z0-9_-]", "-", Path(file).stem)[:64]
-    # a notebook or a prompt: one name a kernel, so that two do not take each other's runs
+    # a notebook or a prompt: a name for each kernel, so that two do not claim each other's steps
     return f"kernel-{hashlib.blake2b(f'{os.getpid()}{sys.argv}'.encode(), digest_size=4).hexdigest()}"
 
 
-def _defined_at(agent: Agent[Any]) -> str:
+def _defined_at(agent: Agent[Any, Any]) -> str:
     return f"{type(agent).__module__}.{type(agent).__qualname__}"
 
 
-def _is_redefinition(old: Agent[Any], new: Agent[Any]) -> bool:
-    """A cell that was run again makes its class anew: the newest of a name wins."""
+def _is_redefinition(old: Agent[Any, Any], new: Agent[Any, Any]) -> bool:
+    """Whether both are one class of a notebook's cell that was run again, or of a script's."""
     return _defined_at(old) == _defined_at(new) and type(new).__module__ == "__main__"

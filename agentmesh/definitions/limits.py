@@ -10,14 +10,14 @@ from agentmesh.errors import DefinitionError
 class Limits:
     """Ceilings of a run and all its sub-agents together; `None` is no ceiling.
 
-    Checked before each model call, so what is in flight may overshoot. Reached, the run is held
+    They are checked before each model call, so calls in flight may exceed them. At a limit the run is held
     (`agentmesh runs resume ID --limit turns=50`) or, with `on_limit="fail"`, ends as LimitReached.
 
     Args:
         turns: model calls.
         tokens: input and output.
         cost_usd: dollars, where prices are known.
-        seconds: from the start, without the time the run was held.
+        seconds: since the start, without the time that the run was held.
         depth: how deep sub-agents may call sub-agents; at least 1.
     """
 
@@ -32,7 +32,9 @@ class Limits:
         for name in ("turns", "tokens", "cost_usd", "seconds", "depth"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise DefinitionError(f"Limits({name}={value!r}) must be above 0", hint="leave it out for no limit")
+                raise DefinitionError(
+                    f"Limits({name}={value!r}) must be above 0", hint="leave it out, or give None, for no limit"
+                )
         if self.on_limit not in ("hold", "fail"):
             raise DefinitionError(f"Limits(on_limit={self.on_limit!r}) must be 'hold' or 'fail'")
 

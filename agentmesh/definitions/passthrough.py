@@ -6,12 +6,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from agentmesh.definitions.agent import Agent
-from agentmesh.definitions.step import Ask, Context
+from agentmesh.definitions.context import Context
+from agentmesh.definitions.step import Ask
 from agentmesh.message import Message, ToolSpec
 
 
 class ModelRequest(BaseModel):
-    """All that a model is told.
+    """What a client asks a model: the whole request.
 
     Args:
         model: `provider:name`.
@@ -28,13 +29,13 @@ class ModelRequest(BaseModel):
     options: Mapping[str, Any] = {}
 
 
-class Passthrough(Agent):
-    """Puts a question as it is, once. Every crew has it beside its own agents; its tools are for whoever asked to call."""
+class Passthrough(Agent[str, ModelRequest]):
+    """Passes a request to a model as it is. Every crew has it beside its own agents; the client calls the tools itself."""
 
     name = "_asked"
 
     def flow(self, task: ModelRequest, ctx: Context) -> str:
-        """One Ask; the run's value is the answer's text, the whole message is in the step's end."""
+        """One Ask. The run's value is the answer's text; the whole message is the step's value in the journal."""
         reply = ctx.do(Ask(self.name, task.model, task.messages, task.tools, task.output, task.options))
         ctx.messages = [*task.messages, reply]
         return reply.text

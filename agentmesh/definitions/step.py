@@ -1,19 +1,18 @@
-"""What a flow may ask for: Ask, Call, Delegate, Approve, Sleep; and the Context it asks through."""
+"""What a flow may ask for: Ask, Call, Delegate, Approve, Sleep; and what a tool may: its ToolContext."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, overload
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from agentmesh.errors import StepError, ToolError
 from agentmesh.message import Message, ToolSpec
 from agentmesh.schema import digest, from_json, to_json
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 Lane = Literal["queued", "due", "held", "child"]
-RUNNING_INSIDE: ContextVar[str] = ContextVar(
-    "agentmesh_inside", default=""
-)  # what this code runs in: a flow, a tool, or nothing
+# the flow or tool that this code runs in, for error messages; "" is neither
+RUNNING_INSIDE: ContextVar[str] = ContextVar("agentmesh_inside", default="")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +41,8 @@ class StepPolicy:
 
 
 @dataclass(frozen=True)
-class Step(Generic[T]):
-    """One unit of work to be journaled; asking for it does nothing until a Context is given it.
+class Step(Generic[T_co]):
+    """One unit of work to be journaled; it is done when it is given to a Context, not when it is made.
 
     A class of steps describes itself here, and nothing else looks at which class it is: a new kind is one class.
 
@@ -70,7 +69,7 @@ class Step(Generic[T]):
         return StepPolicy()
 
     def digest(self) -> str:
-        """What must not change while a run is open."""
+        """A fingerprint of what must not change while a run is open."""
         return digest(self.kind, self.name)
 
     def bind(self, context: "ToolContext") -> Callable[[], Any]:
@@ -89,7 +88,7 @@ class Step(Generic[T]):
         """
         return to_json(value)
 
-    def decode(self, value: Any) -> T:
+    def decode(self, value: Any) -> T_co:
         """The step's value from the journal's JSON; of lanes `due` and `held` that is None where nobody gave one."""
         raise NotImplementedError(f"{type(self).__name__}.decode: a step says what its value is")
 
@@ -120,7 +119,7 @@ class Ask(Step[Message]):
     timeout_s: float | None = None
 
     def digest(self) -> str:
-        """Agent and output type: a mended typo in the instructions holds nobody up."""
+        """Agent and output type, so that a corrected typo in the instructions blocks no run."""
         return digest(self.kind, self.name, self.output)
 
     def policy(self) -> StepPolicy:
@@ -133,7 +132,7 @@ class Ask(Step[Message]):
 
 
 @dataclass(frozen=True)
-class Call(Step[T]):
+class Call(Step[T_co]):
     """Call a tool with these arguments (plain JSON)."""
 
     kind: ClassVar[str] = "Call"
@@ -168,9 +167,9 @@ class Call(Step[T]):
         """As the tool's return type says."""
         return to_json(value, self.tool.returns)
 
-    def decode(self, value: Any) -> T:
+    def decode(self, value: Any) -> T_co:
         """The tool's value."""
-        decoded: T = from_json(value, self.tool.returns)
+        decoded: T_co = from_json(value, self.tool.returns)
         return decoded
 
     def describe(self) -> Any:
@@ -179,7 +178,7 @@ class Call(Step[T]):
 
 
 @dataclass(frozen=True)
-class Delegate(Step[T]):
+class Delegate(Step[T_co]):
     """Have a sub-agent do a task, in a run of its own."""
 
     kind: ClassVar[str] = "Delegate"
@@ -195,15 +194,15 @@ class Delegate(Step[T]):
         """The agent and its task."""
         return self.agent, self.task
 
-    def decode(self, value: Any) -> T:
+    def decode(self, value: Any) -> T_co:
         """The sub-agent's value."""
-        decoded: T = from_json(value, self.agent.output)
+        decoded: T_co = from_json(value, self.agent.output)
         return decoded
 
 
 @dataclass(frozen=True, init=False)
 class Approve(Step[None]):
-    """Wait until a person says yes; a no is ApprovalDenied. Holds no worker."""
+    """Wait until a person approves; a denial is ApprovalDenied. Occupies no worker."""
 
     kind: ClassVar[str] = "Approve"
     lane: ClassVar[Lane] = "held"
@@ -224,10 +223,10 @@ class Approve(Step[None]):
         return digest(self.kind, self.question)
 
     def decode(self, value: Any) -> None:
-        """Nothing: it was approved."""
+        """None: it was approved."""
 
     def describe(self) -> Any:
-        """The question, and what it is about."""
+        """The question, and `about` where it was given."""
         return (
             {"question": self.question, "about": self.about} if self.about is not None else {"question": self.question}
         )
@@ -235,7 +234,7 @@ class Approve(Step[None]):
 
 @dataclass(frozen=True, init=False)
 class Sleep(Step[None]):
-    """Wait for a time, of the store's clock. Holds no worker."""
+    """Wait for a time, by the clock of the journal's store. Occupies no worker."""
 
     kind: ClassVar[str] = "Sleep"
     lane: ClassVar[Lane] = "due"
@@ -256,69 +255,15 @@ class Sleep(Step[None]):
         return digest(self.kind, self.seconds)
 
     def decode(self, value: Any) -> None:
-        """Nothing: it is over."""
-
-
-class Context(Protocol):
-    """What a flow asks steps through. Between two asks a flow is plain code without clocks, randomness or I/O.
-
-    Args:
-        run_id: of this run.
-        started_at: seconds since the epoch, the store's; the same in every replay.
-        history: messages of an earlier conversation, which the default flow puts before the task.
-        messages: where a flow leaves its conversation for `run.messages`.
-    """
-
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def started_at(self) -> float: ...
-    @property
-    def history(self) -> Sequence[Message]: ...
-
-    messages: list[Message]
-
-    def do(self, step: Step[T]) -> T:
-        """The step's value, from the journal; where it is not there yet, the flow ends here for now.
-
-        Raises:
-            StepError: the step failed for good.
-        """
-        ...
-
-    @overload
-    def gather(
-        self, steps: Iterable[Step[T]], *, need: float | None = None, deadline_s: float | None = None, window: int = 0
-    ) -> list[T]: ...
-    @overload
-    def gather(
-        self, steps: Iterable[Step[T]], *, errors: Literal[True], deadline_s: float | None = None, window: int = 0
-    ) -> list[T | StepError]: ...
-    def gather(self, steps: Iterable[Step[T]], **how: Any) -> Any:
-        """The values of steps done side by side, in the order asked.
-
-        Args:
-            need: how many successes are enough: a count (int) or a fraction (float) of them, rounded up.
-            deadline_s: close after so many seconds with what is there.
-            errors: True gives each member's value or its StepError, once all have ended.
-            window: how many are in flight at once; 0 is all.
-
-        Returns:
-            All values; with `need` or `deadline_s` those of the members that succeeded in time.
-
-        Raises:
-            StepError: the first member that failed (neither need nor deadline_s given).
-            QuorumMissed: fewer than `need` succeeded.
-        """
-        ...
+        """None: the time is over."""
 
 
 @dataclass(frozen=True)
 class ToolContext:
-    """What a tool may ask for: annotate a parameter with it and it is given, hidden from the model.
+    """What a tool may know of its step: a parameter with this annotation is given it, and is hidden from the model.
 
     Args:
-        key: `run_id/n`, the same in every attempt and in every retry of the run: an idempotency key for the outside world.
+        key: `run_id/n`, the same in every attempt and in every retry of the run: an idempotency key for other services.
         attempt: 1 for the first.
         deps: the crew's `deps`.
     """
@@ -332,9 +277,9 @@ class ToolContext:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the run was cancelled, or this attempt is not the step's any more."""
+        """Whether the run was cancelled, or another attempt has taken over the step."""
         return self._cancelled()
 
     def progress(self, text: str) -> None:
-        """Show a line of progress in the run's live stream."""
+        """Send a line of progress to the run's live stream."""
         self._progress(text)

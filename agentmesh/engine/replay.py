@@ -165,10 +165,16 @@ class ReplayContext:
     def gather(
         self, steps: Iterable[Step[Any]], *, need: float | None = None, deadline_s: float | None = None,
         errors: bool = False, window: int = 0,
-    ) -> list[Any]:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """See Context."""
         self._check_not_suspended()
-        steps = list(steps)
+        values = self._gather(list(steps), need, deadline_s, errors, window)
+        one_for_each = errors or (need is None and deadline_s is None)
+        return tuple(values) if one_for_each and isinstance(steps, tuple) else values
+
+    def _gather(
+        self, steps: list[Step[Any]], need: float | None, deadline_s: float | None, errors: bool, window: int
+    ) -> list[Any]:
         for step in steps:
             _check_step(step, "gather")
         if errors and need is not None:
@@ -285,7 +291,7 @@ class ReplayContext:
                 return
 
 
-def replay(agent: Agent[Any], history: History) -> Outcome:
+def replay(agent: Agent[Any, Any], history: History) -> Outcome:
     """Run the agent's flow over the journal.
 
     Raises:

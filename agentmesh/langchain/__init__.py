@@ -1,6 +1,6 @@
-"""The one door to LangChain: its models, tools, loaders, splitters and embeddings become ours, our store becomes its.
+"""LangChain both ways: its models, tools, loaders, splitters and embeddings as ours, our store as a VectorStore.
 
-`FaissVectorStore` brings FAISS, and is imported when it is first named.
+`FaissVectorStore` loads FAISS, and so is imported when it is first used.
 """
 
 from importlib import import_module

@@ -1,11 +1,13 @@
-"""LangChain's chat models and tools become ours. Its types never reach a journal."""
+"""LangChain's chat models and tools as ours. None of its types reaches a journal."""
 
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from agentmesh.definitions.tool import Tool
+from typing_extensions import Unpack
+
+from agentmesh.definitions.tool import Tool, ToolOptions
 from agentmesh.errors import DefinitionError, ExtraMissing
 from agentmesh.message import Message, ToolCall, ToolSpec, Usage
 from agentmesh.model import Answer, Prompt
@@ -16,7 +18,7 @@ try:
     from langchain_core.tools import BaseTool
 except ImportError as e:
     raise ExtraMissing(
-        f"LangChain needs {e.name}, which is not installed: pip install 'agentmesh-celery[langchain]'"
+        f"LangChain needs {e.name}, which is not installed", hint="pip install 'agentmesh-celery[langchain]'"
     ) from None
 
 
@@ -38,11 +40,11 @@ class _ChatModel:
             )
         if prompt.tools:
             chat = chat.bind_tools([_function(t) for t in prompt.tools])
-        asked = to_langchain(prompt.messages)
+        messages = to_langchain(prompt.messages)
         if on_token is None:
-            return answer_of(await chat.ainvoke(asked, **prompt.options))
+            return answer_of(await chat.ainvoke(messages, **prompt.options))
         whole: Any = None
-        async for chunk in chat.astream(asked, **prompt.options):
+        async for chunk in chat.astream(messages, **prompt.options):
             whole = chunk if whole is None else whole + chunk
             if text := _text(chunk):
                 on_token(text)
@@ -55,35 +57,43 @@ class _ChatModel:
 def as_model(chat: BaseChatModel) -> _ChatModel:
     """A LangChain chat model for `Agent.model` or `Crew(model=…)`."""
     if not isinstance(chat, BaseChatModel):
-        raise DefinitionError(f"as_model takes a LangChain chat model, not {type(chat).__name__}")
+        raise DefinitionError(f"as_model was given {type(chat).__name__}", hint="give it a LangChain chat model")
     return _ChatModel(chat)
 
 
-def as_tool(tool: BaseTool, **options: Any) -> Tool[..., Any]:
+def as_tool(tool: BaseTool, **options: Unpack[ToolOptions]) -> Tool[..., Any]:
     """A LangChain tool for `Agent.tools`, with its own name, description and arguments.
 
     Args:
-        options: as `@tool` takes them: timeout_s, retries, delivery, approve, queue.
+        options: as `@tool` takes them, without a name: see ToolOptions.
     """
     if not isinstance(tool, BaseTool):
-        raise DefinitionError(f"as_tool takes a LangChain tool, not {type(tool).__name__}")
+        raise DefinitionError(f"as_tool was given {type(tool).__name__}", hint="give it a LangChain tool")
 
     async def call(**arguments: Any) -> Any:
         return await tool.ainvoke(arguments)
 
-    fields: dict[str, Any] = getattr(tool.get_input_schema(), "model_fields", {})  # pydantic v1 has none
+    name: str = tool.name
+    description: str = tool.description
+    schema_or_model: Any = tool.args_schema
+    if not isinstance(schema_or_model, dict):
+        schema_or_model = tool.tool_call_schema  # without the arguments that LangChain injects
+    fields: dict[str, Any] | None = getattr(schema_or_model, "model_fields", None)
+    if fields is None:  # a JSON Schema, as langchain-mcp-adapters gives it, or a model of pydantic's first version
+        schema: dict[str, Any] = schema_or_model if isinstance(schema_or_model, dict) else schema_or_model.schema()
+        made: Tool[..., Any] = Tool.from_schema(name, schema, call, description=description, **options)
+        return made
     parameters = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation,
+            field_name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[field.annotation, field],
             default=inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True),
         )
-        for name, field in fields.items()
+        for field_name, field in fields.items()
     ]  # fmt: skip
-    call.__name__ = tool.name
-    call.__doc__ = tool.description
+    call.__name__ = name
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     vars(call)["__signature__"] = inspect.Signature(parameters)
-    return Tool(call, name=tool.name, **options)
+    return Tool(call, name=name, description=description, **options)
 
 
 def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:
@@ -120,11 +130,11 @@ def from_langchain(message: BaseMessage) -> Message:
 
 
 def answer_of(message: Any) -> Answer:
-    """A LangChain answer as ours, with what it counted."""
-    said = from_langchain(message)
-    counted = getattr(message, "usage_metadata", None) or {}
-    usage = Usage(counted.get("input_tokens", 0), counted.get("output_tokens", 0))
-    return Answer(said, usage, "tool_calls" if said.tool_calls else "stop")
+    """A LangChain answer as ours, with its usage."""
+    answer = from_langchain(message)
+    counts = getattr(message, "usage_metadata", None) or {}
+    usage = Usage(counts.get("input_tokens", 0), counts.get("output_tokens", 0))
+    return Answer(answer, usage, "tool_calls" if answer.tool_calls else "stop")
 
 
 def _text(message: Any) -> str:

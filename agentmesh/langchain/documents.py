@@ -15,7 +15,7 @@ from agentmesh.rag.embedders.base import Embedder
 
 
 class _Embeddings(Embeddings):
-    """One of our embedders, as LangChain asks it."""
+    """One of our embedders as LangChain's Embeddings."""
 
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
@@ -30,13 +30,13 @@ class _Embeddings(Embeddings):
 
 
 def as_embeddings(embedder: Embedder) -> Embeddings:
-    """An embedder as LangChain's Embeddings; one that was LangChain's is itself again."""
-    theirs = getattr(embedder, "embeddings", None)
-    return theirs if isinstance(theirs, Embeddings) else _Embeddings(embedder)
+    """An embedder as LangChain's Embeddings; where it wraps such an object, that object."""
+    wrapped = getattr(embedder, "embeddings", None)
+    return wrapped if isinstance(wrapped, Embeddings) else _Embeddings(embedder)
 
 
 def load_with(loader: BaseLoader) -> Iterator[tuple[str, Document]]:
-    """What a LangChain loader loads: each document's source and itself, ready for `split` and `replace`.
+    """The documents of a LangChain loader as (source, document), ready for `split` and `replace`.
 
     Documents of one source, such as the pages of a PDF, are given one after the other as `source`, `source#2`, ….
 
@@ -44,14 +44,14 @@ def load_with(loader: BaseLoader) -> Iterator[tuple[str, Document]]:
         DocumentError: the loader raised.
     """
     if not isinstance(loader, BaseLoader):
-        raise DefinitionError(f"load_with takes a LangChain loader, not {type(loader).__name__}")
+        raise DefinitionError(f"load_with was given {type(loader).__name__}", hint="give it a LangChain loader")
     seen: dict[str, int] = {}
-    found = iter(loader.lazy_load())
+    documents = iter(loader.lazy_load())
     while True:
         try:
-            document = next(found, None)
+            document = next(documents, None)
         except Exception as e:
-            # a loader is any code; what it could not read is told as our own loaders tell it
+            # a loader is any code, so it may raise anything
             raise DocumentError(f"{type(loader).__name__} raised {type(e).__name__}: {e}") from e
         if document is None:
             return
@@ -62,13 +62,15 @@ def load_with(loader: BaseLoader) -> Iterator[tuple[str, Document]]:
 
 
 def as_splitter(splitter: Any) -> Callable[..., list[Chunk]]:
-    """A LangChain text splitter in the place of `split`: called with a document and its source.
+    """A LangChain text splitter as a function in the place of `split`, called with a document and its source.
 
     Raises (when called):
-        DocumentError: the splitter changed the text, so that a chunk has no place in it.
+        DocumentError: the splitter changed the text, so that a chunk does not occur in it.
     """
     if not callable(getattr(splitter, "split_text", None)):
-        raise DefinitionError(f"as_splitter takes a LangChain text splitter, not {type(splitter).__name__}")
+        raise DefinitionError(
+            f"as_splitter was given {type(splitter).__name__}", hint="give it a LangChain text splitter"
+        )
 
     def split(document: Document, source: str, *, metadata: Mapping[str, Value] | None = None) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -83,22 +85,22 @@ def as_splitter(splitter: Any) -> Callable[..., list[Chunk]]:
                     source=source,
                 )
             at = start + 1
-            told = {**document.metadata, **(metadata or {})}
+            fields = {**document.metadata, **(metadata or {})}
             if isinstance(piece, LangChainDocument):
-                told = {**plain(piece.metadata), **told}
-            chunks.append(Chunk(f"{source}#{start}", text, source, start, metadata=told))
+                fields = {**plain(piece.metadata), **fields}
+            chunks.append(Chunk(f"{source}#{start}", text, source, start, metadata=fields))
         return chunks
 
     return split
 
 
 def plain(metadata: Mapping[str, Any]) -> dict[str, Value]:
-    """The fields that a store can keep and filter by."""
+    """The metadata that a store can keep and filter by."""
     return {str(k): v for k, v in metadata.items() if is_value(v) and not str(k).startswith(("$", "\0"))}
 
 
 def is_value(value: Any) -> bool:
-    """Whether a store keeps it as it is."""
+    """Whether a store can keep a value, and filter by it."""
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
     if isinstance(value, float):

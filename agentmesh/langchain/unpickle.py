@@ -1,4 +1,4 @@
-"""Reads the pickled docstore of LangChain's old FAISS folder without running what is in it. Run as a process of its own.
+"""Reads the pickled docstore of LangChain's old FAISS folder without running code in it. Run as a separate process.
 
 `python unpickle.py FOLDER NAME OUT` writes OUT/vectors.npy, OUT/documents.jsonl and OUT/about.json. It imports neither
 LangChain nor agentmesh: every class that a docstore may name is a stand-in made here, and any other is refused.
@@ -16,8 +16,8 @@ import faiss
 import numpy as np
 
 
-class _Bag:
-    """Whatever state a pickled object had; none of its code."""
+class _State:
+    """The state of a pickled object, without its code."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -47,7 +47,7 @@ VALUES = {
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
-            return _Bag
+            return _State
         if (module, name) in VALUES:
             return VALUES[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a docstore does not need")
@@ -60,7 +60,7 @@ def _json(value: Any) -> Any:
 
 
 def main(folder: Path, name: str, out: Path) -> str:
-    """What is wrong, or nothing."""
+    """What is wrong with the folder, or ""."""
     try:
         index = faiss.read_index(str(folder / f"{name}.faiss"))
         vectors = index.reconstruct_n(0, index.ntotal)  # (n, d)
@@ -76,11 +76,11 @@ def main(folder: Path, name: str, out: Path) -> str:
     np.save(out / "vectors.npy", vectors)
     with (out / "documents.jsonl").open("w") as file:
         for row in range(len(vectors)):
-            bag = vars(texts.get(rows[row], _Bag()))
-            if "page_content" not in bag:
+            state = vars(texts.get(rows[row], _State()))
+            if "page_content" not in state:
                 return f"row {row} has no document"
-            told = {"id": str(rows[row]), "text": str(bag["page_content"]), "metadata": bag.get("metadata") or {}}
-            file.write(json.dumps(told, default=_json) + "\n")
+            record = {"id": str(rows[row]), "text": str(state["page_content"]), "metadata": state.get("metadata") or {}}
+            file.write(json.dumps(record, default=_json) + "\n")
     metric = "l2" if index.metric_type == faiss.METRIC_L2 else "cosine"
     (out / "about.json").write_text(json.dumps({"metric": metric, "n": len(vectors), "d": int(index.d)}))
     return ""

@@ -21,7 +21,7 @@ from agentmesh.rag.embedders.langchain import LangChainEmbedder
 from agentmesh.rag.ranking import mmr
 from agentmesh.rag.store.faiss_store import FaissStore
 
-REST = "_rest"  # a field for the metadata that a store cannot filter by, as JSON
+REST = "_rest"  # a field with the metadata that a store cannot filter by, as JSON
 BATCH = 1000
 
 Filter = Mapping[str, Any]
@@ -30,12 +30,12 @@ Filter = Mapping[str, Any]
 class FaissVectorStore(VectorStore):
     """A vector store in a folder, for LangChain. Scores are cosines: higher is better.
 
-    Filters are Mongo's words over the metadata: `{"year": {"$gte": 2020}, "lang": "en"}`. What is added is on the disk
+    Filters are written as in MongoDB, over the metadata: `{"year": {"$gte": 2020}, "lang": "en"}`. What is added is on the disk
     when the call returns, and other processes find it at once.
     """
 
     def __init__(self, path: str | Path, *, embedding: Any = "wordllama", metric: str | None = None) -> None:
-        """A store in a folder, which is made when something is added; nothing is read or loaded yet.
+        """A store in a folder, which is made at the first `add_texts`; nothing is read or loaded yet.
 
         Args:
             embedding: LangChain Embeddings, an embedder of ours, or its name, such as "wordllama".
@@ -46,16 +46,16 @@ class FaissVectorStore(VectorStore):
 
     @cached_property
     def store(self) -> FaissStore:
-        """Our own store behind it; embeds one sentence, to know whether it was filled by the same embedder."""
+        """The store itself. Embeds one sentence, to see whether the same embedder filled it."""
         store = FaissStore(self.path, metric=self._metric, identity=self.embedder.identity)
         if store.metric == "l2" and isinstance(self.embedder, LangChainEmbedder):
-            # there a vector's length counts, and old folders hold them as they were made
+            # under l2 a vector's length counts, and old folders hold vectors that were not normalised
             self.embedder = LangChainEmbedder(self.embedder.embeddings, scaled=False)
         return store
 
     @property
     def embeddings(self) -> Embeddings:
-        """What it embeds with."""
+        """The embedder, as LangChain's Embeddings."""
         return as_embeddings(self.embedder)
 
     @classmethod
@@ -66,50 +66,53 @@ class FaissVectorStore(VectorStore):
         """A store with these texts in it.
 
         Args:
-            path: the folder; needed.
+            path: the folder.
+
+        Raises:
+            DefinitionError: there is no path.
         """
         if path is None:
-            raise DefinitionError("FaissVectorStore.from_texts needs a folder: path='kb'")
-        made = cls(path, embedding=embedding, **kwargs)
-        made.add_texts(texts, metadatas, ids=ids)
-        return made
+            raise DefinitionError("FaissVectorStore.from_texts was given no folder", hint="write path='kb'")
+        store = cls(path, embedding=embedding, **kwargs)
+        store.add_texts(texts, metadatas, ids=ids)
+        return store
 
     def add_texts(
         self, texts: Iterable[str], metadatas: list[dict[str, Any]] | None = None, *,
         ids: Sequence[str | None] | None = None, **kwargs: Any,
     ) -> list[str]:  # fmt: skip
-        """Adds texts and answers their ids; one whose id is there takes its place.
+        """Adds texts, replacing those of the same ids; gives the ids.
 
         Raises:
-            StoreError: lists of several lengths, an id twice, metadata that is no JSON.
-            EmbedderMismatch: the store was filled by another embedder.
+            StoreError: the lists differ in length, an id occurs twice, or metadata is not JSON.
+            EmbedderMismatch: another embedder filled the store.
         """
-        told = [without_surrogates(t) for t in texts]
-        fields, names = metadatas or [{} for _ in told], ids or [None] * len(told)
-        if not len(told) == len(fields) == len(names):
-            raise StoreError(f"{len(told)} texts came with {len(fields)} metadatas and {len(names)} ids")
-        chunks = [chunk_of(i or str(uuid.uuid4()), t, m) for t, m, i in zip(told, fields, names, strict=True)]
+        clean = [without_surrogates(t) for t in texts]
+        fields, names = metadatas or [{} for _ in clean], ids or [None] * len(clean)
+        if not len(clean) == len(fields) == len(names):
+            raise StoreError(f"{len(clean)} texts came with {len(fields)} metadatas and {len(names)} ids")
+        chunks = [chunk_of(i or str(uuid.uuid4()), t, m) for t, m, i in zip(clean, fields, names, strict=True)]
         store = self.store
         for first in range(0, len(chunks), BATCH):
-            some = chunks[first : first + BATCH]
-            store.upsert(some, self.embedder.documents([c.text for c in some]))
+            batch = chunks[first : first + BATCH]
+            store.upsert(batch, self.embedder.documents([c.text for c in batch]))
         return [c.id for c in chunks]
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
-        """Removes documents; without ids all of them. Ids that are not there are no error."""
+        """Removes documents; without ids, all of them. Unknown ids are ignored."""
         self.store.delete(self.store.ids() if ids is None else ids)
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        """The documents of those ids that are there, in the order asked."""
+        """The documents with these ids, in their order; unknown ids are left out."""
         return [_document(chunk) for chunk in self.store.get(ids) if chunk is not None]
 
     def similarity_search(
         self, query: str, k: int = 4, *, filter: Filter | None = None, hybrid: bool = False, **kwargs: Any
     ) -> list[Document]:  # fmt: skip
-        """The k nearest documents, best first; with `hybrid` those that share words with the query are near too."""
-        found = self.similarity_search_with_score(query, k, filter=filter, hybrid=hybrid)
-        return [document for document, _ in found]
+        """The k nearest documents, best first; with `hybrid`, ranked by shared words as well."""
+        scored = self.similarity_search_with_score(query, k, filter=filter, hybrid=hybrid)
+        return [document for document, _ in scored]
 
     def similarity_search_with_score(
         self, query: str, k: int = 4, *, filter: Filter | None = None, hybrid: bool = False, **kwargs: Any
@@ -154,7 +157,7 @@ class FaissVectorStore(VectorStore):
         if not hits:
             return []
         vectors = self.store.vectors([h.id for h in hits])
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)  # "l2" keeps them as they came
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)  # under l2 they are not normalised
         query = np.asarray(embedding, np.float32)
         return [_document(hits[i]) for i in mmr(query / np.linalg.norm(query), vectors, k, relevance=lambda_mult)]
 
@@ -162,21 +165,23 @@ class FaissVectorStore(VectorStore):
         return lambda cosine: min(1.0, max(0.0, cosine))
 
 
-def chunk_of(id: str, text: str, metadata: Mapping[str, Any]) -> Chunk:
-    """A LangChain document as it is kept; metadata that no filter can ask about is kept as JSON.
+def chunk_of(chunk_id: str, text: str, metadata: Mapping[str, Any]) -> Chunk:
+    """A LangChain document as a chunk; metadata that a store cannot filter by is kept as JSON.
 
     Raises:
-        StoreError: the metadata is no JSON.
+        StoreError: the metadata is not JSON.
     """
-    kept = {k: v for k, v in metadata.items() if is_value(v) and k != REST}
-    if rest := {k: v for k, v in metadata.items() if k not in kept}:
+    fields = {k: v for k, v in metadata.items() if is_value(v) and k != REST}
+    if rest := {k: v for k, v in metadata.items() if k not in fields}:
         try:
-            kept[REST] = json.dumps(rest)
+            fields[REST] = json.dumps(rest)
         except (TypeError, ValueError) as e:
-            raise StoreError(f"the metadata of document {id!r} cannot be kept: {e}", hint="give JSON values") from None
+            raise StoreError(
+                f"the metadata of document {chunk_id!r} cannot be kept: {e}", hint="give JSON values"
+            ) from None
     start = metadata.get("start_index", 0)
     start = start if isinstance(start, int) and start >= 0 else 0
-    return Chunk(id, text, str(metadata.get("source") or ""), start, metadata=kept)
+    return Chunk(chunk_id, text, str(metadata.get("source") or ""), start, metadata=fields)
 
 
 def _document(chunk: Chunk | Hit) -> Document:

@@ -6,9 +6,9 @@
 from pydantic import BaseModel
 
 from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.context import Context
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import Queue
-from agentmesh.definitions.step import Context
 from agentmesh.errors import RunFailed, StepError
 from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
 from agentmesh.rag.ingestion.scratch import Batch, Failure
@@ -86,7 +86,7 @@ class Pack(Agent[Packed]):
         packed.failed += [*embedded.failed, *indexed.failed]
 
 
-class Ingest(Agent[Added]):
+class Ingest(Agent[Added, IngestRequest]):
     """Adds what is new or changed to a store; a model is not asked.
 
     Args:

@@ -32,7 +32,7 @@ def check_models(crew: Crew, config: "Config") -> None:
         models.check(model)
 
 
-def _asks_named_model(agent: Agent[Any], crew: Crew) -> bool:
+def _asks_named_model(agent: Agent[Any, Any], crew: Crew) -> bool:
     """Whether the agent may ask a model that is named by text; a flow of its own may ask none."""
     return type(agent).flow is Agent.flow and not hasattr(agent.model or crew.model, "ask")
 

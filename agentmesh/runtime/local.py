@@ -63,7 +63,7 @@ class _LocalRuntime:
 _RUNTIME = _LocalRuntime()
 
 
-def local_crew(agent: Agent[Any] | Crew) -> Crew:
+def local_crew(agent: Agent[Any, Any] | Crew) -> Crew:
     """The crew that `run` and `start` carry this agent in; named after the caller's file."""
     return agent if isinstance(agent, Crew) else Crew(agent, extensible=True)
 
@@ -79,14 +79,19 @@ def local_mesh(crew: Crew) -> "Mesh":
 
 @overload
 def start(
-    agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+    agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
 ) -> Run[Out]: ...
 @overload
 def start(
-    agent: Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
-) -> Run[Any]: ...
+    agent: Crew[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+) -> Run[Out]: ...
 def start(
-    agent: Agent[Any] | Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True
+    agent: Agent[Any, Any] | Crew[Any],
+    task: Any = "",
+    *,
+    run_id: str = "",
+    history: Sequence[Message] = (),
+    stream: bool = True,
 ) -> Run[Any]:
     """Begin a run and come back at once with its handle; a script or notebook needs nothing else.
 
@@ -109,7 +114,7 @@ def start(
 
 @overload
 def run(
-    agent: Agent[Out],
+    agent: Agent[Out, Any],
     task: Any = "",
     *,
     run_id: str = "",
@@ -118,10 +123,15 @@ def run(
 ) -> Out: ...
 @overload
 def run(
-    agent: Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), timeout_s: float | None = None
-) -> Any: ...
+    agent: Crew[Out],
+    task: Any = "",
+    *,
+    run_id: str = "",
+    history: Sequence[Message] = (),
+    timeout_s: float | None = None,
+) -> Out: ...
 def run(
-    agent: Agent[Any] | Crew, task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+    agent: Agent[Any, Any] | Crew[Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
     timeout_s: float | None = None,
 ) -> Any:  # fmt: skip
     """The agent's answer: `start` and its result.

@@ -210,7 +210,7 @@ class Endpoint:
             waiting=self._waiting,
         )  # fmt: skip
 
-    def _asked(self, chat: ChatRequest) -> tuple[Agent[Any], Any, Sequence[Message]]:
+    def _asked(self, chat: ChatRequest) -> tuple[Agent[Any, Any], Any, Sequence[Message]]:
         """The agent, its task and what was said before."""
         if chat.model in self.mesh.crew.agents:
             return _to_agent(self.mesh.crew, chat)
@@ -245,7 +245,7 @@ def _was_answered(work: "asyncio.Task[None]") -> bool:
     return work.done() and not work.cancelled()
 
 
-def _to_agent(crew: Crew, chat: ChatRequest) -> tuple[Agent[Any], Any, Sequence[Message]]:
+def _to_agent(crew: Crew, chat: ChatRequest) -> tuple[Agent[Any, Any], Any, Sequence[Message]]:
     agent = crew.agents[chat.model]
     for name, given in (("tools", chat.tools), ("response_format", chat.options.get("response_format"))):
         if given:

@@ -32,7 +32,7 @@ class RequestRun:
     """
 
     def __init__(
-        self, mesh: Mesh, run_id: str, agent: Agent[Any], task: Any, history: Sequence[Message], *, keyed: bool,
+        self, mesh: Mesh, run_id: str, agent: Agent[Any, Any], task: Any, history: Sequence[Message], *, keyed: bool,
         stream: bool, origin: str, waiting: Counter[str],
     ) -> None:  # fmt: skip
         self._mesh = mesh.aio

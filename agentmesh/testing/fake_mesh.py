@@ -34,7 +34,7 @@ class AsyncFakeMesh:
 
     @overload
     async def start(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
         origin: str = "",
     ) -> AsyncRun[Out]: ...  # fmt: skip
     @overload
@@ -60,7 +60,7 @@ class AsyncFakeMesh:
 
     @overload
     async def run(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
         timeout_s: float | None = None,
     ) -> Out: ...  # fmt: skip
     @overload
@@ -113,7 +113,7 @@ class FakeMesh:
     """
 
     def __init__(
-        self, agent: Agent[Any] | Crew, *, model: Any = (), workers: int = 1, start_ms: int = 1_000_000
+        self, agent: Agent[Any, Any] | Crew, *, model: Any = (), workers: int = 1, start_ms: int = 1_000_000
     ) -> None:
         self.crew = crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
@@ -130,7 +130,7 @@ class FakeMesh:
 
     @overload
     def start(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
         origin: str = "",
     ) -> Run[Out]: ...  # fmt: skip
     @overload
@@ -149,7 +149,7 @@ class FakeMesh:
 
     @overload
     def run(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
         timeout_s: float | None = None,
     ) -> Out: ...  # fmt: skip
     @overload
@@ -176,7 +176,7 @@ class FakeMesh:
 
     @overload
     async def begin(
-        self, agent: Agent[Out], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
+        self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (), stream: bool = True,
         origin: str = "",
     ) -> AsyncRun[Out]: ...  # fmt: skip
     @overload

@@ -1,4 +1,4 @@
-"""Reads one text file in pieces that fit the model, and notes what bears on a question."""
+"""Reads one text file in pieces that fit the model, and notes what answers a question."""
 
 import re
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ SENTENCE = re.compile(r"[^.!?\n]{20,}[.!?]")
 
 
 class Note(BaseModel):
-    """What a Reader found in one file: one line a piece."""
+    """What a Reader noted of one file: one line for each piece."""
 
     source: str
     lines: list[str]
 
 
 class Reader(Agent[Note]):
-    """Reads the file named in the task, piece by piece; its note has at least one line for each piece."""
+    """Reads the file that the task names, piece by piece; its note has at least one line for each piece."""
 
     folder: str = "."
     question: str = ""
@@ -29,7 +29,7 @@ class Reader(Agent[Note]):
     instructions = "You take notes. You answer with one short sentence."
 
     def flow(self, task: str, ctx: Context) -> Note:
-        """Every piece is read by a tool and noted by the model; a piece the model says nothing about speaks for itself."""
+        """A tool reads each piece, and the model writes a line about it; where it writes nothing, the first sentence is taken."""
         _, read_file = in_folder(self.folder)
         lines: list[str] = []
         start, size = 0, 1
@@ -44,22 +44,22 @@ class Reader(Agent[Note]):
 
     def _note(self, text: str, ctx: Context) -> str:
         wish = f" that bears on: {self.question}" if self.question else ""
-        asked = f"Write one sentence that says what this text tells{wish}\n\nText:\n{text}\n\nOne sentence:"
-        said = first_line(ctx.do(self.ask([user(asked)], plain=True)).text)
-        if not said:  # a small model may answer nothing: ask once more, then let the text speak
-            said = first_line(ctx.do(self.ask([user(f"{text}\n\nSummarise this in one sentence.")], plain=True)).text)
-        return said or f"(its own words) {first_sentence(text)}"
+        request = f"Write one sentence that says what this text tells{wish}\n\nText:\n{text}\n\nOne sentence:"
+        line = first_line(ctx.do(self.ask([user(request)], plain=True)).text)
+        if not line:  # a small model may answer nothing: ask once more, then take the text's first sentence
+            line = first_line(ctx.do(self.ask([user(f"{text}\n\nSummarise this in one sentence.")], plain=True)).text)
+        return line or f"(its own words) {first_sentence(text)}"
 
 
 def first_line(text: str) -> str:
-    """The first line that says something."""
+    """The first line that is not blank."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def first_sentence(text: str) -> str:
     """The first sentence, or the first words of a text without one."""
-    found = SENTENCE.search(text)
-    return " ".join((found.group(0) if found else text[:120]).split())
+    match = SENTENCE.search(text)
+    return " ".join((match.group(0) if match else text[:120]).split())
 
 
 def pieces(text: str, size: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Joins notes into one page; the sources are listed by code, so that none is forgotten and none invented."""
+"""Joins notes into one page; code lists the sources, so that none is forgotten and none invented."""
 
 from pydantic import BaseModel
 
@@ -14,7 +14,7 @@ class Page(BaseModel):
     sources: list[str]
 
 
-class Writer(Agent[Page]):
+class Writer(Agent[Page, list[Note]]):
     """Writes a page that answers a question from notes."""
 
     question: str = ""
@@ -25,16 +25,16 @@ class Writer(Agent[Page]):
     def flow(self, task: list[Note], ctx: Context) -> Page:
         """A paragraph for each group of notes that fits the model, side by side; then the notes themselves, cited."""
         groups = _groups(task, self.group_chars)
-        asked = [self.ask([user(self._request(group))], plain=True) for group in groups]
-        paragraphs = [first_paragraph(said.text) for said in ctx.gather(asked)]
+        asks = [self.ask([user(self._request(group))], plain=True) for group in groups]
+        paragraphs = [first_paragraph(reply.text) for reply in ctx.gather(asks)]
         parts = [f"# {self.question or 'Briefing'}", *[p for p in paragraphs if p], "## What each source says"]
         parts += [f"- **{note.source}**: {' '.join(note.lines)}" for note in task]
         parts += ["## Sources", "\n".join(f"{i}. {note.source}" for i, note in enumerate(task, 1))]
         return Page(text="\n\n".join(parts), sources=[note.source for note in task])
 
     def _request(self, notes: list[Note]) -> str:
-        told = "\n".join(f"- {' '.join(note.lines)}" for note in notes)
-        return f"Notes:\n{told}\n\nWrite one short paragraph from these notes" + (
+        lines = "\n".join(f"- {' '.join(note.lines)}" for note in notes)
+        return f"Notes:\n{lines}\n\nWrite one short paragraph from these notes" + (
             f" that answers: {self.question}" if self.question else "."
         )
 

@@ -48,7 +48,7 @@ def model() -> ScriptedModel:
     return ScriptedModel(lambda p: says(p.messages[-1].text))
 
 
-def make(valkey: Any, *agents: Agent[Any], **crew: Any) -> Mesh:
+def make(valkey: Any, *agents: Agent[Any, Any], **crew: Any) -> Mesh:
     return Mesh(Crew(*agents, **{"name": "m", "model": model(), **crew}), broker=valkey.broker_url, journal=valkey.url)
 
 

@@ -50,7 +50,12 @@ class Everything(Agent):
 
 
 def mesh_on(
-    rabbitmq: RabbitServer, valkey: ValkeyServer, lead: Agent[Any], *, app: Celery | None = None, name: str = "rabbit"
+    rabbitmq: RabbitServer,
+    valkey: ValkeyServer,
+    lead: Agent[Any, Any],
+    *,
+    app: Celery | None = None,
+    name: str = "rabbit",
 ) -> Mesh:
     model = ScriptedModel(lambda request: says(request.messages[-1].text))
     crew = Crew(lead, Echo(), name=name, model=model)

@@ -128,7 +128,7 @@ class Flood(Urgent):
 
 
 @contextmanager
-def two_lanes(valkey: Any, *agents: Agent[Any]) -> Iterator[tuple[Mesh, Slow, Lanes]]:
+def two_lanes(valkey: Any, *agents: Agent[Any, Any]) -> Iterator[tuple[Mesh, Slow, Lanes]]:
     """A mesh with a worker of two lanes before a slow model, and one for the rest."""
     queues = [Queue("main"), Queue("night", model="m", lane="low"), Queue("talk", model="m", lane="realtime")]
     crew = Crew(*agents, name="lanes", model="local:m", queues=queues)

@@ -40,7 +40,8 @@ for name in ("local:smollm2", "openai:gpt-5-mini"):
 # in-function imports keep `agentmesh` light; these rooms may have them
 MAY_IMPORT_LATE = ("agentmesh/runtime/local.py", "agentmesh/runtime/bootstrap.py", "agentmesh/runtime/optional.py",
                    "agentmesh/cli/main.py", "agentmesh/cli/models.py", "agentmesh/cli/rag.py", "agentmesh/hub/pull.py",
-                   "agentmesh/hub/download.py", "agentmesh/models/registry.py")  # fmt: skip
+                   "agentmesh/hub/download.py", "agentmesh/models/registry.py",
+                   "agentmesh/definitions/tool.py")  # fmt: skip
 
 
 def module_of(path: Path) -> str:

@@ -8,9 +8,9 @@ import pytest
 from agentmesh import Crew
 from agentmesh.retriever import Passage, Retriever
 from agentmesh.testing import FakeMesh, says
-from agentmesh_agents import Answer, Librarian
+from agentmesh_agents import Librarian, QuotedAnswer
 from agentmesh_agents.librarian import answer_from, checked, locate
-from agentmesh_tools.retrieve import Consulted, Quote, in_store, quotable, stands
+from agentmesh_tools.retrieve import Consulted, Quote, in_store, occurs, quotable
 
 PAY = "# Pay\n\nWages are paid on the last working day. Overtime is paid in the month after.\n"
 LEAVE = "# Leave\n\n| who | how long |\n|---|---|\n| parents | sixteen weeks of paid leave |\n\nIs leave paid? Yes."
@@ -24,7 +24,7 @@ def store(tmp_path: Path, write: Any) -> str:
     return str(tmp_path / "kb")
 
 
-def ask(store: str, question: str, *replies: Any, **fields: Any) -> Answer:
+def ask(store: str, question: str, *replies: Any, **fields: Any) -> QuotedAnswer:
     return FakeMesh(Crew(Librarian(store=store, **fields)), model=[says(r) for r in replies]).run(question)
 
 
@@ -39,7 +39,7 @@ def test_an_answer_rests_on_quotes_that_are_in_the_documents(store: str) -> None
 
 
 def test_its_model_is_asked_for_words(store: str) -> None:
-    """A model that is held to the schema of an Answer speaks JSON, which no document bears out."""
+    """A model that is held to the schema of a QuotedAnswer speaks JSON, which no document bears out."""
     asked = []
 
     def model(prompt: Any) -> Any:
@@ -110,7 +110,7 @@ def test_a_quote_that_does_not_stand_is_dropped() -> None:
         Quote(text="One", source="a.md", start=0, end=3),
     ]
     assert checked(Consulted(passages=[passage], quotes=[*good, *bad])) == good
-    assert not any(stands(q, passage) for q in bad)
+    assert not any(occurs(q, passage) for q in bad)
     assert locate("sentence of\n a  TEXT", [passage]) == Quote(
         text="sentence of a text", source="a.md", start=104, end=122
     )

@@ -9,10 +9,10 @@ import pytest
 from agentmesh import errors, tool
 from agentmesh.config import load
 from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.context import Context
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.limits import Limits
 from agentmesh.definitions.queue import Queue
-from agentmesh.definitions.step import Context
 from agentmesh.errors import (
     ConfigError,
     DefinitionError,
@@ -46,13 +46,13 @@ def test_agents() -> None:
         class A(Agent):
             tools = (plain,)  # type: ignore[assignment]
 
-    with pytest.raises(DefinitionError, match="a flow is a plain `def`"):
+    with pytest.raises(DefinitionError, match="its flow is not a plain `def`; wait with ctx.do"):
 
         class B(Agent):
             async def flow(self, task: str, ctx: Context) -> str:  # type: ignore[override]
                 return ""
 
-    with pytest.raises(DefinitionError, match=r"a flow is `def flow\(self, task, ctx\)`"):
+    with pytest.raises(DefinitionError, match=r"its flow takes .*; write `def flow\(self, task, ctx\)`"):
 
         class C(Agent):
             def flow(self, task: str) -> str:  # type: ignore[override]
@@ -121,7 +121,8 @@ def test_crews() -> None:
         queue = "gpus"
 
     with pytest.raises(
-        UnknownName, match="agent `Editor` names queue 'gpus'; the crew has 'gpu', 'web'. Did you mean 'gpu'?"
+        UnknownName,
+        match="agent `Editor` names the unknown queue 'gpus'; use one of: 'gpu', 'web'. Did you mean 'gpu'?",
     ):
         Crew(Editor(), queues=[Queue("gpu"), Queue("web")])
 
@@ -134,13 +135,13 @@ def test_crews() -> None:
 
     with pytest.raises(NameTaken, match="two agents are named 'Editor'"):
         Crew(Editor(), another()(), queues=[Queue("gpus")])
-    with pytest.raises(DefinitionError, match="model 'gpt-5'; a model is `provider:name`"):
+    with pytest.raises(DefinitionError, match="model 'gpt-5', which names no provider; write `provider:name`"):
         Crew(another()(), model="gpt-5")
     with pytest.raises(DefinitionError, match="which is not a model"):
         Crew(another()(), model=42)
     with pytest.raises(NameTaken, match="several queues with the same name"):
         Crew(another()(), queues=[Queue("a"), Queue("a")])
-    with pytest.raises(UnknownName, match="has no agent 'Edtor'; it has Editor. Did you mean 'Editor'?"):
+    with pytest.raises(UnknownName, match="has no agent 'Edtor': it has Editor. Did you mean 'Editor'?"):
         Crew(another()()).agent("Edtor")
     with pytest.raises(DefinitionError, match="write `Editor\\(\\)`"):
         Crew(another())  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_what_a_model_calls_wrongly_is_said_to_it_without_a_step() -> None:
     handle = mesh.start("x")
     assert handle.result() == "sorry"
     told = [m.text for m in handle.messages() if m.role == "tool"]
-    assert told[0] == "error: there is no tool 'plus'; there are: add"
+    assert told[0] == "error: unknown tool 'plus'; use one of: add"
     assert told[1].startswith("error: a: Input should be a valid integer")
     assert [e.kind for e in handle.events() if isinstance(e, StepPlanned)] == ["Ask", "Ask", "Ask"]
 

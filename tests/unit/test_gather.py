@@ -18,7 +18,7 @@ from agentmesh import (
 from agentmesh.testing import FakeMesh
 
 
-def gathering(**how: Any) -> type[Agent[Any]]:
+def gathering(**how: Any) -> type[Agent[Any, Any]]:
     @tool
     def even(x: int) -> int:
         """Only even ones."""
@@ -26,7 +26,7 @@ def gathering(**how: Any) -> type[Agent[Any]]:
             raise ValueError(f"{x} is odd")
         return x
 
-    class G(Agent[Any]):
+    class G(Agent[Any, Any]):
         def flow(self, task: list[int], ctx: Context) -> Any:
             got = ctx.gather([even.on(x) for x in task], **how)
             return [f"{type(g).__name__}" if isinstance(g, StepError) else g for g in got]
@@ -94,7 +94,7 @@ def test_a_window_bounds_what_is_in_flight() -> None:
 
 
 def test_quorum_missed_carries_its_errors_through_the_journal() -> None:
-    class Asker(Agent[Any]):
+    class Asker(Agent[Any, Any]):
         def flow(self, task: list[int], ctx: Context) -> Any:
             try:
                 return ctx.gather([bad.on(x) for x in task], need=2)

@@ -1,12 +1,14 @@
 """LangChain's own fakes and tools through our engine."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from langchain_core.language_models import FakeMessagesListChatModel
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
+from langchain_core.tools import InjectedToolArg, StructuredTool
 from langchain_core.tools import tool as lc_tool
+from pydantic import Field
 
 from agentmesh import Agent, Crew, DefinitionError
 from agentmesh.langchain import as_model, as_tool, from_langchain, to_langchain
@@ -61,6 +63,47 @@ def test_a_tool_keeps_its_name_description_and_schema() -> None:
     run = mesh.start("x")
     assert run.result() == "12"
     assert [m.text for m in run.messages() if m.role == "tool"][1] == "12"
+
+
+def test_a_tool_keeps_what_its_arguments_say_and_hides_what_is_injected() -> None:
+    @lc_tool
+    def visit(
+        city: Annotated[str, Field(description="where to", min_length=2)], user: Annotated[str, InjectedToolArg] = "me"
+    ) -> str:
+        """Visits a city."""
+        return f"{user} in {city}"
+
+    ours = as_tool(visit)
+    assert ours.spec.parameters["properties"] == {"city": {"type": "string", "minLength": 2, "description": "where to"}}
+
+    class Guide(Agent):
+        tools = (ours,)
+
+    run = FakeMesh(Guide(), model=[uses("visit", city="L"), uses("visit", city="Lima"), says("bye")]).start("x")
+    refusal, answer = [m.text for m in run.messages if m.role == "tool"]
+    assert refusal.startswith("error: city: ")
+    assert answer == "me in Lima"
+
+
+def test_a_tool_with_a_json_schema_is_shown_as_it_is() -> None:
+    schema = {"type": "object", "properties": {"unit-of": {"enum": ["C", "F"]}}, "required": ["unit-of"]}
+
+    async def call(**arguments: Any) -> str:
+        return f"in {arguments['unit-of']}"
+
+    theirs = StructuredTool(name="weather", description="The weather.", args_schema=schema, coroutine=call)
+    ours = as_tool(theirs, timeout_s=5)
+    assert (ours.spec.parameters, ours.spec.description, ours.timeout_s) == (schema, "The weather.", 5)
+
+    class Guide(Agent):
+        tools = (ours,)
+
+    mesh = FakeMesh(
+        Guide(), model=[uses("weather", **{"unit-of": "K"}), uses("weather", **{"unit-of": "C"}), says("hot")]
+    )
+    refusal, answer = [m.text for m in mesh.start("x").messages if m.role == "tool"]
+    assert refusal == "error: unit-of: 'K' is not one of ['C', 'F']; call weather again"
+    assert answer == "in C"
 
 
 def test_messages_both_ways() -> None:

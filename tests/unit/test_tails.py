@@ -7,7 +7,7 @@ import pytest
 
 from agentmesh import tool
 from agentmesh.definitions.agent import Agent
-from agentmesh.definitions.step import Context
+from agentmesh.definitions.context import Context
 from agentmesh.engine import history_cache
 from agentmesh.testing import FakeMesh
 

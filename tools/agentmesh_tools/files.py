@@ -8,8 +8,8 @@ from pydantic import BaseModel
 
 from agentmesh import Tool, TryAgain, tool
 
-LONGEST = 20_000  # characters in one piece
-MOST_FILES = 1000
+MAX_CHARS = 20_000  # in one piece
+MAX_FILES = 1000
 
 
 class Piece(BaseModel):
@@ -40,10 +40,10 @@ def in_folder(root: str | Path) -> tuple[Tool[[str], list[str]], Tool[[str, int,
         if pattern.startswith(("/", "~")) or ".." in Path(pattern).parts:
             raise TryAgain(f"pattern {pattern!r} must stay inside the folder: no `..`, no absolute path")
         top = folder.resolve()
-        found = sorted(
+        paths = sorted(
             p for p in folder.glob(pattern) if p.is_file() and p.resolve().is_relative_to(top) and _is_text(p)
         )
-        return [p.relative_to(folder).as_posix() for p in found[:MOST_FILES]]
+        return [p.relative_to(folder).as_posix() for p in paths[:MAX_FILES]]
 
     @tool
     def read_file(path: str, start: int = 0, length: int = 4000) -> Piece:
@@ -56,7 +56,7 @@ def in_folder(root: str | Path) -> tuple[Tool[[str], list[str]], Tool[[str, int,
         """
         text = _inside(folder, path).read_text(encoding="utf-8", errors="replace")
         start = max(0, start)
-        end = min(len(text), start + max(1, min(length, LONGEST)))
+        end = min(len(text), start + max(1, min(length, MAX_CHARS)))
         return Piece(path=path, text=text[start:end], start=start, end=end, size=len(text))
 
     return list_files, read_file
@@ -66,20 +66,20 @@ def _inside(folder: Path, path: str) -> Path:
     """The file of a path.
 
     Raises:
-        TryAgain: it leads out of the folder, or is no text file in it.
+        TryAgain: it leads out of the folder, or is not a text file in it.
     """
     top = os.path.realpath(folder)
     real = os.path.realpath(folder / path)
     if os.path.commonpath([top, real]) != top:
         raise TryAgain(f"path {path!r} leads out of the folder; use a path that list_files gives")
-    found = Path(real)
-    if not found.is_file():
-        there = [p.relative_to(top).as_posix() for p in Path(top).rglob("*") if p.is_file()][:MOST_FILES]
-        near = difflib.get_close_matches(path, there, n=3)
+    file = Path(real)
+    if not file.is_file():
+        paths = [p.relative_to(top).as_posix() for p in Path(top).rglob("*") if p.is_file()][:MAX_FILES]
+        near = difflib.get_close_matches(path, paths, n=3)
         raise TryAgain(f"there is no file {path!r}" + (f"; near it are {', '.join(near)}" if near else ""))
-    if not _is_text(found):
+    if not _is_text(file):
         raise TryAgain(f"file {path!r} is not text")
-    return found
+    return file
 
 
 def _is_text(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Looking up a store of passages, and picking from each the sentences that bear on a question, with their places."""
+"""Searches a store of passages, and ranks the sentences of those that are found, with their places."""
 
 import math
 import re
@@ -10,12 +10,12 @@ from pydantic import BaseModel
 
 from agentmesh import Tool, tool
 from agentmesh.retriever import Passage, Retriever
-from agentmesh_tools.sentences import LONGEST, one_line, pieces
+from agentmesh_tools.sentences import MAX_BYTES, one_line, pieces
 
 WORD = re.compile(r"[^\W_]{2,}")
-SHORTEST = 20  # bytes of a sentence that can be quoted: a Chinese one has few characters
-WORDS_COUNT = 0.5  # what shared words add to a sentence's cosine, at most
-LINE_COSTS = 0.3  # so much nearer must a row, a title or a line of code be: short, it shares more by chance
+MIN_BYTES = 20  # of a sentence that can be quoted; in bytes, since a Chinese sentence has few characters
+WORDS_WEIGHT = 0.5  # what shared words add to a sentence's cosine, at most
+LINE_PENALTY = 0.3  # on the score of a row, a title or a line of code, which is short and shares words by chance
 COMMON = frozenset(
     re.findall(
         r"\w+",
@@ -36,12 +36,12 @@ class Quote(BaseModel):
 
 
 class Consulted(BaseModel):
-    """What a store has on a question.
+    """What a search for a question found.
 
     Args:
         passages: best first.
         quotes: their sentences, best first.
-        score: how near the best sentence is: its cosine, and up to 0.5 for the words that it shares with the question.
+        score: of the best sentence: its cosine, and up to 0.5 for the words that it shares with the question.
     """
 
     passages: list[Passage] = []
@@ -52,7 +52,7 @@ class Consulted(BaseModel):
 def in_store(
     store: str, *, embed: str = "", k: int = 5, where: Mapping[str, Any] | None = None
 ) -> Tool[[str], Consulted]:
-    """`consult` for one store; a filter is neither seen nor widened by whoever asks.
+    """`consult` for one store; the model that calls it neither sees nor changes the filter.
 
     Args:
         store: the folder; it need not exist before the tool is called.
@@ -73,40 +73,41 @@ def in_store(
             Passage(source=h.source, start=h.start, text=h.text, heading=" > ".join(h.heading))
             for h in retriever.search(question, k)
         ]
-        # where two passages overlap, the one that has the whole sentence counts
-        told = sorted((q for p in passages for q in quotable(p)), key=lambda t: t[0].end)
-        found = {(q.source, q.start): (q, prose) for q, prose in told if not _asks(q.text, question)}
-        if not found:
+        # where two passages overlap, the one that has the whole sentence comes last, and replaces the other
+        candidates = sorted((q for p in passages for q in quotable(p)), key=lambda t: t[0].end)
+        by_place = {(q.source, q.start): (q, prose) for q, prose in candidates if not _asks(q.text, question)}
+        if not by_place:
             return Consulted(passages=passages)
-        quotes, prose = map(list, zip(*found.values(), strict=True))
+        quotes, prose = map(list, zip(*by_place.values(), strict=True))
         scores = _scores(question, quotes, retriever)
-        order = np.argsort(LINE_COSTS * ~np.array(prose) - scores, kind="stable")
+        order = np.argsort(LINE_PENALTY * ~np.array(prose) - scores, kind="stable")
         return Consulted(passages=passages, quotes=[quotes[i] for i in order], score=float(scores[order[0]]))
 
     return consult
 
 
 def _scores(question: str, quotes: list[Quote], retriever: Retriever) -> Any:
-    """(n,) of the quotes: cosine to the question, and the share of its words that they hold; a word that all hold is little."""
+    """float (n,) for n quotes: the cosine to the question, and the weighted share of its words; frequent words weigh less."""
     embedder = retriever.embedder()
     cosines = embedder.documents([q.text for q in quotes]) @ embedder.query(question)  # (n, d) x (d,) -> (n,)
-    asked, held = words(question), [words(q.text) for q in quotes]
-    weight = {w: math.log1p(len(held) / (1 + sum(w in h for h in held))) for w in asked}
+    question_words, quote_words = words(question), [words(q.text) for q in quotes]
+    n = len(quotes)
+    weight = {w: math.log1p(n / (1 + sum(w in q for q in quote_words))) for w in question_words}
     whole = sum(weight.values()) or 1.0
-    return cosines + WORDS_COUNT * np.array([sum(weight[w] for w in asked & h) / whole for h in held])
+    return cosines + WORDS_WEIGHT * np.array([sum(weight[w] for w in question_words & q) / whole for q in quote_words])
 
 
 def _asks(text: str, question: str) -> bool:
-    """Whether a sentence holds a question, or repeats this one: it answers nothing."""
-    said, asked = one_line(text).lower(), one_line(question).lower().strip(" ?？")
-    return "?" in said or "？" in said or asked in said
+    """Whether a sentence is a question, or repeats this one, and so is not an answer."""
+    sentence, repeated = one_line(text).lower(), one_line(question).lower().strip(" ?？")
+    return "?" in sentence or "？" in sentence or repeated in sentence
 
 
 def quotable(passage: Passage) -> Iterator[tuple[Quote, bool]]:
-    """What of a passage can be quoted, with its place in the document; and whether it is a sentence, not a row or code."""
+    """The parts of a passage that can be quoted, each with whether it is a sentence, not a row or a line of code."""
     for piece in pieces(passage.text, source=passage.source, torn=passage.start > 0):
         text = passage.text[piece.start : piece.end]
-        if SHORTEST <= len(text.encode()) <= LONGEST and words(text):
+        if MIN_BYTES <= len(text.encode()) <= MAX_BYTES and words(text):
             start = passage.start + piece.start
             yield Quote(text=text, source=passage.source, start=start, end=start + len(text)), piece.prose
 
@@ -133,7 +134,7 @@ def stem(word: str) -> str:
     return word
 
 
-def stands(quote: Quote, passage: Passage) -> bool:
+def occurs(quote: Quote, passage: Passage) -> bool:
     """Whether the document has these words at this place, as far as the passage shows it."""
     at = quote.start - passage.start
     return (

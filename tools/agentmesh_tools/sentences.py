@@ -1,4 +1,4 @@
-"""The sentences of plain text and Markdown, each with its place; and the lines that are none: rows, headings, code."""
+"""The sentences of plain text and Markdown, each with its place; and the other lines: rows, headings, code."""
 
 import re
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePath
 
-LONGEST = 1200  # bytes; a text without marks, or in a script that has others, is taken by its lines
-# of these files each line stands by itself
+MAX_BYTES = 1200  # of a sentence; a text without punctuation that is known here is split at its lines
+# files of these kinds are split at their lines
 BY_LINES = {".c", ".cpp", ".csv", ".go", ".h", ".java", ".js", ".json", ".log", ".py", ".rs", ".sh", ".sql", ".toml", ".ts",
             ".tsv", ".yaml", ".yml"}  # fmt: skip
 BLANK = re.compile(r"[ \t>]*$")
@@ -28,22 +28,22 @@ GOES_ON = re.compile(  # a full stop after these ends nothing; after those below
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """`text[start:end]`; `prose` says that it is a sentence, not a row, a heading, a line of code or a torn end."""
+class Span:
+    """`text[start:end]`; `prose` says that it is a whole sentence, not a row, a heading, a line of code or a part of one."""
 
     start: int
     end: int
     prose: bool = True
 
 
-def pieces(text: str, *, source: str = "", torn: bool = False) -> Iterator[Piece]:
+def pieces(text: str, *, source: str = "", torn: bool = False) -> Iterator[Span]:
     """The sentences and other lines of a passage, in their order, without their marks of Markdown.
 
     The wrapped lines of a paragraph belong together. A blank line, a list item, a heading, a row or a fence ends it.
 
     Args:
-        source: what the document is called; its ending says whether it is code.
-        torn: the passage begins inside a document, maybe inside a sentence.
+        source: the document's name; its ending says whether it is code.
+        torn: the passage begins inside a document, perhaps inside a sentence.
     """
     if PurePath(source).suffix.lower() in BY_LINES:
         yield from _lines(text, 0, len(text))
@@ -56,10 +56,10 @@ def pieces(text: str, *, source: str = "", torn: bool = False) -> Iterator[Piece
         for a, b in _sentences(text, start, end):
             begins = not (torn and a == 0 and text[0].islower())
             ends = not (wrapped and b == len(text)) or any(m.end() == b for m in END.finditer(text, a))
-            if len(text[a:b].encode()) > LONGEST:
+            if len(text[a:b].encode()) > MAX_BYTES:
                 yield from _lines(text, a, b)
             else:
-                yield Piece(a, b, begins and ends)
+                yield Span(a, b, begins and ends)
 
 
 def _blocks(text: str, torn: bool) -> Iterator[tuple[int, int, bool]]:
@@ -98,25 +98,25 @@ def _begins_fenced(text: str) -> bool:
 
 def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
     """(start, end) of a paragraph's sentences, without white space at their ends."""
-    for found in END.finditer(text, start, end):
-        stop = text.find(".", found.start(), found.end()) + 1
-        if any(m.end() == stop for m in GOES_ON.finditer(text, max(start, found.start() - 8), end)):
+    for match in END.finditer(text, start, end):
+        stop = text.find(".", match.start(), match.end()) + 1
+        if any(m.end() == stop for m in GOES_ON.finditer(text, max(start, match.start() - 8), end)):
             continue
-        yield from _trimmed(text, start, found.end())
-        start = found.end()
+        yield from _trimmed(text, start, match.end())
+        start = match.end()
     yield from _trimmed(text, start, end)
 
 
-def _lines(text: str, start: int, end: int) -> Iterator[Piece]:
+def _lines(text: str, start: int, end: int) -> Iterator[Span]:
     for line in re.compile(r"[^\n]*\w[^\n]*").finditer(text, start, end):
-        yield from (Piece(a, b, False) for a, b in _trimmed(text, line.start(), line.end(), " \t#>|"))
+        yield from (Span(a, b, False) for a, b in _trimmed(text, line.start(), line.end(), " \t#>|"))
 
 
 def _trimmed(text: str, start: int, end: int, marks: str | None = None) -> Iterator[tuple[int, int]]:
-    said = text[start:end].strip(marks)
-    if said:
-        start = text.index(said, start)
-        yield start, start + len(said)
+    trimmed = text[start:end].strip(marks)
+    if trimmed:
+        start = text.index(trimmed, start)
+        yield start, start + len(trimmed)
 
 
 def one_line(text: str) -> str:
