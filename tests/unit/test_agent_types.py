@@ -116,7 +116,7 @@ def test_text_that_is_said_is_not_text_that_is_left_out() -> None:
 
 def test_the_default_flow_tells_a_task_that_is_not_text_as_json() -> None:
     run = FakeMesh(Clerk(), model=[says('{"good": true}')]).start(Order(number=7))
-    assert run.messages[0].text == '{"number":7}'
+    assert run.messages()[0].text == '{"number":7}'
     assert run.result() == Verdict(good=True)
 
 

@@ -80,7 +80,7 @@ def test_a_tool_keeps_what_its_arguments_say_and_hides_what_is_injected() -> Non
         tools = (ours,)
 
     run = FakeMesh(Guide(), model=[uses("visit", city="L"), uses("visit", city="Lima"), says("bye")]).start("x")
-    refusal, answer = [m.text for m in run.messages if m.role == "tool"]
+    refusal, answer = [m.text for m in run.messages() if m.role == "tool"]
     assert refusal.startswith("error: city: ")
     assert answer == "me in Lima"
 
@@ -101,7 +101,7 @@ def test_a_tool_with_a_json_schema_is_shown_as_it_is() -> None:
     mesh = FakeMesh(
         Guide(), model=[uses("weather", **{"unit-of": "K"}), uses("weather", **{"unit-of": "C"}), says("hot")]
     )
-    refusal, answer = [m.text for m in mesh.start("x").messages if m.role == "tool"]
+    refusal, answer = [m.text for m in mesh.start("x").messages() if m.role == "tool"]
     assert refusal == "error: unit-of: 'K' is not one of ['C', 'F']; call weather again"
     assert answer == "in C"
 

@@ -11,7 +11,8 @@ import pytest
 
 from agentmesh import tool
 from agentmesh.definitions.agent import Agent
-from agentmesh.definitions.step import Approve, Context
+from agentmesh.definitions.context import Context
+from agentmesh.definitions.step import Approve
 from agentmesh.engine.history_cache import HISTORY_CACHE_BYTES, HistoryCache
 from agentmesh.journal.events import StepDone
 from agentmesh.message import Message

@@ -117,7 +117,7 @@ def test_an_annotation_describes_a_parameter_and_comes_before_the_docstring() ->
         tools = (price,)
 
     run = FakeMesh(Desk(), model=[uses("price", item="tea", weekday=2), says("done")]).start("x")
-    assert [m.text for m in run.messages if m.role == "tool"] == ["tea 1 2"]
+    assert [m.text for m in run.messages() if m.role == "tool"] == ["tea 1 2"]
 
     class Flow(Agent):
         def flow(self, task: str, ctx: Context) -> str:

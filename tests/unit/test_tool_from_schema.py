@@ -72,7 +72,7 @@ def test_a_model_is_told_what_does_not_fit_and_calls_again() -> None:
     mesh = FakeMesh(Desk(), model=[wrong, uses("forecast", city="Lima", **{"unit-of": "C"}), says("clear")])
     run = mesh.start("x")
     assert run.result() == "clear"
-    refusal, answer = [m.text for m in run.messages if m.role == "tool"]
+    refusal, answer = [m.text for m in run.messages() if m.role == "tool"]
     at, city, days, unit = refusal.split("; ", 3)
     assert at.startswith("error: at: ")
     assert city.startswith("city: ")

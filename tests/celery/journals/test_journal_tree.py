@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, tool
-from agentmesh.definitions.step import Context
+from agentmesh.definitions.context import Context
 from agentmesh.journal import redis_tree, tree
 from agentmesh.journal.events import Event, StepDone, StepPlanned, event_from_json
 from agentmesh.journal.memory import MemoryJournal
