@@ -9,7 +9,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A model's wish to have a tool called.
+    """A request of a model to call a tool.
 
     Args:
         arguments: the JSON text as the model wrote it; it may be invalid.
@@ -68,6 +68,11 @@ def system(text: str) -> Message:
 def user(text: str) -> Message:
     """What a person, or the calling agent, says."""
     return Message("user", text)
+
+
+def assistant(text: str) -> Message:
+    """What a model says."""
+    return Message("assistant", text)
 
 
 def tool_result(call: ToolCall, text: str) -> Message:

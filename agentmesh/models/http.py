@@ -11,9 +11,9 @@ import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_base, wait_random_exponential
 
+from agentmesh.address import server_address
 from agentmesh.errors import ContextTooLong, ModelError, ModelRefused
-from agentmesh.model import Answer, Prompt, RetryLater
-from agentmesh.models.address import address_of
+from agentmesh.model import Answer, Model, Prompt, RetryLater
 from agentmesh.models.openai_format import (
     MALFORMED_ANSWER,
     SseParser,
@@ -66,24 +66,26 @@ class _Wait(wait_base):
         return float(self._jitter(retry_state))
 
 
-class HttpModel:
+class HttpModel(Model):
     """A Model behind `/chat/completions`.
 
     Args:
-        base_url, api_key: see address_of.
+        name: what it is called; the model that the server is asked for is the prompt's.
+        base_url, api_key: see server_address.
         set_by: where URL and key come from, for sentences that say what to mend.
         tries: attempts within one step, as long as the waits between them stay under 5 s.
 
     Raises:
-        ConfigError: OpenAI's own server and no key, or a base URL that is none.
+        ConfigError: OpenAI's own server and no key, or a base URL that is not a URL.
     """
 
     def __init__(
-        self, *, base_url: str | None = None, api_key: str | None = None, timeout_s: float = 600.0, tries: int = 5,
-        connections: int = 1000, set_by: tuple[str, str] = ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
+        self, name: str = "", *, base_url: str | None = None, api_key: str | None = None, timeout_s: float = 600.0,
+        tries: int = 5, connections: int = 1000, set_by: tuple[str, str] = ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
     ) -> None:  # fmt: skip
+        super().__init__(name)
         self._url_by, self._key_by = set_by
-        self.base_url, key = address_of(base_url, api_key)
+        self.base_url, key = server_address(base_url, api_key, set_by=self._url_by)
         self._url = f"{self.base_url}/chat/completions"
         self._key = key
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}

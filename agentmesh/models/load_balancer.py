@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from agentmesh.address import key_of_servers
 from agentmesh.definitions.queue import Servers
 from agentmesh.errors import ModelError
-from agentmesh.model import Answer, Prompt, RetryLater
-from agentmesh.models.address import key_of
+from agentmesh.model import Answer, Model, Prompt, RetryLater
 from agentmesh.models.http import HttpModel, TransientFailure
 
 log = logging.getLogger("agentmesh.models")
@@ -35,7 +35,7 @@ class _Server:
     given_up: "asyncio.Future[None] | None" = None  # done when what it has in hand is given up
 
 
-class LoadBalancer:
+class LoadBalancer(Model):
     """A Model in front of servers that all know the same models.
 
     A question that a server never took goes to another at once. One that was cut off is the journal's to retry, and goes
@@ -46,7 +46,8 @@ class LoadBalancer:
     """
 
     def __init__(self, servers: Servers) -> None:
-        self._urls, self._key = servers.urls, key_of(servers)
+        super().__init__()
+        self._urls, self._key = servers.urls, key_of_servers(servers.key_env, servers.urls)
         self._set_by = "the queue's url", servers.key_env or "the queue's key_env"
         self._views: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopView] = WeakKeyDictionary()
 

@@ -19,7 +19,7 @@ from agentmesh.inference.loader import Loaded, load
 from agentmesh.inference.request import Done, EngineDown, Request
 from agentmesh.inference.tokenization import THINK, AnswerStream, Piece, separate_special, token_ids
 from agentmesh.message import Message, Usage
-from agentmesh.model import Answer, Prompt, RetryLater, Thought
+from agentmesh.model import Answer, Model, Prompt, RetryLater, Thought
 from agentmesh.models.tool_call_parser import chat_turns, parse_tool_calls
 
 
@@ -88,7 +88,7 @@ log = logging.getLogger("agentmesh.gpu")
 RELOAD_S = 1.0
 
 
-class LocalModel:
+class LocalModel(Model):
     """A Model in this process.
 
     Args:
@@ -96,7 +96,7 @@ class LocalModel:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        super().__init__(name)
         self._loaded: Loaded | None = None
         self._shape: Shape | None = None
         self._hopeless: Callable[[Exception], None] | None = None

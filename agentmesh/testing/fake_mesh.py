@@ -13,7 +13,7 @@ from agentmesh.engine.run import Run, RunClient
 from agentmesh.errors import RunError
 from agentmesh.journal.types import Refused, RunSpec
 from agentmesh.message import Message
-from agentmesh.model import Model
+from agentmesh.model import Model, model_name
 from agentmesh.testing.scripted import ScriptedModel
 
 Out = TypeVar("Out")
@@ -35,7 +35,7 @@ class FakeMesh(LocalRunner):
         crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
         doer = LocalExecutor(
-            model_of=lambda name: (self.model, str(name)), servers_of=crew.servers_of, model=crew.model, deps=crew.deps,
+            model_of=lambda name: (self.model, model_name(name)), servers_of=crew.servers_of, model=crew.model, deps=crew.deps,
             threads=4,
         )  # fmt: skip
         super().__init__(crew, doer, start_ms=start_ms, workers=workers)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from agentmesh.address import OPENAI
 from agentmesh.errors import ConfigError, ModelError, ModelRefused
 from agentmesh.message import ToolCall, Usage, user
 from agentmesh.model import Answer, Prompt, RetryLater
-from agentmesh.models.address import OPENAI
 from agentmesh.models.http import HttpModel
 from agentmesh.models.openai_format import SseParser, error_text, retry_after_s
 from agentmesh.testing import FakeOpenAI, Fault, says, uses

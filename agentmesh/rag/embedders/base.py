@@ -1,4 +1,4 @@
-"""From text to vectors: what an embedder is, and how a store knows it again. The kinds stand in `embedders/`, one a file."""
+"""From text to vectors: what an embedder is, and how a store recognises it. The kinds are in `embedders/`, one a file."""
 
 import os
 import re
@@ -102,17 +102,39 @@ class Embedder(Protocol):
 
 
 class BaseEmbedder:
-    """What the kinds share: prefixes, unit length, the probe. A kind gives `_embed` and `_identity`."""
+    """What the kinds share: prefixes, unit length, the probe. A kind needs `embed`, and nothing else.
 
-    name: str
+    Args:
+        model: the text after the colon in `provider:model`.
+
+    Attributes:
+        name: what makes it again in another process; `embedder("letters:any")` sets it, where a kind leaves it empty.
+        prefixes: written before each query and before each document.
+        scaled: whether vectors are brought to unit length; a store of the "cosine" metric needs that.
+    """
+
+    name: str = ""
     remote = False
-    scaled = True  # to unit length
+    scaled = True
     prefixes = ("", "")
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
+        self.model = model
         self._lock = threading.RLock()
         self._known: Identity | None = None
         _all.add(self)
+
+    def embed(self, texts: list[str]) -> Any:
+        """Vectors of any length, (n, d), rows in the order of the texts; numbers of any type.
+
+        Raises:
+            EmbedderError: with `after_s`, where a retry may help.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs `embed(texts)`")
+
+    def describe(self) -> dict[str, str]:
+        """What a store shows of it: `name`, `revision`, `pooling`."""
+        return {"name": self.name}
 
     @property
     def d(self) -> int:
@@ -126,10 +148,10 @@ class BaseEmbedder:
             if self._known is None:
                 probe = self.documents([PROBE_TEXT])[0]
                 probe = probe / np.linalg.norm(probe)
-                told = {"revision": "", "pooling": "", **self._identity()}
+                description = {"revision": "", "pooling": "", **self.describe()}
                 # rounded: a float32 written as JSON would be twice as long for nothing
                 rounded = tuple(round(float(x), 7) for x in probe)
-                self._known = Identity(prefixes=self.prefixes, d=len(rounded), probe=rounded, **told)
+                self._known = Identity(prefixes=self.prefixes, d=len(rounded), probe=rounded, **description)
             return self._known
 
     def documents(self, texts: Sequence[str]) -> Floats:
@@ -140,11 +162,11 @@ class BaseEmbedder:
         """
         if not texts:
             return np.zeros((0, self.d), np.float32)
-        return self._unit(self._embed([self.prefixes[1] + without_surrogates(t) for t in texts]), texts)
+        return self._unit(self.embed([self.prefixes[1] + without_surrogates(t) for t in texts]), texts)
 
     def query(self, text: str) -> Floats:
-        """float32 (d,), of unit length; zeros for a text in which the embedder knows nothing."""
-        vector: Floats = self._unit(self._embed([self.prefixes[0] + without_surrogates(text)]), [text])[0]
+        """float32 (d,), of unit length; zeros for a text in which the embedder knows no word."""
+        vector: Floats = self._unit(self.embed([self.prefixes[0] + without_surrogates(text)]), [text])[0]
         return vector
 
     def _unit(self, vectors: Any, texts: Sequence[str]) -> Floats:
@@ -163,13 +185,6 @@ class BaseEmbedder:
         if self.scaled:
             np.divide(rows, lengths, out=rows, where=lengths > 0)
         return rows
-
-    def _embed(self, texts: list[str]) -> Any:
-        """(n, d) of any length."""
-        raise NotImplementedError
-
-    def _identity(self) -> dict[str, str]:
-        return {"name": self.name}
 
 
 def trained_prefixes(model: str) -> tuple[str, str]:

@@ -54,7 +54,7 @@ class Encoder(BaseEmbedder):
     def __init__(
         self, model: str, *, pooling: str | None = None, prefixes: tuple[str, str] | None = None, device: str = ""
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(model)
         self.name = f"local:{model}"
         self._where = _model_path(model)
         self.pooling = pooling or _declared_pooling(self._where)
@@ -121,7 +121,8 @@ class Encoder(BaseEmbedder):
                 self._parts = tokenizer, model.to(self._device).eval(), _max_tokens(self._where, tokenizer, model)
             return self._parts
 
-    def _embed(self, texts: list[str]) -> Any:
+    def embed(self, texts: list[str]) -> Any:
+        """See BaseEmbedder."""
         tokenizer, model, longest = self._loaded()
         out: Floats | None = None
         for first in range(0, len(texts), PIECE):
@@ -178,16 +179,22 @@ class Encoder(BaseEmbedder):
         self._rate += (rate - self._rate) * (WEIGHT if self._rate else 1)
         return vectors
 
-    def _identity(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
+        """See BaseEmbedder."""
         said = _read(Path(self._where) / "agentmesh.json").get("source", "") if Path(self._where).is_dir() else ""
         return {"name": self.name, "revision": str(said), "pooling": self.pooling}
 
 
 def _model_path(model: str) -> str:
+    if not model:
+        raise ConfigError("the embedder 'local:' names no model", hint="write it like 'local:intfloat/e5-small-v2'")
     if Path(model).expanduser().is_dir():
         return str(Path(model).expanduser())
-    if not model or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ConfigError(f"there is no folder {model!r} with an encoder")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ConfigError(
+            f"there is no folder {model!r} with an encoder",
+            hint="name a folder, or a model such as 'intfloat/e5-small-v2'",
+        )
     return str(model_folder(model)) if is_installed(model) else model
 
 

@@ -3,21 +3,21 @@
 The standard library's client, one connection a thread: an ingest step calls from a thread, and a search waits anyway.
 """
 
-import http.client
 import json
 import os
 import threading
 from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_random_exponential
 
+from agentmesh.address import server_address
 from agentmesh.errors import ConfigError, EmbedderError
 from agentmesh.rag.embedders.base import BaseEmbedder, trained_prefixes
 
-OPENAI = "https://api.openai.com/v1"
 LONGEST_WAIT_S = 5.0  # a longer one is the caller's: it holds no worker
 BATCH_TEXTS, BATCH_CHARACTERS = 128, 200_000  # OpenAI takes 2,048 texts and 300,000 tokens
 
@@ -26,12 +26,12 @@ class HttpEmbedder(BaseEmbedder):
     """Vectors from a server; the key comes from OPENAI_API_KEY alone.
 
     Args:
-        name: `openai:MODEL` (OPENAI_BASE_URL, else OpenAI's own), or the server's URL with `#MODEL` behind it.
+        name: `openai:MODEL` (OPENAI_BASE_URL, else OpenAI's own), or the server's URL followed by `#MODEL`.
         prefixes: before a query and before a document; what models of that name were trained with when left out.
         tries: attempts of one request, as long as the waits between them stay under 5 s.
 
     Raises:
-        ConfigError: the URL is none, or OpenAI's own server and no key.
+        ConfigError: the URL is not a URL, or OpenAI's own server and no key.
     """
 
     remote = True
@@ -39,23 +39,12 @@ class HttpEmbedder(BaseEmbedder):
     def __init__(
         self, name: str, *, prefixes: tuple[str, str] | None = None, timeout_s: float = 60.0, tries: int = 4
     ) -> None:  # fmt: skip
-        super().__init__()
+        url, _, model = ("", "", name.removeprefix("openai:")) if name.startswith("openai:") else name.partition("#")
+        super().__init__(model)
         self.name, self._timeout_s, self._tries = name, timeout_s, max(1, tries)
-        if name.startswith("openai:"):
-            self.base_url, self.model = os.environ.get("OPENAI_BASE_URL") or OPENAI, name.removeprefix("openai:")
-        else:
-            self.base_url, _, self.model = name.partition("#")
-        self.base_url = self.base_url.rstrip("/")
-        self.prefixes = prefixes or trained_prefixes(self.model)
-        address = urlsplit(self.base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ConfigError(
-                f"embedder {name!r}: {self.base_url!r} is not a URL", hint="write 'http://localhost:8000/v1#MODEL'"
-            )
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not self._key and address.hostname == urlsplit(OPENAI).hostname:
-            raise ConfigError(f"embedder {name!r}: OPENAI_API_KEY is not set", hint="set it")
-        self._address = address
+        self.prefixes = prefixes or trained_prefixes(model)
+        self.base_url, self._key = server_address(url, set_by="the embedder's URL" if url else "OPENAI_BASE_URL")
+        self._address = urlsplit(self.base_url)
         self._mine = threading.local()
 
     def close(self) -> None:
@@ -64,7 +53,8 @@ class HttpEmbedder(BaseEmbedder):
             self._mine.link.close()
             self._mine.link = None
 
-    def _embed(self, texts: list[str]) -> Any:
+    def embed(self, texts: list[str]) -> Any:
+        """See BaseEmbedder."""
         rows: list[list[float]] = []
         for batch in _batches(texts):
             for attempt in Retrying(
@@ -84,7 +74,7 @@ class HttpEmbedder(BaseEmbedder):
             link.request("POST", f"{self._address.path}/embeddings", body, headers)
             answer = link.getresponse()
             raw = answer.read()
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, HTTPException) as e:
             self.close()
             reason = str(e) or type(e).__name__
             raise EmbedderError(
@@ -103,14 +93,14 @@ class HttpEmbedder(BaseEmbedder):
                 f"{self.base_url} did not answer with embeddings: {shown!r}", hint="is it an OpenAI-compatible server?"
             ) from None
 
-    def _link(self) -> http.client.HTTPConnection:
+    def _link(self) -> HTTPConnection:
         # a forked child must not talk on its parent's connection
         link, pid = getattr(self._mine, "link", None), os.getpid()
         if link is None or self._mine.pid != pid:
-            kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
+            kind = HTTPSConnection if self._address.scheme == "https" else HTTPConnection
             link = kind(self._address.hostname or "", self._address.port, timeout=self._timeout_s)
             self._mine.link, self._mine.pid = link, pid
-        made: http.client.HTTPConnection = link
+        made: HTTPConnection = link
         return made
 
     def _refusal(self, status: int, text: str, retry_after: str | None) -> EmbedderError:
@@ -127,6 +117,23 @@ class HttpEmbedder(BaseEmbedder):
         if status >= 500 or (status in (408, 409, 429) and "insufficient_quota" not in text):
             return EmbedderError(f"{self.base_url} answered {status}: {said}", after_s=_seconds(retry_after))
         return EmbedderError(f"{self.base_url} refused the request ({status}: {said})")
+
+
+def openai(model: str) -> HttpEmbedder:
+    """The embedder `openai:MODEL`."""
+    if not model:
+        raise ConfigError("the embedder 'openai:' names no model", hint="write it like 'openai:text-embedding-3-small'")
+    return HttpEmbedder(f"openai:{model}")
+
+
+def http(rest: str) -> HttpEmbedder:
+    """The embedder `http://HOST/v1#MODEL`."""
+    return HttpEmbedder(f"http:{rest}")
+
+
+def https(rest: str) -> HttpEmbedder:
+    """The embedder `https://HOST/v1#MODEL`."""
+    return HttpEmbedder(f"https:{rest}")
 
 
 def _passing(error: BaseException) -> bool:

@@ -28,7 +28,8 @@ class LangChainEmbedder(BaseEmbedder):
         vector: Floats = self._unit([self._ask("embed_query", without_surrogates(text))], [text])[0]
         return vector
 
-    def _embed(self, texts: list[str]) -> Any:
+    def embed(self, texts: list[str]) -> Any:
+        """See BaseEmbedder."""
         return self._ask("embed_documents", texts)
 
     def _ask(self, verb: str, given: Any) -> Any:
@@ -39,7 +40,8 @@ class LangChainEmbedder(BaseEmbedder):
             kind = type(self.embeddings).__name__
             raise EmbedderError(f"{kind}.{verb} raised {type(e).__name__}: {e}", after_s=0.0) from e
 
-    def _identity(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
+        """See BaseEmbedder."""
         cls = type(self.embeddings)
         model = getattr(self.embeddings, "model", None) or getattr(self.embeddings, "model_name", None) or ""
         return {

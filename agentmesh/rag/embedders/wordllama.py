@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from agentmesh.errors import ExtraMissing
+from agentmesh.errors import ConfigError, ExtraMissing
 from agentmesh.rag.embedders.base import DEFAULT_EMBEDDER, BaseEmbedder, Floats
 
 _root = logging.getLogger()
@@ -20,7 +20,8 @@ try:
     import wordllama
 except ImportError:
     raise ExtraMissing(
-        "the embedder 'wordllama' is not installed: pip install 'agentmesh-celery[rag]', or name another with embed="
+        "the embedder 'wordllama' is not installed",
+        hint="run: pip install 'agentmesh-celery[rag]', or name another with embed=",
     ) from None
 finally:
     # it configures the root logger of whoever imports it
@@ -36,7 +37,11 @@ class WordLlama(BaseEmbedder):
 
     name = DEFAULT_EMBEDDER
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
+        if model:
+            raise ConfigError(
+                f"unknown embedder '{DEFAULT_EMBEDDER}:{model}'", hint=f"write {DEFAULT_EMBEDDER!r} alone"
+            )
         super().__init__()
         self._model: Any = None
 
@@ -51,7 +56,8 @@ class WordLlama(BaseEmbedder):
                 self._model = wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
             return self._model
 
-    def _embed(self, texts: list[str]) -> Any:
+    def embed(self, texts: list[str]) -> Any:
+        """See BaseEmbedder."""
         model = self._loaded()
         out: Floats | None = None
         for batch in _batches(texts):
@@ -61,7 +67,8 @@ class WordLlama(BaseEmbedder):
             out[batch] = vectors
         return out
 
-    def _identity(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
+        """See BaseEmbedder."""
         return {"name": self.name, "revision": version("wordllama"), "pooling": "mean"}
 
 

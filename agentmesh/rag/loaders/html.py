@@ -4,7 +4,7 @@ import logging
 
 from agentmesh.errors import DocumentError, ExtraMissing
 from agentmesh.rag.documents import Document
-from agentmesh.rag.loaders import markdown
+from agentmesh.rag.loaders import BOMS, SNIFFED_BYTES, markdown
 
 try:
     import trafilatura
@@ -14,12 +14,17 @@ except ImportError:
 logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what it cannot read is told by DocumentError
 
 
-def read(data: bytes, name: str) -> Document:
-    """The page as Markdown with its headings; of a page without an article, all its text.
+def read(data: bytes, name: str, encoding: str) -> Document:
+    """The page as Markdown with its headings; of a page without an article, all its text; see Loader.
+
+    Args:
+        encoding: not used: a page names its own.
 
     Raises:
-        DocumentError: there is no text in it.
+        DocumentError: it is binary, or there is no text in it.
     """
+    if b"\0" in data[:SNIFFED_BYTES] and not data.startswith(tuple(bom for bom, _ in BOMS)):
+        raise DocumentError(f"{name!r} is binary, not HTML", hint="leave it out, or give a text of it")
     if b"<html" not in data[:1_000_000].lower():
         data = b"<html><body>" + data + b"</body></html>"  # else a fragment would be taken for no HTML
     page = trafilatura.extract(data, output_format="markdown", include_tables=True, include_comments=False)

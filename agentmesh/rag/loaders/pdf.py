@@ -15,7 +15,7 @@ except ImportError:
 logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of each odd object; what cannot be read is told
 
 
-def read(data: bytes, name: str) -> Document:
+def read(data: bytes, name: str, encoding: str) -> Document:
     """The text of all pages; each page is a part with its number, which a passage may reach across.
 
     Raises:
