@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from celery import Celery, Signature, group
 
+from agentmesh import plugins
 from agentmesh.celery import canvas
 from agentmesh.celery.app import journal_url, make_app, same_server
 from agentmesh.celery.beat import add_schedules
@@ -252,7 +253,7 @@ class Mesh:
         journal = make_journal(self.config, self.app, self.journal_url)
         housekeeper = Housekeeper(
             engines=[site.engine], journal=journal, worker=site.worker, queues=queues,
-            lengths=None if journal.pushes else QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
+            lengths=None if getattr(journal, "pushes", False) else QueueLengths(self.app), ttl_s=self.config.lease_s, sweep_s=sweep_s,
         )  # fmt: skip
         site.housekeepers.append(housekeeper)
         housekeeper.start()
@@ -327,13 +328,22 @@ async def _begun(site: ProcessState, spec: RunSpec) -> Accepted | Refused:
     return await site.begin(spec)
 
 
-def make_journal(config: Config, app: Celery, url: str = "") -> RedisJournal:
-    """The journal of these settings; where the broker is another server, a publisher sends what the scripts cannot push."""
+def make_journal(config: Config, app: Celery, url: str = "") -> Journal:
+    """The journal of these settings, by its URL's scheme; a publisher sends what its scripts cannot push.
+
+    Raises:
+        ConfigError: no journal is known by the scheme.
+    """
     broker = str(app.conf.broker_url or config.broker)
     url = url or journal_url(broker, config.journal)
+    scheme = url.partition(":")[0].lower()
+    factory = plugins.load("journals", scheme)
     # A prefix of the user's broker keys is kombu's to add, not the scripts'.
-    push = same_server(broker, url) and not (app.conf.broker_transport_options or {}).get("global_keyprefix")
-    return RedisJournal(
-        url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
+    has_key_prefix = bool((app.conf.broker_transport_options or {}).get("global_keyprefix"))
+    scripted = isinstance(factory, type) and issubclass(factory, RedisJournal)
+    push = scripted and same_server(broker, url) and not has_key_prefix
+    journal: Journal = plugins.make(
+        "journals", scheme, url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
         ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
     )  # fmt: skip
+    return journal

@@ -76,6 +76,25 @@ def load(group: Group, name: str, *, hint: str = "") -> Any:
         raise _load_error(group, entry, e) from e
 
 
+def make(group: Group, name: str, *arguments: Any, hint: str = "", **settings: Any) -> Any:
+    """What `load` gives, called with these arguments.
+
+    Raises:
+        ConfigError: see `load`; or it raised what is not a MeshError.
+    """
+    factory = load(group, name, hint=hint)
+    try:
+        return factory(*arguments, **settings)
+    except MeshError:
+        raise
+    except Exception as e:
+        maker = getattr(factory, "__name__", repr(factory))
+        raise ConfigError(
+            f"the {NOUNS[group]} {name!r} cannot be made: {maker} raised {type(e).__name__}: {e}",
+            hint=f"correct what {maker} does with its arguments; docs/guides/plugins.md says which it gets",
+        ) from e
+
+
 def find(group: Group, name: str) -> EntryPoint | None:
     """The entry of a name, without importing what it points to; None where nobody brings it.
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agentmesh.celery.app import is_amqp, journal_url, make_app
+from agentmesh.celery.app import is_amqp, make_app
 from agentmesh.celery.broker import check_broker
 from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.publish_connection import CONNECTION_ERRORS
@@ -22,6 +22,7 @@ from agentmesh.definitions.crew import Crew
 from agentmesh.errors import MeshError
 from agentmesh.hub.cache import installed
 from agentmesh.journal.redis import RedisJournal
+from agentmesh.mesh import make_journal
 from agentmesh.models.load_balancer import LoadBalancer
 from agentmesh.runtime.bootstrap import check_models, resolve_servers
 from agentmesh.runtime.crew_file import load_crew
@@ -108,7 +109,9 @@ def _servers(config: Config) -> Iterator[Check]:
             yield Check(True, f"embedded Valkey in {config.home}: responds, eviction off")
         elif not on_rabbit(app):
             yield Check(True, "broker: responds, eviction off")
-        yield from run_sync(_journal(RedisJournal(journal_url(config.broker, config.journal))))
+        journal = make_journal(config, app)
+        if isinstance(journal, RedisJournal):
+            yield from run_sync(_journal(journal))
     except MeshError as e:
         yield Check(False, "broker", str(e))
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 from agentmesh import plugins
 from agentmesh.address import key_of_servers, server_address
 from agentmesh.definitions.queue import Servers
-from agentmesh.errors import ConfigError, ExtraMissing, MeshError
+from agentmesh.errors import ConfigError, ExtraMissing
 from agentmesh.hub.cache import must_be_installed
 from agentmesh.model import Model, model_name
 
@@ -79,18 +79,8 @@ def _make_load_balancer(servers: Servers) -> Model:
 
 def _make_model(name: str) -> Model:
     provider, _, rest = name.partition(":")
-    make = plugins.load(
-        "models", provider, hint="A server with OpenAI's API is `openai:NAME`, with its URL in OPENAI_BASE_URL."
-    )
-    try:
-        model: Model = make(rest)
-    except MeshError:
-        raise
-    except Exception as e:
-        raise ConfigError(
-            f"model {name!r} cannot be made: {make.__name__}({rest!r}) raised {type(e).__name__}: {e}",
-            hint="correct its constructor, which takes the text after the colon",
-        ) from e
+    hint = "A server with OpenAI's API is `openai:NAME`, with its URL in OPENAI_BASE_URL."
+    model: Model = plugins.make("models", provider, rest, hint=hint)
     if not hasattr(model, "ask"):
         raise ConfigError(
             f"model provider {provider!r} makes a {type(model).__name__}, which has no `ask`",

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from agentmesh import plugins
-from agentmesh.errors import ConfigError, MeshError
+from agentmesh.errors import ConfigError
 from agentmesh.rag.embedders.base import DEFAULT_EMBEDDER, Embedder
 
 _embedders: dict[str, Embedder] = {}
@@ -56,17 +56,9 @@ def embedder(embed: Any = DEFAULT_EMBEDDER, *, single_process: bool = False) -> 
 
 def _make_embedder(name: str) -> Embedder:
     provider, _, rest = name.partition(":")
-    make = plugins.load("embedders", provider, hint="Write 'wordllama', 'local:NAME', 'openai:NAME' or a server's URL.")
     options = {"device": "cpu"} if provider == "local" and _single_process else {}
-    try:
-        made: Embedder = make(rest, **options)
-    except MeshError:
-        raise
-    except Exception as e:
-        raise ConfigError(
-            f"embedder {name!r} cannot be made: {make.__name__}({rest!r}) raised {type(e).__name__}: {e}",
-            hint="correct its constructor, which takes the text after the colon",
-        ) from e
+    hint = "Write 'wordllama', 'local:NAME', 'openai:NAME' or a server's URL."
+    made: Embedder = plugins.make("embedders", provider, rest, hint=hint, **options)
     if not callable(getattr(made, "documents", None)):
         raise ConfigError(
             f"embedder {provider!r} makes a {type(made).__name__}, which has no `documents`",
