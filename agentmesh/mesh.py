@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 
 from celery import Celery, Signature, group
 
-from agentmesh import plugins
 from agentmesh.celery import canvas
-from agentmesh.celery.app import journal_url, make_app, same_server
+from agentmesh.celery.app import journal_url, make_app
 from agentmesh.celery.beat import add_schedules
 from agentmesh.celery.bootstep import add_bootstep
 from agentmesh.celery.broker import QueueLengths, check_broker
@@ -23,8 +22,8 @@ from agentmesh.celery.eager import eager_process_state, is_eager
 from agentmesh.celery.embedded import Admits, InProcessWorker, make_workers
 from agentmesh.celery.event_loop import blocking_executor, run_sync
 from agentmesh.celery.housekeeping import Housekeeper
+from agentmesh.celery.journal_factory import make_journal
 from agentmesh.celery.mesh_runtime import ProcessState
-from agentmesh.celery.publisher import publisher_for
 from agentmesh.celery.tasks import register_tasks
 from agentmesh.config import Config, load
 from agentmesh.definitions.agent import Agent
@@ -37,7 +36,6 @@ from agentmesh.engine.run import Run, RunClient
 from agentmesh.errors import DefinitionError, MeshError, RunError
 from agentmesh.journal.events import Event
 from agentmesh.journal.journal import Journal
-from agentmesh.journal.redis import RedisJournal
 from agentmesh.journal.types import Accepted, Refused, RunHead, RunSpec
 from agentmesh.message import Message
 from agentmesh.model import Model
@@ -326,24 +324,3 @@ class Mesh:
 
 async def _begun(site: ProcessState, spec: RunSpec) -> Accepted | Refused:
     return await site.begin(spec)
-
-
-def make_journal(config: Config, app: Celery, url: str = "") -> Journal:
-    """The journal of these settings, by its URL's scheme; a publisher sends what its scripts cannot push.
-
-    Raises:
-        ConfigError: no journal is known by the scheme.
-    """
-    broker = str(app.conf.broker_url or config.broker)
-    url = url or journal_url(broker, config.journal)
-    scheme = url.partition(":")[0].lower()
-    factory = plugins.load("journals", scheme)
-    # A prefix of the user's broker keys is kombu's to add, not the scripts'.
-    has_key_prefix = bool((app.conf.broker_transport_options or {}).get("global_keyprefix"))
-    scripted = isinstance(factory, type) and issubclass(factory, RedisJournal)
-    push = scripted and same_server(broker, url) and not has_key_prefix
-    journal: Journal = plugins.make(
-        "journals", scheme, url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
-        ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
-    )  # fmt: skip
-    return journal

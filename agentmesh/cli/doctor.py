@@ -13,6 +13,7 @@ from typing import Any
 from agentmesh.celery.app import is_amqp, make_app
 from agentmesh.celery.broker import check_broker
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.journal_factory import make_journal
 from agentmesh.celery.publish_connection import CONNECTION_ERRORS
 from agentmesh.celery.rabbitmq import DELIVERY_LIMIT, BrokerFacts, on_rabbit
 from agentmesh.celery.rabbitmq import inspect_broker as rabbit_facts
@@ -22,7 +23,6 @@ from agentmesh.definitions.crew import Crew
 from agentmesh.errors import MeshError
 from agentmesh.hub.cache import installed
 from agentmesh.journal.redis import RedisJournal
-from agentmesh.mesh import make_journal
 from agentmesh.models.load_balancer import LoadBalancer
 from agentmesh.runtime.bootstrap import check_models, resolve_servers
 from agentmesh.runtime.crew_file import load_crew

@@ -193,7 +193,7 @@ class Crew:
         model = getattr(step, "model", None) or self.model or default
         if step.kind == "Ask" and isinstance(model, str):
             for queue in self.queues.values():
-                if queue.answers(model):
+                if queue.serves_model(model):
                     return queue.name
         return self.queue
 

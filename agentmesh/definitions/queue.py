@@ -165,8 +165,8 @@ class Queue:
         """Whether its workers load its model themselves."""
         return bool(self.model and not self.url and ":" not in self.model)
 
-    def answers(self, model: str) -> bool:
-        """Whether the model calls of `provider:name` go here by their model."""
+    def serves_model(self, model: str) -> bool:
+        """Whether steps on `provider:name` go here."""
         return bool(self.model) and model in (self.model, f"local:{self.model}")
 
     @property

@@ -55,7 +55,7 @@ def resolve_servers(config: "Config") -> "tuple[Config, EmbeddedValkey | None]":
 def open_journal(config: "Config") -> "tuple[Config, Journal, EmbeddedValkey | None]":
     """The journal alone, for whoever only reads and tells; needs no crew."""
     from agentmesh.celery.app import make_app
-    from agentmesh.mesh import make_journal
+    from agentmesh.celery.journal_factory import make_journal
 
     config, valkey = resolve_servers(config)
     return config, make_journal(config, make_app(config.broker)), valkey
