@@ -204,6 +204,11 @@ class Crew:
             None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step, default)].servers
         )
 
+    @property
+    def names_every_model(self) -> bool:
+        """Whether no agent is left that would ask the settings' model."""
+        return self.model is not None or all(agent.model for agent in self.agents.values())
+
     def models(self, default: str) -> list[str]:
         """The names of the models that the crew names, or that its agents ask; `default` is for agents that name none."""
         names = [m for m in (self.model, *(a.model for a in self.agents.values())) if isinstance(m, str)]
