@@ -1,6 +1,6 @@
 """Documents in, passages out: a store, an embedder and an ingest behind one name.
 
-It stands above `boot`, because adding documents is a run like any other.
+It stands above `runtime/`, because adding documents is a run like any other.
 """
 
 import os
@@ -205,8 +205,10 @@ class Retriever:
             hits = store.search_hybrid(text, vector, many, where=where)
         if not diverse or len(hits) <= k:
             return hits[:k]
-        by_id = isinstance(store, FaissStore)
-        vectors = store.vectors([h.id for h in hits]) if by_id else self.embedder().documents([h.text for h in hits])
+        if isinstance(store, FaissStore):
+            vectors = store.vectors([h.id for h in hits])
+        else:
+            vectors = self.embedder().documents([h.text for h in hits])
         chosen = mmr(vector, vectors, k, relevance=1 - diverse)
         return [hits[i] for i in chosen]
 

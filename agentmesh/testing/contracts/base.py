@@ -29,7 +29,7 @@ def check(contract: type[Contract], make: Callable[[], Any], **attributes: Any) 
         if not hasattr(contract, name):
             raise TypeError(f"{contract.__name__} has no attribute {name!r}")
     case = type(contract.__name__, (contract,), attributes)()
-    case.make = make  # type: ignore[method-assign]
+    case.make = make
     for name in case.promises():
         try:
             getattr(case, name)()

@@ -36,7 +36,8 @@ class EmbedderContract(Contract):
         """float32 (n, d), and each the same as when it is embedded on its own."""
         embedder = self.make()
         rows = embedder.documents(self.texts)
-        assert (rows.shape, rows.dtype) == ((len(self.texts), embedder.d), np.float32), "not float32 (n, d)"
+        assert rows.dtype == np.float32, f"the vectors are {rows.dtype}, not float32"
+        assert rows.shape == (len(self.texts), embedder.d), f"the shape is {rows.shape}, not (n, d)"
         assert np.isfinite(rows).all(), "a vector holds NaN or infinity"
         for text, row in zip(self.texts, rows, strict=True):
             alone = embedder.documents([text])[0]
@@ -51,7 +52,8 @@ class EmbedderContract(Contract):
         """float32 (d,)."""
         embedder = self.make()
         row = embedder.query(self.texts[0])
-        assert (row.shape, row.dtype) == ((embedder.d,), np.float32), "a query's vector is not float32 (d,)"
+        assert row.dtype == np.float32, f"a query's vector is {row.dtype}, not float32"
+        assert row.shape == (embedder.d,), f"a query's vector has the shape {row.shape}, not (d,)"
         assert np.isfinite(row).all(), "a query's vector holds NaN or infinity"
 
     def test_vectors_have_unit_length(self) -> None:
