@@ -1,4 +1,4 @@
-"""WordLlama: word vectors that come inside a package, so that search works offline and at once.
+"""WordLlama: word vectors that are part of a package, so that search works offline.
 
 Source: https://github.com/dleemiller/WordLlama
 """
@@ -15,7 +15,7 @@ from agentmesh.errors import ConfigError, ExtraMissing
 from agentmesh.rag.embedders.base import DEFAULT_EMBEDDER, BaseEmbedder, Floats
 
 _root = logging.getLogger()
-_before = _root.level, list(_root.handlers)
+_level, _handlers = _root.level, list(_root.handlers)
 try:
     import wordllama
 except ImportError:
@@ -24,16 +24,16 @@ except ImportError:
         hint="run: pip install 'agentmesh-celery[rag]', or name another with embed=",
     ) from None
 finally:
-    # it configures the root logger of whoever imports it
-    _root.setLevel(_before[0])
-    for _handler in [h for h in _root.handlers if h not in _before[1]]:
+    # importing it configures the root logger
+    _root.setLevel(_level)
+    for _handler in [h for h in _root.handlers if h not in _handlers]:
         _root.removeHandler(_handler)
 
-BATCH_CHARACTERS = 100_000  # padding included; each of some 25,000 tokens is a kilobyte for a moment
+BATCH_CHARACTERS = 100_000  # padding included; each of about 25,000 tokens takes 1 KiB while it is embedded
 
 
 class WordLlama(BaseEmbedder):
-    """256 numbers a text, about a thousand chunks a second on one core, no network."""
+    """256 numbers a text, about 1,000 chunks a second on one core (`python bench/rag_ingest.py`), no network."""
 
     name = DEFAULT_EMBEDDER
 
@@ -52,7 +52,7 @@ class WordLlama(BaseEmbedder):
     def _loaded(self) -> Any:
         with self._lock:
             if self._model is None:
-                folder = Path(wordllama.__file__).parent  # the package's own weights: nothing is fetched
+                folder = Path(wordllama.__file__).parent  # the package's own weights: nothing is downloaded
                 self._model = wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
             return self._model
 
@@ -73,7 +73,7 @@ class WordLlama(BaseEmbedder):
 
 
 def _batches(texts: list[str]) -> Iterator[list[int]]:
-    """Positions of texts of like length, for all are padded to the longest."""
+    """Positions of texts of similar length, for all in a batch are padded to the longest."""
     batch: list[int] = []
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
         if batch and ((len(batch) + 1) * len(texts[i]) > BATCH_CHARACTERS or len(batch) == 256):

@@ -17,12 +17,12 @@ _HASHES = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _FRONT_MATTER = re.compile(r"---\n[\w-]+[ \t]*:(?s:.)*?\n(---|\.\.\.)[ \t]*(\n|$)")
-_NO_TITLE = re.compile(r"[ \t]*([-*+>|]|\d+[.)])([ \t]|$)|    |\t")  # lists, quotes, tables, code
+_NOT_A_TITLE = re.compile(r"[ \t]*([-*+>|]|\d+[.)])([ \t]|$)|    |\t")  # lists, quotes, tables, code
 _MARKUP = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*_`]+(\S(?:.*?\S)?)[*_`]+")
 
 
 def markdown(text: str) -> Document:
-    """A document whose headings know where they stand.
+    """A document with the places of its headings.
 
     >>> [(h.level, h.text, h.start) for h in markdown("# A\\n\\ntext\\n\\nB\\n-\\n").headings]
     [(1, 'A', 0), (2, 'B', 11)]
@@ -45,15 +45,15 @@ def _headings(text: str) -> Iterator[Heading]:
             before = ""
         elif opening := _FENCE.match(line):
             fence, before = opening[1], ""
-        elif found := _HASHES.match(line):
-            yield Heading(at, len(found[1]), _plain_title(found[2] or ""), at + len(line))
+        elif hashes := _HASHES.match(line):
+            yield Heading(at, len(hashes[1]), _plain_title(hashes[2] or ""), at + len(line))
             before = ""
-        elif before and (found := _UNDERLINE.match(line)):
-            yield Heading(before_at, 1 if found[1][0] == "=" else 2, _plain_title(before), at + len(line))
+        elif before and (underline := _UNDERLINE.match(line)):
+            yield Heading(before_at, 1 if underline[1][0] == "=" else 2, _plain_title(before), at + len(line))
             before = ""
         else:
-            # only a paragraph of one line is taken for a title
-            alone = not before and not _NO_TITLE.match(line) and text[max(0, at - 2) : at] in ("", "\n", "\n\n")
+            # only a paragraph of one line can be a title
+            alone = not before and not _NOT_A_TITLE.match(line) and text[max(0, at - 2) : at] in ("", "\n", "\n\n")
             before, before_at = (line.strip(), at) if alone else ("", at)
         at += len(line) + 1
 
@@ -62,31 +62,31 @@ def _plain_title(title: str) -> str:
     return _MARKUP.sub(lambda m: m[1] or m[2] or "", title).strip()
 
 
-# ---- From a file to text ------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
-LARGEST_BYTES = 64 * 1024 * 1024
-SNIFFED_BYTES = 8192
+MAX_FILE_BYTES = 64 * 1024 * 1024
+SNIFFED_BYTES = 8192  # in which a zero byte means that a file is binary
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 
 
-def load(path: str | Path, *, encoding: str = "utf-8", largest_bytes: int = LARGEST_BYTES) -> Document:
+def load(path: str | Path, *, encoding: str = "utf-8", max_bytes: int = MAX_FILE_BYTES) -> Document:
     """A file as text with its headings.
 
     Args:
-        encoding: of text files; a byte order mark goes before it.
+        encoding: of text files, unless they begin with a byte order mark.
 
     Raises:
         DocumentError: missing, too large, binary, encrypted, in another encoding, without text.
     """
     path = Path(path)
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # reading a pipe would not end
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # reading a pipe would not end
             raise DocumentError(f"{path.name!r} is not a file", source=str(path))
-        if found.st_size > largest_bytes:
+        if status.st_size > max_bytes:
             raise DocumentError(
-                f"{path.name!r} has {found.st_size / 2**20:.0f} MiB, more than the {largest_bytes / 2**20:.0f} MiB "
+                f"{path.name!r} has {status.st_size / 2**20:.0f} MiB, more than the {max_bytes / 2**20:.0f} MiB "
                 "that are read at once",
                 hint="split it",
                 source=str(path),
@@ -164,18 +164,18 @@ def decode(data: bytes, name: str, encoding: str = "utf-8") -> str:
     Raises:
         DocumentError: they are binary, or in another encoding.
     """
-    said = next((known for bom, known in BOMS if data.startswith(bom)), encoding)
-    if said == encoding and b"\0" in data[:SNIFFED_BYTES] and not encoding.lower().startswith(("utf-16", "utf-32")):
-        raise DocumentError(f"{name!r} is binary, not text", hint="leave it out, or give a text of it")
+    actual = next((of_bom for bom, of_bom in BOMS if data.startswith(bom)), encoding)
+    if actual == encoding and b"\0" in data[:SNIFFED_BYTES] and not encoding.lower().startswith(("utf-16", "utf-32")):
+        raise DocumentError(f"{name!r} is binary, not text", hint="leave it out, or convert it to text")
     try:
-        text = data.decode(said)
+        text = data.decode(actual)
     except UnicodeDecodeError as e:
-        shown = f"0x{data[e.start]:02x}" if e.start < len(data) else "its end"
+        place = f"0x{data[e.start]:02x}" if e.start < len(data) else "its end"
         raise DocumentError(
-            f"{name!r} is not {said} ({shown} at byte {e.start})", hint="convert it, or name its encoding"
+            f"{name!r} is not {actual} ({place} at byte {e.start})", hint="convert it, or name its encoding"
         ) from None
     except LookupError:
-        raise DocumentError(f"unknown encoding {said!r}", hint="use one such as 'utf-8' or 'cp1252'") from None
+        raise DocumentError(f"unknown encoding {actual!r}", hint="use one such as 'utf-8' or 'cp1252'") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

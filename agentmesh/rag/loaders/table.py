@@ -27,8 +27,8 @@ def read_csv(data: bytes, name: str, encoding: str) -> Document:
 
     def parts() -> Iterator[tuple[str, Mapping[str, Value]]]:
         for i, row in enumerate(rows):
-            known = {c: v for c in columns if (v := typed[c][i]) is not None}
-            yield "\n".join(f"{c}: {row[c]}" for c in columns if row.get(c)), {"row": i + 1, **known}
+            values = {c: v for c in columns if (v := typed[c][i]) is not None}
+            yield "\n".join(f"{c}: {row[c]}" for c in columns if row.get(c)), {"row": i + 1, **values}
 
     return _joined(parts())
 
@@ -41,33 +41,33 @@ def read_json_lines(data: bytes, name: str, encoding: str) -> Document:
             if not line.strip():
                 continue
             try:
-                said = json.loads(line)
-                json.dumps(said, ensure_ascii=False).encode()  # half a surrogate pair could not be stored
+                value = json.loads(line)
+                json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be stored
             except (ValueError, RecursionError):
                 raise DocumentError(f"line {i} of {name!r} is not JSON: {line[:60]!r}") from None
-            if isinstance(said, str):
-                said = {"text": said}
-            if not isinstance(said, dict):
+            if isinstance(value, str):
+                value = {"text": value}
+            if not isinstance(value, dict):
                 raise DocumentError(f"line {i} of {name!r} is not an object with a text field: {line[:60]!r}")
-            field = next((f for f in TEXT_FIELDS if isinstance(said.get(f), str)), "")
+            field = next((f for f in TEXT_FIELDS if isinstance(value.get(f), str)), "")
             if not field:
                 raise DocumentError(f"line {i} of {name!r} has none of the fields {', '.join(TEXT_FIELDS)}")
-            text = str(said.pop(field)).replace("\r\n", "\n").replace("\r", "\n")
-            yield text, {"line": i, **{k: v for k, v in said.items() if _is_scalar(v)}}
+            text = str(value.pop(field)).replace("\r\n", "\n").replace("\r", "\n")
+            yield text, {"line": i, **{k: v for k, v in value.items() if _is_scalar(v)}}
 
     return _joined(parts())
 
 
 def _joined(parts: Iterator[tuple[str, Mapping[str, Value]]]) -> Document:
     out: list[str] = []
-    found: list[Part] = []
+    places: list[Part] = []
     at = 0
     for text, metadata in parts:
         if text.strip():
-            found.append(Part(at, metadata, alone=True))
+            places.append(Part(at, metadata, alone=True))
             out.append(text + "\n\n")
             at += len(out[-1])
-    return Document("".join(out), parts=tuple(found))
+    return Document("".join(out), parts=tuple(places))
 
 
 def _is_scalar(value: Any) -> bool:
@@ -87,11 +87,11 @@ def _delimiter(text: str) -> str:
 
 def _column(values: list[str]) -> list[Value | None]:
     """One type a column, so that a filter compares like with like; an empty cell is absent; `007` stays text."""
-    told = [v for v in values if v]
-    if told and all(v.removeprefix("-").isdecimal() and str(int(v)) == v and len(v) < 18 for v in told):
+    filled = [v for v in values if v]
+    if filled and all(v.removeprefix("-").isdecimal() and str(int(v)) == v and len(v) < 18 for v in filled):
         return [int(v) if v else None for v in values]
     try:
-        if told and all(v.strip("-.0123456789") == "" and "." in v and not v.startswith("00") for v in told):
+        if filled and all(v.strip("-.0123456789") == "" and "." in v and not v.startswith("00") for v in filled):
             return [float(v) if v else None for v in values]
     except ValueError:
         pass
