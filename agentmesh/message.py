@@ -70,6 +70,11 @@ def user(text: str) -> Message:
     return Message("user", text)
 
 
+def assistant(text: str) -> Message:
+    """What a model says."""
+    return Message("assistant", text)
+
+
 def tool_result(call: ToolCall, text: str) -> Message:
     """A tool's answer to one call."""
     return Message("tool", text, tool_call_id=call.id)

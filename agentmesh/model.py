@@ -1,8 +1,9 @@
-"""A model as the engine sees it: messages in, message out. Clients in `models/` implement it."""
+"""A model as the engine sees it: messages in, message out. `models/` and other packages' plugins implement it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from agentmesh.message import Message, ToolSpec, Usage
 
@@ -46,8 +47,8 @@ class RetryLater(Exception):
     """An attempt failed, and the next one should wait longer than a worker should be occupied: the step is retried.
 
     Args:
-        after_s: the delay before the next attempt.
-        away: no server could be reached. This is not counted against the step's `retries`; the queue says how long it waits.
+        after_s: seconds until the next attempt.
+        away: no server was reachable. The attempt is not counted against `retries`; it waits as long as its queue says.
     """
 
     def __init__(self, error: Exception, after_s: float, *, away: bool = False) -> None:
@@ -55,18 +56,38 @@ class RetryLater(Exception):
         self.error, self.after_s, self.away = error, after_s, away
 
 
-class Model(Protocol):
-    """Messages in, message out. One object serves many concurrent calls of `ask` on one event loop."""
+class Model(ABC):
+    """Messages in, message out. One object serves many concurrent calls of `ask`, on one event loop or several.
 
+    A provider is a subclass with `ask`, declared in the entry-point group `agentmesh.models`; `echo:any` then makes
+    `Echo("any")`, once a process (docs/guides/plugins.md). An agent also takes an object: `model = Echo("any")`.
+
+    Args:
+        name: the text after the colon; of an object, what it is called in metrics, spans and logs.
+    """
+
+    name: str = ""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+    @abstractmethod
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """The answer; `on_token` gets each piece of text as it comes.
+        """The answer; `on_token` gets each piece of text as it comes, all of them on the event loop that asks.
+
+        Cancelled, it leaves no request and no task behind.
 
         Raises:
-            ModelError: (or a subclass) a retry would not help.
-            RetryLater: a retry may help, after more than 5 s.
+            ModelError: and its subclasses, where a retry would not help.
+            RetryLater: where it would, but not within 5 s. Anything else that is raised is retried after a back-off.
         """
-        ...
 
-    async def close(self) -> None:
-        """Close connections."""
-        ...
+    async def close(self) -> None:  # noqa: B027  # most keep nothing open
+        """Close what is open on the running loop; another `ask` opens it again. Nothing, where nothing is kept open."""
+
+
+def model_name(model: Any) -> str:
+    """What a model is called in metrics, spans and logs: `provider:name` as it is; an object's `name`, or its class's."""
+    if not hasattr(model, "ask"):
+        return str(model or "")
+    return str(getattr(model, "name", "") or type(model).__name__)

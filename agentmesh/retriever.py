@@ -18,17 +18,26 @@ from agentmesh.engine.async_run import AsyncRun
 from agentmesh.engine.blocking import waits
 from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, MeshError
+from agentmesh.rag.direct_ingest import add_directly
 from agentmesh.rag.documents import Chunk, Hit, Value
 from agentmesh.rag.embedders import embedder as make_embedder
-from agentmesh.rag.embedders.base import Embedder
+from agentmesh.rag.embedders.base import DEFAULT_EMBEDDER, Embedder
 from agentmesh.rag.evaluation import Scores, evaluate
 from agentmesh.rag.ingest import QUEUES, WINDOW, Added, Ingest
 from agentmesh.rag.ingestion.options import AddOptions, Paths, check_paths
 from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
 from agentmesh.rag.ingestion.scratch import metadata_to_json
-from agentmesh.rag.process_cache import LOCAL_PREFIX, embedder_for, register_embedder, store_of
+from agentmesh.rag.process_cache import (
+    LOCAL_PREFIX,
+    embedder_for,
+    embedder_of,
+    named_store,
+    register_embedder,
+    store_of,
+)
 from agentmesh.rag.ranking import mmr
 from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.vector_store import StoreView, VectorStore, store_name
 from agentmesh.runtime.local import start
 
 Mode = Literal["hybrid", "dense", "text"]
@@ -48,18 +57,29 @@ class Passage(BaseModel):
 
 
 class Retriever:
-    """A folder of passages: `add` documents, `search` them, give agents its `tool`.
+    """A store of passages: `add` documents, `search` them, give agents its `tool`.
 
-    Opening reads nothing; the store and the embedder are loaded at the first use, in each process by itself.
+    Opening reads nothing; each process loads the store and the embedder at their first use.
+
+    Args:
+        path: the store's folder, or `NAME:TEXT` of a plugin.
+        store: an object in its place, with the words of `agentmesh.rag.vector_store.VectorStore`.
+        bound: filters that every search goes through.
     """
 
-    def __init__(self, path: str | Path, *, embed: Any = "", bound: Sequence[Where] = ()) -> None:
-        self.path = os.path.abspath(path)
+    def __init__(
+        self, path: str | Path = "", *, embed: Any = "", bound: Sequence[Where] = (), store: VectorStore | None = None
+    ) -> None:  # fmt: skip
+        if isinstance(store, FaissStore):
+            path, store = store.path, None
+        self._object, self._named = store, "" if store is not None else store_name(path)
+        is_folder = store is None and not self._named
+        self.path = os.path.abspath(path) if is_folder else str(path or type(store).__name__)
         self._embed, self._bound = embed, tuple(bound)
 
     @classmethod
     def open(cls, path: str | Path, *, embed: Any = "") -> "Retriever":
-        """The store in a folder, which need not exist yet.
+        """The store in a folder, which need not exist yet; or `NAME:TEXT`, a store of a plugin.
 
         Args:
             embed: `wordllama` (offline), `local:NAME`, `openai:NAME`, a server's URL, or an object: LangChain's
@@ -90,7 +110,20 @@ class Retriever:
             DefinitionError: a path does not exist, or an argument is out of range.
             RunFailed: nothing was done; it says why. What cannot be read is in `Added.failed`.
         """
+        if self.other_store is not None:
+            return self._add_directly(paths, **options)
         return self.start_adding(paths, run_id=run_id, **options).result(timeout_s=timeout_s)
+
+    def _add_directly(
+        self, paths: Paths, *, glob: str = "", label: str = "", size: int = 1000, overlap: int = 150, encoding: str = "utf-8",
+        metadata: Mapping[str, Value] | None = None, sync: bool = False, force: bool = False, window: int = WINDOW,
+    ) -> Added:  # fmt: skip
+        """Fill a store of a plugin, which takes no ingest run, in this process."""
+        assert self.other_store is not None
+        request = self._request(paths, glob=glob, label=label, sync=sync, force=force)
+        check_paths(request)
+        options = self._options(size, overlap, encoding, metadata)
+        return add_directly(self.other_store, self.embedder(), request, options)
 
     @waits("retriever")
     def start_adding(self, paths: Paths, *, run_id: str = "", **options: Unpack[AddOptions]) -> Run[Added]:
@@ -113,19 +146,30 @@ class Retriever:
         Raises:
             DefinitionError: an argument that is none.
         """
+        if self.other_store is not None:
+            raise DefinitionError(
+                f"the store {self.path!r} takes no ingest run", hint="use `add`, which fills it directly"
+            )
+        if window < 1:
+            raise DefinitionError(f"window={window} must be at least 1")
+        how = self._options(size, overlap, encoding, metadata)
+        request = self._request(paths, glob=glob, label=label, sync=sync, force=force)
+        return Ingest(store=self.path, embed=self._embed_name(), how=how, window=window), request
+
+    @staticmethod
+    def _request(paths: str | Path | Iterable[str | Path], **how: Any) -> IngestRequest:
+        path_list = [paths] if isinstance(paths, str | Path) else list(paths)
+        return IngestRequest(paths=[os.path.abspath(p) for p in path_list], **how)
+
+    def _options(self, size: int, overlap: int, encoding: str, metadata: Mapping[str, Value] | None) -> ChunkOptions:
         if self._bound:
             raise DefinitionError(
-                "a retriever with a filter only searches: add through the one it was made from, with metadata={…}"
+                "a retriever with a filter only searches",
+                hint="add through the one it was made from, with metadata={…}",
             )
         if size < 1 or not 0 <= overlap < size:
             raise DefinitionError(f"size={size}, overlap={overlap}: size must be at least 1, and overlap less than it")
-        if window < 1:
-            raise DefinitionError(f"window={window} must be at least 1")
-        path_list = [paths] if isinstance(paths, str | Path) else list(paths)
-        absolute = [os.path.abspath(p) for p in path_list]
-        how = ChunkOptions(size=size, overlap=overlap, encoding=encoding, metadata=metadata_to_json(metadata or {}))
-        agent = Ingest(store=self.path, embed=self._embed_name(), how=how, window=window)
-        return agent, IngestRequest(paths=absolute, glob=glob, label=label, sync=sync, force=force)
+        return ChunkOptions(size=size, overlap=overlap, encoding=encoding, metadata=metadata_to_json(metadata or {}))
 
     @waits("retriever")
     def sync(
@@ -139,7 +183,8 @@ class Retriever:
     def remove(self, sources: str | Iterable[str]) -> int:
         """Take documents out, by their sources' names; how many passages went."""
         names = [sources] if isinstance(sources, str) else list(sources)
-        return self._store().remove(names).removed
+        removed = self._store().remove(names)
+        return removed if isinstance(removed, int) else removed.removed
 
     # ---- out -----------------------------------------------------------------------------------
     @waits("retriever")
@@ -177,12 +222,17 @@ class Retriever:
             hits = store.search_hybrid(text, vector, many, where=where)
         if not diverse or len(hits) <= k:
             return hits[:k]
-        chosen = mmr(vector, store.vectors([h.id for h in hits]), k, relevance=1 - diverse)
+        if isinstance(store, FaissStore):
+            vectors = store.vectors([h.id for h in hits])
+        else:
+            vectors = self.embedder().documents([h.text for h in hits])
+        chosen = mmr(vector, vectors, k, relevance=1 - diverse)
         return [hits[i] for i in chosen]
 
     def where(self, where: Where | None = None, **equal: Any) -> "Retriever":
         """The same store seen through a filter, which nobody who is given it sees or widens: `where(tenant="a")`."""
-        return Retriever(self.path, embed=self._embed, bound=(*self._bound, {**(where or {}), **equal}))
+        bound = *self._bound, {**(where or {}), **equal}
+        return Retriever(self.path, embed=self._embed, bound=bound, store=self._object)
 
     def tool(
         self, *, k: int = 5, name: str = "search", about: str = "", mode: Mode = "hybrid"
@@ -220,7 +270,16 @@ class Retriever:
     @waits("retriever")
     def embedder(self) -> Embedder:
         """What makes the vectors of questions; loaded at its first use."""
-        return embedder_for(self.path, self._embed) if isinstance(self._embed, str) else make_embedder(self._embed)
+        if not isinstance(self._embed, str):
+            return make_embedder(self._embed)
+        if self.other_store is not None:  # which remembers no embedder
+            return embedder_of(self._embed or DEFAULT_EMBEDDER)
+        return embedder_for(self.path, self._embed)
+
+    @property
+    def other_store(self) -> VectorStore | None:
+        """The store, where it is an object or a plugin's; None for a folder."""
+        return named_store(self.path) if self._named else self._object
 
     # ---- upkeep --------------------------------------------------------------------------------
     @waits("retriever")
@@ -232,10 +291,16 @@ class Retriever:
         Args:
             progress: told how many passages are done, and of how many.
         """
+        if self.other_store is not None:
+            raise DefinitionError(
+                f"the store {self.path!r} keeps no texts to embed anew", hint="add the documents again"
+            )
         other = Retriever(self.path, embed=embed)
         by = other.embedder()
         # a store of its own: afterwards it expects the new embedder
-        store = self._store() if self._bound else FaissStore(self.path)
+        store = FaissStore(self.path)
+        for where in self._bound:
+            store = store.bound(where)
         store.reembed(by.documents, identity=by.identity, progress=progress)
         return other
 
@@ -261,8 +326,12 @@ class Retriever:
             else make_embedder(self._embed).name or register_embedder(self._embed)
         )
 
-    def _store(self, by: Embedder | None = None) -> FaissStore:
-        store = store_of(self.path, by.identity if by is not None else None)
+    def _store(self, by: Embedder | None = None) -> FaissStore | StoreView:
+        store: FaissStore | StoreView
+        if self.other_store is not None:
+            store = StoreView(self.other_store, self.path)
+        else:
+            store = store_of(self.path, by.identity if by is not None else None)
         for where in self._bound:
             store = store.bound(where)
         return store
@@ -284,6 +353,8 @@ class AsyncRetriever:
         self, paths: Paths, *, run_id: str = "", timeout_s: float | None = None, **options: Unpack[AddOptions]
     ) -> Added:
         """See Retriever."""
+        if self._retriever.other_store is not None:
+            return await asyncio.to_thread(self._retriever.add, paths, **options)
         started = await self.start_adding(paths, run_id=run_id, **options)
         return await started.result(timeout_s=timeout_s)
 

@@ -2,6 +2,7 @@
 
 from celery import Celery
 
+from agentmesh import plugins
 from agentmesh.celery.app import journal_url, same_server
 from agentmesh.celery.publisher import publisher_for
 from agentmesh.config import Config
@@ -10,21 +11,26 @@ from agentmesh.journal.redis import RedisJournal
 
 
 def make_journal(config: Config, app: Celery, journal: str | Journal = "") -> Journal:
-    """The journal of these settings; where the broker is another server, a publisher sends what the scripts cannot push.
+    """The journal of these settings, by the scheme of its URL; a publisher sends what its scripts cannot push.
 
     Args:
         journal: a URL, or a Journal, which is taken as it is; empty is as the settings say.
 
     Raises:
-        ConfigError: no journal is named and the broker cannot hold one.
+        ConfigError: no journal is named and the broker cannot hold one, or no journal is known by the scheme.
     """
     if not isinstance(journal, str):
         return journal
     broker = str(app.conf.broker_url or config.broker)
     url = journal or journal_url(broker, config.journal)
+    scheme = url.partition(":")[0].lower()
+    factory = plugins.load("journals", scheme)
     # A prefix of the user's broker keys is kombu's to add, not the scripts'.
-    push = same_server(broker, url) and not (app.conf.broker_transport_options or {}).get("global_keyprefix")
-    return RedisJournal(
-        url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
+    has_key_prefix = bool((app.conf.broker_transport_options or {}).get("global_keyprefix"))
+    has_scripts = isinstance(factory, type) and issubclass(factory, RedisJournal)
+    push = has_scripts and same_server(broker, url) and not has_key_prefix
+    made: Journal = plugins.make(
+        "journals", scheme, url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
         ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
     )  # fmt: skip
+    return made

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agentmesh.celery.app import is_amqp, journal_url, make_app
+from agentmesh.celery.app import is_amqp, make_app
 from agentmesh.celery.broker import check_broker
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.journal_factory import make_journal
 from agentmesh.celery.publish_connection import CONNECTION_ERRORS
 from agentmesh.celery.rabbitmq import DELIVERY_LIMIT, BrokerFacts, on_rabbit
 from agentmesh.celery.rabbitmq import inspect_broker as rabbit_facts
@@ -108,7 +109,9 @@ def _servers(config: Config) -> Iterator[Check]:
             yield Check(True, f"embedded Valkey in {config.home}: responds, eviction off")
         elif not on_rabbit(app):
             yield Check(True, "broker: responds, eviction off")
-        yield from run_sync(_journal(RedisJournal(journal_url(config.broker, config.journal))))
+        journal = make_journal(config, app)
+        if isinstance(journal, RedisJournal):
+            yield from run_sync(_journal(journal))
     except MeshError as e:
         yield Check(False, "broker", str(e))
     finally:

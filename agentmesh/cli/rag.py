@@ -12,11 +12,15 @@ rag = typer.Typer(
     epilog="Examples:  agentmesh rag add docs/  ·  agentmesh rag search 'parental leave'  ·  agentmesh rag stats",
 )  # fmt: skip
 
-Store = Annotated[Path | None, typer.Option(help="The store's folder; defaults to .agentmesh/rag.", metavar="DIR")]
+Store = Annotated[
+    str | None,
+    typer.Option(help="The store's folder, or NAME:TEXT of a plugin; defaults to .agentmesh/rag.", metavar="DIR"),
+]
 Embed = Annotated[
     str,
     typer.Option(
-        help="wordllama, local:NAME, openai:NAME or a server's URL; defaults to the store's own.", metavar="NAME"
+        help="wordllama, local:NAME, openai:NAME, a server's URL or a plugin's; defaults to the store's own.",
+        metavar="NAME",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]

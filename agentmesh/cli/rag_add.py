@@ -34,7 +34,7 @@ INGEST_STEPS = ("plan_ingest", "parse_pack", "embed_batch", "index_batch")
 
 
 def add_documents(
-    paths: list[str], *, store: Path | None, embed: str, glob: str, label: str, size: int, overlap: int, meta: list[str],
+    paths: list[str], *, store: str | None, embed: str, glob: str, label: str, size: int, overlap: int, meta: list[str],
     broker: str, run_id: str, as_json: bool, file: Path | None, sync: bool = False, force: bool = False,
     queues: Sequence[str] = (),
 ) -> int:  # fmt: skip
@@ -46,6 +46,11 @@ def add_documents(
     crew = load_crew(CREW)
     crew.broker_queues(queues)
     retriever_ = retriever(store, embed, file)
+    if retriever_.other_store is not None:
+        metadata = _metadata(meta)
+        return print_added(retriever_.add(
+            paths, glob=glob, label=label, size=size, overlap=overlap, metadata=metadata, sync=sync, force=force,
+        ), as_json=as_json)  # fmt: skip
     agent, request = retriever_.ingest(
         paths, glob=glob, label=label, size=size, overlap=overlap, metadata=_metadata(meta), sync=sync, force=force
     )

@@ -18,29 +18,30 @@ from agentmesh.runtime.process_exit import DONE, FAILED, interruptible
 MAX_SHOWN_CHARS = 400
 
 
-def retriever(store: Path | None, embed: str, file: Path | None) -> Retriever:
-    """The store of this folder, or the one in agentmesh's own."""
+def retriever(store: str | None, embed: str, file: Path | None) -> Retriever:
+    """The store of this folder or plugin, or the one in agentmesh's own folder."""
     return Retriever.open(store or load(file=file).home / "rag", embed=embed)
 
 
-def _store(store: Path | None, file: Path | None) -> FaissStore:
-    """One that is there.
+def _store(store: str | None, file: Path | None) -> FaissStore:
+    """The folder's, where there is one.
 
     Raises:
         DefinitionError: there is none.
     """
-    path = store or load(file=file).home / "rag"
+    path = Path(store or load(file=file).home / "rag")
     if not path.is_dir():
         raise DefinitionError(f"there is no store in {str(path)!r}", hint="make one: agentmesh rag add FOLDER")
     return FaissStore(path)
 
 
 def search(
-    text: str, *, k: int, mode: str, where: str, diverse: float, store: Path | None, embed: str, as_json: bool,
+    text: str, *, k: int, mode: str, where: str, diverse: float, store: str | None, embed: str, as_json: bool,
     file: Path | None,
 ) -> int:  # fmt: skip
     """Print the passages that fit best; 1 where there is none."""
-    _store(store, file)
+    if retriever(store, embed, file).other_store is None:
+        _store(store, file)
     hits = retriever(store, embed, file).search(text, k, mode=cast(Mode, mode), where=_filter(where), diverse=diverse)
     for hit in hits:
         if as_json:
@@ -67,7 +68,7 @@ def _filter(where: str) -> dict[str, Any] | None:
     return parsed
 
 
-def stats(*, store: Path | None, as_json: bool, file: Path | None) -> int:
+def stats(*, store: str | None, as_json: bool, file: Path | None) -> int:
     """Print how much there is."""
     numbers = asdict(_store(store, file).stats())
     if as_json:
@@ -79,7 +80,7 @@ def stats(*, store: Path | None, as_json: bool, file: Path | None) -> int:
     return DONE
 
 
-def verify(*, store: Path | None, file: Path | None) -> int:
+def verify(*, store: str | None, file: Path | None) -> int:
     """Print what is wrong with the files; 1 where something is."""
     problems = _store(store, file).verify()
     for problem in problems:
@@ -89,13 +90,13 @@ def verify(*, store: Path | None, file: Path | None) -> int:
     return FAILED if problems else DONE
 
 
-def compact(*, store: Path | None, file: Path | None) -> int:
+def compact(*, store: str | None, file: Path | None) -> int:
     """Merge segments, and print what there is then."""
     _store(store, file).compact()
     return stats(store=store, as_json=False, file=file)
 
 
-def reembed(embed: str, *, store: Path | None, file: Path | None) -> int:
+def reembed(embed: str, *, store: str | None, file: Path | None) -> int:
     """New vectors for the stored passages."""
     _store(store, file)
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -107,7 +108,7 @@ def reembed(embed: str, *, store: Path | None, file: Path | None) -> int:
 
 
 def evaluate(
-    questions: Path, *, k: list[int], mode: str, store: Path | None, embed: str, as_json: bool, file: Path | None
+    questions: Path, *, k: list[int], mode: str, store: str | None, embed: str, as_json: bool, file: Path | None
 ) -> int:
     """Print recall and mean reciprocal rank."""
     _store(store, file)
@@ -123,7 +124,7 @@ def evaluate(
 
 
 def import_langchain(
-    folder: Path, *, name: str, trust_pickle: bool, store: Path | None, embed: str, file: Path | None
+    folder: Path, *, name: str, trust_pickle: bool, store: str | None, embed: str, file: Path | None
 ) -> int:
     """Take over an old folder."""
     if not trust_pickle:
@@ -137,7 +138,7 @@ def import_langchain(
         raise ExtraMissing(
             f"import-langchain needs {e.name}, which is not installed: pip install 'agentmesh-celery[langchain]'"
         ) from None
-    path = store or load(file=file).home / "rag"
+    path = Path(store or load(file=file).home / "rag")
     store_ = take_over(folder, path, embedding=embed or None, trust_pickle=True, index_name=name)
     print(f"{store_.count()} passages in {path}")
     return DONE

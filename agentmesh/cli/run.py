@@ -46,6 +46,8 @@ def run_crew(
     crew = load_crew(path)
     config_ = load(file=file, broker=broker or None, model=model or None)
     check_models(crew, config_)
+    if model and crew.names_every_model:
+        print(f"--model {model} is not used: every agent of the crew has a model of its own", file=sys.stderr)
     task_ = _task(crew, task)
     config, valkey = resolve_servers(config_)
     try:

@@ -94,15 +94,16 @@ def describe_event(run_id: str, event: Event) -> str:
     elif isinstance(event, StepDone):
         together = f", {int(event.usage['batch'])} at once" if event.usage.get("batch", 0) > 1 else ""
         tokens = int(event.usage.get("in", 0) + event.usage.get("out", 0))
-        used = f"  [{tokens} tokens{together}]" if event.usage.get("in") else ""
-        parts.append(_short(event.value) + used)
+        details = [event.model] if event.model else []
+        details += [f"{tokens} tokens{together}"] if event.usage.get("in") else []
+        parts.append(_short(event.value) + (f"  [{', '.join(details)}]" if details else ""))
     elif isinstance(event, RunDone):
         parts.append(_short(event.value))
     elif hasattr(event, "error"):
         parts.append(f"{event.error['type']}: {event.error['message']}")
     else:
-        details = {k: v for k, v in event.to_json().items() if k not in ("e", "n")}
-        parts.append(", ".join(f"{k} {v}" for k, v in details.items()))
+        rest = {k: v for k, v in event.to_json().items() if k not in ("e", "n")}
+        parts.append(", ".join(f"{k} {v}" for k, v in rest.items()))
     return " ".join(parts).rstrip()
 
 

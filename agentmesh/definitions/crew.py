@@ -214,9 +214,9 @@ class Crew(Generic[Out_co]):
         if own == EMBED_QUEUE and (embed_queues := [q for q in self.queues.values() if q.embed]):
             return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # the least urgent
         model = getattr(step, "model", None) or self.model or default
-        if step.target == "model" and isinstance(model, str) and model.startswith("local:"):
+        if step.target == "model" and isinstance(model, str):
             for queue in self.queues.values():
-                if queue.model == model.partition(":")[2]:
+                if queue.serves_model(model):
                     return queue.name
         return self.queue
 
@@ -232,6 +232,11 @@ class Crew(Generic[Out_co]):
             if step.target != "model" or hasattr(model, "ask")
             else self.queues[self.queue_of(step, default)].servers
         )
+
+    @property
+    def names_every_model(self) -> bool:
+        """Whether no agent is left that would ask the settings' model."""
+        return self.model is not None or all(agent.model for agent in self.agents.values())
 
     def models(self, default: str) -> list[str]:
         """The names of the models that the crew or its agents name; `default` stands for those of agents that name none."""

@@ -42,7 +42,8 @@ class Queue:
             with a model 256, if the engine has room for them; with a url, in flight at its servers together. Queues of one
             model in front of the same servers share their places: the largest number that one of them has.
         rate: cluster-wide ceiling such as `100/m`, `5/s`, `1000/h`; "" is none.
-        model: the local model this queue's workers load; steps on `local:MODEL` go here.
+        model: steps on this model go here: the name of a local one, which this queue's workers load; or `provider:name`
+            of any other, which they ask.
         url: base URLs of OpenAI-compatible servers (vLLM, SGLang, llama-server), which then answer this queue's model calls.
         key_env: the environment variable that holds those servers' key; "" sends none.
         away_s: while none of those servers answers, for so long its steps wait for one before they fail; that is none of
@@ -72,6 +73,7 @@ class Queue:
     embed: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", self.model.removeprefix("local:"))
         if not QUEUE_NAME.fullmatch(self.name):
             raise DefinitionError(f"queue name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
         if self.pool not in POOLS:
@@ -94,7 +96,7 @@ class Queue:
                 f"{where}: devices, gpu_memory and max_batch_tokens are for a queue whose workers load a model",
                 hint="add model='NAME', and leave out url",
             )
-        if self.lane != "high" and not (self.model or self.url):
+        if self.lane != "high" and not (self.on_device or self.url):
             raise DefinitionError(
                 f"{where}: lane={self.lane!r} is between queues of one model",
                 hint="add model='NAME', or url= of its servers",
@@ -161,7 +163,11 @@ class Queue:
     @property
     def on_device(self) -> bool:
         """Whether its workers load its model themselves."""
-        return bool(self.model and not self.url)
+        return bool(self.model and not self.url and ":" not in self.model)
+
+    def serves_model(self, model: str) -> bool:
+        """Whether steps on `provider:name` go here."""
+        return bool(self.model) and model in (self.model, f"local:{self.model}")
 
     @property
     def servers(self) -> Servers | None:

@@ -23,7 +23,7 @@ from agentmesh.errors import (
 )
 from agentmesh.journal.events import Event, StepDone, StepFailed, StepInDoubt, StepRetried
 from agentmesh.journal.types import original_run_id
-from agentmesh.model import Answer, Model, Prompt, RetryLater
+from agentmesh.model import Answer, Model, Prompt, RetryLater, model_name
 from agentmesh.schema import canonical
 
 # `def` tools on threads of this process, also those that nobody waits for any more: no thread can be stopped.
@@ -96,10 +96,10 @@ class LocalExecutor:
     async def _ask_model(self, step: Ask, at: Attempt) -> tuple[Event, Charge]:
         servers = None
         try:
-            model_name, servers = step.model or self._model, self._servers_of(step)
-            model, name = self._model_of(servers or model_name)
+            asked, servers = step.model or self._model, self._servers_of(step)
+            model, name = self._model_of(servers or asked)
             if servers:
-                name = str(model_name).partition(":")[2]
+                name = str(asked).partition(":")[2]
             prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
             answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
         except RetryLater as e:
@@ -118,7 +118,10 @@ class LocalExecutor:
             return self._retry_or_fail(step, at, strange, step.retries), {}
         usage = answer.usage
         cut = "length" if answer.finish == "length" else ""
-        done = StepDone(n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number, finish=cut)
+        done = StepDone(
+            n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number, finish=cut,
+            model=model_name(asked),
+        )  # fmt: skip
         return done, {"turns": 1, "tokens": usage.tokens, "usd": usage.cost_usd}
 
     # ---- functions: tools, and what other kinds of steps bind -----------------------------------

@@ -77,6 +77,7 @@ class StepDone(Event):
     usage: Mapping[str, float] = field(default_factory=dict)
     attempt: int = 1
     finish: str = ""  # `length`: the model's answer was cut off there
+    model: str = ""  # of an Ask: which model answered, as `provider:name` or an object's name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

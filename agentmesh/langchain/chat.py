@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from agentmesh.definitions.tool import Tool, ToolOptions
 from agentmesh.errors import DefinitionError, ExtraMissing
 from agentmesh.message import Message, ToolCall, ToolSpec, Usage
-from agentmesh.model import Answer, Prompt
+from agentmesh.model import Answer, Model, Prompt
 
 try:
     from langchain_core.language_models import BaseChatModel
@@ -22,10 +22,11 @@ except ImportError as e:
     ) from None
 
 
-class _ChatModel:
+class _ChatModel(Model):
     """A LangChain chat model as a Model."""
 
     def __init__(self, chat: BaseChatModel) -> None:
+        super().__init__(str(getattr(chat, "model_name", "") or getattr(chat, "model", "") or type(chat).__name__))
         self._chat = chat
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:

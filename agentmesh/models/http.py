@@ -11,9 +11,9 @@ import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_base, wait_random_exponential
 
+from agentmesh.address import server_address
 from agentmesh.errors import ContextTooLong, ModelError, ModelRefused
-from agentmesh.model import Answer, Prompt, RetryLater
-from agentmesh.models.address import address_of
+from agentmesh.model import Answer, Model, Prompt, RetryLater
 from agentmesh.models.openai_format import (
     MALFORMED_ANSWER,
     SseParser,
@@ -32,26 +32,27 @@ CONTEXT_TOO_LONG = re.compile(r"context_length_exceeded|context (size|window|len
 
 
 class TransientFailure(Exception):
-    """Something that asking again may mend.
+    """An attempt failed in a way that another attempt may not.
 
     Attributes:
-        down: the connection was refused or broke off: the server may be gone.
-        sent: the server may have begun to work on it.
-        said: it had begun to answer; a new attempt of the step retracts that.
-        elsewhere: only another server may mend it: this one has another model, takes another key, or is none.
+        after_s: when the server wants to be asked again; None where it does not say.
+        disconnected: the connection was refused or broke off: the server may be down.
+        was_sent: the server may have begun to work on the request.
+        has_answered: some of the answer had come; a new attempt of the step retracts that.
+        wrong_server: only another server may answer: this one has another model or key, or does not speak this API.
     """
 
     def __init__(
-        self, error: ModelError, after_s: float | None = None, *, down: bool = False, sent: bool = True,
-        elsewhere: bool = False,
+        self, error: ModelError, after_s: float | None = None, *, disconnected: bool = False, was_sent: bool = True,
+        wrong_server: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(str(error))
-        self.error, self.after_s, self.down, self.sent, self.said = error, after_s, down, sent, False
-        self.elsewhere = elsewhere
+        self.error, self.after_s, self.wrong_server = error, after_s, wrong_server
+        self.disconnected, self.was_sent, self.has_answered = disconnected, was_sent, False
 
 
 class _Wait(wait_base):
-    """What the server asked for, else exponential with full jitter.
+    """The wait that the server named, else exponential with full jitter.
 
     Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
@@ -66,24 +67,26 @@ class _Wait(wait_base):
         return float(self._jitter(retry_state))
 
 
-class HttpModel:
+class HttpModel(Model):
     """A Model behind `/chat/completions`.
 
     Args:
-        base_url, api_key: see address_of.
-        set_by: where URL and key come from, for sentences that say what to mend.
+        name: what it is called; the model that the server is asked for is the prompt's.
+        base_url, api_key: see server_address.
+        set_by: where URL and key come from, for the hints of errors.
         tries: attempts within one step, as long as the waits between them stay under 5 s.
 
     Raises:
-        ConfigError: OpenAI's own server and no key, or a base URL that is none.
+        ConfigError: OpenAI's own server and no key, or a base URL that is not a URL.
     """
 
     def __init__(
-        self, *, base_url: str | None = None, api_key: str | None = None, timeout_s: float = 600.0, tries: int = 5,
-        connections: int = 1000, set_by: tuple[str, str] = ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
+        self, name: str = "", *, base_url: str | None = None, api_key: str | None = None, timeout_s: float = 600.0,
+        tries: int = 5, connections: int = 1000, set_by: tuple[str, str] = ("OPENAI_BASE_URL", "OPENAI_API_KEY"),
     ) -> None:  # fmt: skip
+        super().__init__(name)
         self._url_by, self._key_by = set_by
-        self.base_url, key = address_of(base_url, api_key)
+        self.base_url, key = server_address(base_url, api_key, set_by=self._url_by)
         self._url = f"{self.base_url}/chat/completions"
         self._key = key
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
@@ -93,23 +96,24 @@ class HttpModel:
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
         """See Model."""
-        sent = request_body(prompt, stream=on_token is not None)
+        body = request_body(prompt, stream=on_token is not None)
         began_s = time.monotonic()
         try:
-            return await self._post(prompt, sent, on_token)  # nearly always enough, and tenacity is not free
+            return await self._post(prompt, body, on_token)  # nearly always enough, and tenacity is not free
         except TransientFailure as e:
-            self._hand_over(e)
-            failed = e
+            self._raise_unless_retried_here(e)
+            failure = e
         if self._tries > 1:
-            await asyncio.sleep(random.uniform(0, FIRST_WAIT_S) if failed.after_s is None else failed.after_s)
+            await asyncio.sleep(random.uniform(0, FIRST_WAIT_S) if failure.after_s is None else failure.after_s)
             try:
-                return await self._again(prompt, sent, on_token)
+                return await self._retry(prompt, body, on_token)
             except TransientFailure as e:
-                failed = e
-        tried = f"({self._tries} {'try' if self._tries == 1 else 'tries'}) within {time.monotonic() - began_s:.1f} s"
-        raise RetryLater(ModelError(f"{failed.error.message} {tried}"), MAX_WAIT_S) from None
+                failure = e
+        attempts = f"({self._tries} {'try' if self._tries == 1 else 'tries'}) within {time.monotonic() - began_s:.1f} s"
+        error = ModelError(f"{failure.error.message} {attempts}", hint=failure.error.hint)
+        raise RetryLater(error, MAX_WAIT_S) from None
 
-    async def _again(self, prompt: Prompt, sent: bytes, on_token: Callable[[str], None] | None) -> Answer:
+    async def _retry(self, prompt: Prompt, body: bytes, on_token: Callable[[str], None] | None) -> Answer:
         async for attempt in AsyncRetrying(
             stop=stop_after_attempt(self._tries - 1),
             wait=_Wait(),
@@ -118,32 +122,32 @@ class HttpModel:
         ):
             with attempt:
                 try:
-                    return await self._post(prompt, sent, on_token)
+                    return await self._post(prompt, body, on_token)
                 except TransientFailure as e:
-                    self._hand_over(e)
+                    self._raise_unless_retried_here(e)
                     raise
         raise AssertionError("unreachable")
 
-    def _hand_over(self, failed: TransientFailure) -> None:
-        """What was said before it broke off, or a long wait, becomes the journal's; there is no other server."""
-        if failed.elsewhere:
-            raise failed.error from None
-        if failed.said:
-            raise RetryLater(failed.error, 0.0) from None
-        if failed.after_s is not None and failed.after_s > MAX_WAIT_S:
-            raise RetryLater(failed.error, failed.after_s) from None
+    def _raise_unless_retried_here(self, failure: TransientFailure) -> None:
+        """The engine retries after a partial answer or a long wait; and no other server is known."""
+        if failure.wrong_server:
+            raise failure.error from None
+        if failure.has_answered:
+            raise RetryLater(failure.error, 0.0) from None
+        if failure.after_s is not None and failure.after_s > MAX_WAIT_S:
+            raise RetryLater(failure.error, failure.after_s) from None
 
     async def once(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
-        """One attempt, for who knows other servers.
+        """One attempt, for a caller that knows other servers.
 
         Raises:
-            Passing: asking again may mend it.
+            TransientFailure: another attempt may succeed.
             ModelError: it would not.
         """
         return await self._post(prompt, request_body(prompt, stream=on_token is not None), on_token)
 
     async def unhealthy_reason(self, timeout_s: float) -> str:
-        """Why the server cannot be asked now, or nothing: by GET /health, and where it has none by GET /v1/models.
+        """Why the server cannot be asked now, or "": by GET /health, and where it has none by GET /v1/models.
 
         Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html, llama.cpp's and SGLang's servers
         """
@@ -162,45 +166,45 @@ class HttpModel:
 
     async def close(self) -> None:
         """See Model."""
-        _, life = self._sessions.pop(asyncio.get_running_loop(), (None, None))
-        if life is not None:
-            await life.aclose()
+        _, lifetime = self._sessions.pop(asyncio.get_running_loop(), (None, None))
+        if lifetime is not None:
+            await lifetime.aclose()
 
     async def _session(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
-        known = self._sessions.get(loop)
-        if known is not None:
-            return known[0]
-        for closed in [other for other in self._sessions if other.is_closed()]:
-            del self._sessions[closed]
+        existing = self._sessions.get(loop)
+        if existing is not None:
+            return existing[0]
+        for closed in [other for other in list(self._sessions) if other.is_closed()]:  # others' threads add theirs
+            self._sessions.pop(closed, None)
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=60),
             timeout=aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        life = _session_lifetime(session)
-        self._sessions[loop] = session, life
-        await anext(life)
+        lifetime = _session_lifetime(session)
+        self._sessions[loop] = session, lifetime
+        await anext(lifetime)
         return session
 
-    async def _post(self, prompt: Prompt, sent: bytes, on_token: Callable[[str], None] | None) -> Answer:
+    async def _post(self, prompt: Prompt, body: bytes, on_token: Callable[[str], None] | None) -> Answer:
         session, assembly = await self._session(), StreamAssembler()
         try:
-            async with session.post(self._url, data=sent, headers=self._headers) as response:
+            async with session.post(self._url, data=body, headers=self._headers) as response:
                 if response.status != 200:
                     raise self._refusal(prompt, response, (await response.read()).decode(errors="replace"))
                 if on_token is not None and response.content_type != "application/json":
                     return await self._streamed(response, assembly, on_token)
                 answer = self._whole(await response.read())
         except TransientFailure as e:
-            e.said = assembly.said
+            e.has_answered = assembly.has_text
             raise
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as e:
             refused = isinstance(e, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
             slow = isinstance(e, TimeoutError) and not refused
-            passing = TransientFailure(ModelError(self._broken(e)), down=not slow, sent=not refused)
-            passing.said = assembly.said
-            raise passing from None
+            failure = TransientFailure(self._connection_error(e), disconnected=not slow, was_sent=not refused)
+            failure.has_answered = assembly.has_text
+            raise failure from None
         if on_token is not None and answer.message.text:  # a server that does not stream
             on_token(answer.message.text)
         return answer
@@ -208,12 +212,12 @@ class HttpModel:
     async def _streamed(
         self, response: aiohttp.ClientResponse, assembly: StreamAssembler, on_token: Callable[[str], None]
     ) -> Answer:  # fmt: skip
-        pieces = SseParser()
+        parser = SseParser()
         async for chunk in response.content.iter_any():
-            for data in pieces.feed(chunk):
-                if text := self._added(assembly, data):
+            for data in parser.feed(chunk):
+                if text := self._text_of(assembly, data):
                     on_token(text)
-            if pieces.done:
+            if parser.done:
                 break
         if assembly.finish is None:
             raise TransientFailure(ModelError(f"the stream from {self.base_url} ended in the middle of an answer"))
@@ -223,7 +227,7 @@ class HttpModel:
                     await response.read()
         return assembly.answer()
 
-    def _added(self, assembly: StreamAssembler, data: bytes) -> str:
+    def _text_of(self, assembly: StreamAssembler, data: bytes) -> str:
         """The text of a piece of the stream."""
         try:
             piece = loads(data)
@@ -241,43 +245,55 @@ class HttpModel:
             return answer_of(loads(raw))
         except MALFORMED_ANSWER:
             excerpt = raw[:200].decode(errors="replace")
-            message = f"{self.base_url} did not answer with a chat completion: {excerpt!r}; is it an OpenAI-compatible server?"
-            raise TransientFailure(ModelError(message), elsewhere=True) from None
+            error = ModelError(
+                f"{self.base_url} did not answer with a chat completion: {excerpt!r}",
+                hint=f"set {self._url_by} to an OpenAI-compatible server",
+            )
+            raise TransientFailure(error, wrong_server=True) from None
 
     def _refusal(self, prompt: Prompt, response: aiohttp.ClientResponse, text: str) -> Exception:
-        status, said = response.status, error_text(text, self._key)
+        status, reason = response.status, error_text(text, self._key)
         if status in (401, 403):
             return TransientFailure(
-                ModelRefused(f"{self.base_url} refused the key ({status}: {said})", hint=f"check {self._key_by}"),
-                elsewhere=True,
+                ModelRefused(f"{self.base_url} refused the key ({status}: {reason})", hint=f"check {self._key_by}"),
+                wrong_server=True,
             )
         if status == 404:
             return TransientFailure(
                 ModelRefused(
-                    f"{self.base_url} has no model {prompt.model!r} (404: {said})", hint="check its name and the URL"
+                    f"{self.base_url} has no model {prompt.model!r} (404: {reason})", hint="check its name and the URL"
                 ),
-                elsewhere=True,
+                wrong_server=True,
             )
         if status in (400, 413) and CONTEXT_TOO_LONG.search(text):
             return ContextTooLong(
-                f"the prompt is longer than {prompt.model!r} takes: {said}",
-                hint="send less, or a model with more context",
+                f"the prompt is longer than {prompt.model!r} takes: {reason}",
+                hint="send less, or use a model with more context",
             )
         if status == 429 and "insufficient_quota" in text:
-            return ModelRefused(f"{self.base_url} says that the account's quota is used up: {said}")
+            return ModelRefused(
+                f"{self.base_url} says that the account's quota is used up: {reason}",
+                hint="raise it, or use another key",
+            )
         if status in (408, 409, 429) or status >= 500:
             wait_s = retry_after_s(response.headers.get("Retry-After"))
-            return TransientFailure(ModelError(f"{self.base_url} answered {status}: {said}"), wait_s)
-        return ModelRefused(f"{self.base_url} refused the request ({status}): {said}")
+            return TransientFailure(ModelError(f"{self.base_url} answered {status}: {reason}"), wait_s)
+        return ModelRefused(f"{self.base_url} refused the request ({status}): {reason}")
 
-    def _broken(self, error: Exception) -> str:
+    def _connection_error(self, error: Exception) -> ModelError:
         """What a failed connection means."""
         reason = str(error) or type(error).__name__
         if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-            return f"no model server responds at {self.base_url} ({reason}); start the server, or set {self._url_by} to yours"
+            return ModelError(
+                f"no model server responds at {self.base_url} ({reason})",
+                hint=f"start the server, or set {self._url_by} to yours",
+            )
         if isinstance(error, TimeoutError):
-            return f"{self.base_url} did not end its answer in {self._timeout_s:g} s; ask for less, or raise timeout_s"
-        return f"the connection to {self.base_url} broke off ({reason}); see that server's log"
+            return ModelError(
+                f"{self.base_url} did not end its answer in {self._timeout_s:g} s",
+                hint="ask for less, or raise timeout_s",
+            )
+        return ModelError(f"the connection to {self.base_url} broke off ({reason})", hint="see that server's log")
 
 
 async def _session_lifetime(session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:

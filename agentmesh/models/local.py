@@ -1,4 +1,4 @@
-"""An agent's `options` as a local model takes them, checked before anything is computed."""
+"""`local:NAME`: a model on this machine, in this process; and which of an agent's `options` it takes."""
 
 import asyncio
 import logging
@@ -19,16 +19,16 @@ from agentmesh.inference.loader import Loaded, load
 from agentmesh.inference.request import Done, EngineDown, Request
 from agentmesh.inference.tokenization import THINK, AnswerStream, Piece, separate_special, token_ids
 from agentmesh.message import Message, Usage
-from agentmesh.model import Answer, Prompt, RetryLater, Thought
+from agentmesh.model import Answer, Model, Prompt, RetryLater, Thought
 from agentmesh.models.tool_call_parser import chat_turns, parse_tool_calls
 
 
 class LocalOptions(BaseModel):
-    """What of the options is a local model's; the rest is for servers and overlooked.
+    """The options that a local model takes; others are for servers and are ignored.
 
     Args:
-        top_k: below 1 it is all.
-        top_p: 0 is the likeliest alone.
+        top_k: below 1 is all tokens.
+        top_p: 0 is the likeliest token alone.
         stop: strings that end the answer, one or several.
         tool_choice: `auto`, `required`, `none`, or the name of the tool that must be called, which OpenAI writes
             `{"type": "function", "function": {"name": ...}}`.
@@ -50,23 +50,24 @@ class LocalOptions(BaseModel):
         """Those of a prompt.
 
         Raises:
-            ModelError: one is no such value, or wants a tool that is not among the prompt's.
+            ModelError: a value is out of range, or `tool_choice` names a tool that the prompt does not have.
         """
         try:
-            options_ = cls(**prompt.options)
+            options = cls(**prompt.options)
         except ValidationError as e:
             first = e.errors()[0]
             raise ModelError(f"option `{first['loc'][0]}` is {first['input']!r}: {first['msg']}") from None
-        names = [t.name for t in prompt.tools]  # where there are none, there is no choice
-        if names and options_.tool_choice not in ("auto", "none", "required", *names):
+        names = [t.name for t in prompt.tools]
+        choices = ("auto", "none", "required", *names)
+        if names and options.tool_choice not in choices:  # without tools it says nothing
             raise ModelError(
-                f"option `tool_choice` is {options_.tool_choice!r}", hint=f"the tools are {', '.join(names)}"
+                f"option `tool_choice` is {options.tool_choice!r}", hint=f"use one of: {', '.join(choices)}"
             )
-        return options_
+        return options
 
     @model_validator(mode="before")
     @classmethod
-    def _given(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def _without_none(cls, options: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in options.items() if v is not None}
 
     @field_validator("stop", mode="before")
@@ -81,68 +82,66 @@ class LocalOptions(BaseModel):
         return function.get("name", choice) if isinstance(function, dict) else choice
 
 
-# ---- `local -------------------------------------------------------------------------------------
-
 log = logging.getLogger("agentmesh.gpu")
 
 RELOAD_S = 1.0
 
 
-class LocalModel:
-    """A Model in this process.
+class LocalModel(Model):
+    """A Model in this process; its weights are loaded by the first request.
 
     Args:
         name: as it was pulled: `smollm2`, `Qwen/Qwen3-0.6B`.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        super().__init__(name)
         self._loaded: Loaded | None = None
         self._shape: Shape | None = None
-        self._hopeless: Callable[[Exception], None] | None = None
+        self._on_fatal: Callable[[Exception], None] | None = None
         self._lock = threading.Lock()
         self._thread = self._new_thread()
 
     def _new_thread(self) -> ThreadPoolExecutor:
-        # its own: asks that wait for the weights must not sit in the threads of everybody else's to_thread
+        # one of its own: requests that wait for the weights must not occupy the threads of `asyncio.to_thread`
         return ThreadPoolExecutor(1, thread_name_prefix=f"agentmesh-{self.name}")
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:
         """See Model."""
-        loop, over = asyncio.get_running_loop(), threading.Event()
+        loop, ended = asyncio.get_running_loop(), threading.Event()
 
-        def tell(piece: Piece) -> None:
-            if on_token is not None and not over.is_set():
-                said = Thought(piece.text) if piece.kind == "thought" else piece.text
-                loop.call_soon_threadsafe(on_token, said)
+        def forward(piece: Piece) -> None:
+            if on_token is not None and not ended.is_set():
+                text = Thought(piece.text) if piece.kind == "thought" else piece.text
+                loop.call_soon_threadsafe(on_token, text)
 
         try:
-            loaded, request, telling = await loop.run_in_executor(self._thread, self._begun, prompt, tell)
-            listens = on_token is not None or bool(prompt.options.get("stop"))
-            done = await asyncio.wrap_future(loaded.engine.submit(request, telling.hear if listens else None))
-            telling.finish(done.tokens)
+            loaded, request, stream = await loop.run_in_executor(self._thread, self._prepare_request, prompt, forward)
+            streams = on_token is not None or bool(prompt.options.get("stop"))
+            done = await asyncio.wrap_future(loaded.engine.submit(request, stream.hear if streams else None))
+            stream.finish(done.tokens)
         except EngineDown as e:
-            raise RetryLater(ModelError(f"the engine of {self.name!r} went down: {e}"), RELOAD_S) from None
+            raise RetryLater(ModelError(f"the engine of {self.name!r} stopped: {e}"), RELOAD_S) from None
         finally:
-            over.set()  # a cancelled asker hears nothing more
-        return _answer(prompt, request, telling, done)
+            ended.set()  # after a cancellation `on_token` is not called any more
+        return _answer(prompt, request, stream, done)
 
     def prepare(
         self, *, memory: float = 0.85, batch_tokens: int = 0, requests: int = 0,
         on_fatal: Callable[[Exception], None] | None = None,
     ) -> Engine:  # fmt: skip
-        """Load it for a worker of its own and answer one token, so that the first step does not wait for that.
+        """Load it for a worker of its own and compute one token, so that the first step does not wait for that.
 
         Args:
-            memory: the part of the device's free memory for prompts and answers.
+            memory: the fraction of the device's free memory for prompts and answers.
             batch_tokens, requests: of one step of the engine; 0 is chosen by the device.
-            hopeless: called when the process had better end and be started again.
+            on_fatal: called when the process must end and be started again.
 
         Raises:
-            ConfigError: it is not here, or damaged, or there is no memory for it.
+            ConfigError: it is not installed, is damaged, or does not fit into memory.
         """
         self._shape = Shape(memory=memory, batch_tokens=batch_tokens, batch_requests=requests)
-        self._hopeless = on_fatal
+        self._on_fatal = on_fatal
         try:
             engine = self.load().engine
         except (MemoryError, ValueError) as e:
@@ -154,7 +153,7 @@ class LocalModel:
         return engine
 
     async def close(self) -> None:
-        """Let go of the weights; another ask would load them again."""
+        """Free the weights; another request loads them again."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         loaded, self._thread, self._loaded = self._loaded, self._new_thread(), None
         if loaded is not None:
@@ -178,32 +177,35 @@ class LocalModel:
         """The model, loaded the first time it is needed.
 
         Raises:
-            ConfigError: it is not here, or damaged.
+            ConfigError: it is not installed, or damaged.
         """
         with self._lock:
             if self._loaded is None or not self._loaded.engine.alive:
                 must_be_installed(self.name)
                 if self._loaded is not None:
-                    self._loaded.engine.close()  # before the weights are loaded again, it lets go of its own
+                    self._loaded.engine.close()  # frees its weights before they are loaded again
                     self._loaded = None
-                self._loaded = load(model_folder(self.name), self.name, self._shape, on_fatal=self._hopeless)
+                self._loaded = load(model_folder(self.name), self.name, self._shape, on_fatal=self._on_fatal)
             return self._loaded
 
-    def _begun(self, prompt: Prompt, tell: Callable[[Piece], None]) -> tuple[Loaded, Request, AnswerStream]:
+    def _prepare_request(
+        self, prompt: Prompt, forward: Callable[[Piece], None]
+    ) -> tuple[Loaded, Request, AnswerStream]:
         loaded, options = self.load(), LocalOptions.of(prompt)
         text = render_prompt(loaded, prompt)
         ids, max_tokens = token_ids(loaded.tokenizer, text), options.max_tokens
         if len(ids) + max_tokens > loaded.context_tokens:
             raise ContextTooLong(
-                f"the prompt has {len(ids)} tokens and asks for {max_tokens} more",
-                hint=f"{self.name!r} takes {loaded.context_tokens} together: send less",
+                f"the prompt has {len(ids)} tokens and asks for {max_tokens} more, and {self.name!r} takes "
+                f"{loaded.context_tokens} together",
+                hint="send less, or lower max_tokens",
             )
         thinking = text.rstrip().endswith(THINK)
         request = Request(
             tuple(ids), max_tokens, frozenset() if options.ignore_eos else loaded.ends, options.temperature, options.top_k,
             options.top_p, constraint=_constraint(loaded, prompt, options.tool_choice, thinking=thinking), seed=options.seed,
         )  # fmt: skip
-        return loaded, request, AnswerStream(loaded.tokenizer, stops=options.stop, thinking=thinking, tell=tell)
+        return loaded, request, AnswerStream(loaded.tokenizer, stops=options.stop, thinking=thinking, tell=forward)
 
 
 def render_prompt(loaded: Loaded, prompt: Prompt) -> str:
@@ -229,14 +231,14 @@ def _constraint(loaded: Loaded, prompt: Prompt, choice: str, *, thinking: bool) 
     try:
         return loaded.grammars.constraint(grammar, thinking=thinking)
     except ValueError as e:
-        log.warning("no grammar for this answer, the model is only told: %s", e)
+        log.warning("no grammar holds this answer to its schema, which is only in the prompt: %s", e)
         return None
 
 
-def _answer(prompt: Prompt, request: Request, telling: AnswerStream, done: Done) -> Answer:
+def _answer(prompt: Prompt, request: Request, stream: AnswerStream, done: Done) -> Answer:
     tools = () if prompt.options.get("tool_choice") == "none" else prompt.tools
-    text, calls = parse_tool_calls(telling.text, tools, turn=len(prompt.messages))
+    text, calls = parse_tool_calls(stream.text, tools, turn=len(prompt.messages))
     usage = Usage(len(request.tokens), len(done.tokens), done.cached_tokens, batch=done.batch)
     if calls:
         return Answer(Message("assistant", text, calls), usage, "length" if done.finish == "length" else "tool_calls")
-    return Answer(Message("assistant", text), usage, "stop" if telling.ended else done.finish)
+    return Answer(Message("assistant", text), usage, "stop" if stream.ended else done.finish)

@@ -16,13 +16,8 @@ from agentmesh.model import Answer, Prompt
 from agentmesh.schema import dumps, loads
 from agentmesh.sized_cache import MIB, SizedCache
 
-MALFORMED_ANSWER = (
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-)  # what foreign JSON does to `answer_of`
+# what `answer_of` raises for JSON that is not an answer
+MALFORMED_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 MAX_RETRY_AFTER_S = 86_400.0
 API_KEY = re.compile(r"\bsk-[\w*.-]+")  # servers quote the key they refuse
 
@@ -78,9 +73,9 @@ def request_body(prompt: Prompt, *, stream: bool) -> bytes:
     return f'{{"messages":[{messages}],{dumps(rest)[1:]}'.encode()
 
 
-def _has_schema(wanted: Any) -> bool:
-    """Whether it is a schema as its asker wrote it, with a name and a strictness of its own."""
-    return isinstance(wanted, Mapping) and wanted.get("type") == "json_schema"
+def _has_schema(response_format: Any) -> bool:
+    """Whether the options bring a schema themselves, with a name and a strictness of its own."""
+    return isinstance(response_format, Mapping) and response_format.get("type") == "json_schema"
 
 
 def usage_of(data: Mapping[str, Any] | None) -> Usage:
@@ -92,23 +87,23 @@ def usage_of(data: Mapping[str, Any] | None) -> Usage:
 
 
 def answer_of(data: Mapping[str, Any]) -> Answer:
-    """An answer that came whole.
+    """The answer in a response that was not streamed.
 
     Raises:
         KeyError, IndexError, TypeError, AttributeError: it is not an answer.
     """
     choice = data["choices"][0]
-    said = choice["message"]
+    content = choice["message"]
     calls = tuple(
         _call(i, c.get("id"), c["function"]["name"], c["function"].get("arguments"))
-        for i, c in enumerate(said.get("tool_calls") or ())
+        for i, c in enumerate(content.get("tool_calls") or ())
     )
-    message = Message("assistant", said.get("content") or said.get("refusal") or "", calls)
+    message = Message("assistant", content.get("content") or content.get("refusal") or "", calls)
     return Answer(message, usage_of(data.get("usage")), _finish(choice.get("finish_reason")))
 
 
 def _call(i: int, call_id: str | None, name: str, arguments: Any) -> ToolCall:
-    """A call as the words have it; some servers leave out the id, or write arguments that are not text."""
+    """A tool call; some servers leave out the id, or write arguments that are not text."""
     return ToolCall(call_id or f"call_{i}", name, arguments if isinstance(arguments, str) else dumps(arguments or {}))
 
 
@@ -121,7 +116,7 @@ class StreamAssembler:
 
     Attributes:
         finish: why the answer ended, None while it has not.
-        said: whether any text came.
+        has_text: whether any text came.
     """
 
     def __init__(self) -> None:
@@ -129,10 +124,10 @@ class StreamAssembler:
         self._calls: dict[int, list[str]] = {}  # index -> id, name, arguments
         self._usage: Mapping[str, Any] | None = None
         self.finish: str | None = None
-        self.said = False
+        self.has_text = False
 
     def add(self, data: Mapping[str, Any]) -> str:
-        """Take a piece; answers its text."""
+        """Add a piece of the stream; its text."""
         self._usage = data.get("usage") or self._usage
         if not data.get("choices"):
             return ""
@@ -148,35 +143,35 @@ class StreamAssembler:
         text: str = delta.get("content") or delta.get("refusal") or ""
         if text:
             self._text.append(text)
-            self.said = True
+            self.has_text = True
         return text
 
     def answer(self) -> Answer:
-        """The whole of it."""
+        """The whole answer."""
         calls = tuple(_call(i, *self._calls[i]) for i in sorted(self._calls))
         return Answer(Message("assistant", "".join(self._text), calls), usage_of(self._usage), _finish(self.finish))
 
 
 class SseParser:
-    """Cuts a stream of server-sent events into their data; one event is one line, as every server writes it.
+    """Splits a stream of server-sent events into their data; one event is one line, as every server writes it.
 
     Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
 
     Attributes:
-        done: [DONE] came.
+        done: whether [DONE] has come.
     """
 
     def __init__(self) -> None:
-        self._begun: list[bytes] = []  # of a line that has not ended; a list, since a line may be megabytes
+        self._unfinished: list[bytes] = []  # pieces of a line that has not ended; a line may be megabytes
         self.done = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The data that is whole now."""
+        """The data of the events that this chunk completes."""
         if b"\n" not in chunk:
-            self._begun.append(chunk)
+            self._unfinished.append(chunk)
             return []
-        *lines, rest = b"".join([*self._begun, chunk]).split(b"\n")
-        self._begun = [rest]
+        *lines, rest = b"".join([*self._unfinished, chunk]).split(b"\n")
+        self._unfinished = [rest]
         events = [line[5:].strip() for line in lines if line.startswith(b"data:")]
         if b"[DONE]" in events:
             self.done = True
@@ -185,7 +180,10 @@ class SseParser:
 
 
 def retry_after_s(header: str | None) -> float | None:
-    """Seconds to wait, from seconds or an HTTP date; None when it says neither. Source: RFC 9110, section 10.2.3."""
+    """Seconds to wait, from seconds or an HTTP date; None when it is neither.
+
+    Source: RFC 9110, section 10.2.3
+    """
     if not header:
         return None
     try:
@@ -199,12 +197,12 @@ def retry_after_s(header: str | None) -> float | None:
 
 
 def error_text(text: str, key: str = "") -> str:
-    """The sentence in a server's refusal, never with the key in it."""
+    """The reason in a server's refusal, never with the key in it."""
     try:
         data = loads(text)
         error = data.get("error", data)
-        said = str(error["message"] if isinstance(error, dict) else error)[:500]
+        reason = str(error["message"] if isinstance(error, dict) else error)[:500]
     except MALFORMED_ANSWER:
-        said = text[:200].strip()
-    said = said.replace(key, "…") if key else said
-    return API_KEY.sub("…", said) or "no reason given"
+        reason = text[:200].strip()
+    reason = reason.replace(key, "…") if key else reason
+    return API_KEY.sub("…", reason) or "no reason given"

@@ -5,13 +5,13 @@ import threading
 from importlib.util import find_spec
 from typing import Any
 
+from agentmesh import plugins
+from agentmesh.address import key_of_servers, server_address
 from agentmesh.definitions.queue import Servers
-from agentmesh.errors import ConfigError, ExtraMissing, did_you_mean
+from agentmesh.errors import ConfigError, ExtraMissing
 from agentmesh.hub.cache import must_be_installed
-from agentmesh.model import Model
-from agentmesh.models.address import address_of, key_of
+from agentmesh.model import Model, model_name
 
-PROVIDERS = ("openai", "local")
 LOCAL_PACKAGES = ("torch", "transformers", "llguidance", "psutil")
 
 
@@ -19,89 +19,74 @@ class ModelRegistry:
     """`provider:name` to a Model, each made once a process; a forked child makes its own."""
 
     def __init__(self) -> None:
-        self._made: dict[str | Servers, Model] = {}
+        self._models: dict[str | Servers, Model] = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
-    def __call__(self, wanted: Any) -> tuple[Model, str]:
-        """The model and the name it knows.
+    def __call__(self, model: Any) -> tuple[Model, str]:
+        """The model, and the name that its prompts carry.
+
+        Args:
+            model: `provider:name`, a queue's servers, or an object, which is itself.
 
         Raises:
             ConfigError: no such provider, or something the model needs is missing.
         """
-        if hasattr(wanted, "ask"):
-            return wanted, type(wanted).__name__
+        if hasattr(model, "ask"):
+            return model, model_name(model)
         if self._pid != os.getpid():
-            self._made, self._lock, self._pid = {}, threading.Lock(), os.getpid()
-        if isinstance(wanted, Servers):
-            with self._lock:
-                if wanted not in self._made:
-                    self._made[wanted] = _make_load_balancer(wanted)
-                return self._made[wanted], ""
-        provider, _, name = str(wanted).partition(":")
+            self._models, self._lock, self._pid = {}, threading.Lock(), os.getpid()
+        key: str | Servers = model if isinstance(model, Servers) else str(model)
         with self._lock:
-            key = "openai" if provider == "openai" else wanted
-            if key not in self._made:
-                self._made[key] = _make_model(provider, name, wanted)
-            return self._made[key], name
+            if key not in self._models:
+                self._models[key] = _make_load_balancer(key) if isinstance(key, Servers) else _make_model(key)
+            return self._models[key], "" if isinstance(key, Servers) else key.partition(":")[2]
 
-    def check(self, wanted: str | Servers) -> None:
-        """Whether this model is to be had, without loading what asking it takes: another process does that.
+    def check(self, model: str | Servers) -> None:
+        """Check that this model can be had, without loading what a request to it takes: another process does that.
 
         Raises:
             ConfigError: no such provider, or something the model needs is missing.
         """
-        if isinstance(wanted, Servers):
-            key_of(wanted)
+        if isinstance(model, Servers):
+            key_of_servers(model.key_env, model.urls)
             return
-        provider, _, name = wanted.partition(":")
+        provider, _, name = model.partition(":")
         if provider == "openai":
-            address_of()
+            server_address()
         elif provider == "local":
             for package in LOCAL_PACKAGES:
                 if not is_importable(package):
-                    raise _missing_extra(wanted, package)
+                    raise ExtraMissing(
+                        f"model {model!r} needs {package}, which is not installed",
+                        hint="run: pip install 'agentmesh-celery[local]'",
+                    )
             must_be_installed(name)
         else:
-            self(wanted)
+            self(model)
 
     async def close(self) -> None:
-        """Give back what the models hold on the running loop."""
-        for model in list(self._made.values()):
+        """Close what the models keep open on the running loop."""
+        for model in list(self._models.values()):
             await model.close()
 
 
 def _make_load_balancer(servers: Servers) -> Model:
     from agentmesh.models.load_balancer import LoadBalancer
 
-    fleet: Model = LoadBalancer(servers)
-    return fleet
+    return LoadBalancer(servers)
 
 
-def _make_model(provider: str, name: str, wanted: str) -> Model:
-    if provider == "openai":
-        from agentmesh.models.http import HttpModel
-
-        model: Model = HttpModel()
-        return model
-    if provider == "local":
-        try:
-            from agentmesh.models.local import LocalModel
-        except ImportError as e:
-            raise _missing_extra(wanted, e.name) from None
-        local: Model = LocalModel(name)
-        return local
-    raise ConfigError(
-        f"unknown model provider {provider!r} in {wanted!r}",
-        hint=f"known providers: {', '.join(PROVIDERS)}."
-        f"{did_you_mean(provider, PROVIDERS)} Any OpenAI-compatible server is `openai:NAME` with OPENAI_BASE_URL",
-    )
-
-
-def _missing_extra(wanted: str, package: str | None) -> ExtraMissing:
-    return ExtraMissing(
-        f"model {wanted!r} needs {package}, which is not installed: pip install 'agentmesh-celery[local]'"
-    )
+def _make_model(name: str) -> Model:
+    provider, _, rest = name.partition(":")
+    hint = "A server with OpenAI's API is `openai:NAME`, with its URL in OPENAI_BASE_URL."
+    model: Model = plugins.make("models", provider, rest, hint=hint)
+    if not hasattr(model, "ask"):
+        raise ConfigError(
+            f"model provider {provider!r} makes a {type(model).__name__}, which has no `ask`",
+            hint="declare a subclass of agentmesh.model.Model",
+        )
+    return model
 
 
 def is_importable(module: str) -> bool:

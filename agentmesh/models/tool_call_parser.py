@@ -1,4 +1,4 @@
-"""Tool calls as text: `<tool_call>{...}</tool_call>` as most open models were taught, JSON in a fence, or bare. Translates only.
+"""Tool calls as text: `<tool_call>{...}</tool_call>` as most open models were trained, JSON in a fence, or bare JSON; pure translation.
 
 Source: https://github.com/NousResearch/Hermes-Function-Calling
 """
@@ -30,34 +30,36 @@ Turn = dict[str, Any]
 
 
 def chat_turns(prompt: Prompt, *, template: str, takes_system: bool = True) -> tuple[list[Turn], list[Turn] | None]:
-    """Messages and tools for a chat template: tools by themselves where it writes them in this format, else as text.
+    """Messages and tools for a chat template; tools are None where the template does not write them in this format.
+
+    They are then part of the system turn's text, as the JSON Schema of the output is.
 
     Args:
-        takes_system: whether the template has a place for a system turn; else the first user's turn begins with it.
+        takes_system: whether the template has a system turn; else its text begins the first user's turn.
     """
     native = bool(prompt.tools) and "tools" in template and "<tool_call>" in template
     messages = [_native_turn(m) if native else _plain_turn(m) for m in prompt.messages]
-    turns = []
+    system_texts = []
     if prompt.tools and not native:
-        turns.append(TOOLS_TEXT.format(tools="\n".join(dumps(_function(t)) for t in prompt.tools)))
+        system_texts.append(TOOLS_TEXT.format(tools="\n".join(dumps(_function(t)) for t in prompt.tools)))
     if prompt.output is not None:
-        turns.append(OUTPUT_TEXT.format(schema=dumps(dict(prompt.output))))
-    if messages and messages[0]["role"] == "system" and (turns or not takes_system):
-        turns.insert(0, messages.pop(0)["content"])
-    if turns and takes_system:
-        messages.insert(0, {"role": "system", "content": "\n\n".join(turns)})
-    elif turns and messages and messages[0]["role"] == "user":
-        messages[0] = {"role": "user", "content": "\n\n".join([*turns, messages[0]["content"]])}
-    elif turns:
-        messages.insert(0, {"role": "user", "content": "\n\n".join(turns)})
+        system_texts.append(OUTPUT_TEXT.format(schema=dumps(dict(prompt.output))))
+    if messages and messages[0]["role"] == "system" and (system_texts or not takes_system):
+        system_texts.insert(0, messages.pop(0)["content"])
+    if system_texts and takes_system:
+        messages.insert(0, {"role": "system", "content": "\n\n".join(system_texts)})
+    elif system_texts and messages and messages[0]["role"] == "user":
+        messages[0] = {"role": "user", "content": "\n\n".join([*system_texts, messages[0]["content"]])}
+    elif system_texts:
+        messages.insert(0, {"role": "user", "content": "\n\n".join(system_texts)})
     return messages, [{"type": "function", "function": _function(t)} for t in prompt.tools] if native else None
 
 
 def parse_tool_calls(text: str, tools: Sequence[ToolSpec], *, turn: int) -> tuple[str, tuple[ToolCall, ...]]:
-    """The text without its tool calls, and these; one that is no JSON stays text.
+    """The text without its tool calls, and the calls; a call that is not JSON stays text.
 
-    One that was cut off in its arguments is a call with these, for the model to be told. Without tags, JSON in a fence or
-    alone counts where it names one of the tools.
+    A call that was cut off in its arguments has those arguments, so that the model is told that they are invalid. Without
+    tags, JSON in a fence or alone is a call if it names one of the tools.
 
     Args:
         turn: makes the calls' ids unlike those of other turns.
@@ -78,7 +80,7 @@ def parse_tool_calls(text: str, tools: Sequence[ToolSpec], *, turn: int) -> tupl
 
 
 def _parse_tagged(text: str, turn: int) -> tuple[str, list[ToolCall]]:
-    """The text without the calls in tags, and these. Their JSON says where it ends: its strings may hold a closing tag."""
+    """The text without the calls in tags, and the calls. Their JSON says where it ends: a string may hold a closing tag."""
     calls: list[ToolCall] = []
     rest, after = "", 0
     for tag in OPEN.finditer(text):
@@ -91,21 +93,21 @@ def _parse_tagged(text: str, turn: int) -> tuple[str, list[ToolCall]]:
     return rest + text[after:], calls
 
 
-def _parse_json(found: str, turn: int) -> list[ToolCall]:
-    """The calls that a text of JSON is; none if it is something else."""
+def _parse_json(text: str, turn: int) -> list[ToolCall]:
+    """The calls in a JSON text; none if it is something else."""
     try:
-        return _calls_in(json.loads(found), turn)
+        return _calls_in(json.loads(text), turn)
     except ValueError:
         return []
 
 
-def _calls_in(given: Any, turn: int) -> list[ToolCall]:
-    """The calls that a value is, one or a list of them."""
+def _calls_in(value: Any, turn: int) -> list[ToolCall]:
+    """The calls in a value: one, or a list of them."""
     calls = []
-    for values in given if isinstance(given, list) else [given]:
+    for values in value if isinstance(value, list) else [value]:
         if not isinstance(values, dict) or "name" not in values:
             continue
-        arguments = values.get("arguments", values.get("parameters", {}))  # Llama's word
+        arguments = values.get("arguments", values.get("parameters", {}))  # the key that Llama writes
         written = arguments if isinstance(arguments, str) else json.dumps(arguments)
         calls.append(ToolCall(f"call_{turn}_", str(values["name"]), written))
     return calls
@@ -139,7 +141,7 @@ def _native_turn(message: Message) -> Turn:
 
 
 def _arguments(text: str) -> Any:
-    """Templates write arguments as JSON again, so they want them read; what the model miswrote stays text."""
+    """The value of JSON arguments, for a template writes them as JSON again; invalid JSON stays text."""
     try:
         return json.loads(text)
     except ValueError:

@@ -39,10 +39,10 @@ class LogObserver:
 
     def step(self, step: Step[Any], at: Attempt, model: str) -> Any:
         """See Observer."""
-        return self._attempt(step, at)
+        return self._attempt(step, at, model)
 
     @contextlib.contextmanager
-    def _attempt(self, step: Step[Any], at: Attempt) -> Iterator[OnStepEnd]:
+    def _attempt(self, step: Step[Any], at: Attempt, model: str) -> Iterator[OnStepEnd]:
         token = WHERE.set(at)
         began = time.monotonic()
 
@@ -50,7 +50,8 @@ class LogObserver:
             took = time.monotonic() - began
             error = f": {event.error.get('message', '')}" if isinstance(event, StepFailed | StepRetried) else ""
             end = ENDS.get(type(event).__name__, type(event).__name__)
-            log.info("%s %s %s in %.3f s%s", step.kind, step.name, end, took, error)
+            by = f" by {model}" if model else ""
+            log.info("%s %s %s in %.3f s%s%s", step.kind, step.name, end, took, by, error)
 
         try:
             yield told

@@ -8,6 +8,7 @@ from agentmesh.definitions.step import Step
 from agentmesh.engine.executor import Attempt, Charge, StepExecutor
 from agentmesh.engine.replay import History
 from agentmesh.journal.events import Event
+from agentmesh.model import model_name
 
 OnStepEnd = Callable[[Event], None]
 
@@ -59,5 +60,4 @@ class ObservedExecutor:
     def _model_name(self, step: Step[Any]) -> str:
         if step.target != "model":
             return ""
-        model = getattr(step, "model", "") or self._model
-        return type(model).__name__ if hasattr(model, "ask") else str(model)
+        return model_name(getattr(step, "model", "") or self._model)

@@ -4,17 +4,20 @@ import os
 import threading
 from typing import Any
 
+from agentmesh import plugins
 from agentmesh.errors import ConfigError
 from agentmesh.rag.embedders import embedder
 from agentmesh.rag.embedders.base import DEFAULT_EMBEDDER, Embedder
 from agentmesh.rag.embedders.batcher import EmbeddingBatcher
 from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.vector_store import VectorStore
 from agentmesh.sized_cache import MIB, SizedCache
 
 LOCAL_PREFIX = "here:"  # an embedder that was given as an object: other processes do not have it
 _LOCK = threading.Lock()
 _REGISTERED: dict[str, Any] = {}
 _BATCHERS: dict[tuple[int, int], EmbeddingBatcher] = {}  # embedders are never let go, so that an id is one's own
+_NAMED_STORES: dict[tuple[int, str], VectorStore] = {}
 
 
 def _store_bytes(_: tuple[int, str, Any], store: FaissStore) -> int:
@@ -63,6 +66,16 @@ def batcher_for(by: Embedder) -> EmbeddingBatcher:
         if key not in _BATCHERS:
             _BATCHERS[key] = EmbeddingBatcher(by)
         return _BATCHERS[key]
+
+
+def named_store(path: str) -> VectorStore:
+    """The store of a plugin that `NAME:TEXT` names; one a process and name."""
+    key = os.getpid(), path
+    with _LOCK:
+        if key not in _NAMED_STORES:
+            name, _, rest = path.partition(":")
+            _NAMED_STORES[key] = plugins.make("stores", name, rest)
+        return _NAMED_STORES[key]
 
 
 def store_of(path: str, identity: Any = None) -> FaissStore:

@@ -18,7 +18,7 @@ from agentmesh.errors import RunError
 from agentmesh.journal.run_spec import RunSpec
 from agentmesh.journal.types import NewRun, Refused, RunHead
 from agentmesh.message import Message
-from agentmesh.model import Model
+from agentmesh.model import Model, model_name
 from agentmesh.testing.scripted import ScriptedModel
 
 Out = TypeVar("Out")
@@ -118,7 +118,7 @@ class FakeMesh:
         self.crew = crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
         executor = LocalExecutor(
-            model_of=lambda name: (self.model, str(name)), servers_of=crew.servers_of, model=crew.model, deps=crew.deps,
+            model_of=lambda name: (self.model, model_name(name)), servers_of=crew.servers_of, model=crew.model, deps=crew.deps,
             threads=4,
         )  # fmt: skip
         self.runner = LocalRunner(crew, executor, start_ms=start_ms, workers=workers)

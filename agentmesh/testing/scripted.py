@@ -9,7 +9,7 @@ from typing import Any
 
 from agentmesh.errors import ModelError
 from agentmesh.message import Message, ToolCall, Usage
-from agentmesh.model import Answer, Prompt
+from agentmesh.model import Answer, Model, Prompt
 
 WORD = re.compile(r"\s*\S+|\s+")  # every character is in one of them
 
@@ -38,14 +38,18 @@ def uses(tool_name: str, /, **arguments: Any) -> Reply:
 Script = Iterable[Reply | str | Exception] | Callable[[Prompt], Reply | str | Exception]
 
 
-class ScriptedModel:
+class ScriptedModel(Model):
     """A Model that answers from a list in order, or from a function of the Prompt.
+
+    Args:
+        name: what it is called in metrics, spans and logs.
 
     Attributes:
         prompts: every question so far.
     """
 
-    def __init__(self, script: Script = ()) -> None:
+    def __init__(self, script: Script = (), *, name: str = "") -> None:
+        super().__init__(name)
         self._script = script if callable(script) else iter(list(script))
         self._lock = threading.Lock()
         self.prompts: list[Prompt] = []

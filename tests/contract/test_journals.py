@@ -1,6 +1,5 @@
 """Our own journals keep the contract that the public kit holds against anybody's; and it finds one that does not."""
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +8,8 @@ import pytest
 from agentmesh.journal.memory import MemoryJournal
 from agentmesh.journal.redis import RedisJournal
 from agentmesh.journal.types import Accepted
-from agentmesh.testing import ValkeyServer, contracts
+from agentmesh.testing import ValkeyServer
+from agentmesh.testing.contracts import JOURNAL, LEASE_MS, JournalContract, check_journal
 from agentmesh.testing.servers import running_server
 
 
@@ -19,25 +19,23 @@ def valkey() -> Iterator[ValkeyServer]:
         yield server
 
 
-def tell(contract: contracts.Contract, journal: Any) -> None:
-    async def told() -> None:
-        try:
-            await contract(journal)
-        finally:
-            await journal.close()
-
-    asyncio.run(told())
+class TestMemoryJournal(JournalContract):
+    def make(self) -> MemoryJournal:
+        return MemoryJournal(ttl_ms=LEASE_MS)
 
 
-@pytest.mark.parametrize("contract", contracts.JOURNAL, ids=lambda c: c.__name__)
-def test_in_memory(contract: contracts.Contract) -> None:
-    tell(contract, MemoryJournal(ttl_ms=contracts.LEASE_MS))
+class TestRedisJournal(JournalContract):
+    @pytest.fixture(autouse=True)
+    def server(self, valkey: ValkeyServer) -> None:
+        self.url = valkey.url
+        valkey.flush()
+
+    def make(self) -> RedisJournal:
+        return RedisJournal(self.url, ttl_ms=LEASE_MS)
 
 
-@pytest.mark.parametrize("contract", contracts.JOURNAL, ids=lambda c: c.__name__)
-def test_in_valkey(contract: contracts.Contract, valkey: ValkeyServer) -> None:
-    valkey.flush()
-    tell(contract, RedisJournal(valkey.url, ttl_ms=contracts.LEASE_MS))
+def test_each_promise_is_a_test() -> None:
+    assert JournalContract.promises() == sorted(f"test_{promise.__name__}" for promise in JOURNAL)
 
 
 def test_a_journal_that_takes_any_fence_is_found() -> None:
@@ -46,5 +44,6 @@ def test_a_journal_that_takes_any_fence_is_found() -> None:
             await super().commit(unit, **how)
             return Accepted(0)
 
-    with pytest.raises(AssertionError):
-        tell(contracts.commit_is_repeatable_and_fenced, Unfenced(ttl_ms=contracts.LEASE_MS))
+    with pytest.raises(AssertionError) as found:
+        check_journal(lambda: Unfenced(ttl_ms=LEASE_MS))
+    assert "found by JournalContract.test_" in found.value.__notes__[0]

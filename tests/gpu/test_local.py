@@ -98,11 +98,11 @@ def test_a_schema_that_no_grammar_can_hold_is_only_told(home: Home, caplog: pyte
     schema = {"type": "object", "properties": {"a": {"$ref": "https://example.org/elsewhere.json"}}}
     (answer,) = asked(home(), Prompt("tiny", [user("?")], output=schema, options={"max_tokens": 4}))
     assert answer.usage.output_tokens
-    assert "no grammar for this answer" in caplog.text
+    assert "no grammar holds this answer" in caplog.text
 
 
 def test_what_does_not_fit_is_refused(home: Home) -> None:
-    with pytest.raises(ContextTooLong, match=r"asks for 8 more; 'tiny' takes 1024 together"):
+    with pytest.raises(ContextTooLong, match=r"asks for 8 more, and 'tiny' takes 1024 together"):
         asked(home(), Prompt("tiny", [user("x" * 1000)], options={"max_tokens": 8}))
 
 
@@ -131,7 +131,7 @@ def test_an_engine_that_went_down_is_made_anew(home: Home) -> None:
     async def go() -> Message:
         loaded = model.load()
         loaded.engine._model.forward = broken
-        with pytest.raises(RetryLater, match="the engine of 'tiny' went down: RuntimeError: CUDA error"):
+        with pytest.raises(RetryLater, match="the engine of 'tiny' stopped: RuntimeError: CUDA error"):
             await model.ask(prompt)
         answer = await model.ask(prompt)
         assert model.load() is not loaded

@@ -207,8 +207,8 @@ def test_alone_on_the_device_a_batch_is_as_large_as_it_can_be(beside: Beside, mo
     sizes = dict[float, int]()
     for step_s in (0.0, 0.001, 0.1, 10.0):
         monkeypatch.setattr(DeviceLock, "step_s", step_s)
-        sizes[step_s] = beside.encoder._budget(turn)
-    assert sizes == {0.0: 4096, 0.001: encoders.LEAST_TOKENS, 0.1: 1000, 10.0: 4096}
+        sizes[step_s] = beside.encoder._batch_tokens(turn)
+    assert sizes == {0.0: 4096, 0.001: encoders.MIN_BATCH_TOKENS, 0.1: 1000, 10.0: 4096}
 
 
 def test_an_engine_that_dies_in_a_step_keeps_nobody_waiting(beside: Beside) -> None:

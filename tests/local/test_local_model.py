@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(tiny: LocalModel) -> None
     long = Prompt("tiny", [user("x" * 100)], options={"max_tokens": 8})
     assert tiny.context_tokens == CONTEXT
     assert not tiny.fits(long)
-    with pytest.raises(ContextTooLong, match=r"has 1\d\d tokens and asks for 8 more; 'tiny' takes 64 together"):
+    with pytest.raises(ContextTooLong, match=r"has 1\d\d tokens and asks for 8 more, and 'tiny' takes 64 together"):
         ask(tiny, long)
     assert tiny.fits(Prompt("tiny", [user("x")], options={"max_tokens": 8}))
 

@@ -30,7 +30,7 @@ class Words(BaseEmbedder):
         self.width = d
         self.calls: list[int] = []
 
-    def _embed(self, texts: Sequence[str]) -> Floats:
+    def embed(self, texts: Sequence[str]) -> Floats:
         self.calls.append(len(texts))
         rows = np.zeros((len(texts), self.width), np.float32)
         for row, text in zip(rows, texts, strict=True):
@@ -38,7 +38,7 @@ class Words(BaseEmbedder):
                 row[int(hashlib.md5(word.encode()).hexdigest(), 16) % self.width] += 1
         return rows
 
-    def _identity(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         return {"name": "words"}
 
 

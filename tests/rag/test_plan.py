@@ -237,7 +237,7 @@ def test_what_waits_together_is_embedded_together() -> None:
 def test_a_large_wish_goes_in_several_calls_and_tells_how_far_it_is() -> None:
     held, said = Counting(), list[int]()
     texts = ["x" * i for i in range(10)]
-    assert EmbeddingBatcher(held, most=4).documents(texts, said.append).ravel().tolist() == list(range(10))
+    assert EmbeddingBatcher(held, max_texts=4).documents(texts, said.append).ravel().tolist() == list(range(10))
     assert said == [4, 8, 10]
     assert EmbeddingBatcher(held).documents([]).shape == (0, 0)
 

@@ -211,7 +211,9 @@ def test_a_project_without_settings_hides_none_above_it(tmp_path: Path, monkeypa
 def test_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(ConfigError, match="unknown model provider 'opnai' .* Did you mean 'openai'?"):
+    with pytest.raises(
+        ConfigError, match="unknown model provider 'opnai'; use one of: local, openai. Did you mean 'openai'?"
+    ):
         ModelRegistry()("opnai:gpt")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
         ModelRegistry()("openai:gpt")

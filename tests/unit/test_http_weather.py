@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from agentmesh.address import OPENAI
 from agentmesh.errors import ConfigError, ModelError, ModelRefused
 from agentmesh.message import ToolCall, Usage, user
 from agentmesh.model import Answer, Prompt, RetryLater
-from agentmesh.models.address import OPENAI
 from agentmesh.models.http import HttpModel
 from agentmesh.models.openai_format import SseParser, error_text, retry_after_s
 from agentmesh.testing import FakeOpenAI, Fault, says, uses
@@ -195,7 +195,9 @@ def test_one_try_is_one_request() -> None:
 def test_a_server_that_hangs_is_given_up() -> None:
     with FakeOpenAI() as server:
         server.faults.append(Fault(hang=True))
-        with pytest.raises(RetryLater, match=r"did not end its answer in 0\.05 s; ask for less, or raise timeout_s"):
+        with pytest.raises(
+            RetryLater, match=r"did not end its answer in 0\.05 s \(1 try\) .*; ask for less, or raise timeout_s"
+        ):
             ask(server, timeout_s=0.05, tries=1)
 
 

@@ -1,4 +1,4 @@
-"""From text to vectors: what an embedder is, and how a store knows it again. The kinds stand in `embedders/`, one a file."""
+"""From text to vectors: what an embedder is, and how a store recognises it. The kinds are in `embedders/`, one a file."""
 
 import os
 import re
@@ -16,11 +16,10 @@ from agentmesh.rag.documents import without_surrogates
 
 Floats = NDArray[np.float32]
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog; 敏捷的棕色狐狸跳过懒狗。"
-SAME_VECTOR = (
-    0.999  # cosine of two probes of one embedder: bf16 beside fp32 gives 0.9999, another pooling 0.998 at most
-)
+# cosine of two probes of one embedder: bf16 beside fp32 gives 0.9999, another pooling 0.998 at most
+SAME_VECTOR = 0.999
 DEFAULT_EMBEDDER = "wordllama"
-# the words each family was trained with, before a query and before a document: from their model cards
+# what each family was trained with before a query and before a document; source: their model cards
 FAMILIES = (
     (r"\be5\b.*\binstruct\b|\be5-mistral", (
         "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ", "")),
@@ -40,24 +39,24 @@ class Identity:
     pooling: str = ""
     prefixes: tuple[str, str] = ("", "")  # before a query, before a document
     d: int = 0
-    probe: tuple[float, ...] = ()  # the vector of PROBE as a document, of unit length
+    probe: tuple[float, ...] = ()  # the vector of PROBE_TEXT as a document, of unit length
 
     def check(self, other: "Identity") -> None:
-        """Nothing, if the other makes the same vectors; its name may be another one (a folder, a server).
+        """Check that the other makes the same vectors; its name may differ (a folder, a server).
 
         Raises:
             EmbedderMismatch: it does not.
         """
-        ways = f"the store was filled by {self._said()} and is asked with {other._said()}"
-        mend = "use the first, or `agentmesh rag reembed --embed NEW`"
+        both = f"the store was filled by {self._label()} and is asked with {other._label()}"
+        mend = f"use {self.name!r}, or run: agentmesh rag reembed --embed NEW"
         if self.d != other.d:
-            raise EmbedderMismatch(f"{ways}: vectors of {self.d} and {other.d} numbers", hint=mend)
+            raise EmbedderMismatch(f"{both}: vectors of {self.d} and {other.d} numbers", hint=mend)
         if self.probe and other.probe:
             cosine = float(np.dot(np.asarray(self.probe), np.asarray(other.probe)))
             if not cosine >= SAME_VECTOR:
-                raise EmbedderMismatch(f"{ways}: the same sentence has a cosine of {cosine:.3f}", hint=mend)
+                raise EmbedderMismatch(f"{both}: the same sentence has a cosine of {cosine:.3f}", hint=mend)
         if self.prefixes != other.prefixes:
-            raise EmbedderMismatch(f"{ways}: prefixes {self.prefixes!r} and {other.prefixes!r}", hint=mend)
+            raise EmbedderMismatch(f"{both}: prefixes {self.prefixes!r} and {other.prefixes!r}", hint=mend)
 
     def to_json(self) -> dict[str, Any]:
         """For the store's own file."""
@@ -70,17 +69,20 @@ class Identity:
         rest = {k: data[k] for k in ("revision", "pooling", "d") if k in data}
         return cls(name=data["name"], prefixes=(query, document), probe=tuple(data.get("probe", ())), **rest)
 
-    def _said(self) -> str:
+    def _label(self) -> str:
         return repr(self.name) + (f" ({self.revision[:12]})" if self.revision else "")
 
 
 class Embedder(Protocol):
-    """Text in, vectors of unit length out. Loads at its first use; one object serves many threads."""
+    """Text in, vectors of unit length out. Loads at its first use; one object serves many threads.
+
+    A plugin's is a subclass of BaseEmbedder, declared in the entry-point group `agentmesh.embedders`.
+    """
 
     name: str
     """What makes it again in another process, as `embedder(name)`; empty for an object without such a name."""
     remote: bool
-    """Whether it computes elsewhere, so that calls side by side help."""
+    """Whether it computes in another process or machine, so that concurrent calls help."""
 
     @property
     def d(self) -> int:
@@ -89,30 +91,52 @@ class Embedder(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """What a store remembers; embeds one sentence the first time."""
+        """What a store remembers; the first call embeds a sentence."""
         ...
 
     def documents(self, texts: Sequence[str]) -> Floats:
-        """float32 (n, d), rows in the order of the texts."""
+        """float32 (n, d), rows of unit length in the order of the texts; (0, d) for none."""
         ...
 
     def query(self, text: str) -> Floats:
-        """float32 (d,)."""
+        """float32 (d,), of unit length."""
         ...
 
 
 class BaseEmbedder:
-    """What the kinds share: prefixes, unit length, the probe. A kind gives `_embed` and `_identity`."""
+    """What the kinds share: prefixes, unit length, the probe. A kind needs `embed`, and nothing else.
 
-    name: str
+    Args:
+        model: the text after the colon in `provider:model`.
+
+    Attributes:
+        name: what makes it again in another process; `embedder("letters:any")` sets it, where a kind leaves it empty.
+        prefixes: written before each query and before each document.
+        scaled: whether vectors are brought to unit length; a store of the "cosine" metric needs that.
+    """
+
+    name: str = ""
     remote = False
-    scaled = True  # to unit length
+    scaled = True
     prefixes = ("", "")
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
+        self.model = model
         self._lock = threading.RLock()
-        self._known: Identity | None = None
+        self._identity: Identity | None = None
         _all.add(self)
+
+    def embed(self, texts: list[str]) -> Any:
+        """Vectors of any length, (n, d), rows in the order of the texts; numbers of any type.
+
+        Raises:
+            EmbedderError: with `after_s`, where a retry may help.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs `embed(texts)`")
+
+    def describe(self) -> dict[str, str]:
+        """What a store shows of it: `name`, `revision`, `pooling`."""
+        return {"name": self.name}
 
     @property
     def d(self) -> int:
@@ -123,28 +147,28 @@ class BaseEmbedder:
     def identity(self) -> Identity:
         """What a store remembers; embeds one sentence the first time."""
         with self._lock:
-            if self._known is None:
+            if self._identity is None:
                 probe = self.documents([PROBE_TEXT])[0]
                 probe = probe / np.linalg.norm(probe)
-                told = {"revision": "", "pooling": "", **self._identity()}
+                description = {"revision": "", "pooling": "", **self.describe()}
                 # rounded: a float32 written as JSON would be twice as long for nothing
                 rounded = tuple(round(float(x), 7) for x in probe)
-                self._known = Identity(prefixes=self.prefixes, d=len(rounded), probe=rounded, **told)
-            return self._known
+                self._identity = Identity(prefixes=self.prefixes, d=len(rounded), probe=rounded, **description)
+            return self._identity
 
     def documents(self, texts: Sequence[str]) -> Floats:
         """float32 (n, d), rows of unit length in the order of the texts.
 
         Raises:
-            EmbedderError: it gave none, or a vector with NaN.
+            EmbedderError: it gave another number of vectors, or one with NaN.
         """
         if not texts:
             return np.zeros((0, self.d), np.float32)
-        return self._unit(self._embed([self.prefixes[1] + without_surrogates(t) for t in texts]), texts)
+        return self._unit(self.embed([self.prefixes[1] + without_surrogates(t) for t in texts]), texts)
 
     def query(self, text: str) -> Floats:
-        """float32 (d,), of unit length; zeros for a text in which the embedder knows nothing."""
-        vector: Floats = self._unit(self._embed([self.prefixes[0] + without_surrogates(text)]), [text])[0]
+        """float32 (d,), of unit length; zeros for a text in which the embedder knows no word."""
+        vector: Floats = self._unit(self.embed([self.prefixes[0] + without_surrogates(text)]), [text])[0]
         return vector
 
     def _unit(self, vectors: Any, texts: Sequence[str]) -> Floats:
@@ -164,16 +188,9 @@ class BaseEmbedder:
             np.divide(rows, lengths, out=rows, where=lengths > 0)
         return rows
 
-    def _embed(self, texts: list[str]) -> Any:
-        """(n, d) of any length."""
-        raise NotImplementedError
-
-    def _identity(self) -> dict[str, str]:
-        return {"name": self.name}
-
 
 def trained_prefixes(model: str) -> tuple[str, str]:
-    """What to write before a query and before a document for a model of this name.
+    """What a model of this name was trained with before a query and before a document.
 
     >>> trained_prefixes("intfloat/multilingual-e5-small")
     ('query: ', 'passage: ')

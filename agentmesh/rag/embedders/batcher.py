@@ -1,4 +1,4 @@
-"""Many steps, one embedder: texts that wait at the same time are embedded together, in batches sorted by length."""
+"""Many steps, one embedder: texts that wait at the same time are embedded in one call."""
 
 import threading
 from collections import deque
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_TEXTS = 2048  # texts in one call: enough to sort, few enough that nobody waits long behind a big pack
+MAX_TEXTS = 2048  # in one call: enough to sort by length, few enough that nobody waits long behind a large pack
 
 Vectors = NDArray[np.float32]
 
@@ -25,62 +25,62 @@ class DocumentEmbedder(Protocol):
 @dataclass(slots=True, eq=False)
 class _Request:
     texts: Sequence[str]
-    said: Callable[[int], None]
+    on_progress: Callable[[int], None]
     taken: int = 0
     rows: list[Vectors] = field(default_factory=list)
     error: BaseException | None = None
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         return self.error is not None or sum(len(r) for r in self.rows) == len(self.texts)
 
 
 class EmbeddingBatcher:
-    """An embedder that its callers share: one of them works for all that wait, as in a group commit.
+    """An embedder that its callers share: one of them embeds for all that wait, as in a group commit.
 
     Args:
-        most: texts in one call of the embedder.
+        max_texts: in one call of the embedder.
     """
 
-    def __init__(self, embedder: DocumentEmbedder, *, most: int = MAX_TEXTS) -> None:
-        self._embedder, self._most = embedder, most
+    def __init__(self, embedder: DocumentEmbedder, *, max_texts: int = MAX_TEXTS) -> None:
+        self._embedder, self._max_texts = embedder, max_texts
         self._waiting: deque[_Request] = deque()
         self._lock = threading.Lock()  # of the queue
-        self._turn = threading.Lock()  # held by the caller that works
+        self._turn = threading.Lock()  # held by the caller that embeds
 
-    def documents(self, texts: Sequence[str], said: Callable[[int], None] = lambda done: None) -> Vectors:
-        """float32 (n, d), in the order of the texts; blocks until they are there.
+    def documents(self, texts: Sequence[str], on_progress: Callable[[int], None] = lambda done: None) -> Vectors:
+        """float32 (n, d), in the order of the texts; blocks until all are embedded.
 
         Args:
-            said: told how many of the texts are through, after each call of the embedder.
+            on_progress: called after each call of the embedder, with how many of the texts are embedded.
 
         Raises:
             Exception: whatever the embedder raised on a batch with some of these texts.
         """
         if not texts:
             return np.zeros((0, 0), np.float32)
-        wish = _Request(texts, said)
-        if self._embedder.remote:  # a server has batches of its own: callers go side by side
-            for at in range(0, len(texts), self._most):
-                self._give(wish, self._embedder.documents(texts[at : at + self._most]))
-            return np.concatenate(wish.rows)
+        request = _Request(texts, on_progress)
+        if self._embedder.remote:  # a server batches itself: callers ask it concurrently
+            for at in range(0, len(texts), self._max_texts):
+                self._add_rows(request, self._embedder.documents(texts[at : at + self._max_texts]))
+            return np.concatenate(request.rows)
         with self._lock:
-            self._waiting.append(wish)
+            self._waiting.append(request)
         with self._turn:
-            while not wish.over:
-                self._work()
-        if wish.error is not None:
-            raise wish.error
-        return np.concatenate(wish.rows)
+            while not request.ended:
+                self._embed_next()
+        if request.error is not None:
+            raise request.error
+        return np.concatenate(request.rows)
 
-    def _work(self) -> None:
+    def _embed_next(self) -> None:
         """One call of the embedder, for those that have waited longest."""
         batch: list[tuple[_Request, int]] = []
         texts: list[str] = []
         with self._lock:
-            while self._waiting and len(texts) < self._most:
+            while self._waiting and len(texts) < self._max_texts:
                 first = self._waiting[0]
-                n = min(self._most - len(texts), len(first.texts) - first.taken)
+                n = min(self._max_texts - len(texts), len(first.texts) - first.taken)
                 texts += first.texts[first.taken : first.taken + n]
                 first.taken += n
                 batch.append((first, n))
@@ -92,24 +92,24 @@ class EmbeddingBatcher:
             self._fail(batch, e)
             return
         at = 0
-        for wish, n in batch:
-            self._give(wish, vectors[at : at + n])
+        for request, n in batch:
+            self._add_rows(request, vectors[at : at + n])
             at += n
 
     def _fail(self, batch: list[tuple[_Request, int]], error: Exception) -> None:
-        """Whose texts were it? Where several waited, each is asked for again by itself; a lone one has its error."""
-        for wish, n in batch:
+        """Find whose texts failed: where several waited, each is embedded again on its own; a single one has the error."""
+        for request, n in batch:
             if len(batch) > 1:
                 try:
-                    self._give(wish, self._embedder.documents(wish.texts[wish.taken - n : wish.taken]))
+                    self._add_rows(request, self._embedder.documents(request.texts[request.taken - n : request.taken]))
                     continue
                 except Exception as own:
                     error = own
             with self._lock:
-                wish.error = error
-                if wish in self._waiting:
-                    self._waiting.remove(wish)
+                request.error = error
+                if request in self._waiting:
+                    self._waiting.remove(request)
 
-    def _give(self, wish: _Request, rows: Vectors) -> None:
-        wish.rows.append(rows)
-        wish.said(sum(len(r) for r in wish.rows))
+    def _add_rows(self, request: _Request, rows: Vectors) -> None:
+        request.rows.append(rows)
+        request.on_progress(sum(len(r) for r in request.rows))

@@ -12,7 +12,7 @@ from typing import Any
 
 from agentmesh.errors import ConfigError, EmbedderError, ExtraMissing
 from agentmesh.hub.cache import is_installed, model_folder
-from agentmesh.inference.device import (  # and agentmesh.gpu says how OpenMP's threads wait, before torch is here
+from agentmesh.inference.device import (  # whose package sets how OpenMP's threads wait, before torch is imported
     DeviceLock,
     best_dtype,
     breaks_device,
@@ -26,21 +26,23 @@ try:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 except ImportError as e:
-    raise ExtraMissing(f"a local encoder needs {e.name}: pip install 'agentmesh-celery[local,rag]'") from None
+    raise ExtraMissing(
+        f"a local encoder needs {e.name}, which is not installed", hint="run: pip install 'agentmesh-celery[local,rag]'"
+    ) from None
 
 BATCH_TOKENS = 4096  # padding included; sorted batches of 2,048 to 4,096 were the fastest (mixed lengths, two threads)
-LEAST_TOKENS = 256  # of a batch beside an engine, however short its steps are
-LONGEST_TOKENS = 512  # where the model does not say
-PIECE = 4096  # texts tokenised at a time
+MIN_BATCH_TOKENS = 256  # of a batch beside an engine, however short its steps are
+DEFAULT_MAX_TOKENS = 512  # of a text, where the model does not say
+TOKENIZED_TEXTS = 4096  # at a time
 POOLINGS = ("mean", "cls", "lasttoken")
-WEIGHT = 0.2  # of the last batch in the running mean of tokens a second
+RATE_WEIGHT = 0.2  # of the last batch in the running mean of tokens a second
 
 
 class Encoder(BaseEmbedder):
     """Vectors of a transformers encoder; bf16 where the processor has it, pooled in fp32.
 
     Args:
-        model: a folder, a model of agentmesh's cache, or a name in the hub's own cache. Nothing is fetched.
+        model: a folder, a model of agentmesh's cache, or a name in the hub's own cache. Nothing is downloaded.
         pooling: mean, cls or lasttoken; what the model's folder says when left out, else mean.
         prefixes: before a query and before a document; what the folder or the name says when left out.
         device: as torch names it; a GPU where there is one when left out.
@@ -48,36 +50,36 @@ class Encoder(BaseEmbedder):
     Beside an engine on the same device each batch waits for its turn, and takes about as long as a step.
 
     Raises:
-        ConfigError: there is no such model here, or it is no plain encoder.
+        ConfigError: the model is not installed, or is not a plain encoder.
     """
 
     def __init__(
         self, model: str, *, pooling: str | None = None, prefixes: tuple[str, str] | None = None, device: str = ""
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(model)
         self.name = f"local:{model}"
-        self._where = _model_path(model)
-        self.pooling = pooling or _declared_pooling(self._where)
+        self._path = _model_path(model)
+        self.pooling = pooling or _declared_pooling(self._path)
         if self.pooling not in POOLINGS:
             raise ConfigError(
                 f"{model!r} pools by {self.pooling!r}", hint=f"an encoder here pools by {', '.join(POOLINGS)}"
             )
-        self.prefixes = prefixes or _declared_prefixes(self._where, model)
+        self.prefixes = prefixes or _declared_prefixes(self._path, model)
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._parts: tuple[Any, Any, int] | None = None
         self._rate = 0.0  # tokens a second of a batch, padding included
-        self.hopeless: Callable[[Exception], None] | None = None
+        self.on_fatal: Callable[[Exception], None] | None = None
 
     def prepare(self, *, on_fatal: Callable[[Exception], None] | None = None) -> None:
-        """Load it for a worker and embed its largest batch, so that an engine beside it leaves the memory that this takes.
+        """Load it for a worker and embed its largest batch, so that an engine beside it leaves that memory free.
 
         Args:
-            hopeless: called when the device is broken and the process had better end.
+            on_fatal: called when the device is broken and the process must end.
 
         Raises:
-            ConfigError: it is not here, or damaged, or there is no memory for it.
+            ConfigError: it is not installed, is damaged, or does not fit into memory.
         """
-        self.hopeless = on_fatal
+        self.on_fatal = on_fatal
         try:
             tokenizer, model, longest = self._loaded()
             device, pad, before = model.device, tokenizer.pad_token_id or 0, 0
@@ -91,7 +93,7 @@ class Encoder(BaseEmbedder):
                 lock_of(str(device)).reserved_bytes = torch.cuda.max_memory_allocated(device) - before
         except torch.OutOfMemoryError as e:
             raise ConfigError(
-                f"not enough memory on the device for {self.name!r} ({e})", hint="take a smaller one"
+                f"not enough memory on the device for {self.name!r} ({e})", hint="use a smaller one"
             ) from None
 
     def count(self, text: str) -> int:
@@ -105,60 +107,63 @@ class Encoder(BaseEmbedder):
             if self._parts is None:
                 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
                 try:
-                    tokenizer = AutoTokenizer.from_pretrained(self._where, local_files_only=True)
+                    tokenizer = AutoTokenizer.from_pretrained(self._path, local_files_only=True)
                     model = AutoModel.from_pretrained(
-                        self._where, local_files_only=True, use_safetensors=True, dtype=_dtype(self._device)
+                        self._path, local_files_only=True, use_safetensors=True, dtype=_dtype(self._device)
                     )
                 except (OSError, ValueError) as e:
                     first = str(e).splitlines()[0] if str(e) else type(e).__name__
                     raise ConfigError(
                         f"{self.name!r} cannot be loaded ({first})",
-                        hint="name a folder with a model, or fetch one with `agentmesh models pull ORG/MODEL`",
+                        hint="name a folder with a model, or download one: agentmesh models pull ORG/MODEL",
                     ) from None
                 if tokenizer.pad_token is None:
                     tokenizer.pad_token = tokenizer.eos_token
-                tokenizer.padding_side = "right"  # the pooling below counts on it
-                self._parts = tokenizer, model.to(self._device).eval(), _max_tokens(self._where, tokenizer, model)
+                tokenizer.padding_side = "right"  # pooling assumes it
+                self._parts = tokenizer, model.to(self._device).eval(), _max_tokens(self._path, tokenizer, model)
             return self._parts
 
-    def _embed(self, texts: list[str]) -> Any:
+    def embed(self, texts: list[str]) -> Any:
+        """See BaseEmbedder."""
         tokenizer, model, longest = self._loaded()
         out: Floats | None = None
-        for first in range(0, len(texts), PIECE):
-            piece = texts[first : first + PIECE]
+        for first in range(0, len(texts), TOKENIZED_TEXTS):
+            piece = texts[first : first + TOKENIZED_TEXTS]
             with self._lock:  # a fast tokenizer's truncation is a setting of the object
                 tokens = tokenizer(piece, truncation=True, max_length=longest)["input_ids"]
-            for batch in _batches([len(t) for t in tokens], partial(self._budget, lock_of(str(model.device)))):
-                vectors = self._halved(model, [tokens[i] for i in batch], tokenizer.pad_token_id or 0)
+            for batch in _batches([len(t) for t in tokens], partial(self._batch_tokens, lock_of(str(model.device)))):
+                vectors = self._forward_or_halves(model, [tokens[i] for i in batch], tokenizer.pad_token_id or 0)
                 if out is None:
                     out = np.empty((len(texts), vectors.shape[1]), np.float32)
                 out[[first + i for i in batch]] = vectors
         return out
 
-    def _budget(self, turn: DeviceLock) -> int:
-        """Tokens of the next batch."""
-        step_s = turn.step_s
-        return min(BATCH_TOKENS, max(LEAST_TOKENS, int(step_s * self._rate))) if step_s else BATCH_TOKENS
+    def _batch_tokens(self, lock: DeviceLock) -> int:
+        """How many tokens the next batch may have."""
+        step_s = lock.step_s
+        return min(BATCH_TOKENS, max(MIN_BATCH_TOKENS, int(step_s * self._rate))) if step_s else BATCH_TOKENS
 
-    def _halved(self, model: Any, tokens: list[list[int]], pad: int) -> Floats:
+    def _forward_or_halves(self, model: Any, tokens: list[list[int]], pad: int) -> Floats:
         """`_forward`, in halves where the device has no memory for it."""
         try:
             return self._forward(model, tokens, pad)
         except torch.OutOfMemoryError as e:
             if len(tokens) == 1:
-                said = f"not enough memory for a text of {len(tokens[0])} tokens; cut it shorter, or take a smaller encoder"
-                raise EmbedderError(f"{self.name!r}: {said} ({e})") from None
+                raise EmbedderError(
+                    f"{self.name!r}: not enough memory for a text of {len(tokens[0])} tokens ({e})",
+                    hint="cut it shorter, or use a smaller encoder",
+                ) from None
         except RuntimeError as e:
-            if self.hopeless is not None and breaks_device(e):
-                self.hopeless(e)
+            if self.on_fatal is not None and breaks_device(e):
+                self.on_fatal(e)
             raise
         half = len(tokens) // 2
-        return np.concatenate([self._halved(model, some, pad) for some in (tokens[:half], tokens[half:])])
+        return np.concatenate([self._forward_or_halves(model, some, pad) for some in (tokens[:half], tokens[half:])])
 
     def _forward(self, model: Any, tokens: list[list[int]], pad: int) -> Floats:
         lengths = torch.tensor([len(t) for t in tokens])
         if not int(lengths.min()):
-            raise EmbedderError(f"{self.name!r} makes no token of a text", hint="leave empty texts out")
+            raise EmbedderError(f"a text has no token for {self.name!r}", hint="leave empty texts out")
         ids = torch.full((len(tokens), int(lengths.max())), pad)  # (b, t)
         for row, one in zip(ids, tokens, strict=True):
             row[: len(one)] = torch.tensor(one)
@@ -175,30 +180,36 @@ class Encoder(BaseEmbedder):
                 pooled = (hidden * mask[..., None]).sum(1) / lengths[:, None]  # (b, t, d) -> (b, d)
             vectors: Floats = pooled.cpu().numpy()
             rate = ids.numel() / (time.perf_counter() - began)
-        self._rate += (rate - self._rate) * (WEIGHT if self._rate else 1)
+        self._rate += (rate - self._rate) * (RATE_WEIGHT if self._rate else 1)
         return vectors
 
-    def _identity(self) -> dict[str, str]:
-        said = _read(Path(self._where) / "agentmesh.json").get("source", "") if Path(self._where).is_dir() else ""
-        return {"name": self.name, "revision": str(said), "pooling": self.pooling}
+    def describe(self) -> dict[str, str]:
+        """See BaseEmbedder."""
+        revision = _read(Path(self._path) / "agentmesh.json").get("source", "") if Path(self._path).is_dir() else ""
+        return {"name": self.name, "revision": str(revision), "pooling": self.pooling}
 
 
 def _model_path(model: str) -> str:
+    if not model:
+        raise ConfigError("the embedder 'local:' names no model", hint="write it like 'local:intfloat/e5-small-v2'")
     if Path(model).expanduser().is_dir():
         return str(Path(model).expanduser())
-    if not model or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ConfigError(f"there is no folder {model!r} with an encoder")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ConfigError(
+            f"there is no folder {model!r} with an encoder",
+            hint="name a folder, or a model such as 'intfloat/e5-small-v2'",
+        )
     return str(model_folder(model)) if is_installed(model) else model
 
 
-def _batches(lengths: list[int], most_tokens: Callable[[], int]) -> Iterator[list[int]]:
-    """Positions of texts, the longest first, so that what does not fit fails at once and little is padded."""
+def _batches(lengths: list[int], max_tokens: Callable[[], int]) -> Iterator[list[int]]:
+    """Positions of texts, the longest first: what does not fit into memory fails at once, and little is padded."""
     batch: list[int] = []
-    most = most_tokens()
+    limit = max_tokens()
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > limit:
             yield batch
-            batch, most = [], most_tokens()
+            batch, limit = [], max_tokens()
         batch.append(i)
     if batch:
         yield batch
@@ -218,27 +229,29 @@ def _read(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _declared_pooling(where: str) -> str:
-    """What sentence-transformers wrote beside the model."""
-    said = _read(Path(where) / "1_Pooling" / "config.json")
-    if modes := [k for k, v in said.items() if k.startswith("pooling_mode_") and v is True]:
+def _declared_pooling(path: str) -> str:
+    """The pooling in sentence-transformers' file, else mean."""
+    config = _read(Path(path) / "1_Pooling" / "config.json")
+    if modes := [k for k, v in config.items() if k.startswith("pooling_mode_") and v is True]:
         name = "+".join(m.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for m in modes)
         return "lasttoken" if name == "last" else name
     return "mean"
 
 
-def _declared_prefixes(where: str, name: str) -> tuple[str, str]:
-    prompts = _read(Path(where) / "config_sentence_transformers.json").get("prompts") or {}
+def _declared_prefixes(path: str, name: str) -> tuple[str, str]:
+    prompts = _read(Path(path) / "config_sentence_transformers.json").get("prompts") or {}
     if isinstance(prompts, dict) and (query := prompts.get("query")):
         return str(query), str(prompts.get("document") or prompts.get("passage") or "")
     return trained_prefixes(name)
 
 
-def _max_tokens(where: str, tokenizer: Any, model: Any) -> int:
-    said = _read(Path(where) / "sentence_bert_config.json").get("max_seq_length")
-    limits = [said, tokenizer.model_max_length]
+def _max_tokens(path: str, tokenizer: Any, model: Any) -> int:
+    declared = _read(Path(path) / "sentence_bert_config.json").get("max_seq_length")
+    limits = [declared, tokenizer.model_max_length]
     if positions := getattr(model.config, "max_position_embeddings", None):
-        offset = 2 if "roberta" in str(getattr(model.config, "model_type", "")) else 0  # its positions begin behind pad
+        offset = (
+            2 if "roberta" in str(getattr(model.config, "model_type", "")) else 0
+        )  # its positions begin after the padding's
         limits.append(positions - offset)
-    known = [int(x) for x in limits if isinstance(x, int) and 0 < x < 1_000_000]
-    return min(known, default=LONGEST_TOKENS)
+    valid = [int(x) for x in limits if isinstance(x, int) and 0 < x < 1_000_000]
+    return min(valid, default=DEFAULT_MAX_TOKENS)

@@ -11,12 +11,12 @@ class LangChainEmbedder(BaseEmbedder):
     """Any LangChain Embeddings: OpenAI's, Cohere's, a server's, a fake.
 
     Args:
-        embeddings: has `embed_documents` and `embed_query`. It stays in this process: it has no name that travels.
-        scaled: to unit length; without it vectors stay as long as they are made, for a store under "l2".
+        embeddings: has `embed_documents` and `embed_query`. It stays in this process: it has no name for another one.
+        scaled: to unit length; without it vectors keep their length, for a store of the "l2" metric.
     """
 
     name = ""
-    remote = True  # most are; and calls side by side do the others no harm
+    remote = True  # most are; concurrent calls do the others no harm
 
     def __init__(self, embeddings: Any, *, scaled: bool = True) -> None:
         super().__init__()
@@ -24,22 +24,24 @@ class LangChainEmbedder(BaseEmbedder):
         self.embeddings = embeddings
 
     def query(self, text: str) -> Floats:
-        """float32 (d,), in the embeddings' own way for questions."""
-        vector: Floats = self._unit([self._ask("embed_query", without_surrogates(text))], [text])[0]
+        """float32 (d,), by the embeddings' own method for queries."""
+        vector: Floats = self._unit([self._call("embed_query", without_surrogates(text))], [text])[0]
         return vector
 
-    def _embed(self, texts: list[str]) -> Any:
-        return self._ask("embed_documents", texts)
+    def embed(self, texts: list[str]) -> Any:
+        """See BaseEmbedder."""
+        return self._call("embed_documents", texts)
 
-    def _ask(self, verb: str, given: Any) -> Any:
+    def _call(self, method: str, argument: Any) -> Any:
         try:
-            return getattr(self.embeddings, verb)(given)
+            return getattr(self.embeddings, method)(argument)
         except Exception as e:
-            # whatever it raises is the server's or the package's; a step that meets it may be tried again
+            # it may be the server's or the package's; a step is retried
             kind = type(self.embeddings).__name__
-            raise EmbedderError(f"{kind}.{verb} raised {type(e).__name__}: {e}", after_s=0.0) from e
+            raise EmbedderError(f"{kind}.{method} raised {type(e).__name__}: {e}", after_s=0.0) from e
 
-    def _identity(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
+        """See BaseEmbedder."""
         cls = type(self.embeddings)
         model = getattr(self.embeddings, "model", None) or getattr(self.embeddings, "model_name", None) or ""
         return {

@@ -158,9 +158,9 @@ def _read(one: PendingDocument, how: ChunkOptions) -> tuple[str, list[Chunk]]:
     Raises:
         OSError, DocumentError: it cannot be read.
     """
-    if one.size > loaders.LARGEST_BYTES:
+    if one.size > loaders.MAX_FILE_BYTES:
         raise DocumentError(
-            f"it has {one.size / 2**20:.0f} MiB, more than the {loaders.LARGEST_BYTES / 2**20:.0f} MiB that are read at once",
+            f"it has {one.size / 2**20:.0f} MiB, more than the {loaders.MAX_FILE_BYTES / 2**20:.0f} MiB that are read at once",
             hint="split it",
         )
     with open(one.path, "rb") as file:

@@ -1,4 +1,4 @@
-"""PDF as text, page after page. pypdf is imported here."""
+"""PDF as text, page by page. pypdf is imported here."""
 
 import io
 import logging
@@ -10,13 +10,17 @@ try:
     from pypdf import PdfReader
     from pypdf.errors import DependencyError, PyPdfError
 except ImportError:
-    raise ExtraMissing("PDF needs pypdf, which is not installed: pip install 'agentmesh-celery[rag]'") from None
+    raise ExtraMissing(
+        "PDF needs pypdf, which is not installed", hint="run: pip install 'agentmesh-celery[rag]'"
+    ) from None
 
-logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of each odd object; what cannot be read is told
+logging.getLogger("pypdf").setLevel(
+    logging.CRITICAL
+)  # it warns of each odd object; what cannot be read is a DocumentError
 
 
-def read(data: bytes, name: str) -> Document:
-    """The text of all pages; each page is a part with its number, which a passage may reach across.
+def read(data: bytes, name: str, encoding: str) -> Document:
+    """The text of all pages; each page is a part with its number; a passage may span pages. See Loader.
 
     Raises:
         DocumentError: encrypted, broken, or a scan without text.
@@ -24,7 +28,7 @@ def read(data: bytes, name: str) -> Document:
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError(f"{name!r} is encrypted", hint="take its password off, or leave it out")
+            raise DocumentError(f"{name!r} is encrypted", hint="remove its password, or leave it out")
         texts = [page.extract_text() for page in reader.pages]
     except PyPdfError as e:
         raise DocumentError(f"{name!r} cannot be read as PDF: {e}") from None
@@ -33,17 +37,16 @@ def read(data: bytes, name: str) -> Document:
     except DependencyError:
         raise DocumentError(
             f"{name!r} is encrypted with AES",
-            hint="pip install cryptography to read those without a password, or leave it out",
+            hint="run: pip install cryptography, which reads those without a password",
         ) from None
-    except Exception as e:  # what a broken file makes of a parser is not foreseen
+    except Exception as e:  # a broken file may raise anything in the parser
         raise DocumentError(f"{name!r} cannot be read as PDF: {type(e).__name__}: {e}") from None
     parts: list[Part] = []
     out: list[str] = []
     at = 0
     for number, text in enumerate(texts, 1):
-        clean = without_surrogates(
-            text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
-        )  # odd fonts give odd halves
+        # odd fonts give half surrogate pairs
+        clean = without_surrogates(text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", ""))
         if clean.strip():
             parts.append(Part(at, {"page": number}))
             out.append(clean.rstrip() + "\n\n")

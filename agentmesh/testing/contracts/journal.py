@@ -1,8 +1,4 @@
-"""What any Journal adapter must do, as plain coroutines of a journal; run them with whatever test runner you have.
-
-    @pytest.mark.parametrize("contract", JOURNAL, ids=lambda c: c.__name__)
-    def test_my_journal(contract):
-        asyncio.run(contract(MyJournal(ttl_ms=LEASE_MS)))
+"""What any Journal must do: coroutines of a journal, and the class that runs them.
 
 Each wants a journal of its own, empty, with leases of LEASE_MS. A broken promise is an AssertionError.
 """
@@ -28,10 +24,11 @@ from agentmesh.journal.types import (
     advance_unit,
     step_unit,
 )
+from agentmesh.testing.contracts.base import Contract, check
 
 LEASE_MS = 300
 LARGE = 100_000  # characters: more than any message may have
-Contract = Callable[[Journal], Awaitable[None]]
+Promise = Callable[[Journal], Awaitable[None]]
 
 
 def _run(run_id: str, task: Any = "task") -> NewRun:
@@ -247,8 +244,49 @@ async def watch_and_stream_end_with_the_run(journal: Journal) -> None:
     assert [token.text async for token in journal.tokens("r")] == ["one ", "two"]
 
 
-JOURNAL: tuple[Contract, ...] = (
+JOURNAL: tuple[Promise, ...] = (
     a_run_from_begin_to_end, begin_is_repeatable, one_claim_at_a_time, commit_is_repeatable_and_fenced,
     a_retry_is_claimed_again, a_lease_runs_out_unless_renewed, a_gather_joins_once, a_cancelled_run_takes_no_more,
     open_entries_of_a_tree, new_events_of_many_runs, large_values_come_back_whole, watch_and_stream_end_with_the_run,
 )  # fmt: skip
+
+
+class JournalContract(Contract):
+    """Tests of a Journal. `make` gives one with leases of LEASE_MS, over an empty store each time."""
+
+    def make(self) -> Journal:
+        """A new journal, without any run: `MyJournal(url, ttl_ms=LEASE_MS)`."""
+        raise NotImplementedError(f"{type(self).__name__} needs `make`")
+
+    def hold(self, promise: Promise) -> None:
+        """Run one of JOURNAL."""
+
+        async def main() -> None:
+            journal = self.make()
+            try:
+                await promise(journal)
+            finally:
+                await journal.close()
+
+        asyncio.run(main())
+
+
+def _as_test(promise: Promise) -> Callable[[JournalContract], None]:
+    def test(self: JournalContract) -> None:
+        self.hold(promise)
+
+    test.__doc__ = promise.__doc__
+    return test
+
+
+for _promise in JOURNAL:
+    setattr(JournalContract, f"test_{_promise.__name__}", _as_test(_promise))
+
+
+def check_journal(make: Callable[[], Journal]) -> None:
+    """Run JournalContract against what `make` gives.
+
+    Raises:
+        AssertionError: a promise is broken.
+    """
+    check(JournalContract, make)

@@ -1,0 +1,40 @@
+"""What the contracts share: promises are methods named `test_…`, and `make` gives what they are held against."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import SkipTest
+
+
+class Contract:
+    """A class of promises. A subclass says with `make` what it tests, and with attributes what that can do."""
+
+    def make(self) -> Any:
+        """A new object to test; called by each test."""
+        raise NotImplementedError(f"{type(self).__name__} needs `make`")
+
+    @classmethod
+    def promises(cls) -> list[str]:
+        """The names of the tests."""
+        return [name for name in dir(cls) if name.startswith("test_")]
+
+
+def check(contract: type[Contract], make: Callable[[], Any], **attributes: Any) -> None:
+    """Run every test of a contract, with these attributes of the class.
+
+    Raises:
+        AssertionError: a promise is broken; the test that found it is in a note.
+        TypeError: the contract has no such attribute.
+    """
+    for name in attributes:
+        if not hasattr(contract, name):
+            raise TypeError(f"{contract.__name__} has no attribute {name!r}")
+    case = type(contract.__name__, (contract,), attributes)()
+    case.make = make
+    for name in case.promises():
+        try:
+            getattr(case, name)()
+        except SkipTest:
+            continue
+        except Exception as e:
+            e.add_note(f"found by {contract.__name__}.{name}")
+            raise
