@@ -10,9 +10,9 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrain
 BIN = $(VENV)/bin
 TORCH_FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
-.PHONY: help demo ask test check fix bench clean
+.PHONY: help demo ask test check fix bench transformers clean
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.local  ## run a crew over docs/ with the bundled local model: no key, no server, no GPU
 	$(BIN)/agentmesh models pull smollm2
@@ -48,6 +48,10 @@ bench: $(VENV)/.dev  ## print the figures: ratios beside a bare loop and plain C
 	$(BIN)/python bench/gpu_prefix.py
 	$(BIN)/python bench/gpu_embed.py
 
+TRANSFORMERS ?= 5.22.0 5.24.0
+transformers: $(TRANSFORMERS:%=$(VENV)/.transformers-%)  ## pass the local engine's tests on both ends of the range of transformers
+	for release in $(TRANSFORMERS); do $(VENV)/transformers-$$release/bin/python -m pytest -q tests/gpu || exit 1; done
+
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .agentmesh build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -63,3 +67,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) $(TORCH_FROM) torch
 	$(PIP) -e '.[local,rag,langchain,notebook,dev]'
 	touch $@ $(VENV)/.local
+
+# another transformers in front of the packages that are installed here
+$(VENV)/.transformers-%: | $(VENV)/.dev
+	$(BIN)/python -m venv --clear --without-pip $(VENV)/transformers-$*
+	$(BIN)/python -m pip --disable-pip-version-check --python $(VENV)/transformers-$* install --no-deps transformers==$*
+	$(BIN)/python -c "import sysconfig as s; print('import site; site.addsitedir(%r)' % s.get_path('purelib'))" \
+		> `$(VENV)/transformers-$*/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))"`/installed_here.pth
+	touch $@

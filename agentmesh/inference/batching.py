@@ -1,6 +1,6 @@
 """The one room that touches transformers' continuous batching: its manager with our sampler, our clock and our thread.
 
-The module changes with every release; the `local` extra pins the one these lines were tested with.
+What differs between the releases it is tested with is in `compat.py`.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import continuous_api
 
+from agentmesh.inference.compat import LOOP_ARGUMENTS, continuous_api
 from agentmesh.inference.device import lock_of
 from agentmesh.inference.kernels import choose
 from agentmesh.inference.request import Gauge, Room
@@ -85,10 +85,12 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         """Begin; a daemon, so that a forgotten engine does not keep its process alive."""
         self.background_thread_status.clear()
         self._turn.engines.add(self)
-        self._generation_thread = threading.Thread(
-            target=self._run_generation_loop, kwargs={"use_inference_mode": True}, daemon=True, name="agentmesh-engine"
-        )
+        self._generation_thread = threading.Thread(target=self._run, daemon=True, name="agentmesh-engine")
         self._generation_thread.start()
+
+    def _run(self) -> None:
+        with torch.inference_mode():  # it is a thread's own
+            self._run_generation_loop(**LOOP_ARGUMENTS)
 
     def room(self) -> Room:
         """What fits; known once the loop has made its cache.
