@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from agentmesh.inference.compat import LOOP_ARGUMENTS, continuous_api
+from agentmesh.inference.compat import LOOP_ARGUMENTS, ContinuousBatchingConfig, continuous_api
 from agentmesh.inference.device import lock_of
 from agentmesh.inference.kernels import choose
 from agentmesh.inference.request import Gauge, Room

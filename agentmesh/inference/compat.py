@@ -34,8 +34,19 @@ require_tested_version(
 )  # before the imports below fail on names that another release does not have
 
 from transformers import AttentionInterface  # noqa: E402
+from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
 from transformers.generation.continuous_batching import continuous_api  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+
+__all__ = (
+    "ATTENTION_WRITES_CACHE",
+    "LOOP_ARGUMENTS",
+    "TESTED_RANGE",
+    "ContinuousBatchingConfig",
+    "continuous_api",
+    "register_attention",
+    "require_tested_version",
+)
 
 Attention = Callable[..., tuple[Any, Any]]
 
