@@ -7,9 +7,9 @@ imported: prometheus_client then keeps its numbers in memory-mapped files there,
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app, multiprocess
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -20,6 +20,9 @@ from agentmesh.journal.events import Event, StepDone, StepFailed, StepRetried
 from agentmesh.journal.types import JournalCounts
 from agentmesh.observability.engine_status import EngineStatus
 from agentmesh.observability.observer import OnStepEnd
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
 
 SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 OUTCOMES = {"StepDone": "done", "StepFailed": "failed", "StepRetried": "retried", "StepInDoubt": "in_doubt"}
@@ -152,11 +155,11 @@ class _EngineCollector(Collector):
                 yield rows
 
 
-def metrics_text(
+def metrics_app(
     folder: str, counts: Callable[[], JournalCounts | None], workers: Callable[[], tuple[int, int]],
     engines: Callable[[], Sequence[EngineStatus]] = tuple,
-) -> Callable[[], bytes]:  # fmt: skip
-    """A function that gives the whole page, in Prometheus' text format.
+) -> "WSGIApplication":  # fmt: skip
+    """prometheus_client's own application: text or OpenMetrics as the scraper accepts, gzipped, filtered by `name[]`.
 
     Args:
         folder: where the workers count.
@@ -167,4 +170,4 @@ def metrics_text(
     multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
     registry.register(_JournalCollector(counts, workers))
     registry.register(_EngineCollector(engines))
-    return lambda: generate_latest(registry)
+    return make_wsgi_app(registry)
