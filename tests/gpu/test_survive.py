@@ -166,7 +166,7 @@ def test_the_broker_killed_with_sixty_four_in_flight(
             server.settle()
         server.kill()
         it.held.unlink()
-        eventually(lambda: it.log.read_text().count("the connection to the broker is lost") >= 2)
+        eventually(lambda: it.log.read_text().count("lost the connection to the broker") >= 2)
         server.restart()
         back = time.monotonic()
         it.check(run)
