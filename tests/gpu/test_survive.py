@@ -196,7 +196,7 @@ def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
     valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     monkeypatch.setenv("AGENTMESH_CACHE", str(save_model(tmp_path)))
-    monkeypatch.setattr(batching, "LONGEST_ON_CPU", 100)  # prompts: the cache holds a thousand
+    monkeypatch.setattr(batching, "CPU_CONTEXTS", 100)  # prompts: the cache holds a thousand
     monkeypatch.setattr(Housekeeper, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
     many = 1000
     crew = load_crew(CREW)
