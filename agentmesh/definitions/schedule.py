@@ -2,34 +2,37 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from functools import lru_cache
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
+
+from cronsim import CronSim, CronSimError
 
 from agentmesh.errors import DefinitionError
 
 SCHEDULE_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
-DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-FIELDS = (
-    ("minute", 0, 59, ()),
-    ("hour", 0, 23, ()),
-    ("day", 1, 31, ()),
-    ("month", 1, 12, MONTHS),
-    ("weekday", 0, 7, DAYS),
-)
-SEARCH_DAYS = 366 * 8  # the longest way between two leap days
+FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
+ANY_MOMENT = datetime(2000, 1, 1, tzinfo=UTC)
+LONGEST_REPEAT = timedelta(hours=3)  # no zone sets its clocks back by more
 
 
 @dataclass(frozen=True, slots=True)
 class Recurrence:
     """The times of a crontab line or an interval, as moments in UTC.
 
+    On the days when the clocks change, a line that names its minutes and its hours (`30 2 * * *`) does not run at a time
+    that is skipped, and runs once at a time that comes twice. A line whose minute or hour begins with `*` follows the time
+    that passes, through both hours of a repeated one.
+
     Args:
-        when: `minute hour day month weekday`, all of which must match; or seconds between two times, counted from 1970.
+        when: `minute hour day month weekday`; or seconds between two times, counted from 1970. Day and weekday must both
+            match where one of them begins with `*`, else either of them is enough, as in cron.
         timezone: the IANA zone in which a crontab line is read.
+
+    Source: Debian's crontab(5), by cronsim, https://github.com/cuu508/cronsim; it adds `L` and `LW` to the days, and
+        `FRI#2` and `5L` to the weekdays.
     """
 
     when: str | float
@@ -39,72 +42,57 @@ class Recurrence:
         """The latest time that is not after `now`."""
         if not isinstance(self.when, str):
             return datetime.fromtimestamp(now.timestamp() // self.when * self.when, UTC)
-        return self._nearest(now, -1)
+        start = now.astimezone(ZoneInfo(self.timezone))
+        # cronsim answers times before its start, and knows a line's times by the first pass of a repeated hour
+        start += LONGEST_REPEAT if start.fold else timedelta(microseconds=1)
+        return self._first(self.when, start, lambda moment: moment <= now, reverse=True)
 
     def next(self, now: datetime) -> datetime:
         """The first time after `now`."""
         if not isinstance(self.when, str):
             return datetime.fromtimestamp((now.timestamp() // self.when + 1) * self.when, UTC)
-        return self._nearest(now, 1)
+        start = now.astimezone(ZoneInfo(self.timezone))
+        return self._first(self.when, start, lambda moment: moment > now, reverse=False)
 
-    def _nearest(self, now: datetime, way: int) -> datetime:
-        today = now.astimezone(ZoneInfo(self.timezone)).date()
-        for days in range(SEARCH_DAYS):
-            times = [t for t in _times_on(self, today + timedelta(days=way * days)) if (t > now) == (way > 0)]
-            if times:
-                return min(times) if way > 0 else max(times)
-        raise DefinitionError(f"schedule {self.when!r} never runs: there is no such day")
-
-
-@lru_cache(maxsize=1024)
-def _times_on(times: Recurrence, day: date) -> tuple[datetime, ...]:
-    """A day's times. One that the change to summer time skips is not there; one that the change back repeats is once."""
-    minutes, hours, days, months, weekdays = _parse_crontab(str(times.when))
-    if day.day not in days or day.month not in months or day.isoweekday() % 7 not in weekdays:
-        return ()
-    zone = ZoneInfo(times.timezone)
-    found = []
-    for hour in sorted(hours):
-        for minute in sorted(minutes):
-            local = datetime(day.year, day.month, day.day, hour, minute, tzinfo=zone)  # of two, the first
-            moment = local.astimezone(UTC)
-            if moment.astimezone(zone).replace(tzinfo=None) == local.replace(tzinfo=None):
-                found.append(moment)
-    return tuple(found)
-
-
-@lru_cache(maxsize=256)
-def _parse_crontab(line: str) -> tuple[frozenset[int], ...]:
-    parts = line.split()
-    if len(parts) != len(FIELDS):
-        raise DefinitionError(f"schedule {line!r} must be five fields, minute hour day month weekday, or seconds")
-    return tuple(_parse_field(line, part, *field) for part, field in zip(parts, FIELDS, strict=True))
-
-
-def _parse_field(line: str, text: str, name: str, least: int, most: int, names: tuple[str, ...]) -> frozenset[int]:
-    values: set[int] = set()
-    for item in text.lower().split(","):
-        span, _, step = item.partition("/")
-        first, _, last = span.partition("-")
-        try:
-            low, high = (
-                (least, most)
-                if span == "*"
-                else (_parse_number(first, names, least), _parse_number(last or first, names, least))
+    def _first(self, line: str, start: datetime, fits: Callable[[datetime], bool], *, reverse: bool) -> datetime:
+        if len(line.split()) != len(FIELDS):
+            raise DefinitionError(
+                f"schedule {line!r} must be five fields",
+                hint="write minute hour day month weekday, or a number of seconds",
             )
-            stride = int(step or 1)
-        except ValueError:
-            raise DefinitionError(f"schedule {line!r}: {item!r} is not a valid {name}") from None
-        if step and not last and span != "*":
-            high = most
-        if not least <= low <= high <= most or stride < 1:
-            raise DefinitionError(f"schedule {line!r}: the {name} {item!r} must be within {least} and {most}")
-        values.update(range(low, high + 1, stride))
-    return frozenset(n % 7 for n in values) if name == "weekday" else frozenset(values)
+        try:
+            for local in CronSim(line, start, reverse=reverse):
+                if fits(moment := local.astimezone(UTC)) and _is_on_line(line, local):
+                    return moment
+        except CronSimError:
+            raise _invalid_field(line) from None
+        raise _never_runs(line)
 
 
-def _parse_number(text: str, names: tuple[str, ...], least: int) -> int:
-    return names.index(text) + least if text in names else int(text)
+def _is_on_line(line: str, local: datetime) -> bool:
+    """Whether a line names this time of the clock: cronsim moves one that is skipped to the end of the gap."""
+    clock = local.replace(tzinfo=None)
+    return next(CronSim(line, clock - timedelta(seconds=1))) == clock
+
+
+def _invalid_field(line: str) -> DefinitionError:
+    for i, (text, (name, low, high)) in enumerate(zip(line.split(), FIELDS, strict=True)):
+        alone = ["*"] * len(FIELDS)
+        alone[i] = text
+        try:
+            CronSim(" ".join(alone), ANY_MOMENT)
+        except CronSimError:
+            return DefinitionError(
+                f"schedule {line!r}: {text!r} is not a valid {name}, which must be within {low} and {high}",
+                hint="write `*`, numbers, ranges as 1-5, steps as */15, or a list of these with commas",
+            )
+    return _never_runs(line)
+
+
+def _never_runs(line: str) -> DefinitionError:
+    return DefinitionError(
+        f"schedule {line!r} never runs: there is no such day", hint="choose a day that its months have"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +123,7 @@ class Schedule:
             raise DefinitionError(f"schedule {self.when!r}: unknown timezone {self.timezone!r}") from None
         if not isinstance(self.when, str) and self.when < 1:
             raise DefinitionError(f"schedule {self.when!r}: an interval is at least 1 second")
-        self.times.next(datetime(2000, 1, 1, tzinfo=UTC))
+        self.times.next(ANY_MOMENT)
         if not self.name:
             text = repr((self.when, self.agent.name, self.agent.task_json(self.task), self.timezone))
             mark = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()

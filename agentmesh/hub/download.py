@@ -53,7 +53,7 @@ def download(
     part = target.with_name(f"{target.name}.part")
     for again in (True, False):
         resumed = _resume(url, part, token, progress)
-        digest, is_blob = sha256_of(part), not blob or _git_blob_of(part) == blob
+        digest, is_blob = sha256_of(part), not blob or git_blob_of(part) == blob
         if is_blob and sha256 in ("", digest):
             part.replace(target)
             return digest
@@ -88,7 +88,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _git_blob_of(path: Path) -> str:
+def git_blob_of(path: Path) -> str:
     """What git calls this content, in hex."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     digest.update(path.read_bytes())  # the large ones have a sha256

@@ -1,6 +1,6 @@
-"""The one room that touches transformers' continuous batching: its manager with our sampler, our clock and our thread.
+"""transformers' continuous batching, with our sampler, our clock and our thread; no other file touches its manager.
 
-The module changes with every release; the `local` extra pins the one these lines were tested with.
+What differs between the releases it is tested with is in `compat.py`.
 """
 
 import contextlib
@@ -15,32 +15,31 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import continuous_api
 
+from agentmesh.inference.compat import LOOP_ARGUMENTS, ContinuousBatchingConfig, continuous_api
 from agentmesh.inference.device import lock_of
 from agentmesh.inference.kernels import choose
 from agentmesh.inference.request import Gauge, Room
 from agentmesh.inference.sampling import Sampler
 
-logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # what it tells, the engine tells in its words
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # the engine logs the same errors
 
 _Manager: Any = continuous_api.ContinuousBatchingManager
 GIB = 2**30
 CPU_CACHE_BYTES = GIB
-LONGEST_ON_CPU = 4  # prompts of the model's whole context that the cache of a CPU holds, if they need less than that
+CPU_CONTEXTS = 4  # prompts of the model's whole context that a CPU's cache holds, where CPU_CACHE_BYTES suffice
 STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large an engine is. What is 0 is chosen: by the device's memory, or for a CPU by the model's context.
+    """How large an engine is. A 0 is replaced: by the device's memory, or on a CPU by the model's context.
 
     Args:
         memory: the part of the device's free memory that the cache may take, in (0, 1].
         batch_tokens: new tokens of one step, prompts' and answers' together.
         batch_requests: requests of one step.
-        attention: by transformers' name, for comparisons; "" is the best one that passes its trial.
+        attention: transformers' name of one, for comparisons; "" is the best one that passes its check.
     """
 
     pages: int = 0
@@ -51,15 +50,15 @@ class Shape:
     attention: str = ""
 
 
-class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has other types than it declares
-    """A loop over one model: requests in, outputs on `outputs`; it dies of any exception, and then another is made."""
+class Batching(_Manager):  # type: ignore[misc]  # our sampler is not of the type that it declares
+    """A loop over one model: requests in, outputs on `outputs`. Any exception ends it, and the engine makes another."""
 
     def __init__(self, model: Any, shape: Shape, sampler: Sampler) -> None:
         self._sampler = sampler
-        self.shape = _chosen(model, shape)
+        self.shape = _fill_in(model, shape)
         self.stepped_s = time.monotonic()
         self.idle = True
-        self._turn, self._held = lock_of(str(model.device)), contextlib.ExitStack()
+        self._device_lock, self._step_stack = lock_of(str(model.device)), contextlib.ExitStack()
         on_cpu = model.device.type == "cpu"
         self.attention, pages = choose(model, self.shape.page_tokens, shape.attention)
         config = ContinuousBatchingConfig(
@@ -67,8 +66,8 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
             num_blocks=self.shape.pages or None,
             max_batch_tokens=self.shape.batch_tokens,
             max_requests_per_batch=self.shape.batch_requests,
-            max_memory_percent=0.9 if on_cpu else _share(model.device, shape.memory, self._turn.reserved_bytes),
-            use_async_batching=False,  # the sampler looks at what was said before it says what may come next
+            max_memory_percent=0.9 if on_cpu else _share(model.device, shape.memory, self._device_lock.reserved_bytes),
+            use_async_batching=False,  # the sampler needs the last token before it allows the next
             use_cuda_graph=False,
             auto_switch_to_flash=False,  # it would look for kernels on a hub
             max_blocks_per_request=None if pages else 0,
@@ -79,22 +78,24 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         self.logit_processor = sampler
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """It is chosen already."""
+        """Nothing: `choose` has set the attention."""
 
     def start(self) -> None:
-        """Begin; a daemon, so that a forgotten engine does not keep its process alive."""
+        """Start the loop in a daemon thread, so that a forgotten engine does not keep its process alive."""
         self.background_thread_status.clear()
-        self._turn.engines.add(self)
-        self._generation_thread = threading.Thread(
-            target=self._run_generation_loop, kwargs={"use_inference_mode": True}, daemon=True, name="agentmesh-engine"
-        )
+        self._device_lock.engines.add(self)
+        self._generation_thread = threading.Thread(target=self._run, daemon=True, name="agentmesh-engine")
         self._generation_thread.start()
 
+    def _run(self) -> None:
+        with torch.inference_mode():  # it is a thread's own
+            self._run_generation_loop(**LOOP_ARGUMENTS)
+
     def room(self) -> Room:
-        """What fits; known once the loop has made its cache.
+        """What the cache holds; waits until the loop has made it.
 
         Raises:
-            Exception: what the loop died of before that.
+            Exception: what ended the loop before that.
         """
         while self.batch_processor is None:
             self._generation_thread.join(0.005)
@@ -109,16 +110,16 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
 
     @property
     def error(self) -> Exception:
-        """What the loop died of."""
+        """What ended the loop."""
         return self.background_thread_status.fatal_error or RuntimeError("the loop ended")
 
     @property
     def held_s(self) -> float:
-        """For how long whoever has the device's turn has had it."""
-        return self._turn.held_s
+        """Seconds for which the device's lock has been held; 0 where it is free."""
+        return self._device_lock.held_s
 
     def outputs(self, timeout_s: float) -> list[Any]:
-        """What was said since the last call; waits for something."""
+        """The library's outputs since the last call; waits for the first of them."""
         arrived: list[Any] = []
         with contextlib.suppress(queue.Empty):
             arrived.append(self.output_router.output_queue.get(timeout=timeout_s))
@@ -127,15 +128,19 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         return arrived
 
     def begin(self, name: str, tokens: Sequence[int], most_tokens: int, ends: Sequence[int], *, tell: bool) -> bool:
-        """Hand a request in; False where the loop takes none any more."""
+        """Add a request; False where the loop accepts none any more.
+
+        Args:
+            tell: an output after each step, not only at the end.
+        """
         ends = list(ends) or [-1]
-        taken = self.add_request(
+        state = self.add_request(
             list(tokens), request_id=name, max_new_tokens=most_tokens, streaming=tell, eos_token_id=ends
         )
-        return taken is not None
+        return state is not None
 
     def gauge(self, deaths: int) -> Gauge:
-        """How it stands; read from another thread than the loop's, so that it may be a step old."""
+        """Its state and counts; read from another thread than the loop's, so that they may be a step old."""
         processor, waiting, pages, free = self.batch_processor, self.input_queue.qsize(), 0, 0
         if processor is not None:
             waiting += len(processor.scheduler.waiting_requests)
@@ -145,39 +150,39 @@ class Batching(_Manager):  # type: ignore[misc]  # what we put in its place has 
         )
 
     def end(self) -> None:
-        """Stop now; what is in hand fails. The library's own way would collect garbage twice, a second in a large process."""
+        """Stop now; what is in flight fails. The library's `stop` collects garbage twice, a second in a large process."""
         self.background_thread_status.request_stop(continuous_api.BackgroundThreadStatus.HARD_STOP, 0)
         self._wake_up_loop.set()
         self._generation_thread.join(STOP_S)
-        self._turn.engines.discard(self)
+        self._device_lock.engines.discard(self)
         self.batch_processor = None
         error: BaseException | None = self.background_thread_status.fatal_error
-        while error is not None:  # its frames hold the old cache, and a GPU has no room for another beside it
+        while error is not None:  # its frames hold the old cache, and a GPU has no memory for two
             error.__traceback__, error = None, error.__context__
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
-        with contextlib.ExitStack() as self._held:
-            goes_on = bool(super()._generation_loop_body(batch_processor, bootstrapping))
-        # one that came and left at once, of which the loop heard first that it left
-        for name in self._sampler.strangers:
+        with contextlib.ExitStack() as self._step_stack:
+            continues = bool(super()._generation_loop_body(batch_processor, bootstrapping))
+        # a request that was cancelled at once: the loop may read its cancellation before the request itself
+        for name in self._sampler.cancelled:
             self.cancel_request(name)
-        self._sampler.strangers.clear()
+        self._sampler.cancelled.clear()
         self.stepped_s = time.monotonic()
         self.idle = not batch_processor.has_pending_requests() and self.input_queue.empty()
-        return goes_on
+        return continues
 
     def _generation_step(self) -> None:
-        # from here until the tokens are on the host; what was prepared before went on beside an encoder's batch
-        self._held.enter_context(self._turn.step())
+        # held until the tokens are on the host; the preparation before runs beside an encoder's batch
+        self._step_stack.enter_context(self._device_lock.step())
         processor: Any = self.batch_processor
         if (stream := processor.inputs_and_outputs.compute_stream) is not None:
-            # the library writes the inputs on another stream, and would not wait for the last of them
+            # the library writes the inputs on another stream, and does not wait for the last of them
             stream.wait_stream(torch.cuda.current_stream(self.model.device))
         super()._generation_step()
 
 
 def _free_pages(cache: Any) -> int:
-    """Pages that no request holds, the ones kept for prompts that begin alike among them."""
+    """Pages that no request holds, among them those that are cached for prompts with the same beginning."""
     free = 0
     for allocator in cache.cache_allocators.values():
         free += cache.pool.count_free_blocks(allocator.index) + len(allocator.ledger.cached_blocks)
@@ -186,7 +191,7 @@ def _free_pages(cache: Any) -> int:
 
 
 def _share(device: Any, memory: float, reserved_bytes: int) -> float:
-    """The part of a GPU's free memory that the cache may take, when an encoder's batch needs so much of it.
+    """The part of a GPU's free memory that the cache may take beside an encoder's largest batch.
 
     Raises:
         MemoryError: nothing would be left.
@@ -197,13 +202,13 @@ def _share(device: Any, memory: float, reserved_bytes: int) -> float:
     free_bytes, _ = torch.cuda.mem_get_info(device)
     if free_bytes <= reserved_bytes:
         raise MemoryError(
-            f"{free_bytes / GIB:.1f} GiB are free, and the encoder needs {reserved_bytes / GIB:.1f} of them"
+            f"{free_bytes / GIB:.1f} GiB of the GPU are free, and the encoder needs {reserved_bytes / GIB:.1f} GiB of them"
         )
     return memory * (1 - reserved_bytes / free_bytes)
 
 
-def _chosen(model: Any, shape: Shape) -> Shape:
-    """The shape with what the user left open."""
+def _fill_in(model: Any, shape: Shape) -> Shape:
+    """The shape with numbers in place of its zeros, but for a GPU's pages."""
     if model.device.type != "cpu":
         return replace(
             shape, page_tokens=shape.page_tokens or 256, batch_tokens=shape.batch_tokens or 2048,
@@ -215,7 +220,7 @@ def _chosen(model: Any, shape: Shape) -> Shape:
     token_bytes = (
         2 * config.num_hidden_layers * heads * (getattr(config, "head_dim", None) or width) * model.dtype.itemsize
     )
-    tokens = min(LONGEST_ON_CPU * config.max_position_embeddings, CPU_CACHE_BYTES // token_bytes)
+    tokens = min(CPU_CONTEXTS * config.max_position_embeddings, CPU_CACHE_BYTES // token_bytes)
     return replace(
         shape, page_tokens=page, pages=shape.pages or math.ceil(tokens / page) + 1, batch_tokens=shape.batch_tokens or 256,
         batch_requests=shape.batch_requests or 64,

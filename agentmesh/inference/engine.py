@@ -1,7 +1,7 @@
 """Many prompts, one model, shared batches: transformers' continuous batching behind a guard that makes it safe to share.
 
-The library's loop dies of any exception and takes everybody's request with it. Here a dead loop is made anew and its
-requests begin again from their prompts; what died twice is tried in halves, so that only the culprit fails.
+The library's loop ends at any exception, and every request in it is lost. Here a new loop is started and its requests begin
+again from their prompts; requests that were in two dead loops are tried in halves, so that only the culprit fails.
 """
 
 import atexit
@@ -25,27 +25,30 @@ from agentmesh.inference.sampling import Sampler
 
 log = logging.getLogger("agentmesh.gpu")
 
-HALVINGS = 2  # of the tokens of a batch, when the device has no memory for it
-DISPATCH_WAIT_S = 0.2  # how long the dispatcher waits for an output before it looks whether the loop lives
-RETRIES_TOGETHER = 2  # a loop's deaths before the requests in it are tried apart
-RETRIES_ALONE = (
-    2  # a loop's deaths with one request in it, before that one is to blame: something else may have broken once
-)
+MAX_HALVINGS = 2  # of the tokens of a batch, when the device has no memory for it
+DISPATCH_WAIT_S = 0.2  # how long the dispatcher waits for an output before it checks that the loop is alive
+DEATHS_TOGETHER = 2  # of loops that a request was in, before it is tried apart from the others
+DEATHS_ALONE = 2  # of loops with one request in it, before that one is to blame: the first may have had another cause
 
-# Gets the answer's tokens so far; True is enough, and the answer ends there.
+# Gets the answer's tokens so far; the answer ends there when it returns True.
 OnTokens = Callable[[Sequence[int]], bool]
 
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """A request on its way."""
+    """A request in flight.
+
+    Args:
+        deaths: of loops that it was in.
+        deaths_alone: those of them with no other request in the loop.
+    """
 
     request: Request
     future: "Future[Done]"
-    hear: OnTokens | None
+    on_tokens: OnTokens | None
     name: str = ""
     deaths: int = 0
-    alone: int = 0  # of these with nobody else in the loop
+    deaths_alone: int = 0
 
 
 class Engine:
@@ -53,9 +56,9 @@ class Engine:
 
     Args:
         model: a causal language model of transformers, loaded and on its device.
-        hopeless: called once with the reason when the engine cannot go on: a CUDA error, or no memory even for small
-            batches. What is in hand then fails with EngineDown.
-        batching: makes the loop; `testing.slots` has one without a model.
+        on_fatal: called once with the reason when the engine cannot continue: a CUDA error, or no memory even for small
+            batches. What is in flight then fails with EngineDown.
+        batching: makes the loop; `testing.slot_engine` has one without a model.
 
     Raises:
         MemoryError, ValueError: the device has no room for a cache of this shape.
@@ -70,13 +73,13 @@ class Engine:
         self._names = itertools.count()
         self._lock = threading.RLock()
         self._flights: dict[str, _Flight] = {}  # in the loop
-        self._parked: deque[_Flight] = deque()  # handed in while suspects are tried
-        self._apart: deque[list[_Flight]] = deque()  # groups of suspects still to be tried, each alone in the loop
+        self._parked: deque[_Flight] = deque()  # submitted while suspects are tried
+        self._suspects: deque[list[_Flight]] = deque()  # groups to be tried one after the other
         self._deaths = self._halved = 0
-        self._need = DemandEstimate()
-        self._since_s = time.monotonic()  # since when there has been work without a break
-        self._made_anew_s = 0.0  # since when a dead loop is being made anew, while it is
-        self._down: Exception | None = None
+        self._demand = DemandEstimate()
+        self._busy_since_s = time.monotonic()  # since when there has been work without a break
+        self._restarting_since_s = 0.0  # 0 while no dead loop is being replaced
+        self._fatal_error: Exception | None = None
         self._closed = False
         self._sampler = Sampler()
         self._batching: Batching = batching(model, self._shape, self._sampler)
@@ -86,26 +89,26 @@ class Engine:
         self._dispatcher.start()
         atexit.register(self.close)  # an interpreter that ends under a running loop may abort
 
-    # ---- for everybody -------------------------------------------------------------------------
-    def submit(self, request: Request, hear: OnTokens | None = None) -> "Future[Done]":
-        """The answer, later; cancelling the future frees its place in the batch.
+    # ---- from any thread -----------------------------------------------------------------------
+    def submit(self, request: Request, on_tokens: OnTokens | None = None) -> "Future[Done]":
+        """A future of the answer; cancelling it frees the request's place in the batch.
 
         Args:
-            hear: called on the engine's dispatcher after each step with all tokens so far.
+            on_tokens: called on the engine's dispatcher after each step with all tokens so far.
 
         Raises:
             ContextTooLong, ModelError: it can never fit, and why.
-            EngineDown: the engine is closed or cannot go on.
+            EngineDown: the engine is closed or cannot continue.
         """
         self.room.check(request)
-        flight = _Flight(request, Future(), hear)
+        flight = _Flight(request, Future(), on_tokens)
         with self._lock:
             if not self._flights:
-                self._since_s = time.monotonic()
-            if self._down is not None or self._closed:
-                raise EngineDown(str(self._down or "the engine is closed"))
-            self._need.came(request)
-            if self._apart or any(f.deaths >= RETRIES_TOGETHER for f in self._flights.values()):
+                self._busy_since_s = time.monotonic()
+            if self._fatal_error is not None or self._closed:
+                raise EngineDown(str(self._fatal_error or "the engine is closed"))
+            self._demand.came(request)
+            if self._suspects or any(f.deaths >= DEATHS_TOGETHER for f in self._flights.values()):
                 self._parked.append(flight)
             else:
                 self._launch(flight)
@@ -114,11 +117,11 @@ class Engine:
 
     @property
     def gauge(self) -> Gauge:
-        """How it stands."""
+        """The engine's state and counts."""
         with self._lock:
             gauge = self._batching.gauge(self._deaths)
-            waiting = gauge.waiting + len(self._parked) + sum(map(len, self._apart))
-            idle, most = not (self._flights or self._parked or self._apart), self._batching.shape.batch_tokens
+            waiting = gauge.waiting + len(self._parked) + sum(map(len, self._suspects))
+            idle, most = not (self._flights or self._parked or self._suspects), self._batching.shape.batch_tokens
             return replace(gauge, waiting=waiting, idle=idle, batch_tokens=most)
 
     @property
@@ -132,31 +135,31 @@ class Engine:
         return memory_of(self._model.device)
 
     def admits(self, in_hand: int) -> int:
-        """How many more requests there is room for; one always, where there are none.
+        """How many more requests there is room for; at least one where there are none.
 
         Args:
             in_hand: requests that are in the engine or on their way to it.
         """
-        gauge, need = self.gauge, max(1.0, self._need.tokens / self.room.page_tokens)
-        taken = max(gauge.pages - gauge.free_pages, in_hand * need)
-        more = min(int((gauge.pages - taken) / need), self._batching.shape.batch_requests - in_hand)
+        gauge, pages_each = self.gauge, max(1.0, self._demand.tokens / self.room.page_tokens)
+        taken = max(gauge.pages - gauge.free_pages, in_hand * pages_each)
+        more = min(int((gauge.pages - taken) / pages_each), self._batching.shape.batch_requests - in_hand)
         return max(more, 0 if in_hand else 1)
 
     @property
     def hung_s(self) -> float:
-        """For how long it has had work and made no step, or its device has been in the hands of one batch of an encoder."""
-        now_s, busy = time.monotonic(), bool(self._flights or self._parked or self._apart)
-        since_s = max(self._batching.stepped_s, self._since_s) if busy else now_s
-        # without the lock: whoever makes the loop anew has it, and may hang there
-        return max(self._batching.held_s, now_s - min(since_s, self._made_anew_s or now_s))
+        """Seconds for which it has had work and made no step, or for which one batch of an encoder has held the device."""
+        now_s, busy = time.monotonic(), bool(self._flights or self._parked or self._suspects)
+        since_s = max(self._batching.stepped_s, self._busy_since_s) if busy else now_s
+        # without the lock: the thread that replaces a loop holds it, and may hang there
+        return max(self._batching.held_s, now_s - min(since_s, self._restarting_since_s or now_s))
 
     @property
     def alive(self) -> bool:
         """Whether it takes requests."""
-        return self._down is None and not self._closed
+        return self._fatal_error is None and not self._closed
 
     def close(self) -> None:
-        """Stop; what is in hand fails with EngineDown."""
+        """Stop; what is in flight fails with EngineDown."""
         with self._lock:
             if self._closed:
                 return
@@ -177,11 +180,11 @@ class Engine:
         self._sampler.add(flight.name, flight.request)
         request = flight.request
         self._batching.begin(
-            flight.name, request.tokens, request.most_tokens, sorted(request.ends), tell=flight.hear is not None
-        )  # refused: the loop is dead, and the dispatcher takes up all flights when it sees that
+            flight.name, request.tokens, request.most_tokens, sorted(request.ends), tell=flight.on_tokens is not None
+        )  # a dead loop refuses it: the dispatcher finds it among the flights when it replaces the loop
 
     def _on_cancelled(self, flight: _Flight) -> None:
-        """Nobody waits any more."""
+        """The caller has cancelled the future."""
         with self._lock:
             if self._flights.pop(flight.name, None) is not None:
                 self._batching.cancel_request(flight.name)
@@ -189,11 +192,11 @@ class Engine:
                 self._next_group()
 
     def _next_group(self) -> None:
-        """When the loop is empty: the next suspects, or everybody who waited for them."""
-        while not self._flights and self._apart:
-            for flight in self._apart.popleft():
+        """When the loop is empty: launch the next suspects, or all that was submitted while they were tried."""
+        while not self._flights and self._suspects:
+            for flight in self._suspects.popleft():
                 self._launch(flight)
-        if not self._apart and not any(f.deaths >= RETRIES_TOGETHER for f in self._flights.values()):
+        if not self._suspects and not any(f.deaths >= DEATHS_TOGETHER for f in self._flights.values()):
             while self._parked:
                 self._launch(self._parked.popleft())
 
@@ -201,13 +204,13 @@ class Engine:
     def _dispatch(self) -> None:
         try:
             self._deliver()
-        except Exception as e:  # nobody would ever hear of anything again
+        except Exception as e:  # without this thread no future is ever resolved
             log.exception("the engine's dispatcher failed")
             self._fail(e, [])
 
     def _deliver(self) -> None:
-        while not self._closed and self._down is None:
-            batching, alive = self._batching, self._batching.is_running()  # asked first: the last words are heard too
+        while not self._closed and self._fatal_error is None:
+            batching, alive = self._batching, self._batching.is_running()  # before its outputs, so that none is missed
             for output in batching.outputs(DISPATCH_WAIT_S if alive else 0.0):
                 if output.error is None:
                     self._on_output(output)
@@ -220,35 +223,40 @@ class Engine:
             return
         tokens, over = output.generated_tokens, output.is_finished()
         ended = bool(tokens) and tokens[-1] in flight.request.ends
-        said = tuple(tokens[:-1] if ended else tokens)
+        answer = tuple(tokens[:-1] if ended else tokens)
         enough = False
-        if flight.hear is not None:
+        if flight.on_tokens is not None:
             try:
-                enough = flight.hear(said)
+                enough = flight.on_tokens(answer)
             except Exception as e:
                 self._resolve(flight, e, over=over)
                 return
         if over or enough:
-            self._resolve(flight, said, over=over, finish="stop" if ended or enough else "length")
+            self._resolve(flight, answer, over=over, finish="stop" if ended or enough else "length")
 
-    def _resolve(self, flight: _Flight, what: Any, *, over: bool, finish: Any = "stop") -> None:
+    def _resolve(self, flight: _Flight, outcome: Any, *, over: bool, finish: Any = "stop") -> None:
+        """End a request, with its tokens or an exception.
+
+        Args:
+            over: the loop has ended it too.
+        """
         with self._lock:
             if self._flights.pop(flight.name, None) is None:
                 return
             if not over:
                 self._batching.cancel_request(flight.name)
             cached, batch, logprobs = self._sampler.forget(flight.name)
-            if not isinstance(what, Exception):
-                self._need.ended(flight.request, cached_tokens=cached, answer_tokens=len(what))
+            if not isinstance(outcome, Exception):
+                self._demand.ended(flight.request, cached_tokens=cached, answer_tokens=len(outcome))
             self._next_group()
-        if isinstance(what, Exception):
-            _set_result(flight.future, error=what)
+        if isinstance(outcome, Exception):
+            _set_result(flight.future, error=outcome)
         else:
-            _set_result(flight.future, Done(what, finish, logprobs[: len(what)], cached, batch))
+            _set_result(flight.future, Done(outcome, finish, logprobs[: len(outcome)], cached, batch))
 
     # ---- after a death -------------------------------------------------------------------------
     def _revive(self, error: Exception) -> None:
-        """The loop is dead: make another, and let its requests begin again."""
+        """Replace the dead loop, and let its requests begin again."""
         with self._lock:
             self._deaths += 1
             victims = [f for f in self._flights.values() if not f.future.done()]
@@ -260,19 +268,19 @@ class Engine:
                 "the engine's loop ended with %d requests in it: %s: %s", len(victims), type(error).__name__, error
             )
             culprit: _Flight | None = None
-            if no_memory and self._halved < HALVINGS:
+            if no_memory and self._halved < MAX_HALVINGS:
                 self._halved += 1
                 self._shape = replace(self._batching.shape, batch_tokens=max(1, self._batching.shape.batch_tokens // 2))
                 log.warning("batches have at most %d tokens from now on", self._shape.batch_tokens)
-                self._apart.appendleft(victims)
+                self._suspects.appendleft(victims)
             elif breaks_device(error) or (no_memory and self._on_fatal is not None):
                 self._fail(error, victims)
                 return
-            elif len(victims) == 1 and victims[0].alone + 1 >= RETRIES_ALONE:
+            elif len(victims) == 1 and victims[0].deaths_alone + 1 >= DEATHS_ALONE:
                 culprit = victims[0]
             else:
-                self._apart.extendleft(reversed(_groups(victims)))
-            self._made_anew_s = time.monotonic()
+                self._suspects.extendleft(reversed(_suspect_groups(victims)))
+            self._restarting_since_s = time.monotonic()
             try:
                 self._batching.end()
                 self._batching = self._make_batching(self._model, self._shape, self._sampler)
@@ -282,21 +290,21 @@ class Engine:
                 self._fail(e, victims)
                 return
             finally:
-                self._made_anew_s = 0.0
+                self._restarting_since_s = 0.0
             self._next_group()
         if culprit is not None:
             kind = GpuOutOfMemory if no_memory else ModelError
             tokens = len(culprit.request.tokens)
             _set_result(culprit.future, error=kind(
-                f"this request of {tokens} + {culprit.request.most_tokens} tokens crashes the engine's loop, alone as in "
-                f"company ({type(error).__name__}: {error}); send another prompt, or a shorter one"
+                f"this request of {tokens} + {culprit.request.most_tokens} tokens crashes the engine's loop, alone and "
+                f"among others ({type(error).__name__}: {error})", hint="send another prompt, or a shorter one",
             ))  # fmt: skip
 
     def _fail(self, error: Exception, victims: list[_Flight]) -> None:
-        self._down = error.with_traceback(None)  # its frames would hold the cache
-        log.error("the engine cannot go on: %s: %s", type(error).__name__, error)
+        self._fatal_error = error.with_traceback(None)  # its frames would hold the cache
+        log.error("the engine cannot continue: %s: %s", type(error).__name__, error)
         if self._on_fatal is not None:
-            # before anybody hears of it: a worker that leaves now gives its steps back whole
+            # before the futures fail: a worker that leaves now releases its steps as they were
             self._on_fatal(error)
         for flight in victims:
             _set_result(flight.future, error=EngineDown(f"{type(error).__name__}: {error}"))
@@ -304,23 +312,23 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         with self._lock:
-            left = [*self._flights.values(), *self._parked, *itertools.chain.from_iterable(self._apart)]
+            left = [*self._flights.values(), *self._parked, *itertools.chain.from_iterable(self._suspects)]
             self._flights.clear()
             self._parked.clear()
-            self._apart.clear()
+            self._suspects.clear()
         for flight in left:
             _set_result(flight.future, error=error)
 
 
-def _groups(victims: list[_Flight]) -> list[list[_Flight]]:
-    """How those who were in a dead loop are tried again: together after the first death, then in halves."""
+def _suspect_groups(victims: list[_Flight]) -> list[list[_Flight]]:
+    """The requests of a dead loop as they are tried again: together after the first death, then in halves."""
     for flight in victims:
         flight.deaths += 1
-        flight.alone += len(victims) == 1
-    again = [f for f in victims if f.deaths >= RETRIES_TOGETHER]
-    fresh = [f for f in victims if f.deaths < RETRIES_TOGETHER]
-    half = -(-len(again) // 2)
-    return [group for group in (again[:half], again[half:], fresh) if group]
+        flight.deaths_alone += len(victims) == 1
+    suspects = [f for f in victims if f.deaths >= DEATHS_TOGETHER]
+    fresh = [f for f in victims if f.deaths < DEATHS_TOGETHER]
+    half = -(-len(suspects) // 2)
+    return [group for group in (suspects[:half], suspects[half:], fresh) if group]
 
 
 def _set_result(future: "Future[Done]", answer: Done | None = None, *, error: Exception | None = None) -> None:

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from agentmesh.errors import ConfigError
 from agentmesh.inference.attention import PAGED_NAME, paged_attention, reference_attention, refuse_unknown
+from agentmesh.inference.compat import register_attention
 
 BLOCK_TOKENS = 256  # a page that flash attention reads by itself holds a multiple of so many tokens
 # How far a kernel may be from the formula. Values are around 1, a wrong mask or scale is off by as much.
@@ -283,7 +283,7 @@ def _unsuitable(model: Any, kernel: Kernel) -> str:
 def _set_attention(model: Any, kernel: Kernel) -> str:
     """Why the model does not take it; "" when it has."""
     if not kernel.pages:
-        AttentionInterface.register(kernel.name, kernel.attend)
+        register_attention(kernel.name, kernel.attend)
     try:
         model.set_attn_implementation(kernel.name)
     except Exception as e:

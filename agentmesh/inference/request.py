@@ -8,7 +8,7 @@ from agentmesh.errors import ContextTooLong, ModelError
 
 
 class EngineDown(Exception):
-    """The engine cannot go on; what it had in hand may be asked again, of another process."""
+    """The engine cannot continue; another process may retry what was in flight."""
 
 
 @dataclass(frozen=True, slots=True)

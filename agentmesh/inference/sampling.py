@@ -1,8 +1,8 @@
 """Drawing the next token of many requests at once: temperature, top-k, top-p, then noise that follows from each one's seed.
 
-Noise of Gumbel's distribution is added to the scores; the largest is then a draw from their softmax, for each request alone,
-whoever else is in the batch. A token's noise is a hash of seed, place and id: it is computed only for tokens that may still
-come, and is the same on every device.
+Noise of Gumbel's distribution is added to the scores; the largest sum is then a draw from their softmax, for each request
+alone, whatever else is in the batch. A token's noise is a hash of seed, place and id: it is computed only for tokens that may
+still come, and is the same on every device.
 
 Letters: n requests, v ids of the vocabulary, m candidates.
 
@@ -21,8 +21,8 @@ import torch
 
 from agentmesh.inference.request import Gauge, Request
 
-CANDIDATES = 1024  # of the likeliest tokens, among which top-k and top-p nearly always end; else all are sorted
-MAX_ELEMENTS = 1 << 22  # numbers of noise that are in memory at once
+CANDIDATES = 1024  # the likeliest tokens, among which top-k and top-p nearly always end; else all are sorted
+MAX_ELEMENTS = 1 << 22  # of noise in memory at once
 # A score divided by less could be infinite, and noise is nothing beside it already; -inf divided by inf is no number.
 COLDEST, HOTTEST = 1e-9, 1e37
 GOLDEN, FIRST, SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32  # as signed 32-bit numbers
@@ -72,31 +72,32 @@ def noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return x.float().add_(0.5).mul_(-(2.0**-24)).log1p_().neg_().log_().neg_()
 
 
-def draw(scores: torch.Tensor, wishes: Sequence[DrawOptions]) -> torch.Tensor:
+def draw(scores: torch.Tensor, options: Sequence[DrawOptions]) -> torch.Tensor:
     """The next tokens.
 
     Args:
-        scores: (n, v); what must not come is -inf.
+        scores: (n, v); a token that must not come has -inf.
+        options: n of them.
 
     Returns:
         int64 (n,).
     """
     device, v = scores.device, scores.shape[1]
-    heat = torch.tensor([min(max(w.temperature, COLDEST), HOTTEST) for w in wishes], device=device)[:, None]
-    scores = scores.float() / heat
-    keys = torch.tensor([w.key for w in wishes], dtype=torch.int32, device=device)
-    tokens = torch.empty(len(wishes), dtype=torch.int64, device=device)
-    narrow = [i for i, w in enumerate(wishes) if 0 < w.top_k < v or w.top_p < 1]
-    wide = sorted({*range(len(wishes))} - {*narrow})
-    if narrow:
-        ks = torch.tensor([min(wishes[i].top_k, v) for i in narrow], device=device)
-        ps = torch.tensor([wishes[i].top_p if wishes[i].top_p < 1 else math.inf for i in narrow], device=device)
-        tokens[narrow] = _draw_truncated(scores[narrow], keys[narrow], ks, ps, CANDIDATES)
-    ids = torch.arange(v, dtype=torch.int32, device=device)[None]
+    temperatures = torch.tensor([min(max(o.temperature, COLDEST), HOTTEST) for o in options], device=device)
+    scores = scores.float() / temperatures[:, None]  # (n, v)
+    keys = torch.tensor([o.key for o in options], dtype=torch.int32, device=device)  # (n, 2)
+    tokens = torch.empty(len(options), dtype=torch.int64, device=device)
+    truncated = [i for i, o in enumerate(options) if 0 < o.top_k < v or o.top_p < 1]
+    full = sorted({*range(len(options))} - {*truncated})
+    if truncated:
+        ks = torch.tensor([min(options[i].top_k, v) for i in truncated], device=device)
+        ps = torch.tensor([options[i].top_p if options[i].top_p < 1 else math.inf for i in truncated], device=device)
+        tokens[truncated] = _draw_truncated(scores[truncated], keys[truncated], ks, ps, CANDIDATES)
+    ids = torch.arange(v, dtype=torch.int32, device=device)[None]  # (1, v)
     rows = max(1, MAX_ELEMENTS // v)
-    for first in range(0, len(wide), rows):
-        some = wide[first : first + rows]
-        tokens[some] = (scores[some] + noise(keys[some], ids)).argmax(1)
+    for first in range(0, len(full), rows):
+        chunk = full[first : first + rows]
+        tokens[chunk] = (scores[chunk] + noise(keys[chunk], ids)).argmax(1)  # (chunk, v) -> (chunk,)
     return tokens
 
 
@@ -106,17 +107,18 @@ def _draw_truncated(
     """`draw` under top-k and top-p. What is as likely as the last one kept is kept too, or it would depend on a sort."""
     m = min(scores.shape[1], max(candidates, int(ks.max())))
     best, ids = scores.topk(m)  # (n, m), the likeliest first
-    has_k = (ks > 0)[:, None]
+    has_k = (ks > 0)[:, None]  # (n, 1)
     kth = best.gather(1, (ks - 1).clamp_min(0)[:, None])  # (n, 1)
     best = best.masked_fill(has_k & (best < kth), -math.inf)
-    total = torch.where(has_k, best.logsumexp(1, keepdim=True), scores.logsumexp(1, keepdim=True))
-    shares = (best - total).exp()
+    total = torch.where(has_k, best.logsumexp(1, keepdim=True), scores.logsumexp(1, keepdim=True))  # (n, 1)
+    shares = (best - total).exp()  # (n, m)
     inside = shares.cumsum(1) - shares < ps[:, None]  # what comes before it does not yet make up top_p
     inside[:, 0] = True
-    last = best.masked_fill(~inside, math.inf).amin(1, keepdim=True)
-    kept = best >= last
-    tokens = ids.gather(1, (best + noise(keys, ids.int())).masked_fill(~kept, -math.inf).argmax(1, keepdim=True))[:, 0]
-    more = (kept[:, -1] & (best[:, -1] > -math.inf)).nonzero()[:, 0]  # what is kept goes on behind the candidates
+    last = best.masked_fill(~inside, math.inf).amin(1, keepdim=True)  # (n, 1)
+    eligible = best >= last  # (n, m)
+    perturbed = (best + noise(keys, ids.int())).masked_fill(~eligible, -math.inf)  # (n, m)
+    tokens = ids.gather(1, perturbed.argmax(1, keepdim=True))[:, 0]  # (n,)
+    more = (eligible[:, -1] & (best[:, -1] > -math.inf)).nonzero()[:, 0]  # eligible tokens go on behind the candidates
     if m < scores.shape[1] and len(more):
         tokens[more] = _draw_truncated(scores[more], keys[more], ks[more], ps[more], scores.shape[1])
     return tokens
@@ -127,20 +129,31 @@ def _draw_truncated(
 
 @dataclass(slots=True)
 class _Row:
-    """A request the sampler knows."""
+    """A request that was added.
+
+    Args:
+        consumed: tokens of its answer that its grammar has taken.
+        cached: tokens of its prompt that were in the cache; None before its first step.
+        batch: requests of the largest batch it was in.
+    """
 
     request: Request
-    seen: int = 0  # tokens its grammar has taken
+    consumed: int = 0
     cached: int | None = None
     batch: int = 0
     logprobs: list[float] = field(default_factory=list)
 
 
-_Asked = tuple[int, _Row, list[int]]  # its row in the scores, the request, and what it has said
+class _Turn(NamedTuple):
+    """A request whose scores are changed in this step: its row in them, and its answer so far."""
+
+    i: int
+    row: _Row
+    answer: list[int]
 
 
 class Sampler:
-    """Stands where the library has its list of logits processors; called in the engine's loop alone.
+    """Takes the place of the library's list of logits processors; called in the engine's loop alone.
 
     `add` and `forget` may be called from other threads.
     """
@@ -151,22 +164,22 @@ class Sampler:
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}
         self._batch: list[tuple[_Row, Any]] = []
-        self.strangers: list[str] = []  # in the last batch, of nobody who waits
+        self.cancelled: list[str] = []  # names in the last batch that were forgotten before it
         self.steps = self.prompt_tokens = self.cached_tokens = self.new_tokens = self.largest = self.running = 0
 
     def add(self, name: str, request: Request) -> None:
-        """A request is about to come, or to come again from its prompt."""
+        """Announce a request, or one that begins again from its prompt."""
         self._rows[name] = _Row(request)
         if request.constraint is not None:
             request.constraint.reset()
 
     def forget(self, name: str) -> tuple[int, int, tuple[float, ...]]:
-        """A request is over: how much of its prompt was cached, its largest batch, its logprobs."""
+        """Remove a request that ended; the tokens of its prompt that were cached, its largest batch, its logprobs."""
         row = self._rows.pop(name, None)
         return (0, 0, ()) if row is None else (row.cached or 0, row.batch, tuple(row.logprobs))
 
     def gauge(self, **rest: Any) -> Gauge:
-        """What was counted."""
+        """Its counts, with what else a Gauge has."""
         return Gauge(
             running=self.running, steps=self.steps, prompt_tokens=self.prompt_tokens, cached_tokens=self.cached_tokens,
             new_tokens=self.new_tokens, largest_batch=self.largest, **rest,
@@ -177,19 +190,19 @@ class Sampler:
         """Requests carry none."""
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        """There are none."""
+        """Requests have no defaults."""
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
-        """Before a step: who is in the batch, and what each one's grammar allows."""
-        self._batch, self.strangers = [], []
+        """Note which requests the next step computes; called before it."""
+        self._batch, self.cancelled = [], []
         self.steps += 1
         self.running = len(requests_in_batch)
         self.largest = max(self.largest, self.running)
         for future in requests_in_batch:
             row = self._rows.get(future.state.request_id)
-            if row is None:  # cancelled meanwhile; its token is thrown away
+            if row is None:  # cancelled meanwhile; its token is discarded
                 row = _Row(Request((0,), 1))
-                self.strangers.append(future.state.request_id)
+                self.cancelled.append(future.state.request_id)
             row.batch = max(row.batch, self.running)
             if row.cached is None:
                 row.cached = future.state.position_offset - future.query_length
@@ -202,41 +215,44 @@ class Sampler:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
         """The scores (n, v), changed so that the largest of each row is its next token."""
-        asked = [
-            # an evicted request has some of what it said in its prompt
-            (i, row, state.initial_tokens[len(row.request.tokens) :] + state.generated_tokens)
+        turns = [
+            # an evicted request has the first part of its answer in its prompt
+            _Turn(i, row, state.initial_tokens[len(row.request.tokens) :] + state.generated_tokens)
             for i, (row, state) in enumerate(self._batch)
             if row.request.constraint is not None or row.request.temperature > 0 or row.request.logprobs
         ]
-        told = [(i, row, said) for i, row, said in asked if row.request.logprobs]
-        rows = [i for i, _, _ in told]
-        plain = scores[rows].float().log_softmax(1) if told else scores  # (told, v), before anything is changed
-        self._constrain(scores, [one for one in asked if one[1].request.constraint is not None])
-        self._draw(scores, [one for one in asked if one[1].request.temperature > 0])
-        if told:
-            logprobs = plain.gather(1, scores[rows].argmax(1, keepdim=True))[:, 0].tolist()
-            for (_, row, said), logprob in zip(told, logprobs, strict=True):
-                row.logprobs[len(said) :] = [logprob]
+        logged = [turn for turn in turns if turn.row.request.logprobs]
+        rows = [turn.i for turn in logged]
+        plain = scores[rows].float().log_softmax(1) if logged else scores  # (logged, v), before anything is changed
+        self._constrain(scores, [turn for turn in turns if turn.row.request.constraint is not None])
+        self._draw(scores, [turn for turn in turns if turn.row.request.temperature > 0])
+        if logged:
+            logprobs = plain.gather(1, scores[rows].argmax(1, keepdim=True))[:, 0].tolist()  # (logged,)
+            for turn, logprob in zip(logged, logprobs, strict=True):
+                turn.row.logprobs[len(turn.answer) :] = [logprob]
         return scores
 
-    def _constrain(self, scores: torch.Tensor, asked: Sequence[_Asked]) -> None:
-        rows, allowed = [], []
-        for i, row, said in asked:
-            row.request.constraint.take(said[row.seen :])
-            row.seen = len(said)
-            may_come = row.request.constraint.allowed(scores.shape[1])
-            if may_come is not None:
+    def _constrain(self, scores: torch.Tensor, turns: Sequence[_Turn]) -> None:
+        rows, masks = [], []
+        for i, row, answer in turns:
+            row.request.constraint.take(answer[row.consumed :])
+            row.consumed = len(answer)
+            allowed = row.request.constraint.allowed(scores.shape[1])
+            if allowed is not None:
                 rows.append(i)
-                allowed.append(may_come)
+                masks.append(allowed)
         if rows:
-            forbidden = torch.from_numpy(~np.stack(allowed)).to(scores.device)  # (rows, v)
+            forbidden = torch.from_numpy(~np.stack(masks)).to(scores.device)  # (rows, v)
             scores[rows] = scores[rows].masked_fill(forbidden, -math.inf)
 
-    def _draw(self, scores: torch.Tensor, asked: Sequence[_Asked]) -> None:
-        if asked:
-            rows = [i for i, _, _ in asked]
-            wishes = [
-                DrawOptions(row.request.temperature, row.request.top_k, row.request.top_p, row.request.seed, len(said))
-                for _, row, said in asked
+    def _draw(self, scores: torch.Tensor, turns: Sequence[_Turn]) -> None:
+        if turns:
+            rows = [turn.i for turn in turns]
+            options = [
+                DrawOptions(
+                    row.request.temperature, row.request.top_k, row.request.top_p, row.request.seed, len(answer)
+                )
+                for _, row, answer in turns
             ]
-            scores[rows] = scores[rows].scatter(1, draw(scores[rows], wishes)[:, None], math.inf)
+            drawn = draw(scores[rows], options)[:, None]  # (rows, 1)
+            scores[rows] = scores[rows].scatter(1, drawn, math.inf)

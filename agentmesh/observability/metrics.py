@@ -7,9 +7,9 @@ imported: prometheus_client then keeps its numbers in memory-mapped files there,
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app, multiprocess
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -21,6 +21,9 @@ from agentmesh.journal.types import JournalCounts
 from agentmesh.observability.cache_metrics import CacheMetrics, remove_gauges_of_dead
 from agentmesh.observability.engine_status import EngineStatus
 from agentmesh.observability.observer import OnStepEnd
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
 
 SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 OUTCOMES = {"StepDone": "done", "StepFailed": "failed", "StepRetried": "retried", "StepInDoubt": "in_doubt"}
@@ -155,11 +158,11 @@ class _EngineCollector(Collector):
                 yield rows
 
 
-def metrics_text(
+def metrics_app(
     folder: str, counts: Callable[[], JournalCounts | None], workers: Callable[[], tuple[int, int]],
     engines: Callable[[], Sequence[EngineStatus]] = tuple,
-) -> Callable[[], bytes]:  # fmt: skip
-    """A function that gives the whole page, in Prometheus' text format.
+) -> "WSGIApplication":  # fmt: skip
+    """prometheus_client's own application: text or OpenMetrics as the scraper accepts, gzipped, filtered by `name[]`.
 
     Args:
         folder: where the workers count.
@@ -170,9 +173,10 @@ def metrics_text(
     multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
     registry.register(_JournalCollector(counts, workers))
     registry.register(_EngineCollector(engines))
+    page = make_wsgi_app(registry)
 
-    def page() -> bytes:
+    def app(environ: Any, start_response: Any) -> Any:
         remove_gauges_of_dead(folder)
-        return generate_latest(registry)
+        return page(environ, start_response)
 
-    return page
+    return app

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from agentmesh.errors import ConfigError, ExtraMissing
 
 if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
+
     from agentmesh.journal.types import JournalCounts
     from agentmesh.observability.engine_status import EngineStatus
     from agentmesh.observability.observer import Observer
@@ -32,19 +34,19 @@ def metrics_observers() -> "list[Observer]":
 def metrics_page(
     folder: str, counts: "Callable[[], JournalCounts | None]", workers: Callable[[], tuple[int, int]],
     engines: "Callable[[], Sequence[EngineStatus]]",
-) -> Callable[[], bytes]:  # fmt: skip
-    """What makes the page for Prometheus, from what workers count in a folder, what the journal holds and engines tell.
+) -> "WSGIApplication":  # fmt: skip
+    """What answers Prometheus, from what workers count in a folder, what the journal holds and engines tell.
 
     Raises:
         ExtraMissing: prometheus_client is not installed.
     """
     try:
-        from agentmesh.observability.metrics import metrics_text
+        from agentmesh.observability.metrics import metrics_app
     except ImportError as e:
         raise ExtraMissing(
             f"--metrics needs {e.name}, which is not installed: pip install 'agentmesh-celery[metrics]'"
         ) from None
-    return metrics_text(folder, counts, workers, engines)
+    return metrics_app(folder, counts, workers, engines)
 
 
 def http_server(host: str, port: int, key_env: str) -> "HttpServer":

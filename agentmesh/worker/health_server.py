@@ -1,15 +1,20 @@
 """`agentmesh worker --metrics`: /metrics for Prometheus and /health for probes, from the supervisor's process."""
 
 import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from agentmesh.errors import ConfigError
 from agentmesh.observability.engine_status import EngineStatus
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 LOOPBACK = "127.0.0.1"
 
@@ -87,56 +92,56 @@ class HealthServer:
 
     Args:
         at: host and port; port 0 takes a free one.
-        page: makes the page for Prometheus.
+        page: answers /metrics; see `metrics_app`.
 
     Raises:
         ConfigError: the address cannot be had.
     """
 
-    def __init__(self, at: tuple[str, int], *, page: Callable[[], bytes], health: Callable[[], Health]) -> None:
+    def __init__(self, at: tuple[str, int], *, page: "WSGIApplication", health: Callable[[], Health]) -> None:
+        def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+            path = environ["PATH_INFO"].rstrip("/")
+            if path == "/metrics":
+                return page(environ, start_response)
+            status, kind, body = _answer(path, health)
+            start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+            return [body]
+
         try:
-            self._server = _Server(at, _Handler)
+            self._server = (_Server6 if ":" in at[0] else _Server)(at, _QuietHandler)
         except OSError as e:
             raise ConfigError(
                 f"--metrics cannot listen at {at[0]}:{at[1]} ({e.strerror or e})", hint="choose another port"
             ) from None
-        self._server.page, self._server.health = page, health
+        self._server.set_app(answer)
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, name="agentmesh-metrics", daemon=True).start()
 
     def close(self) -> None:
-        """Let go of the port."""
+        """Release the port."""
         self._server.shutdown()
         self._server.server_close()
 
 
-class _Server(ThreadingHTTPServer):
+def _answer(path: str, health: Callable[[], Health]) -> tuple[str, str, bytes]:
+    """Status, content type and body of a path."""
+    if path == "/health/live":  # this process answers: that is the whole question
+        return "200 OK", "application/json", b'{"live": true}'
+    if path in ("/health", "/health/ready"):
+        now = health()
+        status = "200 OK" if now.good else "503 Service Unavailable"
+        return status, "application/json", json.dumps(now.told).encode()
+    return "404 Not Found", "text/plain", b"there are /metrics, /health/live and /health/ready\n"
+
+
+class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    page: Callable[[], bytes]
-    health: Callable[[], Health]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
-    def do_GET(self) -> None:  # http.server's name
-        path = self.path.partition("?")[0].rstrip("/")
-        if path == "/metrics":
-            self._say(200, "text/plain; version=0.0.4; charset=utf-8", self.server.page())
-        elif path == "/health/live":  # this process answers: that is the whole question
-            self._say(200, "application/json", b'{"live": true}')
-        elif path in ("/health", "/health/ready"):
-            now = self.server.health()
-            self._say(200 if now.good else 503, "application/json", json.dumps(now.told).encode())
-        else:
-            self._say(404, "text/plain", b"there are /metrics, /health/live and /health/ready\n")
 
-    def _say(self, code: int, kind: str, body: bytes) -> None:
-        self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
+class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a probe every few seconds is no news."""
+        """Nothing: a probe comes every few seconds."""

@@ -62,15 +62,15 @@ def test_an_engine_that_is_down_holds_nothing_but_the_reason(make_engine: Callab
     engine = make_engine(model=model)
     with pytest.raises(EngineDown, match="CUDA error"):
         engine.submit(Request((5, 6, 7), 3)).result(WAIT_S)
-    assert engine._down is not None
-    assert engine._down.__traceback__ is None  # its frames would hold the cache
+    assert engine._fatal_error is not None
+    assert engine._fatal_error.__traceback__ is None  # its frames would hold the cache
 
 
 def test_a_step_waits_for_what_was_written_on_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[Any] = []
     stream = SimpleNamespace(wait_stream=lambda other: happened.append(f"waits for the {other}"))
     batching: Any = object.__new__(Batching)
-    batching._turn, batching._held = DeviceLock(), contextlib.ExitStack()
+    batching._device_lock, batching._step_stack = DeviceLock(), contextlib.ExitStack()
     batching.model = SimpleNamespace(device="cuda")
     batching.batch_processor = SimpleNamespace(
         inputs_and_outputs=SimpleNamespace(compute_stream=stream),

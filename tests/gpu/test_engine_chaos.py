@@ -122,7 +122,7 @@ def test_each_says_what_it_says_alone(make_engine: Callable[..., Engine], seed: 
         culprit.result(WAIT_S)
     until_idle(engine)
     assert engine.gauge.deaths >= 2  # the poison alone
-    assert (engine._sampler._rows, engine._flights, list(engine._parked), list(engine._apart)) == ({}, {}, [], [])
+    assert (engine._sampler._rows, engine._flights, list(engine._parked), list(engine._suspects)) == ({}, {}, [], [])
 
 
 def until_idle(engine: Engine) -> None:

@@ -109,7 +109,7 @@ def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
         assert engine["pid"] == work.device_pid != before
         assert len(run.result(timeout_s=WAIT_S)) == 5
         os.kill(work.device_pid, signal.SIGSTOP)  # it neither dies nor says anything
-        eventually(lambda: "has said nothing for" in get(f"{url}/health")[1])
+        eventually(lambda: "has not reported for" in get(f"{url}/health")[1])
 
 
 def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Path, eventually: Any) -> None:
@@ -141,8 +141,8 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
     report.stop()
     (told,) = read_statuses(str(tmp_path / "gone"), ["w"])
     assert (told.pid, told.in_hand, told.places, told.batch_tokens) == (os.getpid(), 3, 8, 64)
-    (warned,) = [r.getMessage() for r in caplog.records if "cannot be told" in r.getMessage()]
-    assert warned.startswith("how m does cannot be told to its supervisor: ")
+    (warned,) = [r.getMessage() for r in caplog.records if "cannot report the status" in r.getMessage()]
+    assert warned.startswith("cannot report the status of m to the supervisor: ")
 
 
 def test_a_report_of_another_version_is_read(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_the_broker_killed_with_sixty_four_in_flight(
             server.settle()
         server.kill()
         it.held.unlink()
-        eventually(lambda: it.log.read_text().count("the connection to the broker is lost") >= 2)
+        eventually(lambda: it.log.read_text().count("lost the connection to the broker") >= 2)
         server.restart()
         back = time.monotonic()
         it.check(run)
@@ -195,7 +195,7 @@ def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
     valkey: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     monkeypatch.setenv("AGENTMESH_CACHE", str(save_model(tmp_path)))
-    monkeypatch.setattr(batching, "LONGEST_ON_CPU", 100)  # prompts: the cache holds a thousand
+    monkeypatch.setattr(batching, "CPU_CONTEXTS", 100)  # prompts: the cache holds a thousand
     monkeypatch.setattr(Housekeeper, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
     many = 1000
     crew = load_crew(CREW)

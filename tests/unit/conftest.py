@@ -115,9 +115,12 @@ def web() -> Web:
 
 @pytest.fixture
 def models_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache in the test's folder; no setting of pip's, no token."""
+    """An empty cache in the test's folder, an empty one of the hub's own; no setting of pip's, no token, nobody logged in."""
     monkeypatch.setenv("AGENTMESH_CACHE", str(tmp_path / "cache"))
     for name in ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS"):
         monkeypatch.delenv(f"PIP_{name}", raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
