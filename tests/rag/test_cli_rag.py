@@ -74,8 +74,8 @@ def test_wrong_use_says_what_is_wrong(here: Any, write: Any, tmp_path: Path) -> 
     assert "must be an object" in here(*search, "--where", "[]", code=2)
     assert "yaer" in here(*search, "--where", '{"yaer": 2026}', code=1)
     assert "$near" in here(*search, "--where", '{"year": {"$near": 1}}', code=1)
-    assert "there are hybrid, dense, text" in here(*search, "--mode", "fuzzy", code=2)
-    assert "there is no embedder 'wordlama'" in here(*search, "--embed", "wordlama", code=4)
+    assert "mode must be one of hybrid, dense, text" in here(*search, "--mode", "fuzzy", code=2)
+    assert "unknown embedder 'wordlama'" in here(*search, "--embed", "wordlama", code=4)
     assert "nothing was found" in here(*search, "--where", '{"year": 2025}', code=1)
     assert "docs/a.md:0" in here(*search, "--where", '{"year": 2026}', code=0)
 

@@ -80,7 +80,7 @@ def test_embed_steps_are_left_to_a_worker_that_is_there(
 ) -> None:
     write("docs", {"a.md": "tea"})
     assert shell("rag", "add", "docs", "--broker", valkey.broker_url).startswith("1 documents added")
-    assert "embed steps are left to the worker that is there" in shell.err
+    assert "embed steps run on the worker that serves them" in shell.err
     assert "--queue index --queue parse --queue embed" in shell.err
     worker.terminate()
     _, log = worker.communicate(timeout=WAIT_S)
@@ -112,7 +112,7 @@ def test_when_that_worker_goes_away_the_command_goes_on_by_itself(
     killer.join()
     out, err = capfd.readouterr()
     assert code == 0, err
-    assert "no worker takes 'embed' steps; one is started here, on the CPU" in err
+    assert "no worker serves queue 'embed'; starting one here, on the CPU" in err
     assert out == "1 documents added, 1 passages · 0 unchanged\n"
 
 

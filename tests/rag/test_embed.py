@@ -174,7 +174,7 @@ def test_what_passes_is_tried_again_and_what_does_not_is_told(server: Server) ->
     assert refused.value.after_s is None
     for status, said, headers, sentence, after_s in (
         (404, "no m", {}, "has no embedding model 'm'", None),
-        (200, "<html>", {}, "no embeddings", None),
+        (200, "<html>", {}, "did not answer with embeddings", None),
         (400, "too long", {}, "refused the request", None),
         (429, "later", {"Retry-After": "60"}, "429", 60.0),  # too long to wait here: the caller's
         (200, {"data": []}, {}, "0 vectors for 1 texts", None),
@@ -215,17 +215,17 @@ def test_a_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     for name, sentence in (
         ("wordlama", "Did you mean 'wordllama'"),
-        ("wordllama:3", "no embedder"),
-        ("local:", "no embedder"),
+        ("wordllama:3", "unknown embedder"),
+        ("local:", "unknown embedder"),
         ("local:/no/such", "no folder '/no/such'"),
         ("openai:x", "OPENAI_API_KEY"),
-        ("http://", "is no URL"),
+        ("http://", "is not a URL"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             embedder(name)
     with pytest.raises(ConfigError, match="agentmesh models pull"):
         embedder("local:no-such/model").query("a")
-    with pytest.raises(ConfigError, match="int is no embedder"):
+    with pytest.raises(ConfigError, match="int is not an embedder"):
         embedder(3)
 
 

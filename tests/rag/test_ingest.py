@@ -142,7 +142,7 @@ def test_another_embedder_is_refused_before_anything_is_parsed(
     assert [e.name for e in other.run.events() if isinstance(e, StepPlanned)] == [
         "plan_ingest",
         "check_embedder",
-        "tidy",
+        "clean_up",
     ]
     assert list((scene.store.path / "parts").iterdir()) == []
     assert sorted(scene.sources()) == ["docs/a.md"]

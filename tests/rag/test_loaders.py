@@ -106,11 +106,11 @@ def test_json_lines() -> None:
         ("a.pdf", pdf("", ""), "'a.pdf' has 2 pages and no text; if it is a scan"),
         ("a.pdf", pdf("text")[:200], "'a.pdf' cannot be read as PDF"),
         ("a.csv", b"a,b\n", "'a.csv' holds no text"),
-        ("a.jsonl", b'{"text": "a"}\n{', "line 2 of 'a.jsonl' is no JSON"),
-        ("a.jsonl", b'{"text": "\\ud800"}', "line 1 of 'a.jsonl' is no JSON"),
-        ("a.jsonl", b"[1]", "is no object"),
+        ("a.jsonl", b'{"text": "a"}\n{', "line 2 of 'a.jsonl' is not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1 of 'a.jsonl' is not JSON"),
+        ("a.jsonl", b"[1]", "is not an object"),
         ("a.jsonl", b'{"body": 3}', "has none of the fields text, content"),
-        ("a.jsonl", b"[" * 100_000, "line 1 of 'a.jsonl' is no JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of 'a.jsonl' is not JSON"),
     ],
 )  # fmt: skip
 def test_bad_files(name: str, data: bytes, sentence: str) -> None:
@@ -137,7 +137,7 @@ def test_a_file_that_is_not_there_or_too_large(tmp_path: Path) -> None:
 
 
 def test_an_encoding_that_is_none() -> None:
-    with pytest.raises(DocumentError, match="no encoding 'latin-99'"):
+    with pytest.raises(DocumentError, match="unknown encoding 'latin-99'"):
         decode(b"a", "a.txt", "latin-99")
 
 
