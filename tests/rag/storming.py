@@ -93,11 +93,11 @@ def merge(store: FaissStore, path: Path, number: int) -> None:
 
 if __name__ == "__main__":
     state.SMALL_ROWS = compaction.SMALL_ROWS = 64  # small files count as large ones, so that all code is in the storm
-    compaction.TAIL_FILES = 40
-    folder.KEEP_S, folder.STAY_S = 4.0, 2.0
+    compaction.TAIL_MERGE_FILES = 40
+    folder.RETENTION_S, folder.RETIRE_AFTER_S = 4.0, 2.0
     FRESH = float(os.environ.get("STORM_FRESH_S", "1"))
     from agentmesh.rag.store import follower
 
-    follower.FRESH_S = FRESH
+    follower.RELIST_AFTER_S = FRESH
     role, where, number = sys.argv[1:]
     {"write": write, "read": read, "merge": merge}[role](FaissStore(Path(where) / "kb"), Path(where), int(number))

@@ -139,7 +139,7 @@ def test_another_embedder_is_refused_until_the_passages_are_embedded_anew(handbo
     with pytest.raises(MeshError, match="reembed"):
         handbook.search("tea")
     assert anew.reembed(type(by_words)(16)).count() == len(TEXTS)
-    with pytest.raises(StoreError, match="for reading"):
+    with pytest.raises(StoreError, match="read-only"):
         handbook.where(tenant="a").reembed(other)
 
 

@@ -39,7 +39,7 @@ def test_a_zombie_does_not_overwrite_newer_text(store: FaissStore, made: Any) ->
     )
     assert (done.refused, done.added) == (("a",), 1)
     again = FaissStore(store.path).replace_many([Replacement("b", [], [], "9")], key="k")
-    assert (again.again, again.refused, again.version) == (True, ("a",), done.version)
+    assert (again.repeated, again.refused, again.version) == (True, ("a",), done.version)
     assert store.remove(["a", "b"], expects={"a": "1"}).refused == ("a",)
     assert set(store.sources()) == {"a"}
 
@@ -51,7 +51,7 @@ def test_a_key_answers_its_first_commit_after_a_merge_too(store: FaissStore, mad
     assert store.compact(everything=True)
     for one in (store, FaissStore(store.path)):
         again = one.replace("a", [], [], digest="2", key="run/1")
-        assert (again.version, again.added, again.again) == (first.version, 2, True)
+        assert (again.version, again.added, again.repeated) == (first.version, 2, True)
         assert one.replace_many([], key="run/2").refused == refused.refused == ("a",)
     assert store.count() == 11
 
@@ -98,7 +98,7 @@ def test_many_threads_and_a_forked_child(store: FaissStore, made: Any) -> None:
         thread.join()
     assert not failed
     assert (store.version, store.count()) == (32, 64)
-    with store._core.lock:  # held in the parent while it forks, as by another thread
+    with store._writer.lock:  # held in the parent while it forks, as by another thread
         child = os.fork()
         if not child:
             os._exit(0 if store.count() == 64 and store.replace("c", [], [], digest="1").version == 33 else 1)
@@ -116,9 +116,9 @@ def test_versions_of_the_last_hour_and_pinned_ones(
     assert store.at(3).count() == 9
     assert [h.source for h in store.at(pinned).search(made.vectors(1, 0)[0], 1)] == ["s0"]
     assert store.at(pinned).bound({"source": "s1"}).count() == 3
-    monkeypatch.setattr(folder, "STAY_S", 0.0)
-    later = time.time() + 2 * folder.KEEP_S
-    files = store._core.folder
+    monkeypatch.setattr(folder, "RETIRE_AFTER_S", 0.0)
+    later = time.time() + 2 * folder.RETENTION_S
+    files = store._writer.folder
     assert files
     files.retire()  # aside,
     assert store.at(3).count() == 9
@@ -127,13 +127,13 @@ def test_versions_of_the_last_hour_and_pinned_ones(
     assert store.at(pinned).count() == 12
     store.unpin(pinned)
     files.retire(later)
-    with pytest.raises(StoreVersion, match="the oldest is 5"):
+    with pytest.raises(StoreVersion, match="read version 5, the oldest"):
         store.at(pinned)
     with pytest.raises(StoreVersion, match="no version 99 yet"):
         store.at(99)
     with pytest.raises(StoreVersion, match="not pinned"):
         store.unpin(pinned)
-    with pytest.raises(StoreError, match="for reading"):
+    with pytest.raises(StoreError, match="read-only"):
         store.at(5).delete(["s2#0"])
     assert store.count() == 6
 
@@ -146,10 +146,10 @@ def test_a_laggard_does_not_take_a_number_that_was_cleaned_away(
     assert laggard.version == 2
     made.fill(store, 4, digest="2")
     store.compact(everything=True)
-    monkeypatch.setattr(folder, "STAY_S", 0.0)
-    store._core.folder.retire()  # type: ignore[union-attr]
-    monkeypatch.setattr(follower, "FRESH_S", 0.0)  # it slept for a minute
-    monkeypatch.setattr(laggard._core, "refresh", lambda: None)  # between its listing and its link
+    monkeypatch.setattr(folder, "RETIRE_AFTER_S", 0.0)
+    store._writer.folder.retire()  # type: ignore[union-attr]
+    monkeypatch.setattr(follower, "RELIST_AFTER_S", 0.0)  # it slept for a minute
+    monkeypatch.setattr(laggard._writer, "refresh", lambda: None)  # between its listing and its link
     real = follower.Follower.refresh
     monkeypatch.setattr(folder.Folder, "publish", _waking(folder.Folder.publish, laggard, real))
     assert laggard.replace("late", made.chunks("late", 1), made.vectors(1), digest="1").version == 7
@@ -159,7 +159,7 @@ def test_a_laggard_does_not_take_a_number_that_was_cleaned_away(
 
 def _waking(publish: Any, laggard: FaissStore, refresh: Any) -> Any:
     def waking(self: Any, temporary: Path, span: Any) -> bool:
-        laggard._core.refresh = lambda: refresh(laggard._core)  # type: ignore[method-assign]
+        laggard._writer.refresh = lambda: refresh(laggard._writer)  # type: ignore[method-assign]
         return bool(publish(self, temporary, span))
 
     return waking
@@ -168,18 +168,18 @@ def _waking(publish: Any, laggard: FaissStore, refresh: Any) -> Any:
 def test_a_writer_merges_its_small_commits_by_the_way(
     store: FaissStore, monkeypatch: pytest.MonkeyPatch, made: Any
 ) -> None:
-    monkeypatch.setattr(compaction, "TAIL_FILES", 10)
+    monkeypatch.setattr(compaction, "TAIL_MERGE_FILES", 10)
     made.fill(store, 25)
-    assert len(folder.chain(store._core.folder.spans())) < 10  # type: ignore[union-attr]
+    assert len(folder.chain(store._writer.folder.spans())) < 10  # type: ignore[union-attr]
     assert store.count() == 75
     assert store.stats().in_memory <= 30
 
 
 def test_two_compactors_do_not_meet(store: FaissStore, made: Any) -> None:
     made.fill(store, 3)
-    files = store._core.folder
+    files = store._writer.folder
     assert files
-    with files.alone() as mine:
+    with files.merge_lock() as mine:
         assert mine
         assert not FaissStore(store.path).compact(everything=True)
     assert FaissStore(store.path).compact(everything=True)
@@ -190,4 +190,4 @@ def test_the_store_imports_no_torch_and_no_celery() -> None:
     code = "import sys, agentmesh.rag.store.faiss_store; print([m for m in ('torch', 'celery', 'tantivy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert state.SMALL_ROWS < compaction.LIGHT_ROWS
+    assert state.SMALL_ROWS < compaction.WRITER_MERGE_ROWS

@@ -20,7 +20,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_read(
     store: FaissStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, made: Any
 ) -> None:
     made.fill(store, 3)
-    files = store._core.folder
+    files = store._writer.folder
     assert files
     second, third = files.file((2, 2)), files.file((3, 3))
     data = bytearray(second.read_bytes())
@@ -48,7 +48,7 @@ def test_a_large_truncated_file_is_found_before_it_is_mapped(store: FaissStore, 
     big = [Chunk(f"b#{i}", "x" * 2000, "b", i) for i in range(3000)]
     store.upsert(big, made.vectors(3000))
     made.fill(store, 1)
-    path = store._core.folder.file((1, 1))  # type: ignore[union-attr]
+    path = store._writer.folder.file((1, 1))  # type: ignore[union-attr]
     assert path.stat().st_size > 4 << 20
     os.truncate(path, path.stat().st_size // 2)
     fresh = FaissStore(store.path)
@@ -93,7 +93,7 @@ def test_a_disk_that_does_not_confirm_says_so_and_the_key_makes_it_good(
         patched.setattr("agentmesh.rag.store.writer.sync", broken)
         with pytest.raises(StoreError, match="repeat it with the same key"):
             store.replace("a", made.chunks("a", 2), made.vectors(2), digest="1", key="k")
-    assert store.replace("a", made.chunks("a", 2), made.vectors(2), digest="1", key="k").again
+    assert store.replace("a", made.chunks("a", 2), made.vectors(2), digest="1", key="k").repeated
     assert store.count() == 5
 
 

@@ -48,7 +48,7 @@ def test_a_generation_with_another_embedder_takes_over(
         return np.array([[len(t), 1, 2] for t in texts], np.float32)
 
     writer, reader = FaissStore(store.path), FaissStore(store.path)
-    monkeypatch.setattr("agentmesh.rag.store.reembed.BATCH", 4)
+    monkeypatch.setattr("agentmesh.rag.store.reembed.EMBED_BATCH", 4)
     assert reader.count() == 17
     with pytest.raises(KeyboardInterrupt):
         store.reembed(embed, d=3)
@@ -62,17 +62,17 @@ def test_a_generation_with_another_embedder_takes_over(
         assert sorted(c.text for c in one.get(["s0#0", "p#0", "p#1"]) if c) == ["newer 0", "text 0", "text 1"]
         assert (one.count(), one.count({"n": 1}), one.get(["s1#0"])) == (14, 1, [None])
         assert len(one.search([5, 1, 2], 20)) == 14
-    assert store.replace("p", [], [], digest="9", key="p/1").again
+    assert store.replace("p", [], [], digest="9", key="p/1").repeated
     with pytest.raises(EmbedderMismatch):
         writer.replace("z", made.chunks("z", 1), made.vectors(1), digest="1")
     writer.replace("q", made.chunks("q", 2)[1:], np.ones((1, 3)), digest="1", part=(2, 2))
     time.sleep(follower.POLL_S)
     assert store.bound({"source": "q"}).count() == 2
     assert store.verify() == []
-    monkeypatch.setattr(folder, "KEEP_S", 0.0)
+    monkeypatch.setattr(folder, "RETENTION_S", 0.0)
     folder.drop_generations(store.path, "g2", 0.0)
     assert not (store.path / "g1").exists()
-    reader._core._checked = float("-inf")
+    reader._writer._refreshed = float("-inf")
     assert reader.bound({"source": "q"}).count() == 2
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agentmesh.rag.store.faiss_store import FaissStore
-from agentmesh.rag.store.folder import Folder, whole
+from agentmesh.rag.store.folder import Folder, chain_and_gaps
 
 STORMING = Path(__file__).with_name("storming.py")
 KILLS = int(os.environ.get("AGENTMESH_KILLS", "24"))  # 200 in the long tier
@@ -59,7 +59,7 @@ def test_nothing_that_was_promised_is_lost(tmp_path: Path, eventually: Any) -> N
     assert "".join(p.read_text() for p in tmp_path.glob("reader-*.log")) == ""
     store = FaissStore(tmp_path / "kb")
     assert store.verify() == []
-    spans, missing = whole(Folder(tmp_path / "kb" / "g1").spans())
+    spans, missing = chain_and_gaps(Folder(tmp_path / "kb" / "g1").spans())
     assert not missing
     assert spans[-1][1] == store.version
     found = {source: facts.digest for source, facts in store.sources().items()}

@@ -14,7 +14,7 @@ from agentmesh.errors import FilterInvalid, StoreConflict
 from agentmesh.rag.documents import Chunk
 from agentmesh.rag.store import compaction, state
 from agentmesh.rag.store.faiss_store import FaissStore
-from agentmesh.rag.store.filters import conditions, matches, parse
+from agentmesh.rag.store.filters import conditions, matches, parse_filter
 from agentmesh.rag.store.follower import POLL_S
 
 D = 8
@@ -75,7 +75,7 @@ class Oracle:
             self.drop(source)
             self.put(chunks, vectors)
             assert done.removed - done.added == before - len(self.rows)
-            assert store.replace(source, [], [], digest="other", key=digest).again
+            assert store.replace(source, [], [], digest="other", key=digest).repeated
             self.digests[source] = digest
             self.parts.pop(source, None)
         elif what == "part":
@@ -126,7 +126,7 @@ class Oracle:
         for words in [None, self.rng.choice(FILTERS)]:
             if words and not self.rows:
                 continue
-            where = parse(words or {})
+            where = parse_filter(words or {})
             passing = {i: v for i, (c, v) in self.rows.items() if matches(where, {"source": c.source, **c.metadata})}
             scores = {i: float(v @ query) for i, v in passing.items()}
             try:
@@ -145,7 +145,7 @@ class Oracle:
 def test_a_store_is_a_dict_with_a_search(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SMALL_ROWS", 6)  # so that commits become blocks too
     monkeypatch.setattr(compaction, "SMALL_ROWS", 6)
-    monkeypatch.setattr(compaction, "TAIL_FILES", 9)
+    monkeypatch.setattr(compaction, "TAIL_MERGE_FILES", 9)
     oracle, store, beside = Oracle(seed), FaissStore(tmp_path / "kb"), FaissStore(tmp_path / "kb")
     for n in range(60):
         oracle.step(store)
@@ -155,7 +155,7 @@ def test_a_store_is_a_dict_with_a_search(seed: int, tmp_path: Path, monkeypatch:
             store.compact(everything=seed % 2 == 0)
             oracle.check(store)
             oracle.check(FaissStore(tmp_path / "kb"))
-    beside._core._checked = float("-inf")
+    beside._writer._refreshed = float("-inf")
     for one in (store, beside, FaissStore(tmp_path / "kb")):
         oracle.check(one)
     assert store.verify() == []
@@ -172,7 +172,7 @@ def meaning(texts: Sequence[str]) -> np.ndarray:
 def test_another_embedder_comes_while_others_write(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SMALL_ROWS", 6)
     monkeypatch.setattr(compaction, "SMALL_ROWS", 6)
-    monkeypatch.setattr("agentmesh.rag.store.reembed.BATCH", 5)
+    monkeypatch.setattr("agentmesh.rag.store.reembed.EMBED_BATCH", 5)
     oracle, writer = Oracle(seed), FaissStore(tmp_path / "kb")
     for n in range(30):
         oracle.step(writer)

@@ -14,7 +14,7 @@ from agentmesh.rag.documents import Chunk
 from agentmesh.rag.embedders import embedder
 from agentmesh.rag.ranking import mmr, rrf
 from agentmesh.rag.store.faiss_store import FaissStore
-from agentmesh.rag.store.text_index import TextIndex, build, space_out, terms, weigh
+from agentmesh.rag.store.text_index import TextIndex, build_text_index, space_out, terms, weigh
 
 D = 8
 
@@ -136,7 +136,7 @@ def test_hybrid_finds_by_word_and_by_meaning(tmp_path: Path) -> None:
 def test_an_index_on_a_folder_that_nobody_may_write_to(tmp_path: Path) -> None:
     folder = tmp_path / "a.text"
     folder.mkdir()
-    build(folder, ((i, f"word{i} same") for i in range(100)))
+    build_text_index(folder, ((i, f"word{i} same") for i in range(100)))
     assert not [f for f in os.listdir(folder) if f.endswith(".lock")]
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     folder.chmod(0o500)
