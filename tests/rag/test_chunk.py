@@ -113,7 +113,7 @@ def test_many_titles_take_no_quadratic_time() -> None:
 
 @pytest.mark.parametrize(("size", "overlap"), [(0, 0), (10, 10), (10, -1)])
 def test_sizes_that_do_not_fit(size: int, overlap: int) -> None:
-    with pytest.raises(DefinitionError, match="do not fit"):
+    with pytest.raises(DefinitionError, match="choose 0 <= overlap < size"):
         split(Document("text"), "a", size=size, overlap=overlap)
 
 

@@ -119,7 +119,7 @@ def test_evaluation_counts_right_passages(handbook: Retriever, tmp_path: Path) -
     file.write_text("\n".join(json.dumps(q) for q in asked))
     assert handbook.evaluate(file, k=(1, 3)) == scores
     file.write_text("{}")
-    with pytest.raises(DefinitionError, match="needs `question` and `source`"):
+    with pytest.raises(DefinitionError, match="give it `question` and `source`"):
         handbook.evaluate(file)
     with pytest.raises(DefinitionError, match="cannot be read"):
         handbook.evaluate(tmp_path / "none.jsonl")
