@@ -63,7 +63,7 @@ def test_wrong_use_says_what_is_wrong(here: Any, write: Any, tmp_path: Path) -> 
     assert "there is no folder or file" in here("rag", "add", "nowhere", code=2)
     docs = write("docs", {"a.md": "tea"})
     assert "is a file" in here("rag", "sync", "docs/a.md", code=2)
-    assert "--meta 'year' must be NAME=VALUE" in here("rag", "add", "docs", "--meta", "year", code=2)
+    assert "--meta 'year' is not NAME=VALUE" in here("rag", "add", "docs", "--meta", "year", code=2)
     assert "overlap less than it" in here("rag", "add", "docs", "--size", "5", "--overlap", "9", code=2)
     assert "add --trust-pickle" in here("rag", "import-langchain", "docs", code=2)
     agent, asked = Retriever.open(tmp_path / "kb").ingest(docs, metadata={"year": 2026})
@@ -71,12 +71,12 @@ def test_wrong_use_says_what_is_wrong(here: Any, write: Any, tmp_path: Path) -> 
     search = ("rag", "search", "tea", "--store", "kb")
     assert "k must be at least 1" in here(*search, "-k", "0", code=2)
     assert "is not JSON" in here(*search, "--where", "{", code=2)
-    assert "must be an object" in here(*search, "--where", "[]", code=2)
+    assert "is not a JSON object" in here(*search, "--where", "[]", code=2)
     assert "yaer" in here(*search, "--where", '{"yaer": 2026}', code=1)
     assert "$near" in here(*search, "--where", '{"year": {"$near": 1}}', code=1)
     assert "mode must be one of hybrid, dense, text" in here(*search, "--mode", "fuzzy", code=2)
     assert "unknown embedder 'wordlama'" in here(*search, "--embed", "wordlama", code=4)
-    assert "nothing was found" in here(*search, "--where", '{"year": 2025}', code=1)
+    assert "no passage was found" in here(*search, "--where", '{"year": 2025}', code=1)
     assert "docs/a.md:0" in here(*search, "--where", '{"year": 2026}', code=0)
 
 
@@ -98,7 +98,7 @@ def test_a_store_is_looked_after(here: Any, write: Any, tmp_path: Path) -> None:
     agent, asked = Retriever.open(tmp_path / ".agentmesh" / "rag").ingest(write("docs", dict(list(DOCS.items())[:3])))
     FakeMesh(Crew(agent)).run(asked)
     assert json.loads(here("rag", "stats", "--json", code=0))["chunks"] == 3
-    assert here("rag", "verify", code=0) == "every file is whole\n"
+    assert here("rag", "verify", code=0) == "no file is damaged\n"
     assert "chunks" in here("rag", "compact", code=0)
     assert "3 passages now have the vectors of wordllama\n" in here("rag", "reembed", "--embed", "wordllama", code=0)
     found = [json.loads(f) for f in here("rag", "search", "tea", "--json", "--mode", "text", code=0).splitlines()]
