@@ -67,13 +67,15 @@ class Pack(Agent[Packed]):
         try:
             parsed = ctx.do(parse_pack.on(self.store, self.parts, task, self.how))
         except StepError as e:
-            return Packed(failed=ctx.do(failures_of.on(self.store, self.parts, task, str(e))))
+            failed = ctx.do(failures_of.on(self.store, self.parts, task, str(e)))
+            return Packed(failed=failed)
         packed = Packed(bytes=parsed.bytes, failed=parsed.failed)
         for batch in parsed.batches:
             try:
                 self._index(batch, packed, ctx)
             except StepError as e:
-                packed.failed += ctx.do(failures_of.on(self.store, self.parts, batch.part, str(e)))
+                failed = ctx.do(failures_of.on(self.store, self.parts, batch.part, str(e)))
+                packed.failed += failed
         return packed
 
     def _index(self, batch: Batch, packed: Packed, ctx: Context) -> None:

@@ -139,11 +139,11 @@ class Snapshot:
         for q, query in enumerate(queries):
             scores = np.concatenate([s[q] for _, s, _ in nearest]) if nearest else np.empty(0, np.float32)
             places: list[tuple[SnapshotPart, int]] = [(part, int(row)) for part, _, rows in nearest for row in rows[q]]
-            best = np.argsort(-scores, kind="stable")[:k]
+            best = [int(i) for i in np.argsort(-scores, kind="stable")[:k]]
             if metric == "l2":
-                results.append([hit(*places[i], cosine(*places[i], query)) for i in best.tolist()])
+                results.append([hit(*places[i], cosine(*places[i], query)) for i in best])
             else:
-                hits = [hit(*places[i], float(scores[i])) for i in best.tolist()]
+                hits = [hit(*places[i], float(scores[i])) for i in best]
                 results.append(sorted(hits, key=lambda h: (-h.score, h.id)))
         return results
 
