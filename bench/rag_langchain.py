@@ -5,18 +5,17 @@ python bench/rag_langchain.py [rows]
 
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from common import machine
 from langchain_core.embeddings import Embeddings
+from rag_search import p50_ms
 
 from agentmesh.langchain import FaissVectorStore
 
@@ -52,16 +51,6 @@ def empty_theirs(embeddings: Embeddings) -> Any:
     from langchain_community.docstore.in_memory import InMemoryDocstore
 
     return FAISS(embeddings, faiss.IndexFlatL2(D), InMemoryDocstore(), {})
-
-
-def p50_ms(search: Callable[[str], object], queries: list[str]) -> float:
-    """The median milliseconds of a single search."""
-    seconds = []
-    for query in queries:
-        began = time.perf_counter()
-        search(query)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds) * 1e3
 
 
 def recall(results: list[list[str]], true: list[set[str]]) -> float:
@@ -136,10 +125,11 @@ def main(n: int) -> None:
             before = time.perf_counter()
             theirs.save_local(folder + "/theirs")
             print(f"  saving all {n} rows again: {time.perf_counter() - before:.2f} s")
-        plain_ms = p50_ms(lambda q, s=store: s.similarity_search(q, k=K), queries)
-        filtered_ms = p50_ms(lambda q, s=store: s.similarity_search(q, k=K, filter={"rare": True}), queries)
-        plain = [[d.id for d in store.similarity_search(q, k=K)] for q in queries]
-        filtered = [[d.id for d in store.similarity_search(q, k=K, filter={"rare": True})] for q in queries]
+        plain_ms, plain_hits = p50_ms(lambda q, s=store: s.similarity_search(q, k=K), queries)
+        filtered_ms, filtered_hits = p50_ms(
+            lambda q, s=store: s.similarity_search(q, k=K, filter={"rare": True}), queries
+        )
+        plain, filtered = ([[d.id for d in hits] for hits in results] for results in (plain_hits, filtered_hits))
         print(
             f"  p50 {plain_ms:.2f} ms, recall {recall(plain, true):.2f}; under a filter of 2 % p50 {filtered_ms:.2f} ms, "
             f"recall {recall(filtered, true_rare):.2f}, {np.mean([len(ids) for ids in filtered]):.1f} of {K} hits"

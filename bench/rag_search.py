@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def fill(path: Path, vectors: np.ndarray) -> FaissStore:
     return store
 
 
-def p50_ms(search: Callable[[np.ndarray], Any], queries: np.ndarray) -> tuple[float, list[Any]]:
-    """Median milliseconds of one query, after ten to warm up, and the hits of each."""
+def p50_ms(search: Callable[[Any], Any], queries: Sequence[Any] | np.ndarray) -> tuple[float, list[Any]]:
+    """Median milliseconds of one query, after ten to warm up, and the result of each."""
     for q in queries[:10]:
         search(q)
     milliseconds, results = [], []

@@ -4,30 +4,19 @@ Words follow a Zipf distribution, as in real text; vectors are random. Neither c
 """
 
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from common import machine
+from rag_search import p50_ms
 
 from agentmesh.rag.documents import Chunk
 from agentmesh.rag.store.faiss_store import FaissStore
 
 D, WORDS, CHUNK_WORDS, K, QUERIES, BATCH = 384, 50_000, 150, 10, 300, 5_000
-
-
-def p50_ms(search: Callable[[int], object]) -> float:
-    """The median milliseconds of a single search."""
-    seconds = []
-    for i in range(QUERIES):
-        began = time.perf_counter()
-        search(i)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds) * 1e3
 
 
 def main(n: int) -> None:
@@ -61,9 +50,9 @@ def main(n: int) -> None:
     words_ms = (time.perf_counter() - opened) * 1e3
     print(f"first dense search {(opened - began) * 1e3:.0f} ms, then the first by words {words_ms:.0f} ms")
     for label, where in (("no filter", None), ("2 % pass", {"part": 7}), ("10 % pass", {"part": {"$lt": 5}})):
-        dense = p50_ms(lambda i, w=where: store.search(vectors[i], K, where=w))
-        by_words = p50_ms(lambda i, w=where: store.search_text(queries[i], K, where=w))
-        both = p50_ms(lambda i, w=where: store.search_hybrid(queries[i], vectors[i], K, where=w))
+        dense = p50_ms(lambda i, w=where: store.search(vectors[i], K, where=w), range(QUERIES))[0]
+        by_words = p50_ms(lambda i, w=where: store.search_text(queries[i], K, where=w), range(QUERIES))[0]
+        both = p50_ms(lambda i, w=where: store.search_hybrid(queries[i], vectors[i], K, where=w), range(QUERIES))[0]
         print(
             f"p50 of {K}, {label:9}: dense {dense:5.2f} ms, words {by_words:5.2f} ms, hybrid {both:5.2f} ms,"
             f" {both - dense:5.2f} ms above dense"
