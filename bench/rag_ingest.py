@@ -1,11 +1,12 @@
-"""What an ingest through Celery costs beside a bare loop; parse workers, journal and store included.
+"""The cost of an ingest through Celery compared with a plain loop, with parse workers, journal and store.
 
     python bench/rag_ingest.py [--documents 500] [--chunks 20] [--rounds 1]
 
-Both read, cut, embed and commit the same files with the same encoder, dtype and threads. The encoder has MiniLM's shape
-and random weights, made here. The bare loop cuts all, sorts all by length and embeds them in one go; in a thread, as a
-worker does, because OpenMP's threads spin when they are called from the main one, which costs twice the CPU on a busy
-machine. Models are loaded before the clock starts. Then the same folder again, unchanged. CPU is that of all processes, Valkey's too.
+Both read, split, embed and commit the same files with the same encoder, dtype and threads. The encoder has MiniLM's
+shape and random weights. The plain loop splits all documents, sorts all chunks by length and embeds them in one call;
+in a thread, as a worker does: OpenMP's threads spin when they are called from the main one, which costs twice the CPU on
+a busy machine. Models are loaded before the measurement. Then the same unchanged folder is added again. CPU seconds are
+those of all processes, Valkey's included.
 """
 
 import argparse
@@ -36,12 +37,12 @@ from agentmesh.worker.asyncio_worker import worker_commands
 from agentmesh.worker.supervisor import Supervisor
 
 CREW = "agentmesh.rag.ingest"
-SIZE = 600  # characters in a chunk: about 128 tokens of the made words
+SIZE = 600  # characters in a chunk: about 128 tokens of the random words
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def make_encoder(folder: Path, rng: random.Random) -> list[str]:
-    """MiniLM-L6's shape with random weights; its words."""
+    """Save an encoder of MiniLM-L6's shape with random weights; returns the words of its vocabulary."""
     words = sorted({"".join(rng.choices(LETTERS, k=rng.randint(2, 7))) for _ in range(30_000)})
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]
     torch.manual_seed(0)
@@ -55,7 +56,7 @@ def make_encoder(folder: Path, rng: random.Random) -> list[str]:
 
 
 def make_documents(folder: Path, words: list[str], rng: random.Random, *, documents: int, chunks: int) -> None:
-    """Files of so many chunks, of mixed lengths: each paragraph is a chunk."""
+    """Write files with so many chunks of mixed lengths: each paragraph is a chunk."""
     for i in range(documents):
         paragraphs = []
         for _ in range(chunks):
@@ -69,30 +70,30 @@ def make_documents(folder: Path, words: list[str], rng: random.Random, *, docume
         path.write_text("\n\n".join(paragraphs))
 
 
-def bare(docs: Path, store: Path, name: str) -> tuple[float, float, int]:
-    """Seconds, CPU seconds, and how many chunks."""
-    by, how = embedder(name), ChunkOptions(size=SIZE, overlap=0)
-    identity = by.identity
-    began, spent = time.perf_counter(), time.process_time()
-    found = []
+def plain_loop(docs: Path, store_folder: Path, name: str) -> tuple[float, float, int]:
+    """Seconds, CPU seconds, and the number of chunks."""
+    encoder, options = embedder(name), ChunkOptions(size=SIZE, overlap=0)
+    identity = encoder.identity
+    began, cpu_began = time.perf_counter(), time.process_time()
+    documents = []
     for path in sorted(docs.rglob("*.md")):
         data = path.read_bytes()
         source = path.relative_to(docs).as_posix()
         chunks = split(loaders.parse(data, path.name), source, size=SIZE, overlap=0)
-        found.append((source, content_digest(data, how.mark()), chunks))
-    vectors = by.documents([c.text for _, _, chunks in found for c in chunks])
-    kept, at = FaissStore(store, identity=identity), 0
-    for i in range(0, len(found), 64):
-        wanted = []
-        for source, digest, chunks in found[i : i + 64]:
-            wanted.append(Replacement(source, chunks, vectors[at : at + len(chunks)], digest=digest))
-            at += len(chunks)
-        kept.replace_many(wanted)
-    return time.perf_counter() - began, time.process_time() - spent, at
+        documents.append((source, content_digest(data, options.mark()), chunks))
+    vectors = encoder.documents([c.text for _, _, chunks in documents for c in chunks])
+    store, first = FaissStore(store_folder, identity=identity), 0
+    for i in range(0, len(documents), 64):
+        replacements = []
+        for source, digest, chunks in documents[i : i + 64]:
+            replacements.append(Replacement(source, chunks, vectors[first : first + len(chunks)], digest=digest))
+            first += len(chunks)
+        store.replace_many(replacements)
+    return time.perf_counter() - began, time.process_time() - cpu_began, first
 
 
-class Ingesting:
-    """Supervised workers, as `agentmesh rag add` starts them, and a mesh."""
+class IngestMesh:
+    """A mesh with supervised workers, as `agentmesh rag add` starts them."""
 
     def __init__(self, url: str, broker: str) -> None:
         self._url = url
@@ -103,7 +104,7 @@ class Ingesting:
             on_death=release_on_death(config, self.mesh.crew.broker_queues()),
         )  # fmt: skip
 
-    def __enter__(self) -> "Ingesting":
+    def __enter__(self) -> "IngestMesh":
         self._supervisor.start()
         assert self._supervisor.wait_ready(60)
         return self
@@ -114,14 +115,14 @@ class Ingesting:
         self.mesh.close()
 
     def add(self, docs: Path, store: Path, name: str) -> tuple[float, float, Added]:
-        """Seconds, CPU seconds of everybody, and what was added."""
-        agent, asked = Retriever.open(store, embed=name).ingest(docs, size=SIZE, overlap=0)
-        began, spent = time.perf_counter(), self._cpu_s()
-        added = self.mesh.run(agent, asked, timeout_s=3600)
-        return time.perf_counter() - began, self._cpu_s() - spent, added
+        """Seconds, CPU seconds of all processes, and the result."""
+        agent, request = Retriever.open(store, embed=name).ingest(docs, size=SIZE, overlap=0)
+        began, cpu_began = time.perf_counter(), self._cpu_s()
+        added = self.mesh.run(agent, request, timeout_s=3600)
+        return time.perf_counter() - began, self._cpu_s() - cpu_began, added
 
     def _cpu_s(self) -> float:
-        """Of this process, the workers, the children of the prefork one, and Valkey."""
+        """CPU seconds of this process, the workers, the children of the prefork worker, and Valkey."""
         pids = list(self._supervisor.pids.values())
         for pid in list(pids):
             for thread in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -135,28 +136,28 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--chunks", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     rng = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="bench-rag-") as folder, valkey() as server:
-        at = Path(folder)
-        name = f"local:{at / 'encoder'}"
-        words = make_encoder(at / "encoder", rng)
-        make_documents(at / "docs", words, rng, documents=given.documents, chunks=given.chunks)
-        make_documents(at / "warm", words, rng, documents=1, chunks=1)
+        root = Path(folder)
+        name = f"local:{root / 'encoder'}"
+        words = make_encoder(root / "encoder", rng)
+        make_documents(root / "docs", words, rng, documents=arguments.documents, chunks=arguments.chunks)
+        make_documents(root / "warm", words, rng, documents=1, chunks=1)
         embedder(name).documents(["warm"])
         print(machine(), f"· torch threads {torch.get_num_threads()}")
-        with Ingesting(server.url, server.broker_url) as ingesting, ThreadPoolExecutor(1) as thread:
-            ingesting.add(at / "warm", at / "warm-store", name)
-            for i in range(given.rounds):
-                loop_s, loop_cpu_s, chunks = thread.submit(bare, at / "docs", at / f"bare-{i}", name).result()
-                mesh_s, mesh_cpu_s, added = ingesting.add(at / "docs", at / f"mesh-{i}", name)
-                again_s, _, again = ingesting.add(at / "docs", at / f"mesh-{i}", name)
-                assert (added.documents, added.chunks, added.failed) == (given.documents, chunks, [])
-                assert (again.documents, again.skipped) == (0, given.documents)
-                print(f"{given.documents} documents, {chunks} chunks: bare loop {loop_s:.1f} s ({chunks / loop_s:.0f}/s), "
+        with IngestMesh(server.url, server.broker_url) as mesh, ThreadPoolExecutor(1) as thread:
+            mesh.add(root / "warm", root / "warm-store", name)
+            for i in range(arguments.rounds):
+                loop_s, loop_cpu_s, chunks = thread.submit(plain_loop, root / "docs", root / f"loop-{i}", name).result()
+                mesh_s, mesh_cpu_s, added = mesh.add(root / "docs", root / f"mesh-{i}", name)
+                unchanged_s, _, unchanged = mesh.add(root / "docs", root / f"mesh-{i}", name)
+                assert (added.documents, added.chunks, added.failed) == (arguments.documents, chunks, [])
+                assert (unchanged.documents, unchanged.skipped) == (0, arguments.documents)
+                print(f"{arguments.documents} documents, {chunks} chunks: plain loop {loop_s:.1f} s ({chunks / loop_s:.0f}/s), "
                       f"ingest {mesh_s:.1f} s: {loop_s / mesh_s:.0%} of the loop's rate; "
                       f"CPU {loop_cpu_s:.1f} and {mesh_cpu_s:.1f} s: {loop_cpu_s / mesh_cpu_s:.0%}; "
-                      f"unchanged again {again_s:.3f} s: {mesh_s / again_s:.0f} times faster", flush=True)  # fmt: skip
+                      f"unchanged {unchanged_s:.3f} s: {mesh_s / unchanged_s:.0f} times faster", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

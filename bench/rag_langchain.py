@@ -1,36 +1,35 @@
-"""Our vector store beside langchain-community's FAISS, both through LangChain's interface, over the same random vectors.
+"""Our vector store compared with langchain-community's FAISS, through LangChain's interface, over the same random vectors.
 
 python bench/rag_langchain.py [rows]
 """
 
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from common import machine
 from langchain_core.embeddings import Embeddings
+from rag_search import p50_ms
 
 from agentmesh.langchain import FaissVectorStore
 
 warnings.simplefilter("ignore")
-from langchain_community.vectorstores import FAISS  # noqa: E402  (it warns of its end when it is imported)
+from langchain_community.vectorstores import FAISS  # noqa: E402  (it warns of its deprecation at import)
 
-D, K, BATCH, ASKED, KILLS = 384, 10, 1000, 200, 8
+D, K, BATCH, QUERIES, KILLS = 384, 10, 1000, 200, 8
 
 
 class Numbers(Embeddings):
-    """The vector of a text that is a number; costs next to nothing."""
+    """Random vectors for texts that are numbers, without any computation."""
 
     def __init__(self, n: int) -> None:
-        vectors = np.random.default_rng(5).standard_normal((n + ASKED, D)).astype(np.float32)
+        vectors = np.random.default_rng(5).standard_normal((n + QUERIES, D)).astype(np.float32)
         self.vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -54,23 +53,13 @@ def empty_theirs(embeddings: Embeddings) -> Any:
     return FAISS(embeddings, faiss.IndexFlatL2(D), InMemoryDocstore(), {})
 
 
-def p50_ms(ask: Callable[[str], object], asked: list[str]) -> float:
-    """The median of single searches."""
-    took = []
-    for one in asked:
-        began = time.perf_counter()
-        ask(one)
-        took.append(time.perf_counter() - began)
-    return statistics.median(took) * 1e3
-
-
-def recall(found: list[list[str]], true: list[set[str]]) -> float:
-    """Of the true nearest, the part that was found."""
-    return sum(len(set(f) & t) for f, t in zip(found, true, strict=True)) / sum(map(len, true))
+def recall(results: list[list[str]], true: list[set[str]]) -> float:
+    """The share of the true nearest that is in the results."""
+    return sum(len(set(ids) & t) for ids, t in zip(results, true, strict=True)) / sum(map(len, true))
 
 
 def writer(kind: str, folder: str) -> None:
-    """Adds batches for ever; says each number once it is on the disk."""
+    """Add batches for ever; print each number of rows once they are on disk."""
     embeddings = Numbers(BATCH)
     store = FaissVectorStore(folder, embedding=embeddings) if kind == "ours" else empty_theirs(embeddings)
     for first in range(0, 10**9, 100):
@@ -81,40 +70,40 @@ def writer(kind: str, folder: str) -> None:
 
 
 def after_kills(kind: str) -> str:
-    """What is left of what was acknowledged, each time in a new folder."""
-    whole, broken, lost = 0, 0, 0
+    """What is left of the acknowledged rows after a kill, each time in a new folder."""
+    intact, broken, lost = 0, 0, 0
     for attempt in range(KILLS):
         folder = tempfile.mkdtemp(prefix="agentmesh-bench-")
         process = subprocess.Popen([sys.executable, __file__, kind, folder], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        said = int(process.stdout.readline())
+        acknowledged = int(process.stdout.readline())
         time.sleep(0.6 + attempt * 0.037)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        said = max([said, *(int(line) for line in process.stdout.read().split())])
+        acknowledged = max([acknowledged, *(int(line) for line in process.stdout.read().split())])
         try:
             store: Any = FaissVectorStore(folder, embedding=Numbers(BATCH)) if kind == "ours" else FAISS.load_local(
                 folder, Numbers(BATCH), allow_dangerous_deserialization=True
             )  # fmt: skip
-            there = len(store.get_by_ids([f"id{i}" for i in range(said)]))
+            present = len(store.get_by_ids([f"id{i}" for i in range(acknowledged)]))
             if kind == "theirs" and store.index.ntotal != len(store.index_to_docstore_id):
-                broken += 1  # one of its two files is of another time
-            elif there == said:
-                whole += 1
+                broken += 1  # its two files are of different times
+            elif present == acknowledged:
+                intact += 1
             else:
-                lost += said - there
-        except Exception:  # a half-written index or pickle raises what it likes
+                lost += acknowledged - present
+        except Exception:  # a half-written index or pickle may raise anything
             broken += 1
         shutil.rmtree(folder)
-    return f"{whole} of {KILLS} folders whole, {broken} unreadable or at odds with themselves, {lost} acknowledged rows lost elsewhere"
+    return f"{intact} of {KILLS} folders intact, {broken} unreadable or inconsistent, {lost} acknowledged rows lost in the others"
 
 
 def main(n: int) -> None:
-    """Prints the comparison."""
+    """Print the comparison."""
     print(machine())
     embeddings = Numbers(n)
-    asked = [str(n + i) for i in range(ASKED)]
-    cosines = embeddings.vectors[n:] @ embeddings.vectors[:n].T  # (asked, n)
+    queries = [str(n + i) for i in range(QUERIES)]
+    cosines = embeddings.vectors[n:] @ embeddings.vectors[:n].T  # (queries, n)
     rare = np.arange(n) % 50 == 7
     true = [{f"id{i}" for i in np.argsort(-row)[:K]} for row in cosines]
     true_rare = [{f"id{i}" for i in np.argsort(-np.where(rare, row, -9))[:K]} for row in cosines]
@@ -130,19 +119,20 @@ def main(n: int) -> None:
                 theirs.save_local(folder + "/theirs")
                 saving_s += time.perf_counter() - before
         took_s = time.perf_counter() - began - saving_s
-        durable = "each batch on the disk" if store is ours else "in memory alone"
+        durable = "each batch on disk" if store is ours else "only in memory"
         print(f"{name}: {n / took_s:,.0f} rows/s added in batches of {BATCH}, {durable}")
         if store is theirs:
             before = time.perf_counter()
             theirs.save_local(folder + "/theirs")
             print(f"  saving all {n} rows again: {time.perf_counter() - before:.2f} s")
-        plain = p50_ms(lambda q, s=store: s.similarity_search(q, k=K), asked)
-        narrow = p50_ms(lambda q, s=store: s.similarity_search(q, k=K, filter={"rare": True}), asked)
-        found = [[d.id for d in store.similarity_search(q, k=K)] for q in asked]
-        found_rare = [[d.id for d in store.similarity_search(q, k=K, filter={"rare": True})] for q in asked]
+        plain_ms, plain_hits = p50_ms(lambda q, s=store: s.similarity_search(q, k=K), queries)
+        filtered_ms, filtered_hits = p50_ms(
+            lambda q, s=store: s.similarity_search(q, k=K, filter={"rare": True}), queries
+        )
+        plain, filtered = ([[d.id for d in hits] for hits in results] for results in (plain_hits, filtered_hits))
         print(
-            f"  p50 {plain:.2f} ms, recall {recall(found, true):.2f}; under a filter of 2 % p50 {narrow:.2f} ms, "
-            f"recall {recall(found_rare, true_rare):.2f}, {np.mean([len(f) for f in found_rare]):.1f} of {K} hits"
+            f"  p50 {plain_ms:.2f} ms, recall {recall(plain, true):.2f}; under a filter of 2 % p50 {filtered_ms:.2f} ms, "
+            f"recall {recall(filtered, true_rare):.2f}, {np.mean([len(ids) for ids in filtered]):.1f} of {K} hits"
         )
     shutil.rmtree(folder)
     for kind in ("ours", "theirs"):

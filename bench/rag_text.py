@@ -1,37 +1,26 @@
-"""Search by words and hybrid search beside dense search, over one store: `python bench/rag_text.py [rows]`.
+"""Full-text and hybrid search compared with vector search, over one store: `python bench/rag_text.py [rows]`.
 
-Words come from a Zipf distribution as in real text; vectors are random: neither changes what a search costs.
+Words follow a Zipf distribution, as in real text; vectors are random. Neither changes the cost of a search.
 """
 
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from common import machine
+from rag_search import p50_ms
 
 from agentmesh.rag.documents import Chunk
 from agentmesh.rag.store.faiss_store import FaissStore
 
-D, WORDS, CHUNK_WORDS, K, ASKED, BATCH = 384, 50_000, 150, 10, 300, 5_000
-
-
-def p50_ms(ask: Callable[[int], object]) -> float:
-    """The median of many single searches."""
-    took = []
-    for i in range(ASKED):
-        began = time.perf_counter()
-        ask(i)
-        took.append(time.perf_counter() - began)
-    return statistics.median(took) * 1e3
+D, WORDS, CHUNK_WORDS, K, QUERIES, BATCH = 384, 50_000, 150, 10, 300, 5_000
 
 
 def main(n: int) -> None:
-    """Fills a store, merges it, asks."""
+    """Fill a store, merge it, search it."""
     rng = np.random.default_rng(7)
     words = np.array([f"word{i}" for i in range(WORDS)])
     path = Path(tempfile.mkdtemp(prefix="agentmesh-bench-"))
@@ -50,22 +39,22 @@ def main(n: int) -> None:
         f"{n} chunks of {CHUNK_WORDS} words: filled in {filled - began:.1f} s, merged with an index in {merged_s:.1f} s"
     )
 
-    vectors = rng.standard_normal((ASKED, D)).astype(np.float32)
-    # a question: two frequent words and two rarer ones
-    asked = [" ".join(words[[*rng.integers(0, 200, 2), *rng.integers(200, 20_000, 2)]]) for _ in range(ASKED)]
+    vectors = rng.standard_normal((QUERIES, D)).astype(np.float32)
+    # a query: two frequent words and two rarer ones
+    queries = [" ".join(words[[*rng.integers(0, 200, 2), *rng.integers(200, 20_000, 2)]]) for _ in range(QUERIES)]
     store = FaissStore(path)
     began = time.perf_counter()
     store.search(vectors[0], K)
     opened = time.perf_counter()
-    store.search_text(asked[0], K)
+    store.search_text(queries[0], K)
     words_ms = (time.perf_counter() - opened) * 1e3
     print(f"first dense search {(opened - began) * 1e3:.0f} ms, then the first by words {words_ms:.0f} ms")
-    for said, where in (("no filter", None), ("2 % pass", {"part": 7}), ("10 % pass", {"part": {"$lt": 5}})):
-        dense = p50_ms(lambda i, w=where: store.search(vectors[i], K, where=w))
-        by_words = p50_ms(lambda i, w=where: store.search_text(asked[i], K, where=w))
-        both = p50_ms(lambda i, w=where: store.search_hybrid(asked[i], vectors[i], K, where=w))
+    for label, where in (("no filter", None), ("2 % pass", {"part": 7}), ("10 % pass", {"part": {"$lt": 5}})):
+        dense = p50_ms(lambda i, w=where: store.search(vectors[i], K, where=w), range(QUERIES))[0]
+        by_words = p50_ms(lambda i, w=where: store.search_text(queries[i], K, where=w), range(QUERIES))[0]
+        both = p50_ms(lambda i, w=where: store.search_hybrid(queries[i], vectors[i], K, where=w), range(QUERIES))[0]
         print(
-            f"p50 of {K}, {said:9}: dense {dense:5.2f} ms, words {by_words:5.2f} ms, hybrid {both:5.2f} ms,"
+            f"p50 of {K}, {label:9}: dense {dense:5.2f} ms, words {by_words:5.2f} ms, hybrid {both:5.2f} ms,"
             f" {both - dense:5.2f} ms above dense"
         )
     shutil.rmtree(path)

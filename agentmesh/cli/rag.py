@@ -1,4 +1,4 @@
-"""`agentmesh rag`: its commands, their options and help. Each body is one call into its own module."""
+"""`agentmesh rag`: its commands, their options and help. The bodies are in `rag_add` and `rag_query`, imported late."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,19 +26,19 @@ Embed = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help="Folders and files.")]
 Glob = Annotated[str, typer.Option(help="Which files of the folders, such as '*.md' or 'guides/**/*.md'.")]
-Label = Annotated[str, typer.Option(help="What the sources' names begin with; each folder's name when left out.")]
-Size = Annotated[int, typer.Option(help="Characters in a passage, at most.")]
-Overlap = Annotated[int, typer.Option(help="Characters that it shares with the one before.")]
+Label = Annotated[str, typer.Option(help="What the names of sources begin with; defaults to each folder's name.")]
+Size = Annotated[int, typer.Option(help="The most characters in a passage.")]
+Overlap = Annotated[int, typer.Option(help="The most characters that a passage shares with the one before.")]
 Meta = Annotated[list[str] | None, typer.Option(help="Metadata of every passage, such as year=2026.", metavar="K=V")]
 Mode = Annotated[str, typer.Option(help="hybrid, dense or text.")]
 Where = Annotated[str, typer.Option(help='A filter as JSON, such as \'{"year": {"$gte": 2024}}\'.', metavar="JSON")]
 Broker = Annotated[str, typer.Option(help="Celery broker URL; defaults to an embedded Valkey.", metavar="URL")]
-Id = Annotated[str, typer.Option(help="The run's id; an existing run with this id is resumed.")]
+RunId = Annotated[str, typer.Option("--id", help="The run's id; an existing run with this id is resumed.")]
 Queues = Annotated[
     list[str] | None,
     typer.Option(
         "--queue",
-        help="Which of index, parse, embed this command's own workers serve; left out, all but an embed served elsewhere.",
+        help="The queues that this command's own workers serve, of index, parse, embed; defaults to those without a worker.",
         metavar="NAME",
     ),
 ]
@@ -48,29 +48,29 @@ K = Annotated[int, typer.Option("-k", help="How many passages.")]
 @rag.command("add", epilog="Examples:  agentmesh rag add docs/  ·  agentmesh rag add a.pdf notes/ --meta year=2026")
 def rag_add(
     paths: Paths, store: Store = None, embed: Embed = "", glob: Glob = "", label: Label = "", size: Size = 1000,
-    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", queue: Queues = None, id: Id = "", json: Json = False,
+    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", queue: Queues = None, run_id: RunId = "", json: Json = False,
 ) -> None:  # fmt: skip
-    """Index what is new or changed. Ctrl-C leaves the run resumable."""
+    """Index new and changed documents. Ctrl-C leaves the run resumable."""
     from agentmesh.cli.rag_add import add_documents
 
     raise typer.Exit(add_documents(
         paths, store=store, embed=embed, glob=glob, label=label, size=size, overlap=overlap, meta=meta or [],
-        broker=broker, queues=queue or [], run_id=id, as_json=json, file=Options.config,
+        broker=broker, queues=queue or [], run_id=run_id, as_json=json, file=Options.config,
     ))  # fmt: skip
 
 
 @rag.command("sync", epilog="Examples:  agentmesh rag sync docs/  ·  agentmesh rag sync docs/ --force")
 def rag_sync(
     paths: Paths, store: Store = None, embed: Embed = "", glob: Glob = "", label: Label = "", size: Size = 1000,
-    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", queue: Queues = None, id: Id = "", json: Json = False,
+    overlap: Overlap = 150, meta: Meta = None, broker: Broker = "", queue: Queues = None, run_id: RunId = "", json: Json = False,
     force: Annotated[bool, typer.Option("--force", help="Remove documents even when more than half have vanished.")] = False,
 ) -> None:  # fmt: skip
-    """`add`, and what vanished from these folders leaves the store."""
+    """`add`, and remove the documents that vanished from these folders."""
     from agentmesh.cli.rag_add import add_documents
 
     raise typer.Exit(add_documents(
         paths, store=store, embed=embed, glob=glob, label=label, size=size, overlap=overlap, meta=meta or [],
-        broker=broker, queues=queue or [], run_id=id, as_json=json, file=Options.config, sync=True, force=force,
+        broker=broker, queues=queue or [], run_id=run_id, as_json=json, file=Options.config, sync=True, force=force,
     ))  # fmt: skip
 
 
@@ -82,46 +82,46 @@ def rag_search(
     diverse: Annotated[float, typer.Option(help="0 to 1: how strongly near-duplicate passages are demoted.")] = 0.0,
     store: Store = None, embed: Embed = "", json: Json = False,
 ) -> None:  # fmt: skip
-    """The passages that fit best, best first."""
-    from agentmesh.cli.rag_query import search
+    """Print the passages that match a query best, best first."""
+    from agentmesh.cli.rag_query import print_hits
 
-    raise typer.Exit(search(
+    raise typer.Exit(print_hits(
         text, k=k, mode=mode, where=where, diverse=diverse, store=store, embed=embed, as_json=json, file=Options.config
     ))  # fmt: skip
 
 
 @rag.command("stats")
 def rag_stats(store: Store = None, json: Json = False) -> None:
-    """How much there is, of what, and by which embedder."""
-    from agentmesh.cli.rag_query import stats
+    """Print what the store holds, and its embedder."""
+    from agentmesh.cli.rag_query import print_stats
 
-    raise typer.Exit(stats(store=store, as_json=json, file=Options.config))
+    raise typer.Exit(print_stats(store=store, as_json=json, file=Options.config))
 
 
 @rag.command("verify")
 def rag_verify(store: Store = None) -> None:
-    """Read everything and compare checksums; names each damaged file."""
-    from agentmesh.cli.rag_query import verify
+    """Read every file, compare its checksums, and name the damaged ones."""
+    from agentmesh.cli.rag_query import verify_store
 
-    raise typer.Exit(verify(store=store, file=Options.config))
+    raise typer.Exit(verify_store(store=store, file=Options.config))
 
 
 @rag.command("compact")
 def rag_compact(store: Store = None) -> None:
-    """Merge small segments into large ones; ingests do it by themselves."""
-    from agentmesh.cli.rag_query import compact
+    """Merge small segments into large ones, as an ingest does at its end."""
+    from agentmesh.cli.rag_query import compact_store
 
-    raise typer.Exit(compact(store=store, file=Options.config))
+    raise typer.Exit(compact_store(store=store, file=Options.config))
 
 
 @rag.command("reembed", epilog="Examples:  agentmesh rag reembed --embed local:BAAI/bge-small-en-v1.5")
 def rag_reembed(
     embed: Annotated[str, typer.Option(help="The new embedder.", metavar="NAME")], store: Store = None
 ) -> None:
-    """Give the stored passages the vectors of another embedder; searches go on meanwhile."""
-    from agentmesh.cli.rag_query import reembed
+    """Replace the vectors of the stored passages by those of another embedder; searches go on meanwhile."""
+    from agentmesh.cli.rag_query import reembed_store
 
-    raise typer.Exit(reembed(embed, store=store, file=Options.config))
+    raise typer.Exit(reembed_store(embed, store=store, file=Options.config))
 
 
 @rag.command(
@@ -130,25 +130,25 @@ def rag_reembed(
 )
 def rag_eval(
     questions: Annotated[Path, typer.Argument(help="One JSON object a line: question, source, contains.")],
-    k: Annotated[list[int] | None, typer.Option("-k", help="Ranks to count recall at; 1 3 5 10 when left out.")] = None,
+    k: Annotated[list[int] | None, typer.Option("-k", help="Ranks to count recall at; defaults to 1 3 5 10.")] = None,
     mode: Mode = "hybrid", store: Store = None, embed: Embed = "", json: Json = False,
 ) -> None:  # fmt: skip
-    """How often questions find the passage that answers them: recall and mean reciprocal rank."""
-    from agentmesh.cli.rag_query import evaluate
+    """Print how often questions find the passage that answers them: recall and mean reciprocal rank."""
+    from agentmesh.cli.rag_query import print_scores
 
-    raise typer.Exit(evaluate(
+    raise typer.Exit(print_scores(
         questions, k=k or [1, 3, 5, 10], mode=mode, store=store, embed=embed, as_json=json, file=Options.config
     ))  # fmt: skip
 
 
 @rag.command("import-langchain", epilog="Examples:  agentmesh rag import-langchain old_index/ --trust-pickle")
 def rag_import(
-    folder: Annotated[Path, typer.Argument(help="A folder that LangChain's FAISS.save_local made.")],
-    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Its docstore is a pickle: read it.")] = False,
-    name: Annotated[str, typer.Option(help="Of its files.")] = "index",
+    folder: Annotated[Path, typer.Argument(help="A folder that LangChain's FAISS.save_local wrote.")],
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Read its docstore, which is a pickle.")] = False,
+    name: Annotated[str, typer.Option(help="The name of its files.")] = "index",
     store: Store = None, embed: Embed = "",
 ) -> None:  # fmt: skip
-    """Take over the passages and vectors of an old LangChain folder."""
+    """Import the passages and vectors of a LangChain folder."""
     from agentmesh.cli.rag_query import import_langchain
 
     raise typer.Exit(import_langchain(

@@ -1,4 +1,4 @@
-"""`agentmesh rag add` and `sync`: an ingest under supervised workers, shown as it goes."""
+"""`agentmesh rag add` and `sync`: an ingest by supervised workers, with its progress on the terminal."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from agentmesh.cli.rag_query import retriever
+from agentmesh.cli.rag_query import open_retriever
 from agentmesh.cli.run import follow_run
 from agentmesh.cli.run_view import JsonView, View
 from agentmesh.config import load
@@ -28,8 +28,8 @@ from agentmesh.runtime.crew_file import load_crew
 from agentmesh.runtime.process_exit import DONE, FAILED
 
 CREW = "agentmesh.rag.ingest"
-LINE_S = 1.0  # between two lines where the output is no terminal
-MAX_SHOWN = 20  # failures that are printed
+PROGRESS_LINE_S = 1.0  # between two lines of progress where stderr is not a terminal
+MAX_SHOWN_FAILURES = 20
 INGEST_STEPS = ("plan_ingest", "parse_pack", "embed_batch", "index_batch")
 
 
@@ -38,25 +38,31 @@ def add_documents(
     broker: str, run_id: str, as_json: bool, file: Path | None, sync: bool = False, force: bool = False,
     queues: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Begin an ingest and see it to its end; 1 where a document could not be added. Where there is nothing to do, none begins.
+    """Run an ingest and follow it; returns 1 where a document could not be added. When nothing is to be done, no run begins.
 
     Args:
-        queues: those that workers of this command serve; the others' steps wait for workers elsewhere.
+        queues: those that this command's workers serve; the steps of the others wait for other workers.
     """
     crew = load_crew(CREW)
     crew.broker_queues(queues)
-    retriever_ = retriever(store, embed, file)
-    if retriever_.other_store is not None:
-        metadata = _metadata(meta)
-        return print_added(retriever_.add(
-            paths, glob=glob, label=label, size=size, overlap=overlap, metadata=metadata, sync=sync, force=force,
+    retriever = open_retriever(store, embed, file)
+    if retriever.other_store is not None:
+        return print_added(retriever.add(
+            paths, glob=glob, label=label, size=size, overlap=overlap, metadata=_parse_metadata(meta), sync=sync, force=force,
         ), as_json=as_json)  # fmt: skip
-    agent, request = retriever_.ingest(
-        paths, glob=glob, label=label, size=size, overlap=overlap, metadata=_metadata(meta), sync=sync, force=force
+    agent, request = retriever.ingest(
+        paths,
+        glob=glob,
+        label=label,
+        size=size,
+        overlap=overlap,
+        metadata=_parse_metadata(meta),
+        sync=sync,
+        force=force,
     )
     check_paths(request)
     planned = None if run_id else nothing_to_do(agent.store, request, agent.how)
-    if planned is not None:  # no run, and nobody to carry it
+    if planned is not None:  # no run and no worker
         added = Added(skipped=planned.skipped, failed=planned.failed)
         if as_json:
             JsonView().event("", RunDone(value=added.model_dump(mode="json"), at_ms=round(time.time() * 1000)))
@@ -74,25 +80,25 @@ def add_documents(
 
 
 def print_added(added: Added, *, as_json: bool) -> int:
-    """What came of it on the output, each failure on the error stream; the exit code."""
+    """Print the result to stdout and the failures to stderr; returns the exit code."""
     if not as_json:
         parts = [f"{added.documents} documents added, {added.chunks} passages", f"{added.skipped} unchanged"]
         parts += [f"{added.removed} removed"] if added.removed else []
         parts += [f"{len(added.failed)} not added"] if added.failed else []
         print(" · ".join(parts), flush=True)
-        for failure in added.failed[:MAX_SHOWN]:
+        for failure in added.failed[:MAX_SHOWN_FAILURES]:
             print(f"not added: {failure.source}: {failure.why}", file=sys.stderr)
-        if len(added.failed) > MAX_SHOWN:
-            print(f"… and {len(added.failed) - MAX_SHOWN} more; --json names all", file=sys.stderr)
+        if len(added.failed) > MAX_SHOWN_FAILURES:
+            print(f"… and {len(added.failed) - MAX_SHOWN_FAILURES} more; --json prints all of them", file=sys.stderr)
     return FAILED if added.failed else DONE
 
 
-def _metadata(meta: list[str]) -> dict[str, Any]:
+def _parse_metadata(meta: list[str]) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for text in meta:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise DefinitionError(f"--meta {text!r} must be NAME=VALUE, such as year=2026")
+            raise DefinitionError(f"--meta {text!r} is not NAME=VALUE", hint="write one such as year=2026")
         try:
             metadata[name] = json.loads(value)
         except ValueError:
@@ -100,10 +106,10 @@ def _metadata(meta: list[str]) -> dict[str, Any]:
     return metadata
 
 
-# ---- where it stands -------------------------------------------------------------------------
+# ---- progress --------------------------------------------------------------------------------
 @dataclass(slots=True)
 class PackProgress:
-    """One pack, or what is known of it."""
+    """How far one pack is."""
 
     bytes: int = 0
     chunks: int = 0
@@ -113,7 +119,7 @@ class PackProgress:
 
 @dataclass(slots=True)
 class IngestProgress:
-    """How far an ingest is, made from its events and from what its steps say."""
+    """How far an ingest is, computed from its events and from the progress that its steps report."""
 
     documents: int = 0
     bytes: int = 0
@@ -127,7 +133,7 @@ class IngestProgress:
     began: float = field(default_factory=time.monotonic)
 
     def event(self, run_id: str, event: Event) -> None:
-        """Take one more event in."""
+        """Count an event."""
         if isinstance(event, RunStarted) and event.agent == "Pack":
             self.packs[run_id] = PackProgress()
         elif isinstance(event, StepPlanned):
@@ -149,67 +155,67 @@ class IngestProgress:
             self.chunks += value["chunks"]
 
     def token(self, token: Token) -> None:
-        """What an embedding step says of itself: `200/600 chunks`."""
-        done = token.text.partition("/")[0]
-        if token.kind == "progress" and token.run_id in self.packs and done.isdigit():
-            self.packs[token.run_id].embedded = int(done)
+        """Count the progress of an embedding step: `200/600 chunks`."""
+        embedded = token.text.partition("/")[0]
+        if token.kind == "progress" and token.run_id in self.packs and embedded.isdigit():
+            self.packs[token.run_id].embedded = int(embedded)
 
     @property
     def share(self) -> float:
-        """Of the work that is done: by bytes, within a pack by chunks."""
+        """The share of the work that is done, 0 to 1: by bytes, within a pack by chunks."""
         if not self.bytes:
             return 1.0 if self.planned else 0.0
-        through = sum(
+        bytes_done = sum(
             p.bytes * (min(1.0, p.embedded / p.chunks) if p.chunks else 1) for p in self.packs.values() if p.parsed
         )
-        return min(1.0, through / self.bytes)
+        return min(1.0, bytes_done / self.bytes)
 
     def __str__(self) -> str:
         if not self.planned:
             return "listing …"
-        spent = max(1e-3, time.monotonic() - self.began)
+        elapsed_s = max(1e-3, time.monotonic() - self.began)
         embedded = max(self.chunks, sum(p.embedded for p in self.packs.values()))
-        parts = [f"{self.done}/{self.documents} documents", f"{embedded} passages", f"{embedded / spent:.0f}/s"]
+        parts = [f"{self.done}/{self.documents} documents", f"{embedded} passages", f"{embedded / elapsed_s:.0f}/s"]
         if 0.01 < self.share < 1:
-            parts.append(f"{spent * (1 - self.share) / self.share:.0f} s left")
+            parts.append(f"{elapsed_s * (1 - self.share) / self.share:.0f} s left")
         parts += [f"{self.skipped} unchanged"] if self.skipped else []
         parts += [f"{self.failed} failed"] if self.failed else []
         return " · ".join(parts)
 
 
 class PlainProgress:
-    """A plain line a second, on the error stream."""
+    """A line of progress each second, on stderr."""
 
     def __init__(self) -> None:
-        self.course, self._said, self._last = IngestProgress(), time.monotonic(), ""
+        self.progress, self._printed_at, self._last_line = IngestProgress(), time.monotonic(), ""
 
     def event(self, run_id: str, event: Event) -> None:
-        """Take it in."""
-        self.course.event(run_id, event)
-        self._say()
+        """Count an event and show the progress."""
+        self.progress.event(run_id, event)
+        self._show()
 
     def token(self, token: Token) -> None:
-        """Take it in."""
-        self.course.token(token)
-        self._say()
+        """Count a step's progress and show it."""
+        self.progress.token(token)
+        self._show()
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """The last line."""
-        self._say(last=True)
+        """Show the final progress."""
+        self._show(last=True)
 
-    def _say(self, *, last: bool = False) -> None:
-        line = str(self.course)
-        if (last or time.monotonic() - self._said >= LINE_S) and line != self._last:
-            self._said, self._last = time.monotonic(), line
+    def _show(self, *, last: bool = False) -> None:
+        line = str(self.progress)
+        if (last or time.monotonic() - self._printed_at >= PROGRESS_LINE_S) and line != self._last_line:
+            self._printed_at, self._last_line = time.monotonic(), line
             print(line, file=sys.stderr, flush=True)
 
 
 class BarProgress(PlainProgress):
-    """A bar, redrawn in place."""
+    """A progress bar on stderr, redrawn in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,10 +224,10 @@ class BarProgress(PlainProgress):
         self._task: TaskID = self._bar.add_task("listing …", total=1.0)
         self._bar.start()
 
-    def _say(self, *, last: bool = False) -> None:
-        self._bar.update(self._task, completed=self.course.share, description=str(self.course))
+    def _show(self, *, last: bool = False) -> None:
+        self._bar.update(self._task, completed=self.progress.share, description=str(self.progress))
 
     def close(self) -> None:
-        """Leave the bar standing."""
-        self._say(last=True)
+        """Show the final progress and leave the bar on the screen."""
+        self._show(last=True)
         self._bar.stop()

@@ -1,4 +1,7 @@
-"""`agentmesh rag`, but for adding: searching, counting, checking, compacting, measuring a store."""
+"""The `agentmesh rag` commands that add no documents: search, stats, verify, compact, reembed, eval, import-langchain.
+
+Each function returns the exit code.
+"""
 
 import json
 from dataclasses import asdict
@@ -16,33 +19,39 @@ from agentmesh.retriever import Mode, Retriever
 from agentmesh.runtime.process_exit import DONE, FAILED, interruptible
 
 MAX_SHOWN_CHARS = 400
+WHERE_HINT = 'write one such as {"year": 2026}'
 
 
-def retriever(store: str | None, embed: str, file: Path | None) -> Retriever:
-    """The store of this folder or plugin, or the one in agentmesh's own folder."""
-    return Retriever.open(store or load(file=file).home / "rag", embed=embed)
+def open_retriever(store: str | None, embed: str, file: Path | None) -> Retriever:
+    """The retriever of `--store`, a folder or a plugin's `NAME:TEXT`, or of the configured home's store."""
+    return Retriever.open(store or _path(store, file), embed=embed)
 
 
-def _store(store: str | None, file: Path | None) -> FaissStore:
-    """The folder's, where there is one.
+def _path(store: str | None, file: Path | None) -> Path:
+    return Path(store or load(file=file).home / "rag")
+
+
+def _open_store(store: str | None, file: Path | None) -> FaissStore:
+    """The store of `--store`, or of the configured home.
 
     Raises:
         DefinitionError: there is none.
     """
-    path = Path(store or load(file=file).home / "rag")
+    path = _path(store, file)
     if not path.is_dir():
         raise DefinitionError(f"there is no store in {str(path)!r}", hint="make one: agentmesh rag add FOLDER")
     return FaissStore(path)
 
 
-def search(
+def print_hits(
     text: str, *, k: int, mode: str, where: str, diverse: float, store: str | None, embed: str, as_json: bool,
     file: Path | None,
 ) -> int:  # fmt: skip
-    """Print the passages that fit best; 1 where there is none."""
-    if retriever(store, embed, file).other_store is None:
-        _store(store, file)
-    hits = retriever(store, embed, file).search(text, k, mode=cast(Mode, mode), where=_filter(where), diverse=diverse)
+    """Print the passages that match a query best; 1 where there is none."""
+    retriever = open_retriever(store, embed, file)
+    if retriever.other_store is None:
+        _open_store(store, file)
+    hits = retriever.search(text, k, mode=cast(Mode, mode), where=_parse_where(where), diverse=diverse)
     for hit in hits:
         if as_json:
             print(json.dumps({**asdict(hit), "metadata": dict(hit.metadata)}, ensure_ascii=False, default=str))
@@ -52,25 +61,25 @@ def search(
         excerpt = words if len(words) <= MAX_SHOWN_CHARS else f"{words[:MAX_SHOWN_CHARS]}…"
         print(f"{hit.score:.3f}  {hit.source}:{hit.start}{heading}\n       {excerpt}")
     if not hits and not as_json:
-        print("nothing was found")
+        print("no passage was found")
     return DONE if hits else FAILED
 
 
-def _filter(where: str) -> dict[str, Any] | None:
+def _parse_where(where: str) -> dict[str, Any] | None:
     if not where:
         return None
     try:
         parsed = json.loads(where)
     except ValueError as e:
-        raise DefinitionError(f"--where {where!r} is not JSON: {e}") from None
+        raise DefinitionError(f"--where {where!r} is not JSON ({e})", hint=WHERE_HINT) from None
     if not isinstance(parsed, dict):
-        raise DefinitionError(f'--where {where!r} must be an object, such as {{"year": 2026}}')
+        raise DefinitionError(f"--where {where!r} is not a JSON object", hint=WHERE_HINT)
     return parsed
 
 
-def stats(*, store: str | None, as_json: bool, file: Path | None) -> int:
-    """Print how much there is."""
-    numbers = asdict(_store(store, file).stats())
+def print_stats(*, store: str | None, as_json: bool, file: Path | None) -> int:
+    """Print what the store holds."""
+    numbers = asdict(_open_store(store, file).stats())
     if as_json:
         print(json.dumps(numbers, default=str))
         return DONE
@@ -80,39 +89,40 @@ def stats(*, store: str | None, as_json: bool, file: Path | None) -> int:
     return DONE
 
 
-def verify(*, store: str | None, file: Path | None) -> int:
-    """Print what is wrong with the files; 1 where something is."""
-    problems = _store(store, file).verify()
+def verify_store(*, store: str | None, file: Path | None) -> int:
+    """Print the damaged files; 1 where there is one."""
+    problems = _open_store(store, file).verify()
     for problem in problems:
         print(problem)
     if not problems:
-        print("every file is whole")
+        print("no file is damaged")
     return FAILED if problems else DONE
 
 
-def compact(*, store: str | None, file: Path | None) -> int:
-    """Merge segments, and print what there is then."""
-    _store(store, file).compact()
-    return stats(store=store, as_json=False, file=file)
+def compact_store(*, store: str | None, file: Path | None) -> int:
+    """Merge segments, and print what the store holds then."""
+    _open_store(store, file).compact()
+    return print_stats(store=store, as_json=False, file=file)
 
 
-def reembed(embed: str, *, store: str | None, file: Path | None) -> int:
-    """New vectors for the stored passages."""
-    _store(store, file)
+def reembed_store(embed: str, *, store: str | None, file: Path | None) -> int:
+    """Make new vectors for the stored passages."""
+    _open_store(store, file)
+    retriever = open_retriever(store, "", file)
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with interruptible(), Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
-        done = retriever(store, "", file).reembed(embed, progress=lambda n, of: bar.update(task, completed=n, total=of))
-    print(f"{done.count()} passages now have the vectors of {embed}")
+        reembedded = retriever.reembed(embed, progress=lambda n, of: bar.update(task, completed=n, total=of))
+    print(f"{reembedded.count()} passages now have the vectors of {embed}")
     return DONE
 
 
-def evaluate(
+def print_scores(
     questions: Path, *, k: list[int], mode: str, store: str | None, embed: str, as_json: bool, file: Path | None
 ) -> int:
     """Print recall and mean reciprocal rank."""
-    _store(store, file)
-    scores = retriever(store, embed, file).evaluate(questions, k=k, mode=cast(Mode, mode))
+    _open_store(store, file)
+    scores = open_retriever(store, embed, file).evaluate(questions, k=k, mode=cast(Mode, mode))
     if as_json:
         print(json.dumps(asdict(scores), ensure_ascii=False))
         return DONE
@@ -126,19 +136,20 @@ def evaluate(
 def import_langchain(
     folder: Path, *, name: str, trust_pickle: bool, store: str | None, embed: str, file: Path | None
 ) -> int:
-    """Take over an old folder."""
+    """Import a LangChain folder, and print how many passages the store has then."""
     if not trust_pickle:
         raise DefinitionError(
-            f"{folder / name}.pkl is a pickle, which can hold code",
-            hint="if you trust whoever made it, add --trust-pickle",
+            f"{folder / name}.pkl is a pickle, which can run code when it is read",
+            hint="if you trust its author, add --trust-pickle",
         )
     try:
-        take_over = import_module("agentmesh.langchain").import_folder
+        import_folder = import_module("agentmesh.langchain").import_folder
     except ImportError as e:
         raise ExtraMissing(
-            f"import-langchain needs {e.name}, which is not installed: pip install 'agentmesh-celery[langchain]'"
+            f"import-langchain needs {e.name}, which is not installed",
+            hint="pip install 'agentmesh-celery[langchain]'",
         ) from None
-    path = Path(store or load(file=file).home / "rag")
-    store_ = take_over(folder, path, embedding=embed or None, trust_pickle=True, index_name=name)
-    print(f"{store_.count()} passages in {path}")
+    path = _path(store, file)
+    imported = import_folder(folder, path, embedding=embed or None, trust_pickle=True, index_name=name)
+    print(f"{imported.count()} passages in {path}")
     return DONE

@@ -21,10 +21,10 @@ def add_directly(store: VectorStore, embedder: Embedder, request: IngestRequest,
 
     A document that cannot be read is in `Added.failed`, and the store keeps what it had of it.
     """
-    wanted = matcher(request.glob) if request.glob else loaders.knows
-    listing = list_documents(request.paths, wanted=wanted, label=request.label)
-    added = Added(failed=[Failure(source=s, why=why) for s, why in sorted(listing.unread.items())])
-    for file in listing.found.values():
+    accepts = matcher(request.glob) if request.glob else loaders.knows
+    listing = list_documents(request.paths, accepts=accepts, label=request.label)
+    added = Added(failed=[Failure(source=s, why=why) for s, why in sorted(listing.unreadable.items())])
+    for file in listing.documents.values():
         try:
             chunks = _read(file, options)
             rows = [row for batch in _batches(chunks) for row in embedder.documents([c.text for c in batch])]
@@ -38,7 +38,7 @@ def add_directly(store: VectorStore, embedder: Embedder, request: IngestRequest,
     if request.sync:
         below = tuple(f"{label}/" for label in listing.roots)
         vanished = [
-            s for s in store.sources() if s.startswith(below) and s not in listing.found and s not in listing.unread
+            s for s in store.sources() if s.startswith(below) and s not in listing.documents and s not in listing.unreadable
         ]
         store.remove(vanished)
         added.removed = len(vanished)

@@ -1,35 +1,35 @@
-"""What is read, kept and found: documents, chunks of them with the place each was taken from, hits."""
+"""Documents as loaders parse them, chunks as the store holds them, hits as searches return them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 Value = str | int | float | bool | datetime | Sequence[str]
-"""What a metadata field may hold."""
+"""The value of a metadata field."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """A title inside a document."""
+    """A heading in a document."""
 
     start: int  # in characters
     level: int  # 1 is the outermost
     text: str
-    end: int  # where its line, or its underline, ends
+    end: int  # where its line, or its underline, ends; in characters
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """From `start` to the next part: a page, a row."""
+    """A page or a row of a document: from `start` to the start of the next part."""
 
-    start: int
+    start: int  # in characters
     metadata: Mapping[str, Value] = field(default_factory=dict)
-    alone: bool = False  # no chunk reaches into it from before, nor out of it
+    alone: bool = False  # no chunk crosses its start or its end
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The text of a file, as it was parsed; headings and parts in the order of their starts."""
+    """The parsed text of a file; headings and parts are sorted by their starts."""
 
     text: str
     headings: tuple[Heading, ...] = ()
@@ -39,16 +39,16 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A passage of a document, as it is stored.
+    """A passage of a document, as the store holds it.
 
-    `text` is `document[start:end]` of the parsed text, so that a quote can be checked against it.
+    `text` is `[start:end]` of the document's parsed text, so that a quote can be verified.
     """
 
     id: str
     text: str
     source: str = ""
     start: int = 0  # in characters of the parsed text
-    heading: tuple[str, ...] = ()  # from the document's title inwards
+    heading: tuple[str, ...] = ()  # the headings above it, the outermost first
     metadata: Mapping[str, Value] = field(default_factory=dict)
 
     @property
@@ -59,7 +59,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage that was found; `score` is the cosine, higher is better, in every kind of search."""
+    """A chunk that a search returns; `score` is the cosine to the query in every kind of search, higher is better."""
 
     id: str
     text: str
@@ -76,5 +76,5 @@ class Hit:
 
 
 def without_surrogates(text: str) -> str:
-    """A text that can be written: half a surrogate pair, which JSON may hold, becomes `?`."""
+    """The text with `?` for each half of a surrogate pair: JSON may hold one, UTF-8 cannot encode it."""
     return text if text.isascii() else text.encode(errors="replace").decode()

@@ -1,6 +1,6 @@
-"""Documents into a store, as steps that survive their workers: plan, then packs side by side, each parse, embed, index.
+"""The crew that ingests documents: plan, then packs in parallel, each parsed, embedded and indexed; every step is durable.
 
-`agentmesh worker agentmesh.rag.ingest` serves these steps; `--queue embed` where the GPU is.
+`agentmesh worker agentmesh.rag.ingest` serves these steps; with `--queue embed` on the host with the GPU.
 """
 
 from pydantic import BaseModel
@@ -24,11 +24,11 @@ from agentmesh.rag.ingestion.steps import (
     remove_vanished,
 )
 
-WINDOW = 8  # packs in flight: what lies in parts at once
+WINDOW = 8  # packs in flight; bounds the scratch files on disk
 
 
 class Packed(BaseModel):
-    """What became of one pack."""
+    """The result of one pack."""
 
     documents: int = 0
     chunks: int = 0
@@ -37,13 +37,14 @@ class Packed(BaseModel):
 
 
 class Added(BaseModel):
-    """What became of an ingest.
+    """The result of an ingest.
 
     Args:
-        documents: indexed now, new or changed.
-        skipped: those that the store had as they are.
-        removed: those that vanished, with `sync`.
-        failed: those that are not in the store as they are on disk, each with its reason.
+        documents: the number indexed, new or changed.
+        chunks: the number indexed.
+        skipped: the number of unchanged documents.
+        removed: with `sync`, the number that vanished and were removed.
+        failed: the documents whose version on disk is not in the store, each with the reason.
     """
 
     documents: int = 0
@@ -62,7 +63,7 @@ class Pack(Agent[Packed]):
     how: ChunkOptions = ChunkOptions()
 
     def flow(self, task: str, ctx: Context) -> Packed:
-        """What fails is told and stops nothing else."""
+        """Index a pack; a failure of one batch is reported and does not stop the others."""
         try:
             parsed = ctx.do(parse_pack.on(self.store, self.parts, task, self.how))
         except StepError as e:
@@ -79,19 +80,20 @@ class Pack(Agent[Packed]):
 
     def _index(self, batch: Batch, packed: Packed, ctx: Context) -> None:
         embedded = ctx.do(embed_batch.on(self.store, self.parts, batch.part, self.embed))
-        without = [failure.source for failure in embedded.failed]
-        indexed = ctx.do(index_batch.on(self.store, self.parts, batch.part, embedded.part, embedded.by, without))
+        exclude = [failure.source for failure in embedded.failed]
+        indexed = ctx.do(index_batch.on(self.store, self.parts, batch.part, embedded.part, embedded.by, exclude))
         packed.documents += indexed.documents
         packed.chunks += indexed.chunks
         packed.failed += [*embedded.failed, *indexed.failed]
 
 
 class Ingest(Agent[Added, IngestRequest]):
-    """Adds what is new or changed to a store; a model is not asked.
+    """Adds new and changed documents to a store, without asking a model.
 
     Args:
         store: the store's folder, absolute.
-        embed: the embedder's name; the store's own when left out, and in a new store `wordllama`.
+        embed: the embedder's name; "" is the store's own, and in a new store `wordllama`.
+        how: how documents become chunks.
         window: packs in flight at once.
     """
 
@@ -102,31 +104,32 @@ class Ingest(Agent[Added, IngestRequest]):
     window: int = WINDOW
 
     def flow(self, task: IngestRequest, ctx: Context) -> Added:
-        """Plan; packs in a window; then what vanished."""
+        """Plan, index the packs, then remove what vanished."""
         planned = ctx.do(plan_ingest.on(self.store, task, self.how))
-        if planned.packs:
-            planned.refused = ctx.do(check_embedder.on(self.store, self.embed))
-            if planned.refused:
-                ctx.do(clean_up.on(self.store, planned.parts))
         if planned.refused:
-            raise RunFailed(planned.refused)
+            raise RunFailed(planned.refused, hint=planned.hint)
+        if planned.packs:
+            refusal = ctx.do(check_embedder.on(self.store, self.embed))
+            if refusal:
+                ctx.do(clean_up.on(self.store, planned.parts))
+                raise RunFailed(refusal.message, hint=refusal.hint)
         pack = Pack(store=self.store, embed=self.embed, parts=planned.parts, how=self.how)
-        ended = ctx.gather([pack.on(name) for name in planned.packs], window=self.window, errors=True)
+        results = ctx.gather([pack.on(name) for name in planned.packs], window=self.window, errors=True)
         added = Added(skipped=planned.skipped, failed=planned.failed)
-        for name, one in zip(planned.packs, ended, strict=True):
-            if isinstance(one, StepError):
-                added.failed.append(Failure(source=f"pack {name}", why=str(one)))
+        for name, packed in zip(planned.packs, results, strict=True):
+            if isinstance(packed, StepError):
+                added.failed.append(Failure(source=f"pack {name}", why=str(packed)))
                 continue
-            added.documents += one.documents
-            added.chunks += one.chunks
-            added.failed += one.failed
+            added.documents += packed.documents
+            added.chunks += packed.chunks
+            added.failed += packed.failed
         if planned.vanished:
             added.removed = ctx.do(remove_vanished.on(self.store, planned.parts, planned.vanished))
         if planned.packs or planned.vanished:
             ctx.do(clean_up.on(self.store, planned.parts))
             try:
                 ctx.do(compact.on(self.store))
-            except StepError:  # a store searches as well without; the next ingest tries again
+            except StepError:  # the store works without it, and the next ingest compacts again
                 return added
         return added
 

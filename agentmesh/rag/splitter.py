@@ -1,4 +1,4 @@
-"""From a document to chunks: cut where the text itself pauses, never longer than asked, each true to its place."""
+"""Splits a document into chunks at headings, paragraphs, sentences and words; each chunk is an exact slice of the text."""
 
 import re
 from bisect import bisect_right
@@ -8,62 +8,65 @@ from agentmesh.errors import DefinitionError
 from agentmesh.rag.documents import Chunk, Document, Heading, Part, Value
 
 SIZE, OVERLAP = 1000, 150
-# where a text pauses, the best first: paragraph, line, sentence, clause, word. Each match ends where a chunk may end.
-PAUSES = tuple(
+# Where a chunk may end, best first: after a paragraph, line, sentence, clause, word. A match ends at the boundary.
+BOUNDARIES = tuple(
     re.compile(p)
     for p in (r"\n[ \t]*\n+", r"\n", r"[.!?…][\"'”’»)\]]*\s+|[。！？；]+[”’」』）]*", r"[,;:–—]\s+|[，、：]", r"\s+")
 )
-NEAR = 0.9  # of the size is near enough for a measure other than characters
-LONGEST_PAUSE = 16  # characters
-SMALL = 4  # a section below a fourth of the size shares a chunk with the next
+NEAR_SIZE = 0.9  # with a measure other than characters, a chunk of this share of the size is large enough
+MAX_BOUNDARY = 16  # characters of a boundary that may lie beyond the size
+SMALL_SECTION = 4  # a section below 1/4 of the size shares a chunk with the next one
 
 
 def split(
     document: Document, source: str, *, size: int = SIZE, overlap: int = OVERLAP,
     measure: Callable[[str], int] = len, metadata: Mapping[str, Value] | None = None,
 ) -> list[Chunk]:  # fmt: skip
-    """Chunks in the order of the text, with ids `source#start`.
+    """The chunks of a document in the order of its text, with ids `source#start`.
 
-    Each chunk's text is `document.text[start:end]`. A new section begins a new chunk, unless what stands before is small.
+    Each chunk's text is `document.text[start:end]`. A heading begins a new chunk unless the section before it is small.
 
     Args:
-        source: what the document is called, e.g. `docs/guide.md`.
-        size: the most a chunk measures, at least 1.
-        overlap: the most that a chunk repeats of the one before it, within one section; below `size`.
-        measure: how long a text is: characters, or tokens by an embedder's `count`.
-        metadata: for every chunk, beside that of the document and its parts.
+        source: the document's name, such as `docs/guide.md`.
+        size: the largest measure of a chunk, at least 1.
+        overlap: the most that a chunk repeats of the one before it in the same section; below `size`.
+        measure: of a text: its characters, or its tokens by an embedder's `count`.
+        metadata: of every chunk, in addition to that of the document and its parts.
+
+    Raises:
+        DefinitionError: `size` or `overlap` is out of bounds.
     """
     if size < 1 or not 0 <= overlap < size:
-        raise DefinitionError(f"size {size} and overlap {overlap} do not fit: 0 <= overlap < size, and size at least 1")
+        raise DefinitionError(f"size {size}, overlap {overlap}: out of bounds", hint="choose 0 <= overlap < size")
     text, cutter = document.text, _Cutter(document.text, size, overlap, measure)
-    paths, starts = _Paths(document), [p.start for p in document.parts]
+    headings, starts = _Headings(document), [p.start for p in document.parts]
     chunks: list[Chunk] = []
     for begin, end in _sections(document, size, measure):
         for a, b in cutter.cut(begin, end):
             part = document.parts[bisect_right(starts, a) - 1] if starts and starts[0] <= a else Part(0)
-            told = {**document.metadata, **part.metadata, **(metadata or {})}
-            chunks.append(Chunk(f"{source}#{a}", text[a:b], source, a, paths.above(a, b), told))
+            merged = {**document.metadata, **part.metadata, **(metadata or {})}
+            chunks.append(Chunk(f"{source}#{a}", text[a:b], source, a, headings.above(a, b), merged))
     return chunks
 
 
 def _sections(document: Document, size: int, measure: Callable[[str], int]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of stretches that no chunk crosses."""
     text = document.text
-    # a part that stands alone closes what stands before and opens its own; the next part's start closes that
-    hard = {0, len(text)}
+    hard_edges = {0, len(text)}  # a section ends here however small it is
     for i, part in enumerate(document.parts):
         if part.alone or (i and document.parts[i - 1].alone):
-            hard.add(part.start)
-    edges = sorted(hard | {h.start for h in document.headings})
+            hard_edges.add(part.start)
+    edges = sorted(hard_edges | {h.start for h in document.headings})
     begin = 0
     for end in edges[1:]:
-        small = end not in hard and measure(text[begin:end]) < size // SMALL
+        small = end not in hard_edges and measure(text[begin:end]) < size // SMALL_SECTION
         if not small:
             yield begin, end
             begin = end
 
 
-class _Paths:
-    """The titles above a stretch of text."""
+class _Headings:
+    """Finds the headings above a stretch of text."""
 
     def __init__(self, document: Document) -> None:
         self._text, self._headings = document.text, document.headings
@@ -75,82 +78,82 @@ class _Paths:
             self._paths.append(tuple(h.text for h in above))
 
     def above(self, a: int, b: int) -> tuple[str, ...]:
-        """Those of the first words in `text[a:b]` that are no title themselves."""
+        """The headings above the first words of `text[a:b]` that are not a heading themselves, the outermost first."""
         i = bisect_right(self._starts, a) - 1
         while i + 1 < len(self._starts) and self._starts[i + 1] < b:
-            words = max(a, self._headings[i].end) if i >= 0 else a
-            if self._text[words : self._starts[i + 1]].strip():
+            body = max(a, self._headings[i].end) if i >= 0 else a
+            if self._text[body : self._starts[i + 1]].strip():
                 break
             i += 1
         return self._paths[i] if i >= 0 else ()
 
 
 class _Cutter:
-    """Cuts a stretch of one text."""
+    """Cuts stretches of one text into slices of at most `size`."""
 
     def __init__(self, text: str, size: int, overlap: int, measure: Callable[[str], int]) -> None:
         self._text, self._size, self._overlap, self._measure = text, size, overlap, measure
-        self._per_unit = 4.0  # characters; learnt from the text
+        self._chars_per_unit = 4.0  # estimated from the text
 
     def cut(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Stretches without white space at their ends, each as long as may be."""
-        text, at, done = self._text, begin, begin
+        """Slices without white space at their ends, each as long as possible."""
+        text, start, covered = self._text, begin, begin
         while True:
-            while at < end and text[at].isspace():
-                at += 1
-            if at >= end:
+            while start < end and text[start].isspace():
+                start += 1
+            if start >= end:
                 return
-            reach = self._reach(at, end)
-            stop = end if reach >= end else self._pause(at, max(done + 1, at + 1), reach, end)
+            limit = self._limit(start, end)
+            stop = end if limit >= end else self._boundary(start, max(covered + 1, start + 1), limit, end)
             last = stop
-            while last > at and text[last - 1].isspace():
+            while last > start and text[last - 1].isspace():
                 last -= 1
-            if last > done:
-                yield at, last
+            if last > covered:
+                yield start, last
             if stop >= end:
                 return
-            done, at = stop, self._back(at, stop)
+            covered, start = stop, self._next_start(start, stop)
 
-    def _reach(self, at: int, end: int) -> int:
-        """The furthest a chunk from here may go; at least one character."""
+    def _limit(self, start: int, end: int) -> int:
+        """The furthest end of a chunk from here; at least one character on."""
         if self._measure is len:
-            return min(end, at + self._size)
-        low, high, tried = at + 1, end + 1, 0  # `low` fits, or is the least there is; `high` does not
-        guess = min(end, at + max(1, int(self._size * self._per_unit)))
+            return min(end, start + self._size)
+        low, high, attempts = start + 1, end + 1, 0  # `low` fits, or is the minimum; `high` does not fit
+        guess = min(end, start + max(1, int(self._size * self._chars_per_unit)))
         while True:
-            n = self._measure(self._text[at:guess])
+            n = self._measure(self._text[start:guess])
             low, high = (guess, high) if n <= self._size else (low, guess)
-            if high - low <= 1 or NEAR * self._size <= n <= self._size:
+            if high - low <= 1 or NEAR_SIZE * self._size <= n <= self._size:
                 return low
-            self._per_unit, tried = (guess - at) / max(1, n), tried + 1
-            # first by how dense the text is, which takes two or three measures; by halves where that leads nowhere
-            guess = at + int(self._size * self._per_unit * 0.95) if tried < 5 else (low + high) // 2
+            self._chars_per_unit, attempts = (guess - start) / max(1, n), attempts + 1
+            # guess by the text's density, which takes two or three measures; bisect where that does not converge
+            guess = start + int(self._size * self._chars_per_unit * 0.95) if attempts < 5 else (low + high) // 2
             guess = max(low + 1, min(guess, high - 1))
 
-    def _pause(self, at: int, least: int, reach: int, end: int) -> int:
-        """The last of the best pauses in the second half of what may be taken, else the reach itself."""
-        low = max(least, at + (reach - at) // 2)
-        for pause in PAUSES:
+    def _boundary(self, start: int, least: int, limit: int, end: int) -> int:
+        """The last boundary of the best kind in the second half of the possible chunk, else the limit itself."""
+        low = max(least, start + (limit - start) // 2)
+        for boundary in BOUNDARIES:
             best = 0
-            # the white space of a pause is not part of the chunk, so it may lie beyond its reach
-            for found in pause.finditer(self._text, max(at, low - 2), min(end, reach + LONGEST_PAUSE)):
-                if found.end() >= low and found.start() + len(found[0].rstrip()) <= reach:
-                    best = found.end()
+            # the white space of a boundary is not part of the chunk, so it may lie beyond the limit
+            for match in boundary.finditer(self._text, max(start, low - 2), min(end, limit + MAX_BOUNDARY)):
+                if match.end() >= low and match.start() + len(match[0].rstrip()) <= limit:
+                    best = match.end()
             if best:
                 return best
-        return max(reach, least)
+        return max(limit, least)
 
-    def _back(self, begin: int, stop: int) -> int:
-        """Where the next chunk begins: the first pause within the overlap, or where this one ended."""
+    def _next_start(self, begin: int, stop: int) -> int:
+        """Where the next chunk begins: at the first boundary within the overlap, or where this one ended."""
         if not self._overlap:
             return stop
         low = max(begin + 1, stop - self._overlap)
         if self._measure is not len:
             while low < stop and self._measure(self._text[low:stop]) > self._overlap:
                 low += max(1, (stop - low) // 4)
-        for pause in PAUSES[2:]:
-            found = pause.search(self._text, low, stop)
-            if found and found.end() < stop:
-                return found.end()
-        # no pause at all: a script without spaces is cut anywhere, but a long word is not begun in its middle
+        for boundary in BOUNDARIES[2:]:
+            match = boundary.search(self._text, low, stop)
+            if match and match.end() < stop:
+                return match.end()
+        # no boundary: a script without spaces is cut anywhere, but no chunk begins in the middle of a long word
         return low if not self._text[low:stop].isascii() else stop

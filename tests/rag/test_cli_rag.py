@@ -1,4 +1,4 @@
-"""`agentmesh rag` as a user runs it: an embedded Valkey in a folder of the test's own, real worker processes."""
+"""`agentmesh rag` as a user runs it: an embedded Valkey in the test's folder, real worker processes."""
 
 import json
 import os
@@ -25,7 +25,7 @@ DOCS = {
 }
 
 
-def test_add_search_and_look_after(shell: Any, write: Any) -> None:
+def test_add_search_and_sync(shell: Any, write: Any) -> None:
     write("docs", DOCS)
     assert shell("rag", "add", "docs", code=1) == "3 documents added, 3 passages · 0 unchanged · 1 not added\n"
     assert "3/4 documents · 3 passages" in shell.err
@@ -34,15 +34,15 @@ def test_add_search_and_look_after(shell: Any, write: Any) -> None:
     out = shell("rag", "search", "when are wages paid", "-k", "1")
     assert out.splitlines()[0].endswith("docs/sub/pay.md:0  Pay")
     assert "Wages are paid on the last working day." in out
-    for gone in ("bad.md", "tea.txt"):
-        (shell.folder / "docs" / gone).unlink()
+    for name in ("bad.md", "tea.txt"):
+        (shell.folder / "docs" / name).unlink()
     events = [json.loads(line) for line in shell("rag", "sync", "docs", "--json").splitlines()]
     assert events[-1]["value"] == {"documents": 0, "chunks": 0, "skipped": 2, "removed": 1, "failed": []}
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`here("rag", …, code=2)` runs a command that needs no worker in this process; its error stream."""
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`in_process("rag", …, code=2)` runs a command that needs no worker in this process and returns what it prints."""
     monkeypatch.chdir(tmp_path)
 
     def command(*args: str, code: int) -> str:
@@ -56,28 +56,28 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return command
 
 
-def test_wrong_use_says_what_is_wrong(here: Any, write: Any, tmp_path: Path) -> None:
-    none = "error: there is no store in '.agentmesh/rag'\nhelp: make one: agentmesh rag add FOLDER\n"
+def test_errors_of_the_commands(in_process: Any, write: Any, tmp_path: Path) -> None:
+    no_store = "error: there is no store in '.agentmesh/rag'\nhelp: make one: agentmesh rag add FOLDER\n"
     for command in (["search", "x"], ["stats"], ["verify"], ["compact"], ["reembed", "--embed", "x"], ["eval", "q"]):
-        assert here("rag", *command, code=2) == none
-    assert "there is no folder or file" in here("rag", "add", "nowhere", code=2)
+        assert in_process("rag", *command, code=2) == no_store
+    assert "there is no folder or file" in in_process("rag", "add", "nowhere", code=2)
     docs = write("docs", {"a.md": "tea"})
-    assert "is a file" in here("rag", "sync", "docs/a.md", code=2)
-    assert "--meta 'year' must be NAME=VALUE" in here("rag", "add", "docs", "--meta", "year", code=2)
-    assert "overlap less than it" in here("rag", "add", "docs", "--size", "5", "--overlap", "9", code=2)
-    assert "add --trust-pickle" in here("rag", "import-langchain", "docs", code=2)
-    agent, asked = Retriever.open(tmp_path / "kb").ingest(docs, metadata={"year": 2026})
-    FakeMesh(Crew(agent)).run(asked)
+    assert "is a file" in in_process("rag", "sync", "docs/a.md", code=2)
+    assert "--meta 'year' is not NAME=VALUE" in in_process("rag", "add", "docs", "--meta", "year", code=2)
+    assert "overlap less than it" in in_process("rag", "add", "docs", "--size", "5", "--overlap", "9", code=2)
+    assert "add --trust-pickle" in in_process("rag", "import-langchain", "docs", code=2)
+    agent, request = Retriever.open(tmp_path / "kb").ingest(docs, metadata={"year": 2026})
+    FakeMesh(Crew(agent)).run(request)
     search = ("rag", "search", "tea", "--store", "kb")
-    assert "k must be at least 1" in here(*search, "-k", "0", code=2)
-    assert "is not JSON" in here(*search, "--where", "{", code=2)
-    assert "must be an object" in here(*search, "--where", "[]", code=2)
-    assert "yaer" in here(*search, "--where", '{"yaer": 2026}', code=1)
-    assert "$near" in here(*search, "--where", '{"year": {"$near": 1}}', code=1)
-    assert "must be one of hybrid, dense, text" in here(*search, "--mode", "fuzzy", code=2)
-    assert "unknown embedder 'wordlama'" in here(*search, "--embed", "wordlama", code=4)
-    assert "nothing was found" in here(*search, "--where", '{"year": 2025}', code=1)
-    assert "docs/a.md:0" in here(*search, "--where", '{"year": 2026}', code=0)
+    assert "k must be at least 1" in in_process(*search, "-k", "0", code=2)
+    assert "is not JSON" in in_process(*search, "--where", "{", code=2)
+    assert "is not a JSON object" in in_process(*search, "--where", "[]", code=2)
+    assert "yaer" in in_process(*search, "--where", '{"yaer": 2026}', code=1)
+    assert "$near" in in_process(*search, "--where", '{"year": {"$near": 1}}', code=1)
+    assert "mode must be one of hybrid, dense, text" in in_process(*search, "--mode", "fuzzy", code=2)
+    assert "unknown embedder 'wordlama'" in in_process(*search, "--embed", "wordlama", code=4)
+    assert "no passage was found" in in_process(*search, "--where", '{"year": 2025}', code=1)
+    assert "docs/a.md:0" in in_process(*search, "--where", '{"year": 2026}', code=0)
 
 
 def test_ctrl_c_leaves_an_ingest_resumable(shell: Any, write: Any) -> None:
@@ -94,25 +94,27 @@ def test_ctrl_c_leaves_an_ingest_resumable(shell: Any, write: Any) -> None:
     assert len(FaissStore(shell.folder / ".agentmesh" / "rag").sources()) == 200
 
 
-def test_a_store_is_looked_after(here: Any, write: Any, tmp_path: Path) -> None:
-    agent, asked = Retriever.open(tmp_path / ".agentmesh" / "rag").ingest(write("docs", dict(list(DOCS.items())[:3])))
-    FakeMesh(Crew(agent)).run(asked)
-    assert json.loads(here("rag", "stats", "--json", code=0))["chunks"] == 3
-    assert here("rag", "verify", code=0) == "every file is whole\n"
-    assert "chunks" in here("rag", "compact", code=0)
-    assert "3 passages now have the vectors of wordllama\n" in here("rag", "reembed", "--embed", "wordllama", code=0)
-    found = [json.loads(f) for f in here("rag", "search", "tea", "--json", "--mode", "text", code=0).splitlines()]
-    assert [f["source"] for f in found] == ["docs/tea.txt"]
+def test_stats_verify_compact_reembed_and_eval(in_process: Any, write: Any, tmp_path: Path) -> None:
+    agent, request = Retriever.open(tmp_path / ".agentmesh" / "rag").ingest(write("docs", dict(list(DOCS.items())[:3])))
+    FakeMesh(Crew(agent)).run(request)
+    assert json.loads(in_process("rag", "stats", "--json", code=0))["chunks"] == 3
+    assert in_process("rag", "verify", code=0) == "no file is damaged\n"
+    assert "chunks" in in_process("rag", "compact", code=0)
+    assert "3 passages now have the vectors of wordllama\n" in in_process(
+        "rag", "reembed", "--embed", "wordllama", code=0
+    )
+    lines = in_process("rag", "search", "tea", "--json", "--mode", "text", code=0).splitlines()
+    assert [json.loads(line)["source"] for line in lines] == ["docs/tea.txt"]
     (tmp_path / "q.jsonl").write_text('{"question": "when are wages paid", "source": "docs/sub/pay.md"}\n')
-    assert here("rag", "eval", "q.jsonl", "-k", "1", code=0) == "1 questions · recall@1 1.000 · MRR 1.000\n"
+    assert in_process("rag", "eval", "q.jsonl", "-k", "1", code=0) == "1 questions · recall@1 1.000 · MRR 1.000\n"
     segment = sorted((tmp_path / ".agentmesh" / "rag").glob("g*/*.seg"))[-1]
     segment.write_bytes(segment.read_bytes()[:-9])
-    assert segment.name in here("rag", "verify", code=1)
+    assert segment.name in in_process("rag", "verify", code=1)
 
 
-def test_each_command_has_help(here: Any) -> None:
+def test_each_command_has_help(in_process: Any) -> None:
     for command in ([], ["add"], ["sync"], ["search"], ["stats"], ["eval"], ["import-langchain"]):
-        assert "Usage:" in here("rag", *command, "--help", code=0)
+        assert "Usage:" in in_process("rag", *command, "--help", code=0)
 
 
 def test_an_installed_module_is_a_crew_file_too() -> None:

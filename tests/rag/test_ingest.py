@@ -10,7 +10,6 @@ from agentmesh import Agent, Context, Crew, EmbedderError, RunFailed, ToolContex
 from agentmesh.journal.events import StepPlanned
 from agentmesh.rag.ingest import Added, Ingest
 from agentmesh.rag.ingestion import steps
-from agentmesh.rag.ingestion import steps as indexing
 from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
 from agentmesh.rag.ingestion.scratch import Indexed
 from agentmesh.rag.ingestion.steps import clean_up, embed_batch, index_batch, parse_pack, plan_ingest
@@ -20,16 +19,16 @@ from agentmesh.retriever import Retriever
 from agentmesh.testing import FakeMesh
 
 
-class Scene:
+class Ingestion:
     """A store, an embedder of this process, and a mesh without servers."""
 
     def __init__(self, folder: Path, embedder: Any) -> None:
         self.retriever = Retriever.open(folder / "store", embed=embedder)
         self.store = FaissStore(folder / "store")
 
-    def add(self, *paths: Path, **how: Any) -> Added:
-        agent, asked = self.retriever.ingest(paths, **how)
-        self.run = FakeMesh(Crew(agent)).start(asked)
+    def add(self, *paths: Path, **options: Any) -> Added:
+        agent, request = self.retriever.ingest(paths, **options)
+        self.run = FakeMesh(Crew(agent)).start(request)
         added = self.run.result(timeout_s=0)
         assert isinstance(added, Added)
         return added
@@ -42,34 +41,36 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, by_words: Any) -> Scene:
-    return Scene(tmp_path, by_words)
+def ingestion(tmp_path: Path, by_words: Any) -> Ingestion:
+    return Ingestion(tmp_path, by_words)
 
 
 def counts(added: Added) -> tuple[int, int, int, int]:
     return added.documents, added.skipped, added.removed, len(added.failed)
 
 
-def test_what_is_new_or_changed_is_added_and_the_rest_is_skipped(scene: Scene, write: Any, by_words: Any) -> None:
+def test_what_is_new_or_changed_is_added_and_the_rest_is_skipped(
+    ingestion: Ingestion, write: Any, by_words: Any
+) -> None:
     docs = write("docs", {"a.md": "# Tea\n\nHot.", "b/c.txt": "cold milk", "d.bin": b"\0\1"})
-    assert counts(scene.add(docs)) == (2, 0, 0, 0)
-    assert scene.sources() == {"docs/a.md": 1, "docs/b/c.txt": 1}
+    assert counts(ingestion.add(docs)) == (2, 0, 0, 0)
+    assert ingestion.sources() == {"docs/a.md": 1, "docs/b/c.txt": 1}
     embedded = len(by_words.calls)
-    assert counts(scene.add(docs)) == (0, 2, 0, 0)
+    assert counts(ingestion.add(docs)) == (0, 2, 0, 0)
     assert len(by_words.calls) == embedded  # nothing was embedded
     write("docs", {"a.md": "# Tea\n\nLukewarm."})
-    assert counts(scene.add(docs)) == (1, 1, 0, 0)
-    assert "Lukewarm" in scene.texts()["docs/a.md"]
-    assert scene.sources() == {"docs/a.md": 1, "docs/b/c.txt": 1}
-    assert counts(scene.add(docs, size=5, overlap=0)) == (2, 0, 0, 0)  # cut in another way: anew
-    assert scene.sources()["docs/b/c.txt"] == 2
-    assert list((scene.store.path / "parts").iterdir()) == []
+    assert counts(ingestion.add(docs)) == (1, 1, 0, 0)
+    assert "Lukewarm" in ingestion.texts()["docs/a.md"]
+    assert ingestion.sources() == {"docs/a.md": 1, "docs/b/c.txt": 1}
+    assert counts(ingestion.add(docs, size=5, overlap=0)) == (2, 0, 0, 0)  # other options: all documents again
+    assert ingestion.sources()["docs/b/c.txt"] == 2
+    assert list((ingestion.store.path / "parts").iterdir()) == []
 
 
-def test_a_document_that_cannot_be_read_is_named_and_stops_no_other(scene: Scene, write: Any) -> None:
+def test_a_document_that_cannot_be_read_is_named_and_does_not_stop_the_others(ingestion: Ingestion, write: Any) -> None:
     docs = write("docs", {"a.md": "tea", "bad.md": b"\xff\xfe\xff", "blank.md": " \n", "z.md": "milk"})
-    added = scene.add(docs)
-    assert (added.documents, sorted(scene.sources())) == (2, ["docs/a.md", "docs/z.md"])
+    added = ingestion.add(docs)
+    assert (added.documents, sorted(ingestion.sources())) == (2, ["docs/a.md", "docs/z.md"])
     assert {f.source: f.why for f in added.failed} == {
         "docs/bad.md": added.failed[0].why,
         "docs/blank.md": "'blank.md' holds no text",
@@ -77,109 +78,116 @@ def test_a_document_that_cannot_be_read_is_named_and_stops_no_other(scene: Scene
     assert "bad.md" in added.failed[0].why
 
 
-def test_a_file_that_is_gone_when_it_is_read_is_named(scene: Scene, write: Any, tmp_path: Path) -> None:
+def test_a_file_that_was_removed_after_the_planning_is_named(ingestion: Ingestion, write: Any, tmp_path: Path) -> None:
     docs, store = write("docs", {"a.md": "tea"}), str(tmp_path / "store")
-    asked, how = IngestRequest(paths=[str(docs)]), ChunkOptions()
-    planned = plan_ingest(store, asked, how, ToolContext(key="r/1"))
+    options = ChunkOptions()
+    planned = plan_ingest(store, IngestRequest(paths=[str(docs)]), options, ToolContext(key="r/1"))
     (docs / "a.md").unlink()
-    parsed = parse_pack(store, planned.parts, planned.packs[0], how)
+    parsed = parse_pack(store, planned.parts, planned.packs[0], options)
     assert (parsed.batches, [f.why for f in parsed.failed]) == (
         [],
         ["the file cannot be read (No such file or directory)"],
     )
 
 
-def test_sync_removes_what_vanished_below_the_root_alone(scene: Scene, write: Any) -> None:
+def test_sync_removes_only_what_vanished_below_the_root(ingestion: Ingestion, write: Any) -> None:
     docs = write("docs", {f"{i}.md": f"text {i}" for i in range(5)})
     other = write("other", {"z.md": "kept"})
-    scene.add(docs, other)
+    ingestion.add(docs, other)
     (docs / "0.md").unlink()
-    assert counts(scene.add(docs)) == (0, 4, 0, 0)
-    assert "docs/0.md" in scene.sources()
-    assert counts(scene.add(docs, sync=True)) == (0, 4, 1, 0)
-    assert sorted(scene.sources()) == ["docs/1.md", "docs/2.md", "docs/3.md", "docs/4.md", "other/z.md"]
+    assert counts(ingestion.add(docs)) == (0, 4, 0, 0)
+    assert "docs/0.md" in ingestion.sources()
+    assert counts(ingestion.add(docs, sync=True)) == (0, 4, 1, 0)
+    assert sorted(ingestion.sources()) == ["docs/1.md", "docs/2.md", "docs/3.md", "docs/4.md", "other/z.md"]
 
 
-def test_sync_refuses_when_most_or_all_of_a_folder_vanished(scene: Scene, write: Any) -> None:
+def test_sync_refuses_when_most_or_all_of_a_folder_vanished(ingestion: Ingestion, write: Any) -> None:
     docs = write("docs", {f"{i}.md": f"text {i}" for i in range(5)})
-    scene.add(docs)
+    ingestion.add(docs)
     for i in range(3):
         (docs / f"{i}.md").unlink()
-    with pytest.raises(RunFailed, match="3 of 5 documents vanished from .*; nothing was removed"):
-        scene.add(docs, sync=True)
+    with pytest.raises(RunFailed, match="nothing was removed: 3 of 5 documents vanished from .*; sync with force"):
+        ingestion.add(docs, sync=True)
     for i in range(3, 5):
         (docs / f"{i}.md").unlink()
-    with pytest.raises(RunFailed, match="holds no document any more and the store has 5 of it; nothing was removed"):
-        scene.add(docs, sync=True)
-    assert len(scene.sources()) == 5
-    assert counts(scene.add(docs, sync=True, force=True)) == (0, 0, 5, 0)
-    assert scene.sources() == {}
+    with pytest.raises(
+        RunFailed, match="nothing was removed: .*docs has no documents now, and the store has 5 from it"
+    ):
+        ingestion.add(docs, sync=True)
+    assert len(ingestion.sources()) == 5
+    assert counts(ingestion.add(docs, sync=True, force=True)) == (0, 0, 5, 0)
+    assert ingestion.sources() == {}
 
 
-def test_what_cannot_be_begun_says_why(scene: Scene, write: Any, tmp_path: Path) -> None:
+def test_an_ingest_without_documents_or_with_a_taken_label_is_refused(
+    ingestion: Ingestion, write: Any, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunFailed, match="there is no document in .*empty that a loader knows"):
-        scene.add(tmp_path / "empty")
+    with pytest.raises(RunFailed, match="there is no document in .*empty that a loader can read"):
+        ingestion.add(tmp_path / "empty")
     docs = write("docs", {"a.md": "tea"})
-    with pytest.raises(RunFailed, match=r"there is no document in .*docs that fits '\*.pdf'"):
-        scene.add(docs, glob="*.pdf")
+    with pytest.raises(RunFailed, match=r"there is no document in .*docs that matches '\*.pdf'"):
+        ingestion.add(docs, glob="*.pdf")
     with pytest.raises(RunFailed, match="there is no folder or file '/nowhere' here"):
-        scene.add(Path("/nowhere"))
-    scene.add(docs)
-    with pytest.raises(RunFailed, match="'docs/a.md' is in this store from .*name this folder by another label"):
-        scene.add(write("else/docs", {"a.md": "other tea"}))
-    assert counts(scene.add(tmp_path / "else/docs", label="mine")) == (1, 0, 0, 0)
+        ingestion.add(Path("/nowhere"))
+    ingestion.add(docs)
+    with pytest.raises(RunFailed, match="'docs/a.md' is in this store from .*give this folder another label") as caught:
+        ingestion.add(write("else/docs", {"a.md": "other tea"}))
+    assert caught.value.hint == "give this folder another label, such as label='mine'"
+    assert counts(ingestion.add(tmp_path / "else/docs", label="mine")) == (1, 0, 0, 0)
 
 
 def test_another_embedder_is_refused_before_anything_is_parsed(
-    scene: Scene, write: Any, tmp_path: Path, by_words: Any
+    ingestion: Ingestion, write: Any, tmp_path: Path, by_words: Any
 ) -> None:
-    scene.add(write("docs", {"a.md": "tea"}))
+    ingestion.add(write("docs", {"a.md": "tea"}))
     write("docs", {"b.md": "milk"})
-    other = Scene(tmp_path, type(by_words)(32))
+    other = Ingestion(tmp_path, type(by_words)(32))
     with pytest.raises(RunFailed, match="reembed"):
         other.add(tmp_path / "docs")
     assert [e.name for e in other.run.events() if isinstance(e, StepPlanned)] == [
         "plan_ingest",
         "check_embedder",
-        "tidy",
+        "clean_up",
     ]
-    assert list((scene.store.path / "parts").iterdir()) == []
-    assert sorted(scene.sources()) == ["docs/a.md"]
+    assert list((ingestion.store.path / "parts").iterdir()) == []
+    assert sorted(ingestion.sources()) == ["docs/a.md"]
 
 
-def test_metadata_is_of_every_chunk(scene: Scene, write: Any) -> None:
-    scene.add(write("docs", {"a.md": "tea"}), metadata={"tenant": "a", "tags": ["x"]})
-    assert scene.store.count({"tenant": "a"}) == 1
-    assert scene.store.count({"tenant": "b"}) == 0
-    assert counts(scene.add(scene.store.path.parent / "docs", metadata={"tenant": "b"})) == (1, 0, 0, 0)
-    assert scene.store.count({"tenant": "b"}) == 1
+def test_every_chunk_has_the_metadata(ingestion: Ingestion, write: Any) -> None:
+    ingestion.add(write("docs", {"a.md": "tea"}), metadata={"tenant": "a", "tags": ["x"]})
+    assert ingestion.store.count({"tenant": "a"}) == 1
+    assert ingestion.store.count({"tenant": "b"}) == 0
+    assert counts(ingestion.add(ingestion.store.path.parent / "docs", metadata={"tenant": "b"})) == (1, 0, 0, 0)
+    assert ingestion.store.count({"tenant": "b"}) == 1
 
 
-def test_a_large_document_goes_in_several_commits_and_is_seen_whole(
-    scene: Scene, write: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_large_document_is_indexed_in_several_commits(
+    ingestion: Ingestion, write: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "BATCH_CHUNKS", 4)
     docs = write(
         "docs", {"a.md": "one", "big.md": "\n\n".join(f"paragraph {i} of it" for i in range(10)), "c.md": "two"}
     )
-    added = scene.add(docs, size=20, overlap=0)
+    added = ingestion.add(docs, size=20, overlap=0)
     assert (added.documents, added.failed) == (3, [])
-    assert scene.sources()["docs/big.md"] == added.chunks - 2 == 10
-    assert scene.store.version > 2
-    assert scene.store.count() == 12
+    assert ingestion.sources()["docs/big.md"] == added.chunks - 2 == 10
+    assert ingestion.store.version > 2
+    assert ingestion.store.count() == 12
 
 
-def test_many_packs_go_in_a_window(scene: Scene, write: Any, monkeypatch: pytest.MonkeyPatch, by_words: Any) -> None:
+def test_packs_in_flight_are_bounded_by_the_window(
+    ingestion: Ingestion, write: Any, monkeypatch: pytest.MonkeyPatch, by_words: Any
+) -> None:
     monkeypatch.setattr("agentmesh.rag.ingestion.plan.PACK_DOCUMENTS", 3)
     docs = write("docs", {f"{i:02}.md": f"text number {i}" for i in range(20)})
-    assert counts(scene.add(docs, window=2)) == (20, 0, 0, 0)
-    assert len(scene.sources()) == 20
+    assert counts(ingestion.add(docs, window=2)) == (20, 0, 0, 0)
+    assert len(ingestion.sources()) == 20
     assert max(by_words.calls) <= 6  # what two packs hold
 
 
 class Flaky:
-    """Fails for one word for good, and for another the first time."""
+    """An embedder that always fails for one word, and once for another."""
 
     name, remote = "", False
 
@@ -199,33 +207,33 @@ class Flaky:
         return self._inner.query(text)
 
 
-def test_a_text_that_the_embedder_refuses_costs_its_document_alone(tmp_path: Path, write: Any, by_words: Any) -> None:
-    scene = Scene(tmp_path, Flaky(by_words))
-    added = scene.add(write("docs", {"a.md": "tea", "b.md": "poison", "c.md": "milk later"}))
+def test_a_text_that_the_embedder_refuses_fails_only_its_document(tmp_path: Path, write: Any, by_words: Any) -> None:
+    ingestion = Ingestion(tmp_path, Flaky(by_words))
+    added = ingestion.add(write("docs", {"a.md": "tea", "b.md": "poison", "c.md": "milk later"}))
     assert (added.documents, [(f.source, f.why) for f in added.failed]) == (2, [("docs/b.md", "no vector for it")])
-    assert sorted(scene.sources()) == ["docs/a.md", "docs/c.md"]
-    alone = Scene(tmp_path / "2", Flaky(by_words))
+    assert sorted(ingestion.sources()) == ["docs/a.md", "docs/c.md"]
+    alone = Ingestion(tmp_path / "2", Flaky(by_words))
     assert [f.source for f in alone.add(write("2/docs", {"b.md": "poison"})).failed] == ["docs/b.md"]
 
 
-def test_a_passage_without_a_known_word_stands_where_its_document_stands(scene: Scene, write: Any) -> None:
-    added = scene.add(write("docs", {"a.txt": "cold tea\n\n" + "=" * 16, "b.txt": "====="}), size=20, overlap=0)
+def test_a_chunk_without_a_known_word_gets_the_direction_of_its_document(ingestion: Ingestion, write: Any) -> None:
+    added = ingestion.add(write("docs", {"a.txt": "cold tea\n\n" + "=" * 16, "b.txt": "====="}), size=20, overlap=0)
     assert (added.documents, added.chunks) == (1, 2)
     assert [(f.source, f.why) for f in added.failed] == [("docs/b.txt", "the embedder knows none of its words")]
-    first, second = scene.store.vectors(scene.store.ids())
+    first, second = ingestion.store.vectors(ingestion.store.ids())
     assert first @ second > 0.999
 
 
 # ---- repeated and late steps ---------------------------------------------------------------------
-class Batched:
-    """One document, ready to be indexed."""
+class EmbeddedBatch:
+    """One document, embedded and ready to be indexed."""
 
     def __init__(self, docs: Path, store: Path, by_words: Any, key: str) -> None:
         self.store, self.embed, self.key = str(store), register_embedder(by_words), key
-        how = ChunkOptions()
-        planned = plan_ingest(self.store, IngestRequest(paths=[str(docs)]), how, ToolContext(key=f"{key}/1"))
+        options = ChunkOptions()
+        planned = plan_ingest(self.store, IngestRequest(paths=[str(docs)]), options, ToolContext(key=f"{key}/1"))
         self.parts = planned.parts
-        (self.batch,) = parse_pack(self.store, self.parts, planned.packs[0], how).batches
+        (self.batch,) = parse_pack(self.store, self.parts, planned.packs[0], options).batches
         self.embedded = embed_batch(self.store, self.parts, self.batch.part, self.embed)
 
     def index(self) -> Indexed:
@@ -233,8 +241,8 @@ class Batched:
         return index_batch(self.store, self.parts, self.batch.part, self.embedded.part, self.embedded.by, [], context)
 
 
-def test_an_index_step_that_is_repeated_changes_nothing(tmp_path: Path, write: Any, by_words: Any) -> None:
-    batched = Batched(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
+def test_a_repeated_index_step_changes_nothing(tmp_path: Path, write: Any, by_words: Any) -> None:
+    batched = EmbeddedBatch(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
     assert batched.index() == batched.index() == Indexed(documents=1, chunks=1)
     assert store_of(batched.store).version == 1
     clean_up(batched.store, batched.parts)
@@ -244,17 +252,17 @@ def test_an_index_step_that_is_repeated_changes_nothing(tmp_path: Path, write: A
 def test_an_index_step_needs_no_embedder(
     tmp_path: Path, write: Any, by_words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batched = Batched(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
-    monkeypatch.setattr(indexing, "batcher_for", None)
+    batched = EmbeddedBatch(write("docs", {"a.md": "tea"}), tmp_path / "store", by_words, "r1")
+    monkeypatch.setattr(steps, "batcher_for", None)
     assert batched.index().documents == 1
     assert FaissStore(batched.store).identity == by_words.identity
 
 
 def test_a_late_index_step_does_not_overwrite_newer_text(tmp_path: Path, write: Any, by_words: Any) -> None:
     docs = write("docs", {"a.md": "old tea"})
-    late = Batched(docs, tmp_path / "store", by_words, "r1")
+    late = EmbeddedBatch(docs, tmp_path / "store", by_words, "r1")
     write("docs", {"a.md": "new tea, hot"})
-    newer = Batched(docs, tmp_path / "store", by_words, "r2")
+    newer = EmbeddedBatch(docs, tmp_path / "store", by_words, "r2")
     assert newer.index().documents == 1
     indexed = late.index()
     assert (indexed.documents, indexed.chunks) == (0, 0)
@@ -263,20 +271,20 @@ def test_a_late_index_step_does_not_overwrite_newer_text(tmp_path: Path, write: 
     assert [c.text for c in chunks] == ["new tea, hot"]
 
 
-def test_two_ingests_of_one_folder_do_not_mind_each_other(tmp_path: Path, write: Any, by_words: Any) -> None:
+def test_two_ingests_of_one_folder_do_not_conflict(tmp_path: Path, write: Any, by_words: Any) -> None:
     docs = write("docs", {"a.md": "tea"})
-    first, second = (Batched(docs, tmp_path / "store", by_words, key) for key in ("r1", "r2"))
+    first, second = (EmbeddedBatch(docs, tmp_path / "store", by_words, key) for key in ("r1", "r2"))
     assert first.index().documents == 1
     assert second.index().failed == []
     assert FaissStore(tmp_path / "store").count() == 1
 
 
 def test_an_ingest_is_a_step_of_a_users_own_flow(tmp_path: Path, write: Any, by_words: Any) -> None:
-    docs, kept = write("docs", {"a.md": "tea"}), Retriever.open(tmp_path / "store", embed=by_words)
+    docs, retriever = write("docs", {"a.md": "tea"}), Retriever.open(tmp_path / "store", embed=by_words)
 
-    class Mine(Agent[int]):
+    class Nightly(Agent[int]):
         def flow(self, task: str, ctx: Context) -> int:
-            ingest, asked = kept.ingest(task)
-            return ctx.do(ingest.on(asked)).documents
+            ingest, request = retriever.ingest(task)
+            return ctx.do(ingest.on(request)).documents
 
-    assert FakeMesh(Crew(Mine(), Ingest())).run(str(docs)) == 1
+    assert FakeMesh(Crew(Nightly(), Ingest())).run(str(docs)) == 1

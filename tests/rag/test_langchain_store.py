@@ -1,4 +1,4 @@
-"""LangChain's own conformance suite over our store, and what it does not ask: filters, scores, loaders, old folders."""
+"""LangChain's conformance suite over our store, and what it does not test: filters, scores, loaders, imported folders."""
 
 import asyncio
 import pickle
@@ -41,7 +41,7 @@ def words(path: Path, texts: list[str], metadatas: list[dict[str, Any]] | None =
     )
 
 
-def test_a_filter_never_starves(tmp_path: Path) -> None:
+def test_a_filter_never_returns_too_few_hits(tmp_path: Path) -> None:
     store = words(tmp_path, [f"page {i}" for i in range(300)], [{"n": i, "rare": i % 100 == 0} for i in range(300)])
     assert len(store.similarity_search("page", k=3, filter={"rare": True})) == 3
     assert len(store.similarity_search("page", k=5, filter={"rare": True, "n": {"$gt": 50}})) == 2
@@ -69,14 +69,14 @@ def test_scores_hybrid_and_differences(tmp_path: Path) -> None:
 
 
 def test_metadata_comes_back_as_it_was(tmp_path: Path) -> None:
-    told = {
+    metadata = {
         "a": 1, "b": [1, {"c": None}], "tags": ["x"], "when": datetime(2026, 1, 2, tzinfo=UTC), "big": 2**70,
         "none": None, "source": "a.md",
     }  # fmt: skip
     store = FaissVectorStore(tmp_path, embedding=FAKE)
-    store.add_documents([Document("text", metadata=told, id="1")])
+    store.add_documents([Document("text", metadata=metadata, id="1")])
     (found,) = FaissVectorStore(tmp_path, embedding=FAKE).get_by_ids(["1"])
-    assert found == Document("text", metadata=told, id="1")
+    assert found == Document("text", metadata=metadata, id="1")
     with pytest.raises(StoreError, match="document '2' cannot be kept"):
         store.add_documents([Document("text", metadata={"x": object()}, id="2")])
     with pytest.raises(StoreError, match="2 texts came with 1 metadatas"):
@@ -96,14 +96,14 @@ def test_another_embedder_is_refused_and_opening_reads_nothing(tmp_path: Path) -
         FaissVectorStore.from_texts(["a"], FAKE)
 
 
-def test_all_is_removed_when_no_ids_are_said(tmp_path: Path) -> None:
+def test_delete_without_ids_removes_all(tmp_path: Path) -> None:
     store = words(tmp_path, ["a", "b"])
     assert store.delete(["d0", "no"])
     assert store.delete()
     assert store.similarity_search("a") == []
 
 
-def test_a_passage_of_our_ingest_says_where_it_is_from(tmp_path: Path) -> None:
+def test_a_passage_of_an_ingest_has_its_source_and_start(tmp_path: Path) -> None:
     ours = embedder()
     chunks = split(Ours("One. Two."), "docs/a.md", size=5, overlap=0)
     FaissStore(tmp_path, identity=ours.identity).replace(
@@ -173,12 +173,12 @@ def old_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_old_folder_becomes_a_store(old_folder: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+def test_an_old_folder_is_imported(old_folder: Path, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
     store = import_folder(
-        old_folder, tmp_path / "kb", embedding=FAKE, trust_pickle=True, progress=lambda *p: seen.append(p)
+        old_folder, tmp_path / "kb", embedding=FAKE, trust_pickle=True, progress=lambda *p: progress.append(p)
     )
-    assert (store.metric, store.count(), seen) == ("l2", 49, [(49, 49)])
+    assert (store.metric, store.count(), progress) == ("l2", 49, [(49, 49)])
     found = FaissVectorStore(tmp_path / "kb", embedding=FAKE)
     best = found.similarity_search("old page 11", k=2, filter={"n": {"$gt": 10}})[0]
     assert (best.id, best.page_content, best.metadata["n"]) == ("o11", "old page 11", 11)

@@ -1,4 +1,4 @@
-"""A librarian says what the documents say, quotes them word for word, and admits that they say nothing."""
+"""The Librarian answers from the documents, quotes them word for word, and says so when they contain no answer."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ LEAVE = "# Leave\n\n| who | how long |\n|---|---|\n| parents | sixteen weeks of 
 @pytest.fixture
 def store(tmp_path: Path, write: Any) -> str:
     docs = write("docs", {"pay.md": PAY, "leave.md": LEAVE})
-    agent, asked = Retriever.open(tmp_path / "kb", embed="wordllama").ingest(docs)
-    FakeMesh(Crew(agent)).run(asked)
+    agent, request = Retriever.open(tmp_path / "kb", embed="wordllama").ingest(docs)
+    FakeMesh(Crew(agent)).run(request)
     return str(tmp_path / "kb")
 
 
@@ -28,7 +28,7 @@ def ask(store: str, question: str, *replies: Any, **fields: Any) -> QuotedAnswer
     return FakeMesh(Crew(Librarian(store=store, **fields)), model=[says(r) for r in replies]).run(question)
 
 
-def test_an_answer_rests_on_quotes_that_are_in_the_documents(store: str) -> None:
+def test_an_answer_has_quotes_of_the_documents(store: str) -> None:
     answer = ask(store, "When are wages paid?", "Wages are paid on the last working day [1].")
     assert answer.found
     assert answer.text == "Wages are paid on the last working day [1]."
@@ -38,16 +38,16 @@ def test_an_answer_rests_on_quotes_that_are_in_the_documents(store: str) -> None
     assert "docs/pay.md:" in answer.page()
 
 
-def test_its_model_is_asked_for_words(store: str) -> None:
-    """A model that is held to the schema of a QuotedAnswer speaks JSON, which no document bears out."""
-    asked = []
+def test_its_model_is_asked_for_text(store: str) -> None:
+    """A model that must meet the schema of a QuotedAnswer writes JSON, which is in no document."""
+    outputs = []
 
     def model(prompt: Any) -> Any:
-        asked.append(prompt.output)
+        outputs.append(prompt.output)
         return says("Wages are paid on the last working day [1].")
 
     assert FakeMesh(Crew(Librarian(store=store)), model=model).run("When are wages paid?").found
-    assert asked == [None]
+    assert outputs == [None]
 
 
 @pytest.mark.parametrize(
@@ -59,27 +59,27 @@ def test_its_model_is_asked_for_words(store: str) -> None:
         "",
     ],
 )
-def test_what_the_quotes_do_not_bear_out_is_left_out(store: str, invented: str) -> None:
+def test_a_sentence_that_is_not_in_the_quotes_is_dropped(store: str, invented: str) -> None:
     answer = ask(store, "When are wages paid?", invented)
     assert answer.text == "The documents say:"
     assert answer.quotes[0].text == "Wages are paid on the last working day."
 
 
-def test_citations_that_do_not_exist_go_and_the_rest_is_numbered_anew(store: str) -> None:
-    said = "Overtime is paid in the month after [2] [9]. Wages are paid on the last working day."
-    answer = ask(store, "When are wages and overtime paid?", said)
+def test_unknown_citations_are_dropped_and_the_others_renumbered(store: str) -> None:
+    reply = "Overtime is paid in the month after [2] [9]. Wages are paid on the last working day."
+    answer = ask(store, "When are wages and overtime paid?", reply)
     assert "[9]" not in answer.text
     assert answer.text.startswith("Overtime is paid in the month after [1].")
     assert len(answer.quotes) == 1
 
 
-def test_what_the_model_quotes_itself_is_found_in_the_documents(store: str) -> None:
+def test_a_quote_of_the_model_is_located_in_the_documents(store: str) -> None:
     answer = ask(store, "How long is leave for parents?", "Parents have “sixteen  weeks of paid leave” [1].")
     assert [LEAVE[q.start : q.end] == q.text for q in answer.quotes] == [True] * len(answer.quotes)
     assert any(q.text == "sixteen weeks of paid leave" for q in answer.quotes)
 
 
-def test_nothing_was_found_is_an_answer_without_asking_a_model(store: str, tmp_path: Path) -> None:
+def test_without_a_similar_sentence_no_model_is_asked(store: str, tmp_path: Path) -> None:
     for where in (store, str(tmp_path / "empty")):
         answer = ask(where, "Who won the world cup in 1998?")
         assert (answer.found, answer.quotes) == (False, [])
@@ -96,7 +96,7 @@ def test_the_tool_ranks_sentences_and_hides_its_filter(store: str) -> None:
     assert {p.source for p in in_store(store, where={"source": "docs/leave.md"})("wages").passages} == {"docs/leave.md"}
 
 
-def test_a_quote_that_does_not_stand_is_dropped() -> None:
+def test_a_quote_that_is_not_at_its_place_is_dropped() -> None:
     passage = Passage(source="a.md", start=100, text="One sentence of a text. Another sentence of it.")
     good = [quote for quote, _ in quotable(passage)]
     assert [(q.start, q.end, q.text) for q in good] == [
@@ -132,8 +132,8 @@ def test_a_wrapped_sentence_is_quoted_whole_and_before_rows(tmp_path: Path, writ
     wrapped = "# Leave\n\n| leave | `leave_days_total` |\n|---|---|\n| parental leave | `leave_paid_total` |\n\n"
     wrapped += "Parents are on paid leave for\nsixteen weeks after a child is born, and\nfor two more when it is ill.\n"
     docs = write("docs", {"leave.md": wrapped})
-    agent, asked = Retriever.open(tmp_path / "kb", embed="wordllama").ingest(docs)
-    FakeMesh(Crew(agent)).run(asked)
+    agent, request = Retriever.open(tmp_path / "kb", embed="wordllama").ingest(docs)
+    FakeMesh(Crew(agent)).run(request)
     for question in ("What is paid leave?", "How long is leave paid?"):
         consulted = in_store(str(tmp_path / "kb"))(question)
         assert consulted.quotes[0].text.startswith("Parents are on paid leave for\nsixteen"), question

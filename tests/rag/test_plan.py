@@ -1,4 +1,4 @@
-"""What an ingest would do, decided without doing it: listing, skipping, packing, what vanished, shared batches."""
+"""The plan of an ingest: listing, skipping, packs, vanished documents. And scratch files, and batches that steps share."""
 
 import os
 import threading
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agentmesh.errors import StoreDamaged
 from agentmesh.rag.embedders.batcher import EmbeddingBatcher
 from agentmesh.rag.ingestion.plan import (
     ChunkOptions,
@@ -22,16 +23,16 @@ from agentmesh.rag.ingestion.plan import (
     list_documents,
     matcher,
     pending_documents,
+    removal_refusal,
     split_into_packs,
     unchanged,
-    vanished,
-    why_not_remove,
+    vanished_sources,
 )
 from agentmesh.rag.ingestion.scratch import ScratchFiles, metadata_from_json, metadata_to_json, remove_abandoned
 
 
 @dataclass(frozen=True)
-class Known:
+class Stored:
     digest: str
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -40,8 +41,8 @@ def everything(path: str) -> bool:
     return True
 
 
-def listed(*paths: Path, label: str = "", wanted: Any = everything, without: Sequence[Path] = ()) -> Listing:
-    return list_documents([str(p) for p in paths], wanted=wanted, label=label, without=[str(w) for w in without])
+def listed(*paths: Path, label: str = "", accepts: Any = everything, exclude: Sequence[Path] = ()) -> Listing:
+    return list_documents([str(p) for p in paths], accepts=accepts, label=label, exclude=[str(e) for e in exclude])
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -52,13 +53,14 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
-def known_of(listing: Listing, how: str = "h") -> dict[str, Known]:
+def as_stored(listing: Listing, mark: str = "h") -> dict[str, Stored]:
+    """What a store would hold of the listed documents."""
     return {
-        s: Known(
-            content_digest(Path(f.path).read_bytes(), how),
-            {"size": f.size, "mtime_ns": f.mtime_ns, "how": how, "root": f.root},
+        s: Stored(
+            content_digest(Path(f.path).read_bytes(), mark),
+            {"size": f.size, "mtime_ns": f.mtime_ns, "how": mark, "root": f.root},
         )
-        for s, f in listing.found.items()
+        for s, f in listing.documents.items()
     }
 
 
@@ -86,26 +88,28 @@ def test_a_listing_names_documents_by_label_and_path(tmp_path: Path) -> None:
     (docs / "out.md").symlink_to(write(tmp_path / "else", o_md="o") / "o.md")
     (docs / "in.md").symlink_to(docs / "a.md")
     (docs / "loop").symlink_to(docs)
-    found = listed(docs, without=[store])
-    assert list(found.found) == ["docs/a.md", "docs/in.md", "docs/x/b.md"]
-    assert found.roots == {"docs": str(docs)}
-    assert list(listed(docs / "x" / "b.md", label="mine").found) == ["mine/b.md"]
-    assert list(listed(docs / "a.md").found) == ["docs/a.md"]  # a file alone has the name it has with its folder
+    listing = listed(docs, exclude=[store])
+    assert list(listing.documents) == ["docs/a.md", "docs/in.md", "docs/x/b.md"]
+    assert listing.roots == {"docs": str(docs)}
+    assert list(listed(docs / "x" / "b.md", label="mine").documents) == ["mine/b.md"]
+    assert list(listed(docs / "a.md").documents) == [
+        "docs/a.md"
+    ]  # a single file is named as in a listing of its folder
 
 
 def test_what_is_unchanged_is_skipped_by_size_and_time_then_by_its_bytes(tmp_path: Path) -> None:
     docs = write(tmp_path / "docs", a_md="one", b_md="two", c_md="three")
     before = listed(docs)
-    known = known_of(before)
-    assert list(pending_documents(before, known, "h")) == []
-    assert [t.source for t in pending_documents(before, known, "other")] == list(known)  # cut in another way: anew
+    stored = as_stored(before)
+    assert list(pending_documents(before, stored, "h")) == []
+    assert [p.source for p in pending_documents(before, stored, "other")] == list(stored)  # other options: all of them
     os.utime(docs / "a.md", ns=(1, 1))  # touched, the bytes are the same
     write(docs, b_md="TWO")
     os.utime(docs / "b.md", ns=(1, 1))
     write(docs, d_md="four")
-    after = list(pending_documents(listed(docs), known, "h"))
-    assert [(t.source, t.expects) for t in after] == [("docs/b.md", known["docs/b.md"].digest), ("docs/d.md", "")]
-    assert not unchanged(listed(docs).found["docs/d.md"], None, "h")
+    after = list(pending_documents(listed(docs), stored, "h"))
+    assert [(p.source, p.expects) for p in after] == [("docs/b.md", stored["docs/b.md"].digest), ("docs/d.md", "")]
+    assert not unchanged(listed(docs).documents["docs/d.md"], None, "h")
 
 
 def test_packs_are_bounded_by_number_and_by_size() -> None:
@@ -118,69 +122,75 @@ def test_packs_are_bounded_by_number_and_by_size() -> None:
     assert split_into_packs([]) == []
 
 
-def test_what_vanished_is_told_and_too_much_is_refused(tmp_path: Path) -> None:
+def test_vanished_documents_are_listed_and_removing_most_of_a_folder_is_refused(tmp_path: Path) -> None:
     docs = write(tmp_path / "docs", a_md="a", b_md="b", c_md="c", d_txt="d")
     other = write(tmp_path / "other", z_md="z")
-    known = known_of(listed(docs, other))
+    stored = as_stored(listed(docs, other))
     (docs / "a.md").unlink()
     now = listed(docs)
-    assert list(vanished(now, known, everything)) == ["docs/a.md"]  # nothing of the other folder
-    assert why_not_remove(now, known, {"docs/a.md": ""}) == ""
-    assert list(vanished(listed(docs, wanted=matcher("*.txt")), known, matcher("*.txt"))) == []
+    assert list(vanished_sources(now, stored, everything)) == ["docs/a.md"]  # nothing of the other folder
+    assert removal_refusal(now, stored, {"docs/a.md": ""}) is None
+    assert list(vanished_sources(listed(docs, accepts=matcher("*.txt")), stored, matcher("*.txt"))) == []
     for name in ("b.md", "c.md"):
         (docs / name).unlink()
     now = listed(docs)
-    assert why_not_remove(now, known, vanished(now, known, everything)).startswith(
-        f"3 of 4 documents vanished from {docs}"
-    )
+    refusal = removal_refusal(now, stored, vanished_sources(now, stored, everything))
+    assert refusal is not None
+    assert refusal.message == f"nothing was removed: 3 of 4 documents vanished from {docs}"
     (docs / "d.txt").unlink()
     now = listed(docs)
-    assert "holds no document any more" in why_not_remove(now, known, vanished(now, known, everything))
+    refusal = removal_refusal(now, stored, vanished_sources(now, stored, everything))
+    assert refusal is not None
+    assert "has no documents now" in refusal.message
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads every folder")
-def test_a_folder_that_is_shut_hides_nothing_as_vanished(tmp_path: Path) -> None:
+def test_documents_in_a_folder_without_permission_have_not_vanished(tmp_path: Path) -> None:
     docs = write(tmp_path / "docs", a_md="a", x__b_md="b")
-    known = known_of(listed(docs))
+    stored = as_stored(listed(docs))
     (docs / "x").chmod(0)
     try:
         now = listed(docs)
-        assert vanished(now, known, everything) == {}
-        assert list(now.unread) == ["docs/x/"]
+        assert vanished_sources(now, stored, everything) == {}
+        assert list(now.unreadable) == ["docs/x/"]
     finally:
         (docs / "x").chmod(0o700)
 
 
 def test_two_folders_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     first, second = write(tmp_path / "1" / "docs", a_md="a"), write(tmp_path / "2" / "docs", a_md="other")
-    known = known_of(listed(first))
-    found = list(listed(second).found.values())
-    assert "name this folder by another label" in label_conflict(found, known, os.path.isdir)
-    assert label_conflict(found, known, lambda path: False) == ""  # the first is gone: the folder was moved
+    stored = as_stored(listed(first))
+    documents = list(listed(second).documents.values())
+    refusal = label_conflict(documents, stored, os.path.isdir)
+    assert refusal is not None
+    assert "give this folder another label" in refusal.hint
+    assert (
+        label_conflict(documents, stored, lambda path: False) is None
+    )  # the first does not exist: the folder was moved
 
 
-# ---- parts -------------------------------------------------------------------------------------
-def test_parts_are_named_by_what_they_hold(tmp_path: Path) -> None:
-    parts = ScratchFiles(tmp_path, "r1/2")
-    name = parts.put_json({"a": "ü"})
-    assert parts.put_json({"a": "ü"}) == name
-    assert parts.get_json(name) == {"a": "ü"}
+# ---- scratch files -----------------------------------------------------------------------------
+def test_scratch_files_are_named_by_their_content(tmp_path: Path) -> None:
+    scratch = ScratchFiles(tmp_path, "r1/2")
+    name = scratch.put_json({"a": "ü"})
+    assert scratch.put_json({"a": "ü"}) == name
+    assert scratch.get_json(name) == {"a": "ü"}
     rows = np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert (parts.get_vectors(parts.put_vectors(rows)) == rows).all()
+    assert (scratch.get_vectors(scratch.put_vectors(rows)) == rows).all()
     assert [p.name for p in (tmp_path / "parts").iterdir()] == ["r1_2"]
-    (parts.folder / name).write_text("{}")
-    with pytest.raises(OSError, match="is damaged; add the documents again"):
-        parts.get(name)
+    (scratch.folder / name).write_text("{}")
+    with pytest.raises(StoreDamaged, match="is damaged; add the documents again"):
+        scratch.get(name)
     remove_abandoned(tmp_path)
-    assert parts.folder.exists()
-    os.utime(parts.folder, (1, 1))
+    assert scratch.folder.exists()
+    os.utime(scratch.folder, (1, 1))
     remove_abandoned(tmp_path)
-    assert not parts.folder.exists()
+    assert not scratch.folder.exists()
 
 
 def test_metadata_keeps_its_types() -> None:
-    given = {"at": datetime(2026, 1, 2, tzinfo=UTC), "n": 1, "tags": ["a"]}
-    assert metadata_from_json(metadata_to_json(given)) == given
+    metadata = {"at": datetime(2026, 1, 2, tzinfo=UTC), "n": 1, "tags": ["a"]}
+    assert metadata_from_json(metadata_to_json(metadata)) == metadata
     assert ChunkOptions(size=9).mark() != ChunkOptions(size=10).mark()
 
 
@@ -203,45 +213,45 @@ class Counting:
         return np.array([[float(len(t))] for t in texts], np.float32)
 
 
-def in_threads(shared: EmbeddingBatcher, wishes: Sequence[Sequence[str]], held: Counting) -> list[Any]:
-    """The first is in hand when the others come."""
-    ended: list[Any] = [None] * len(wishes)
+def in_threads(batcher: EmbeddingBatcher, requests: Sequence[Sequence[str]], embedder: Counting) -> list[Any]:
+    """The results of requests by as many threads; the first is in flight when the others arrive."""
+    results: list[Any] = [None] * len(requests)
 
-    def ask(i: int) -> None:
+    def embed(i: int) -> None:
         try:
-            ended[i] = shared.documents(wishes[i]).ravel().tolist()
+            results[i] = batcher.documents(requests[i]).ravel().tolist()
         except ValueError as e:
-            ended[i] = str(e)
+            results[i] = str(e)
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(wishes))]
-    held.gate.clear()
+    threads = [threading.Thread(target=embed, args=(i,)) for i in range(len(requests))]
+    embedder.gate.clear()
     threads[0].start()
-    while not held.calls:
+    while not embedder.calls:
         time.sleep(0.001)
     for thread in threads[1:]:
         thread.start()
-    while len(shared._waiting) < len(wishes) - 1:
+    while len(batcher._waiting) < len(requests) - 1:
         time.sleep(0.001)
-    held.gate.set()
+    embedder.gate.set()
     for thread in threads:
         thread.join(10)
-    return ended
+    return results
 
 
-def test_what_waits_together_is_embedded_together() -> None:
-    held = Counting()
-    assert in_threads(EmbeddingBatcher(held), [["a"], ["bb", "ccc"], ["dddd"]], held) == [[1], [2, 3], [4]]
-    assert [len(c) for c in held.calls] == [1, 3]
+def test_requests_that_wait_together_are_embedded_together() -> None:
+    embedder = Counting()
+    assert in_threads(EmbeddingBatcher(embedder), [["a"], ["bb", "ccc"], ["dddd"]], embedder) == [[1], [2, 3], [4]]
+    assert [len(c) for c in embedder.calls] == [1, 3]
 
 
-def test_a_large_wish_goes_in_several_calls_and_tells_how_far_it_is() -> None:
-    held, said = Counting(), list[int]()
+def test_a_large_request_goes_in_several_calls_and_reports_its_progress() -> None:
+    embedder, progress = Counting(), list[int]()
     texts = ["x" * i for i in range(10)]
-    assert EmbeddingBatcher(held, max_texts=4).documents(texts, said.append).ravel().tolist() == list(range(10))
-    assert said == [4, 8, 10]
-    assert EmbeddingBatcher(held).documents([]).shape == (0, 0)
+    assert EmbeddingBatcher(embedder, max_texts=4).documents(texts, progress.append).ravel().tolist() == list(range(10))
+    assert progress == [4, 8, 10]
+    assert EmbeddingBatcher(embedder).documents([]).shape == (0, 0)
 
 
-def test_one_bad_text_fails_its_own_step_alone() -> None:
-    held = Counting()
-    assert in_threads(EmbeddingBatcher(held), [["a"], ["bad"], ["dddd"]], held) == [[1], "bad text", [4]]
+def test_one_bad_text_fails_only_its_own_step() -> None:
+    embedder = Counting()
+    assert in_threads(EmbeddingBatcher(embedder), [["a"], ["bad"], ["dddd"]], embedder) == [[1], "bad text", [4]]

@@ -1,4 +1,4 @@
-"""Documents in, passages out: search in its modes, filters that nobody widens, evaluation, the tool, the script."""
+"""The retriever: search in each mode, bound filters, evaluation, the tool, a script without servers."""
 
 import json
 import subprocess
@@ -23,16 +23,16 @@ TEXTS = {
 
 @pytest.fixture
 def handbook(tmp_path: Path, write: Any, by_words: Any) -> Retriever:
-    """Four documents, two of which say the same."""
-    kept = Retriever.open(tmp_path / "kb", embed=by_words)
+    """Four documents, two of which are near-duplicates."""
+    retriever = Retriever.open(tmp_path / "kb", embed=by_words)
     for tenant, names in {"a": ["leave.md", "pay.md"], "b": ["tea.md", "tea2.md"]}.items():
         docs = write(tenant, {name: TEXTS[name] for name in names})
-        agent, asked = kept.ingest(docs, metadata={"tenant": tenant})
-        assert FakeMesh(Crew(agent)).run(asked).failed == []
-    return kept
+        agent, request = retriever.ingest(docs, metadata={"tenant": tenant})
+        assert FakeMesh(Crew(agent)).run(request).failed == []
+    return retriever
 
 
-def test_opening_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_does_no_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Retriever.open("kb").path == str(tmp_path / "kb")
     assert list(tmp_path.iterdir()) == []
@@ -48,42 +48,42 @@ def test_each_mode_finds_the_passage_with_its_place(handbook: Retriever, mode: A
     assert 0 < best.score <= 1
 
 
-def test_k_is_at_least_one_and_at_most_all(handbook: Retriever) -> None:
+def test_invalid_arguments_of_a_search(handbook: Retriever) -> None:
     assert len(handbook.search("tea", 100, mode="dense")) == handbook.count()
     with pytest.raises(DefinitionError, match=r"search\(k=0\): k must be at least 1"):
         handbook.search("tea", 0)
-    with pytest.raises(DefinitionError, match="must be one of hybrid, dense, text"):
+    with pytest.raises(DefinitionError, match="mode must be one of hybrid, dense, text"):
         handbook.search("tea", mode="fuzzy")  # type: ignore[arg-type]
     with pytest.raises(DefinitionError, match="diverse=2"):
         handbook.search("tea", diverse=2)
 
 
-def test_an_unknown_filter_is_an_error_with_its_sentence(handbook: Retriever) -> None:
+def test_an_unknown_filter_is_an_error(handbook: Retriever) -> None:
     with pytest.raises(StoreError, match="tenat"):
         handbook.search("tea", where={"tenat": "a"})
     with pytest.raises(StoreError, match=r"\$near"):
         handbook.search("tea", where={"tenant": {"$near": 1}})
 
 
-def test_diverse_lets_repetitions_stand_back(handbook: Retriever) -> None:
-    near = [h.source for h in handbook.search("tea in the kitchen at four", 2)]
-    assert near == ["b/tea.md", "b/tea2.md"] or near == ["b/tea2.md", "b/tea.md"]
-    apart = [h.source for h in handbook.search("tea in the kitchen at four", 2, diverse=0.9)]
-    assert len({s.partition("/")[0] for s in apart}) == 2
+def test_diverse_demotes_near_duplicates(handbook: Retriever) -> None:
+    nearest = [h.source for h in handbook.search("tea in the kitchen at four", 2)]
+    assert nearest == ["b/tea.md", "b/tea2.md"] or nearest == ["b/tea2.md", "b/tea.md"]
+    diverse = [h.source for h in handbook.search("tea in the kitchen at four", 2, diverse=0.9)]
+    assert len({s.partition("/")[0] for s in diverse}) == 2
 
 
-def test_a_bound_filter_is_not_seen_and_not_widened(handbook: Retriever) -> None:
-    mine = handbook.where(tenant="a")
-    assert {h.source for h in mine.search("tea in the kitchen", 10)} <= {"a/leave.md", "a/pay.md"}
-    assert mine.search("tea", 10, where={"tenant": "b"}) == []
-    assert mine.search("tea", 10, where={"$or": [{"tenant": "a"}, {"tenant": "b"}]}) == mine.search("tea", 10)
-    assert mine.where(tenant="b").search("tea", 10) == []
-    assert mine.count() < handbook.count()
+def test_a_bound_filter_is_hidden_and_cannot_be_widened(handbook: Retriever) -> None:
+    bound = handbook.where(tenant="a")
+    assert {h.source for h in bound.search("tea in the kitchen", 10)} <= {"a/leave.md", "a/pay.md"}
+    assert bound.search("tea", 10, where={"tenant": "b"}) == []
+    assert bound.search("tea", 10, where={"$or": [{"tenant": "a"}, {"tenant": "b"}]}) == bound.search("tea", 10)
+    assert bound.where(tenant="b").search("tea", 10) == []
+    assert bound.count() < handbook.count()
     hidden = next(h.id for h in handbook.search("tea", 10) if h.source.startswith("b/"))
-    assert mine.get([hidden]) == [None]
+    assert bound.get([hidden]) == [None]
     with pytest.raises(DefinitionError, match="a retriever with a filter only searches"):
-        mine.ingest("docs")
-    tool = mine.tool(k=10)
+        bound.ingest("docs")
+    tool = bound.tool(k=10)
     assert list(tool.spec.parameters["properties"]) == ["query"]
     assert {p.source for p in tool("tea in the kitchen")} <= {"a/leave.md", "a/pay.md"}
 
@@ -92,34 +92,34 @@ def test_an_agent_uses_the_tool(handbook: Retriever) -> None:
     class HelpDesk(Agent):
         tools = (handbook.tool(k=1, about="the handbook"),)
 
-    seen: list[Passage] = []
+    passages: list[Passage] = []
 
     def answer(prompt: Any) -> Any:
         last = prompt.messages[-1]
         if last.role == "user":
             assert prompt.tools[0].description == "Find passages of the handbook that bear on a question."
             return uses("search", query="when are wages paid")
-        seen.extend(Passage(**p) for p in json.loads(last.text))
+        passages.extend(Passage(**p) for p in json.loads(last.text))
         return says("On the last working day.")
 
     assert FakeMesh(HelpDesk(), model=answer).run("when?") == "On the last working day."
-    assert [(p.source, p.heading) for p in seen] == [("a/pay.md", "Pay")]
+    assert [(p.source, p.heading) for p in passages] == [("a/pay.md", "Pay")]
 
 
-def test_evaluation_counts_right_passages(handbook: Retriever, tmp_path: Path) -> None:
-    asked = [
+def test_evaluation_counts_relevant_passages(handbook: Retriever, tmp_path: Path) -> None:
+    questions = [
         {"question": "when are wages paid", "source": "a/pay.md"},
         {"question": "where is tea made", "sources": ["b/tea.md", "b/tea2.md"], "contains": "kitchen"},
         {"question": "weeks of paid leave", "source": "a/nothing.md"},
     ]
-    scores = handbook.evaluate(asked, k=(1, 3))
+    scores = handbook.evaluate(questions, k=(1, 3))
     assert (scores.questions, scores.recall, scores.missed) == (3, {1: 2 / 3, 3: 2 / 3}, ["weeks of paid leave"])
     assert scores.mrr == pytest.approx(2 / 3)
     file = tmp_path / "q.jsonl"
-    file.write_text("\n".join(json.dumps(q) for q in asked))
+    file.write_text("\n".join(json.dumps(q) for q in questions))
     assert handbook.evaluate(file, k=(1, 3)) == scores
     file.write_text("{}")
-    with pytest.raises(DefinitionError, match="needs `question` and `source`"):
+    with pytest.raises(DefinitionError, match="give it `question` and `source`"):
         handbook.evaluate(file)
     with pytest.raises(DefinitionError, match="cannot be read"):
         handbook.evaluate(tmp_path / "none.jsonl")
@@ -130,23 +130,23 @@ def test_documents_are_removed_by_name(handbook: Retriever) -> None:
     assert sorted(handbook.sources()) == ["a/leave.md", "a/pay.md", "b/tea.md"]
 
 
-def test_another_embedder_is_refused_until_the_passages_are_embedded_anew(handbook: Retriever, by_words: Any) -> None:
+def test_another_embedder_is_refused_until_the_store_is_reembedded(handbook: Retriever, by_words: Any) -> None:
     other = type(by_words)(32)
     with pytest.raises(MeshError, match="reembed"):
         Retriever.open(handbook.path, embed=other).search("tea")
-    anew = handbook.reembed(other)
-    assert anew.search("weeks of paid leave", 1)[0].source == "a/leave.md"
+    reembedded = handbook.reembed(other)
+    assert reembedded.search("weeks of paid leave", 1)[0].source == "a/leave.md"
     with pytest.raises(MeshError, match="reembed"):
         handbook.search("tea")
-    assert anew.reembed(type(by_words)(16)).count() == len(TEXTS)
-    with pytest.raises(StoreError, match="for reading"):
+    assert reembedded.reembed(type(by_words)(16)).count() == len(TEXTS)
+    with pytest.raises(StoreError, match="read-only"):
         handbook.where(tenant="a").reembed(other)
 
 
-def test_wrong_arguments_say_what_is_wrong(handbook: Retriever, tmp_path: Path) -> None:
-    for wrong in ({"size": 0}, {"overlap": -1}, {"size": 10, "overlap": 10}, {"window": 0}):
+def test_invalid_arguments_of_an_ingest(handbook: Retriever, tmp_path: Path) -> None:
+    for invalid in ({"size": 0}, {"overlap": -1}, {"size": 10, "overlap": 10}, {"window": 0}):
         with pytest.raises(DefinitionError):
-            handbook.ingest(tmp_path, **wrong)
+            handbook.ingest(tmp_path, **invalid)
     with pytest.raises(DefinitionError, match="there is no folder or file '/nowhere'"):
         handbook.add("/nowhere")
     with pytest.raises(DefinitionError, match="is a file; name its folder"):

@@ -1,4 +1,4 @@
-"""What a sentence is in plain text and Markdown, and what is none."""
+"""Sentences of plain text and Markdown, and the lines that are not sentences."""
 
 import pytest
 from hypothesis import given
@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from agentmesh_tools.sentences import one_line, pieces
 
 
-def prose(text: str, **how: object) -> list[str]:
-    return [text[p.start : p.end] for p in pieces(text, **how) if p.prose]  # type: ignore[arg-type]
+def prose(text: str, **options: object) -> list[str]:
+    return [text[p.start : p.end] for p in pieces(text, **options) if p.prose]  # type: ignore[arg-type]
 
 
-def lines(text: str, **how: object) -> list[str]:
-    return [text[p.start : p.end] for p in pieces(text, **how) if not p.prose]  # type: ignore[arg-type]
+def lines(text: str, **options: object) -> list[str]:
+    return [text[p.start : p.end] for p in pieces(text, **options) if not p.prose]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("A paragraph that\nis wrapped. Another\none of it!", ["A paragraph that\nis wrapped.", "Another\none of it!"]),
         ("One without a mark\n\nAnother one", ["One without a mark", "Another one"]),
@@ -33,8 +33,8 @@ def lines(text: str, **how: object) -> list[str]:
         ("...", ["..."]),
     ],
 )  # fmt: skip
-def test_sentences(text: str, told: list[str]) -> None:
-    assert prose(text) == told
+def test_sentences(text: str, expected: list[str]) -> None:
+    assert prose(text) == expected
     assert lines(text) == []
 
 
@@ -44,7 +44,7 @@ def test_a_sentence_on_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("# A title\nWords.\n\n### Another #", ["A title", "Another"]),
         ("Title\n=====\nWords.\n\nSecond\n------\n\nThird\n~~~~~\nMore words.", ["Title", "Second", "Third"]),
@@ -54,17 +54,17 @@ def test_a_sentence_on_one_line() -> None:
         ("Words.\n\n---\n\n* * *\n<!-- hidden -->\nMore.", ["<!-- hidden --"]),
     ],
 )
-def test_rows_titles_and_code_are_no_sentences(text: str, told: list[str]) -> None:
-    assert lines(text) == told
+def test_rows_headings_and_code_are_not_sentences(text: str, expected: list[str]) -> None:
+    assert lines(text) == expected
 
 
-def test_files_of_code_and_rows_are_taken_by_their_lines() -> None:
+def test_files_of_code_and_rows_are_split_into_lines() -> None:
     text = "# It counts.\ncount: 3\n\nx = f(1). y"
     for name in ("a.py", "docs/A.YAML", "rows.csv"):
         assert (prose(text, source=name), lines(text, source=name)) == ([], ["It counts.", "count: 3", "x = f(1). y"])
 
 
-def test_a_passage_torn_out_of_a_document() -> None:
+def test_a_passage_that_begins_and_ends_inside_a_sentence() -> None:
     text = "of the sentence before. A whole one. This one is\nnot at its"
     assert prose(text, torn=True) == ["A whole one."]
     assert lines(text, torn=True) == ["of the sentence before.", "This one is\nnot at its"]
@@ -74,15 +74,15 @@ def test_a_passage_torn_out_of_a_document() -> None:
     assert (prose(whole, torn=True), lines(whole, torn=True)) == (["Words.", "More."], ["y = 2"])
 
 
-def test_what_is_too_long_for_a_sentence_is_taken_by_its_lines() -> None:
+def test_a_text_without_sentence_ends_is_split_into_lines() -> None:
     text = "\n".join(f"line {i} of a text without any mark" for i in range(60))
     assert lines(text) == text.split("\n")
 
 
 @given(st.text(alphabet="aB1 .!?。\n\t|#>-*`~=()[]", max_size=60), st.booleans())
-def test_pieces_stand_in_order_and_apart(text: str, torn: bool) -> None:
-    at = 0
+def test_pieces_are_in_order_and_do_not_overlap(text: str, torn: bool) -> None:
+    last_end = 0
     for p in pieces(text, torn=torn):
-        assert at <= p.start < p.end <= len(text)
+        assert last_end <= p.start < p.end <= len(text)
         assert text[p.start : p.end] == text[p.start : p.end].strip()
-        at = p.end
+        last_end = p.end

@@ -1,4 +1,4 @@
-"""SIGKILLs of writers, readers and compactors under load: no acknowledged document lost, none half there."""
+"""SIGKILLs of writers, readers and compactors under load: no acknowledged document is lost, none is partly visible."""
 
 import os
 import random
@@ -12,36 +12,36 @@ from typing import Any
 import pytest
 
 from agentmesh.rag.store.faiss_store import FaissStore
-from agentmesh.rag.store.folder import Folder, whole
+from agentmesh.rag.store.folder import Folder, chain_and_gaps
 
-STORMING = Path(__file__).with_name("storming.py")
+STRESS = Path(__file__).with_name("stress.py")
 KILLS = int(os.environ.get("AGENTMESH_KILLS", "24"))  # 200 in the long tier
 ROLES = [("write", 0), ("write", 1), ("write", 2), ("read", 0), ("merge", 0), ("merge", 1)]
 
 
 def start(role: str, path: Path, number: int) -> subprocess.Popen[bytes]:
     with open(path / f"{role}-{number}.err", "ab") as errors:
-        return subprocess.Popen([sys.executable, str(STORMING), role, str(path), str(number)], stderr=errors)
+        return subprocess.Popen([sys.executable, str(STRESS), role, str(path), str(number)], stderr=errors)
 
 
-def promised(log: Path) -> dict[str, set[str]]:
-    """For each source what may be there: the last that was answered, or one that was wanted after it."""
-    may: dict[str, set[str]] = {}
+def allowed_digests(log: Path) -> dict[str, set[str]]:
+    """By source, the digests that the store may hold: the last acknowledged one, or one that was begun after it."""
+    allowed: dict[str, set[str]] = {}
     for line in log.read_text().splitlines():
         verb, source, digest = line.split()
-        may[source] = {digest} if verb == "has" else may.get(source, {"-"}) | {digest}
-    return may
+        allowed[source] = {digest} if verb == "has" else allowed.get(source, {"-"}) | {digest}
+    return allowed
 
 
 @pytest.mark.timeout(60 + 2 * KILLS)
-def test_nothing_that_was_promised_is_lost(tmp_path: Path, eventually: Any) -> None:
+def test_nothing_that_was_acknowledged_is_lost(tmp_path: Path, eventually: Any) -> None:
     rng = random.Random()
     running = {role: start(role[0], tmp_path, role[1]) for role in ROLES}
     try:
         eventually(lambda: any(tmp_path.glob("writer-*.log")), timeout_s=30)
         for n in range(KILLS):
             time.sleep(rng.uniform(0.1, 0.6))
-            if n % 24 in (4, 16):  # a writer sleeps over merges and their clean-up, and wakes
+            if n % 24 in (4, 16):  # a writer is stopped while others merge and remove files, and continued
                 running[ROLES[0]].send_signal(signal.SIGSTOP if n % 24 == 4 else signal.SIGCONT)
             kind = rng.choice(["write", "read", "merge"])
             role = rng.choice([r for r in ROLES[1:] if r[0] == kind])
@@ -59,14 +59,14 @@ def test_nothing_that_was_promised_is_lost(tmp_path: Path, eventually: Any) -> N
     assert "".join(p.read_text() for p in tmp_path.glob("reader-*.log")) == ""
     store = FaissStore(tmp_path / "kb")
     assert store.verify() == []
-    spans, missing = whole(Folder(tmp_path / "kb" / "g1").spans())
-    assert not missing
+    spans, gaps = chain_and_gaps(Folder(tmp_path / "kb" / "g1").spans())
+    assert not gaps
     assert spans[-1][1] == store.version
-    found = {source: facts.digest for source, facts in store.sources().items()}
+    digests = {source: facts.digest for source, facts in store.sources().items()}
     for log in tmp_path.glob("writer-*.log"):
-        for source, may in promised(log).items():
-            assert found.pop(source, "-") in may, source
-    assert not found
+        for source, allowed in allowed_digests(log).items():
+            assert digests.pop(source, "-") in allowed, source
+    assert not digests
     texts = {source: set[str]() for source in store.sources()}
     for chunks in store.iterate():
         for chunk in chunks:

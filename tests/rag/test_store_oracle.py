@@ -1,4 +1,4 @@
-"""A store against a dict: random commits, parts, merges, kills of nothing but our assumptions."""
+"""A store against a dict as its oracle: random commits, parts, merges and re-embedding."""
 
 import random
 import time
@@ -14,7 +14,7 @@ from agentmesh.errors import FilterInvalid, StoreConflict
 from agentmesh.rag.documents import Chunk
 from agentmesh.rag.store import compaction, state
 from agentmesh.rag.store.faiss_store import FaissStore
-from agentmesh.rag.store.filters import conditions, matches, parse
+from agentmesh.rag.store.filters import conditions, matches, parse_filter
 from agentmesh.rag.store.follower import POLL_S
 
 D = 8
@@ -26,26 +26,26 @@ FILTERS: list[dict[str, Any]] = [
 
 
 class Oracle:
-    """What a store should hold, the slow way."""
+    """What a store should hold, in a dict."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.rows: dict[str, tuple[Chunk, np.ndarray]] = {}
         self.digests: dict[str, str] = {}
         self.parts: dict[str, tuple[str, int, dict[int, list[tuple[Chunk, np.ndarray]]]]] = {}
-        self.said = 0
+        self.written = 0
 
     def chunks(self, source: str, n: int) -> tuple[list[Chunk], np.ndarray]:
         out = []
-        self.said += 1
+        self.written += 1
         for i in self.rng.sample(range(40), n):
-            self.said += 1
+            self.written += 1
             fields: dict[str, Any] = {"n": self.rng.choice([0, 1, 2.5, 3, 9]), "ok": self.rng.random() < 0.5}
             if self.rng.random() < 0.6:
                 fields["tenant"] = self.rng.choice(["x", "y"])
             if self.rng.random() < 0.7:
                 fields["tags"] = self.rng.sample(["a", "b", "c"], self.rng.randrange(3))
-            out.append(Chunk(f"{source}#{i}", f"{self.said} ünï", source, i, ("h", str(i)), fields))
+            out.append(Chunk(f"{source}#{i}", f"{self.written} ünï", source, i, ("h", str(i)), fields))
         vectors = np.array([[self.rng.gauss(0, 1) for _ in range(D)] for _ in out], np.float32).reshape(-1, D)
         return out, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -62,7 +62,7 @@ class Oracle:
         what = self.rng.choice(["replace"] * 4 + ["part"] * 4 + ["upsert"] * 2 + ["delete", "remove", "set"])
         if what == "replace":
             chunks, vectors = self.chunks(source, self.rng.randrange(8))
-            digest = f"d{self.said}"
+            digest = f"d{self.written}"
             if self.rng.random() < 0.2:
                 if self.digests.get(source, "") != "stale":
                     with pytest.raises(StoreConflict):
@@ -75,7 +75,7 @@ class Oracle:
             self.drop(source)
             self.put(chunks, vectors)
             assert done.removed - done.added == before - len(self.rows)
-            assert store.replace(source, [], [], digest="other", key=digest).again
+            assert store.replace(source, [], [], digest="other", key=digest).repeated
             self.digests[source] = digest
             self.parts.pop(source, None)
         elif what == "part":
@@ -102,7 +102,7 @@ class Oracle:
 
     def part(self, store: FaissStore, source: str) -> None:
         if source not in self.parts or self.rng.random() < 0.1:
-            self.parts[source] = (f"p{self.said}", 3, {})
+            self.parts[source] = (f"p{self.written}", 3, {})
         digest, of, have = self.parts[source]
         number = self.rng.choice([p for p in range(1, of + 1) if p not in have])
         chunks, vectors = self.chunks(source, 2)
@@ -126,7 +126,7 @@ class Oracle:
         for words in [None, self.rng.choice(FILTERS)]:
             if words and not self.rows:
                 continue
-            where = parse(words or {})
+            where = parse_filter(words or {})
             passing = {i: v for i, (c, v) in self.rows.items() if matches(where, {"source": c.source, **c.metadata})}
             scores = {i: float(v @ query) for i, v in passing.items()}
             try:
@@ -143,9 +143,9 @@ class Oracle:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_store_is_a_dict_with_a_search(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "SMALL_ROWS", 6)  # so that commits become blocks too
+    monkeypatch.setattr(state, "SMALL_ROWS", 6)  # so that commits become large segments too
     monkeypatch.setattr(compaction, "SMALL_ROWS", 6)
-    monkeypatch.setattr(compaction, "TAIL_FILES", 9)
+    monkeypatch.setattr(compaction, "TAIL_MERGE_FILES", 9)
     oracle, store, beside = Oracle(seed), FaissStore(tmp_path / "kb"), FaissStore(tmp_path / "kb")
     for n in range(60):
         oracle.step(store)
@@ -155,24 +155,24 @@ def test_a_store_is_a_dict_with_a_search(seed: int, tmp_path: Path, monkeypatch:
             store.compact(everything=seed % 2 == 0)
             oracle.check(store)
             oracle.check(FaissStore(tmp_path / "kb"))
-    beside._core._checked = float("-inf")
+    beside._writer._refreshed = float("-inf")
     for one in (store, beside, FaissStore(tmp_path / "kb")):
         oracle.check(one)
     assert store.verify() == []
 
 
-def meaning(texts: Sequence[str]) -> np.ndarray:
-    """Another embedder: any fixed vector a text."""
+def other_embedder(texts: Sequence[str]) -> np.ndarray:
+    """A fixed random vector for each text."""
     seeds = [int.from_bytes(text.encode()[:8], "big") for text in texts]
-    found = np.array([np.random.default_rng(s).standard_normal(D) for s in seeds], np.float32).reshape(-1, D)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    vectors = np.array([np.random.default_rng(s).standard_normal(D) for s in seeds], np.float32).reshape(-1, D)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_another_embedder_comes_while_others_write(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_reembedded_while_others_write(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SMALL_ROWS", 6)
     monkeypatch.setattr(compaction, "SMALL_ROWS", 6)
-    monkeypatch.setattr("agentmesh.rag.store.reembed.BATCH", 5)
+    monkeypatch.setattr("agentmesh.rag.store.reembed.EMBED_BATCH", 5)
     oracle, writer = Oracle(seed), FaissStore(tmp_path / "kb")
     for n in range(30):
         oracle.step(writer)
@@ -185,13 +185,13 @@ def test_another_embedder_comes_while_others_write(seed: int, tmp_path: Path, mo
             oracle.step(writer)
             if n % 4 == 1:
                 writer.compact(everything=n > 6)
-        return meaning(texts)
+        return other_embedder(texts)
 
     FaissStore(tmp_path / "kb").reembed(embed, d=D)
-    oracle.rows = {i: (c, meaning([c.text])[0]) for i, (c, _) in oracle.rows.items()}
+    oracle.rows = {i: (c, other_embedder([c.text])[0]) for i, (c, _) in oracle.rows.items()}
     for _, _, have in oracle.parts.values():
         for p, rows in have.items():
-            have[p] = [(c, meaning([c.text])[0]) for c, _ in rows]
+            have[p] = [(c, other_embedder([c.text])[0]) for c, _ in rows]
     time.sleep(POLL_S)
     for one in (writer, FaissStore(tmp_path / "kb")):
         oracle.check(one)

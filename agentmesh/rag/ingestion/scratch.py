@@ -1,4 +1,4 @@
-"""What the steps of an ingest answer: small, for the journal; texts and vectors are in parts, named here."""
+"""What the steps of an ingest pass on: small results, for the journal, which name scratch files with texts and vectors."""
 
 import hashlib
 import io
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from agentmesh.errors import StoreDamaged
 from agentmesh.rag.documents import Chunk, Value
 
 
@@ -28,27 +29,38 @@ class Failure(BaseModel):
 
 
 class Planned(BaseModel):
-    """What there is to do; `refused` says why nothing is done."""
+    """What an ingest has to do.
+
+    Args:
+        parts: the name of the run's scratch folder.
+        packs: the scratch file of each pack.
+        documents: new or changed, of `bytes` together.
+        skipped: unchanged documents.
+        vanished: the scratch file with the vanished sources; "" for none.
+        failed: what could not be listed.
+        refused: why nothing is done, with `hint`; "" where the ingest goes on.
+    """
 
     parts: str = ""
     packs: list[str] = []
     documents: int = 0
     bytes: int = 0
     skipped: int = 0
-    vanished: str = ""  # the part that lists them
+    vanished: str = ""
     failed: list[Failure] = []
     refused: str = ""
+    hint: str = ""
 
 
 class Batch(BaseModel):
-    """Chunks that are embedded and committed together."""
+    """Chunks that are embedded and committed together; `part` is their scratch file."""
 
     part: str
     chunks: int
 
 
 class Parsed(BaseModel):
-    """A pack as chunks."""
+    """A pack cut into chunks; `bytes` is the size of its documents."""
 
     batches: list[Batch]
     bytes: int
@@ -56,15 +68,20 @@ class Parsed(BaseModel):
 
 
 class Embedded(BaseModel):
-    """The vectors of a batch, without those of the documents that failed."""
+    """The vectors of a batch, without those of the documents that failed.
+
+    Args:
+        part: the scratch file with the vectors.
+        by: the scratch file with the embedder's identity; "" where there are no vectors.
+    """
 
     part: str
-    by: str = ""  # the part that says whose vectors they are; "" where there are none
+    by: str = ""
     failed: list[Failure] = []
 
 
 class Indexed(BaseModel):
-    """What a batch brought into the store; a document in several batches counts with its last."""
+    """What the commit of a batch added; a document in several batches is counted in its last."""
 
     documents: int
     chunks: int
@@ -72,76 +89,79 @@ class Indexed(BaseModel):
 
 
 def all_failed(documents: Sequence[Mapping[str, Any]], why: str) -> list[Failure]:
-    """All documents of a pack or batch, for one reason."""
-    return [Failure(source=one["source"], why=why) for one in documents]
+    """A Failure for each document of a pack or batch, all for one reason."""
+    return [Failure(source=document["source"], why=why) for document in documents]
 
 
-# ---- What the steps of an ingest hand each other ------------------------------------------------
+# ---- Scratch files ------------------------------------------------------------------------------
 
 SCRATCH_FOLDER = "parts"
-ABANDONED_S = 7 * 86400.0  # parts of a run that nobody has touched for so long are swept by the next ingest
+ABANDONED_S = 7 * 86400.0  # a run's scratch files that were not touched for so long are removed by the next ingest
 
 
 class ScratchFiles:
-    """The parts of one run, in a folder of their own.
+    """The scratch files of one run, in a folder of their own; each is named by a hash of its content.
 
     Args:
         store: the store's folder.
-        name: the run's own name.
+        run: what names the folder.
     """
 
-    def __init__(self, store: str | Path, name: str) -> None:
-        self.folder = Path(store) / SCRATCH_FOLDER / name.replace("/", "_")
+    def __init__(self, store: str | Path, run: str) -> None:
+        self.folder = Path(store) / SCRATCH_FOLDER / run.replace("/", "_")
 
     def put(self, data: bytes) -> str:
-        """Keep it; answers its name, which is made of what it holds. Twice is once."""
+        """Write a file and return its name; the same data has the same name."""
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = self.folder / f".{uuid.uuid4().hex}"
-        with made.open("wb") as file:
+        temporary = self.folder / f".{uuid.uuid4().hex}"
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(made, self.folder / name)
+        os.replace(temporary, self.folder / name)
         return name
 
     def get(self, name: str) -> bytes:
-        """What was kept under this name.
+        """Read a file.
 
         Raises:
-            OSError: it is gone, or is not what was kept.
+            FileNotFoundError: there is none of this name.
+            StoreDamaged: its content was changed.
         """
         data = (self.folder / name).read_bytes()
         if hashlib.blake2b(data, digest_size=16).hexdigest() != name:
-            raise OSError(f"part {name} in {self.folder} is damaged; add the documents again")
+            raise StoreDamaged(
+                f"scratch file {name} in {self.folder} is damaged", hint="add the documents again", file=name
+            )
         return data
 
     def put_json(self, value: Any) -> str:
-        """`put`, of plain JSON."""
+        """`put` for JSON."""
         return self.put(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
 
     def get_json(self, name: str) -> Any:
-        """`get`, of plain JSON."""
+        """`get` for JSON."""
         return json.loads(self.get(name))
 
     def put_vectors(self, vectors: NDArray[np.float32]) -> str:
-        """`put`, of float32 (n, d)."""
-        out = io.BytesIO()
-        np.save(out, vectors, allow_pickle=False)
-        return self.put(out.getvalue())
+        """`put` for vectors, float32 (n, d)."""
+        buffer = io.BytesIO()
+        np.save(buffer, vectors, allow_pickle=False)
+        return self.put(buffer.getvalue())
 
     def get_vectors(self, name: str) -> NDArray[np.float32]:
-        """`get`, of float32 (n, d)."""
-        loaded: NDArray[np.float32] = np.load(io.BytesIO(self.get(name)), allow_pickle=False)
-        return loaded
+        """`get` for vectors, float32 (n, d)."""
+        vectors: NDArray[np.float32] = np.load(io.BytesIO(self.get(name)), allow_pickle=False)
+        return vectors
 
     def remove(self) -> None:
-        """The run has ended."""
+        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def remove_abandoned(store: str | Path, *, older_s: float = ABANDONED_S) -> None:
-    """Remove what runs left that were never taken up again."""
+    """Remove the scratch files of runs that failed and were not resumed."""
     with suppress(OSError), os.scandir(Path(store) / SCRATCH_FOLDER) as scan:
         for entry in scan:
             if entry.stat().st_mtime < time.time() - older_s:
@@ -149,21 +169,21 @@ def remove_abandoned(store: str | Path, *, older_s: float = ABANDONED_S) -> None
 
 
 def metadata_to_json(metadata: Mapping[str, Value]) -> dict[str, Any]:
-    """Metadata as JSON; a datetime says that it is one."""
+    """Metadata as JSON; a datetime becomes `{"$date": …}`."""
     return {k: {"$date": v.isoformat()} if isinstance(v, datetime) else v for k, v in metadata.items()}
 
 
 def metadata_from_json(metadata: Mapping[str, Any]) -> dict[str, Value]:
-    """`metadata_to_json`, undone."""
+    """The inverse of `metadata_to_json`."""
     return {k: datetime.fromisoformat(v["$date"]) if isinstance(v, dict) else v for k, v in metadata.items()}
 
 
 def chunks_to_json(chunks: Sequence[Chunk]) -> list[Any]:
-    """Chunks of one source, without what they share."""
+    """The chunks of one source as JSON, without the source."""
     return [[c.id, c.text, c.start, list(c.heading), metadata_to_json(c.metadata)] for c in chunks]
 
 
 def chunks_from_json(source: str, rows: Sequence[Any]) -> Iterator[Chunk]:
-    """`chunks_to_json`, undone."""
+    """The inverse of `chunks_to_json`."""
     for id, text, start, heading, metadata in rows:
         yield Chunk(id, text, source, start, tuple(heading), metadata_from_json(metadata))

@@ -1,6 +1,6 @@
-"""The steps of an ingest as tools: plan, check, parse, remove, tidy; embed and index are in `indexing`.
+"""The steps of an ingest as tools: plan, check, parse, embed, index, remove, compact, clean up.
 
-Texts and vectors go from step to step in parts; each step may be done again, by any worker that sees the folders.
+Texts and vectors go from step to step in scratch files. Every step is idempotent, on any worker that sees the folders.
 """
 
 import os
@@ -19,15 +19,7 @@ from agentmesh.rag.documents import Chunk
 from agentmesh.rag.embedders.base import Embedder, Identity
 from agentmesh.rag.embedders.batcher import EmbeddingBatcher, Vectors
 from agentmesh.rag.ingestion import plan
-from agentmesh.rag.ingestion.plan import (
-    ChunkOptions,
-    IngestRequest,
-    KnownSource,
-    Listing,
-    PendingDocument,
-    list_documents,
-    matcher,
-)
+from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest, Listing, PendingDocument, Refusal, StoredSource
 from agentmesh.rag.ingestion.scratch import (
     Batch,
     Embedded,
@@ -49,142 +41,153 @@ from agentmesh.rag.store.writer import Replacement
 
 BATCH_CHUNKS = 2048  # chunks that are embedded and committed together
 PLAN_BYTES = 64 << 20
-NOBODY = ToolContext()
+NO_CONTEXT = ToolContext()
+
+DocumentPart = tuple[dict[str, Any], list[Chunk]]  # what is committed of a document at once: its record, and chunks
 
 
 @dataclass(frozen=True, slots=True)
 class IngestPreview:
-    """What an ingest finds before it does anything.
+    """What an ingest would do.
 
     Args:
-        gone: sources that vanished, each with its digest in the store; with `sync` alone.
+        vanished: with `sync`, the sources that vanished, each with its digest in the store.
         failed: what could not be listed.
-        refused: why nothing is to be done.
+        refusal: why nothing is to be done.
     """
 
     listing: Listing
-    known: Mapping[str, KnownSource]
-    gone: dict[str, str]
+    stored: Mapping[str, StoredSource]
+    vanished: dict[str, str]
     failed: list[Failure]
-    refused: str = ""
+    refusal: Refusal | None = None
 
 
-def preview(store: str, asked: IngestRequest) -> IngestPreview:
-    """List the documents and what the store has."""
-    wanted = matcher(asked.glob) if asked.glob else loaders.knows
-    listing = list_documents(asked.paths, wanted=wanted, label=asked.label, without=[store])
-    known = store_of(store).sources()
-    failed = [Failure(source=s, why=w) for s, w in sorted(listing.unread.items())]
-    refused = plan.label_conflict(list(listing.found.values()), known, os.path.isdir)
-    gone = plan.vanished(listing, known, wanted) if asked.sync else {}
-    if gone and not asked.force:
-        refused = refused or plan.why_not_remove(listing, known, gone)
-    if not listing.found and not failed and not gone:
-        refused = refused or (
-            f"there is no document in {', '.join(asked.paths)} "
-            + (f"that fits {asked.glob!r}" if asked.glob else "that a loader knows: name its files, or give a glob")
-        )
-    return IngestPreview(listing, known, gone, failed, refused)
+def preview(store: str, request: IngestRequest) -> IngestPreview:
+    """List the documents and compare them with the store; reads no document."""
+    accepts = plan.matcher(request.glob) if request.glob else loaders.knows
+    listing = plan.list_documents(request.paths, accepts=accepts, label=request.label, exclude=[store])
+    stored = store_of(store).sources()
+    failed = [Failure(source=s, why=reason) for s, reason in sorted(listing.unreadable.items())]
+    refusal = plan.label_conflict(list(listing.documents.values()), stored, os.path.isdir)
+    vanished = plan.vanished_sources(listing, stored, accepts) if request.sync else {}
+    if vanished and not request.force:
+        refusal = refusal or plan.removal_refusal(listing, stored, vanished)
+    if not listing.documents and not failed and not vanished:
+        refusal = refusal or _no_documents(request)
+    return IngestPreview(listing, stored, vanished, failed, refusal)
 
 
-def nothing_to_do(store: str, asked: IngestRequest, how: ChunkOptions) -> Planned | None:
-    """The plan of an ingest that has nothing to do, as the store has every document as it is; None where it may have."""
+def _no_documents(request: IngestRequest) -> Refusal:
+    where = ", ".join(request.paths)
+    if request.glob:
+        return Refusal(message=f"there is no document in {where} that matches {request.glob!r}")
+    return Refusal(
+        message=f"there is no document in {where} that a loader can read", hint="name its files, or give a glob"
+    )
+
+
+def nothing_to_do(store: str, request: IngestRequest, how: ChunkOptions) -> Planned | None:
+    """The plan of an ingest when the store has every document already; None when there may be something to do."""
     try:
-        found = preview(store, asked)
-        if found.refused or found.gone or any(plan.pending_documents(found.listing, found.known, how.mark())):
+        seen = preview(store, request)
+        if seen.refusal or seen.vanished or any(plan.pending_documents(seen.listing, seen.stored, how.mark())):
             return None
-    except MeshError:  # the run's to tell
+    except MeshError:  # the run will report it
         return None
     remove_abandoned(store)
-    return Planned(skipped=len(found.listing.found), failed=found.failed)
+    return Planned(skipped=len(seen.listing.documents), failed=seen.failed)
 
 
 @tool(queue="index", max_output_bytes=PLAN_BYTES)
-def plan_ingest(store: str, asked: IngestRequest, how: ChunkOptions, c: ToolContext = NOBODY) -> Planned:
-    """List the documents, skip what the store has, and cut the rest into packs."""
-    if missing := next((p for p in asked.paths if not os.path.exists(p)), ""):
-        return Planned(refused=f"there is no folder or file {missing!r} here; name one that the workers see")
+def plan_ingest(store: str, request: IngestRequest, how: ChunkOptions, context: ToolContext = NO_CONTEXT) -> Planned:
+    """List the documents, skip the unchanged ones, and cut the others into packs."""
+    if missing := next((p for p in request.paths if not os.path.exists(p)), ""):
+        return Planned(refused=f"there is no folder or file {missing!r} here", hint="name one that the workers see")
     remove_abandoned(store)
-    found = preview(store, asked)
-    if found.refused:
-        return Planned(refused=found.refused)
-    parts = ScratchFiles(store, c.key)
-    new = list(plan.pending_documents(found.listing, found.known, how.mark()))
-    names = [parts.put_json([one.model_dump() for one in pack]) for pack in plan.split_into_packs(new)]
+    seen = preview(store, request)
+    if seen.refusal:
+        return Planned(refused=seen.refusal.message, hint=seen.refusal.hint)
+    scratch = ScratchFiles(store, context.key)
+    pending = list(plan.pending_documents(seen.listing, seen.stored, how.mark()))
+    packs = plan.split_into_packs(pending)
     return Planned(
-        parts=c.key, packs=names, documents=len(new), bytes=sum(one.size for one in new),
-        skipped=len(found.listing.found) - len(new), failed=found.failed,
-        vanished=parts.put_json(found.gone) if found.gone else "",
+        parts=context.key, packs=[scratch.put_json([document.model_dump() for document in pack]) for pack in packs],
+        documents=len(pending), bytes=sum(document.size for document in pending),
+        skipped=len(seen.listing.documents) - len(pending), failed=seen.failed,
+        vanished=scratch.put_json(seen.vanished) if seen.vanished else "",
     )  # fmt: skip
 
 
 @tool(queue="embed")
-def check_embedder(store: str, embedder: str) -> str:
-    """Why this embedder cannot be used with the store; "" where it can."""
+def check_embedder(store: str, embedder: str) -> Refusal | None:
+    """Why the store refuses this embedder; None when it accepts it."""
     try:
         store_of(store, embedder_for(store, embedder).identity).version  # noqa: B018  # reading the store compares the two
     except MeshError as e:
-        return str(e)
-    return ""
+        return Refusal(message=e.message, hint=e.hint)
+    return None
 
 
 @tool(queue="parse", retries=2)
 def parse_pack(store: str, parts: str, pack: str, how: ChunkOptions) -> Parsed:
-    """Read the documents of a pack and cut them into chunks; one that cannot be read is a value, not an error."""
-    kept = ScratchFiles(store, parts)
-    todos = [PendingDocument(**one) for one in kept.get_json(pack)]
+    """Read the documents of a pack and cut them into chunks; one that cannot be read is named in the result."""
+    scratch = ScratchFiles(store, parts)
+    pending = [PendingDocument(**data) for data in scratch.get_json(pack)]
     failed: list[Failure] = []
-    rows: list[tuple[dict[str, Any], list[Chunk]]] = []
-    for one in todos:
+    document_parts: list[DocumentPart] = []
+    for document in pending:
         try:
-            digest, chunks = _read(one, how)
+            digest, chunks = _read(document, how)
         except (MeshError, OSError) as e:
-            failed.append(Failure(source=one.source, why=_reason(e)))
+            failed.append(Failure(source=document.source, why=_reason(e)))
             continue
-        if digest == one.expects:
-            continue  # what changed after the planning has changed back
-        facts = {"size": one.size, "mtime_ns": one.mtime_ns, "how": how.mark(), "root": one.root}
-        n = max(1, -(-len(chunks) // BATCH_CHUNKS))
-        for i in range(n):
-            head = {"source": one.source, "digest": digest, "expects": one.expects, "facts": facts, "part": [i + 1, n]}
-            rows.append((head, chunks[i * BATCH_CHUNKS : (i + 1) * BATCH_CHUNKS]))
-    batches = [_batch(kept, some) for some in _batched(rows)]
-    return Parsed(batches=batches, bytes=sum(one.size for one in todos), failed=failed)
+        if digest != document.expects:  # else it was changed back since the ingest was planned
+            document_parts += _divide(document, digest, chunks, how)
+    batches = [_put_batch(scratch, batch) for batch in _batched(document_parts)]
+    return Parsed(batches=batches, bytes=sum(document.size for document in pending), failed=failed)
 
 
-def _read(one: PendingDocument, how: ChunkOptions) -> tuple[str, list[Chunk]]:
-    """The digest of what is on disk now, and its chunks.
+def _read(document: PendingDocument, how: ChunkOptions) -> tuple[str, list[Chunk]]:
+    """The digest and the chunks of a document as it is on disk now.
 
     Raises:
         OSError, DocumentError: it cannot be read.
     """
-    if one.size > loaders.MAX_FILE_BYTES:
-        raise DocumentError(
-            f"it has {one.size / 2**20:.0f} MiB, more than the {loaders.MAX_FILE_BYTES / 2**20:.0f} MiB that are read at once",
-            hint="split it",
-        )
-    with open(one.path, "rb") as file:
+    if document.size > loaders.MAX_FILE_BYTES:
+        mib, most = document.size / 2**20, loaders.MAX_FILE_BYTES / 2**20
+        raise DocumentError(f"it has {mib:.0f} MiB, and at most {most:.0f} MiB can be read", hint="split it")
+    with open(document.path, "rb") as file:
         data = file.read()
-    document = loaders.parse(data, os.path.basename(one.path), encoding=how.encoding)
-    chunks = split(document, one.source, size=how.size, overlap=how.overlap, metadata=metadata_from_json(how.metadata))
+    parsed = loaders.parse(data, os.path.basename(document.path), encoding=how.encoding)
+    metadata = metadata_from_json(how.metadata)
+    chunks = split(parsed, document.source, size=how.size, overlap=how.overlap, metadata=metadata)
     return plan.content_digest(data, how.mark()), chunks
 
 
-def _batched(rows: Sequence[tuple[dict[str, Any], list[Chunk]]]) -> list[list[tuple[dict[str, Any], list[Chunk]]]]:
-    found: list[list[tuple[dict[str, Any], list[Chunk]]]] = []
+def _divide(document: PendingDocument, digest: str, chunks: list[Chunk], how: ChunkOptions) -> list[DocumentPart]:
+    """A document in parts of at most BATCH_CHUNKS chunks."""
+    facts = {"size": document.size, "mtime_ns": document.mtime_ns, "how": how.mark(), "root": document.root}
+    record = {"source": document.source, "digest": digest, "expects": document.expects, "facts": facts}
+    n = max(1, -(-len(chunks) // BATCH_CHUNKS))
+    return [({**record, "part": [i + 1, n]}, chunks[i * BATCH_CHUNKS : (i + 1) * BATCH_CHUNKS]) for i in range(n)]
+
+
+def _batched(document_parts: Sequence[DocumentPart]) -> list[list[DocumentPart]]:
+    batches: list[list[DocumentPart]] = []
     used = BATCH_CHUNKS
-    for head, chunks in rows:
-        if not found or used + len(chunks) > BATCH_CHUNKS:
-            found.append([])
+    for record, chunks in document_parts:
+        if not batches or used + len(chunks) > BATCH_CHUNKS:
+            batches.append([])
             used = 0
-        found[-1].append((head, chunks))
+        batches[-1].append((record, chunks))
         used += len(chunks)
-    return found
+    return batches
 
 
-def _batch(kept: ScratchFiles, rows: Sequence[tuple[dict[str, Any], list[Chunk]]]) -> Batch:
-    part = kept.put_json([{**head, "chunks": chunks_to_json(chunks)} for head, chunks in rows])
-    return Batch(part=part, chunks=sum(len(chunks) for _, chunks in rows))
+def _put_batch(scratch: ScratchFiles, batch: Sequence[DocumentPart]) -> Batch:
+    part = scratch.put_json([{**record, "chunks": chunks_to_json(chunks)} for record, chunks in batch])
+    return Batch(part=part, chunks=sum(len(chunks) for _, chunks in batch))
 
 
 @tool(queue="index")
@@ -194,23 +197,23 @@ def failures_of(store: str, parts: str, part: str, why: str) -> list[Failure]:
 
 
 @tool(queue="index", retries=5)
-def remove_vanished(store: str, parts: str, vanished: str, c: ToolContext = NOBODY) -> int:
-    """Take vanished documents out of the store, but for those that somebody changed meanwhile; how many."""
+def remove_vanished(store: str, parts: str, vanished: str, context: ToolContext = NO_CONTEXT) -> int:
+    """Remove vanished documents from the store, except those that another writer changed meanwhile; how many."""
     sources: dict[str, str] = ScratchFiles(store, parts).get_json(vanished)
-    commit = store_of(store).remove(list(sources), expects=sources, key=f"{c.key} {vanished}")
+    commit = store_of(store).remove(list(sources), expects=sources, key=f"{context.key} {vanished}")
     return len(sources) - len(commit.refused)
 
 
 @tool(queue="index")
 def compact(store: str) -> bool:
-    """Merge large files where it pays; whether it did. A search index of a million passages takes minutes."""
-    kept = store_of(store)
-    return kept.stats().wants_compaction and kept.compact()
+    """Merge large segments when it pays; whether it did. The vector index of a million chunks takes minutes."""
+    faiss_store = store_of(store)
+    return faiss_store.stats().wants_compaction and faiss_store.compact()
 
 
 @tool(queue="index")
 def clean_up(store: str, parts: str) -> None:
-    """The run has ended: its parts go."""
+    """Remove the run's scratch files."""
     ScratchFiles(store, parts).remove()
 
 
@@ -220,50 +223,53 @@ def _reason(error: Exception) -> str:
     return f"the file cannot be read ({getattr(error, 'strerror', '') or error})"
 
 
-# ---- The two last steps of an ingest as tools ---------------------------------------------------
+# ---- Embedding and indexing ---------------------------------------------------------------------
 
 CHANGED_MEANWHILE = "it was changed in the store by another writer in the meantime; add it again"
 
 
 @tool(queue="embed", retries=5)
-def embed_batch(store: str, parts: str, batch: str, embedder: str, c: ToolContext = NOBODY) -> Embedded:
-    """The vectors of a batch; a document whose text the embedder refuses is left out and named."""
-    kept = ScratchFiles(store, parts)
-    documents = kept.get_json(batch)
-    texts = [[row[1] for row in one["chunks"]] for one in documents]
-    maker = embedder_for(store, embedder)
-    by = batcher_for(maker)
+def embed_batch(store: str, parts: str, batch: str, embedder: str, context: ToolContext = NO_CONTEXT) -> Embedded:
+    """Embed a batch; a document whose text the embedder refuses is left out and named."""
+    scratch = ScratchFiles(store, parts)
+    records = scratch.get_json(batch)
+    texts = [[row[1] for row in record["chunks"]] for record in records]
+    document_embedder = embedder_for(store, embedder)
+    batcher = batcher_for(document_embedder)
     try:
-        vectors = _embed_texts(by, [t for some in texts for t in some], c, sum(len(t) for t in texts))
-        return _store_vectors(kept, vectors, maker)
+        vectors = _embed(batcher, [t for of_one in texts for t in of_one], context)
+        return _put_vectors(scratch, vectors, document_embedder)
     except MeshError as e:
-        if len(documents) == 1:
-            return _store_vectors(kept, np.zeros((0, 0), np.float32), maker, all_failed(documents, str(e)))
+        if len(records) == 1:
+            none = np.zeros((0, 0), np.float32)
+            return _put_vectors(scratch, none, document_embedder, all_failed(records, str(e)))
     failed: list[Failure] = []
-    rows = []
-    for one, some in zip(documents, texts, strict=True):
+    rows: list[Any] = []
+    for record, of_one in zip(records, texts, strict=True):
         try:
-            rows += list(_embed_texts(by, some, c, len(some)))
+            rows += list(_embed(batcher, of_one, context))
         except MeshError as e:
-            failed.append(Failure(source=one["source"], why=str(e)))
-    return _store_vectors(kept, np.array(rows, np.float32), maker, failed)
+            failed.append(Failure(source=record["source"], why=str(e)))
+    return _put_vectors(scratch, np.array(rows, np.float32), document_embedder, failed)
 
 
-def _store_vectors(parts: ScratchFiles, vectors: Vectors, maker: Embedder, failed: Sequence[Failure] = ()) -> Embedded:
-    """With whose vectors they are, so that who commits them need not load the embedder."""
-    by = parts.put_json(maker.identity.to_json()) if len(vectors) else ""
-    return Embedded(part=parts.put_vectors(vectors), by=by, failed=list(failed))
+def _put_vectors(
+    scratch: ScratchFiles, vectors: Vectors, embedder: Embedder, failed: Sequence[Failure] = ()
+) -> Embedded:
+    """Write the vectors and the embedder's identity, so that the worker that commits them need not load the embedder."""
+    by = scratch.put_json(embedder.identity.to_json()) if len(vectors) else ""
+    return Embedded(part=scratch.put_vectors(vectors), by=by, failed=list(failed))
 
 
-def _embed_texts(by: EmbeddingBatcher, texts: Sequence[str], c: ToolContext, total: int) -> Vectors:
-    """float32 (n, d).
+def _embed(batcher: EmbeddingBatcher, texts: Sequence[str], context: ToolContext) -> Vectors:
+    """The vectors of texts, float32 (n, d).
 
     Raises:
-        RetryLater: asking again may help.
+        RetryLater: a later attempt may succeed.
         MeshError: it will not.
     """
     try:
-        return by.documents(texts, lambda done: c.progress(f"{done}/{total} chunks"))
+        return batcher.documents(texts, lambda done: context.progress(f"{done}/{len(texts)} chunks"))
     except EmbedderError as e:
         if e.after_s is None:
             raise
@@ -272,64 +278,69 @@ def _embed_texts(by: EmbeddingBatcher, texts: Sequence[str], c: ToolContext, tot
 
 @tool(queue="index", retries=5)
 def index_batch(
-    store: str, parts: str, batch: str, vectors: str, by: str, without: list[str], c: ToolContext = NOBODY
+    store: str, parts: str, batch: str, vectors: str, by: str, exclude: list[str], context: ToolContext = NO_CONTEXT
 ) -> Indexed:
-    """Commit a batch: each document's new chunks in and its old ones out at once, unless somebody changed it meanwhile."""
-    kept = ScratchFiles(store, parts)
-    rows, at = kept.get_vectors(vectors), 0
-    wanted: list[Replacement] = []
+    """Commit a batch: each document is replaced atomically, unless another writer changed it meanwhile."""
+    scratch = ScratchFiles(store, parts)
+    rows, first = scratch.get_vectors(vectors), 0
+    replacements: list[Replacement] = []
     failed: list[Failure] = []
-    for one in kept.get_json(batch):
-        if one["source"] in without:
+    for record in scratch.get_json(batch):
+        source = record["source"]
+        if source in exclude:
             continue
-        chunks = list(chunks_from_json(one["source"], one["chunks"]))
-        mine = _without_zeros(rows[at : at + len(chunks)])
-        at += len(chunks)
-        if mine is None:
-            failed.append(Failure(source=one["source"], why="the embedder knows none of its words"))
+        chunks = list(chunks_from_json(source, record["chunks"]))
+        document_rows = _fill_zero_rows(rows[first : first + len(chunks)])
+        first += len(chunks)
+        if document_rows is None:
+            failed.append(Failure(source=source, why="the embedder knows none of its words"))
             continue
-        wanted.append(Replacement(
-            one["source"], chunks, mine, digest=one["digest"], expects=one["expects"], part=tuple(one["part"]), facts=one["facts"],
+        replacements.append(Replacement(
+            source, chunks, document_rows, digest=record["digest"], expects=record["expects"],
+            part=tuple(record["part"]), facts=record["facts"],
         ))  # fmt: skip
-    identity = Identity.from_json(kept.get_json(by)) if by else None
-    refused = _commit(store_of(store, identity), wanted, f"{c.key} {batch}")
-    failed += [Failure(source=s, why=why) for s, why in refused.items()]
-    done = [r for r in wanted if r.source not in refused]
-    whole = sum(1 for r in done if r.part[0] == r.part[1])
-    return Indexed(documents=whole, chunks=sum(len(r.chunks) for r in done), failed=failed)
+    identity = Identity.from_json(scratch.get_json(by)) if by else None
+    refused = _commit(store_of(store, identity), replacements, f"{context.key} {batch}")
+    failed += [Failure(source=source, why=reason) for source, reason in refused.items()]
+    committed = [r for r in replacements if r.source not in refused]
+    complete = sum(1 for r in committed if r.part[0] == r.part[1])
+    return Indexed(documents=complete, chunks=sum(len(r.chunks) for r in committed), failed=failed)
 
 
-def _without_zeros(rows: Vectors) -> Vectors | None:
-    """A passage of which the embedder knows nothing (a ruler of dashes) stands where its document stands."""
-    empty = np.abs(rows).sum(axis=1) == 0  # (n,)
-    if not empty.any():
+def _fill_zero_rows(rows: Vectors) -> Vectors | None:
+    """Give a chunk without any known word (a line of dashes) the mean direction of its document; None if all are so."""
+    zero = np.abs(rows).sum(axis=1) == 0  # (n,)
+    if not zero.any():
         return rows
-    if empty.all():
+    if zero.all():
         return None
-    mean = rows[~empty].mean(axis=0)
-    return np.where(empty[:, None], mean / (np.linalg.norm(mean) or 1), rows).astype(np.float32)
+    mean = rows[~zero].mean(axis=0)
+    return np.where(zero[:, None], mean / (np.linalg.norm(mean) or 1), rows).astype(np.float32)
 
 
-def _commit(store: FaissStore, wanted: Sequence[Replacement], key: str) -> dict[str, str]:
-    """One commit for all; where one document cannot be kept, one for each. The sources that are not in, and why."""
+def _commit(store: FaissStore, replacements: Sequence[Replacement], key: str) -> dict[str, str]:
+    """Commit all at once, or one by one where the store refuses a document; the refused sources, with the reason."""
     try:
-        return _really_differ(store, wanted, store.replace_many(wanted, key=key).refused) if wanted else {}
+        return (
+            _conflicts(store, replacements, store.replace_many(replacements, key=key).refused) if replacements else {}
+        )
     except (StoreFull, StoreDamaged):
         raise
     except StoreError:
         refused: dict[str, str] = {}
-    for i, one in enumerate(wanted):
+    for i, replacement in enumerate(replacements):
         try:
-            refused |= _really_differ(store, [one], store.replace_many([one], key=f"{key} {i}").refused)
+            commit = store.replace_many([replacement], key=f"{key} {i}")
+            refused |= _conflicts(store, [replacement], commit.refused)
         except (StoreFull, StoreDamaged):
             raise
         except StoreError as e:
-            refused[one.source] = str(e)
+            refused[replacement.source] = str(e)
     return refused
 
 
-def _really_differ(store: FaissStore, wanted: Sequence[Replacement], refused: Sequence[str]) -> dict[str, str]:
-    """Those of the refused that the store has otherwise than wanted: an ingest beside this one may have done the same."""
-    digests = {one.source: one.digest for one in wanted}
-    known = {source: store.source(source) for source in refused}
-    return {s: CHANGED_MEANWHILE for s, facts in known.items() if facts is None or facts.digest != digests[s]}
+def _conflicts(store: FaissStore, replacements: Sequence[Replacement], refused: Sequence[str]) -> dict[str, str]:
+    """The refused sources that differ in the store: a concurrent ingest may have committed the same content."""
+    digests = {r.source: r.digest for r in replacements}
+    stored = {source: store.source(source) for source in refused}
+    return {s: CHANGED_MEANWHILE for s, facts in stored.items() if facts is None or facts.digest != digests[s]}

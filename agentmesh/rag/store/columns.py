@@ -1,4 +1,4 @@
-"""Metadata by column: encoded for a segment's file, read back by row, and asked a filter for all rows at once."""
+"""Metadata by column: encoded for a segment's file, read back by row, and tested against a filter for all rows at once."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,20 +39,21 @@ TEXTUAL = ("str", "list")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Column:
-    """One field's values of one kind, for n rows. A field with values of two kinds has two columns.
+    """The values of one kind that a field has in n rows. A field with values of two kinds has two columns.
 
-    `values` are numbers, or codes into `table` for text; a list's codes of row r are `values[ends[r-1]:ends[r]]`.
+    `values` are numbers, or for text codes into `table` (dictionary encoding); a list's codes in row r are
+    `values[ends[r-1]:ends[r]]`.
     """
 
     name: str
     kind: str
-    values: Array  # (n,), for a list (its codes,)
+    values: Array  # (n,); for a list (the number of all its codes,)
     present: Mask  # (n,)
     table: Sequence[str] = ()
-    ends: Array | None = None  # int64 (n,), of a list
+    ends: Array | None = None  # int64 (n,), for a list
 
     def at(self, row: int) -> Any:
-        """The value of a row that has one."""
+        """The value in a row that has one."""
         if self.kind == "list":
             assert self.ends is not None
             first = int(self.ends[row - 1]) if row else 0
@@ -61,51 +62,52 @@ class Column:
         if self.kind == "str":
             return self.table[value]
         if self.kind == "datetime":
-            return moment(value)
+            return datetime_of(value)
         return bool(value) if self.kind == "bool" else value
 
 
-def moment(micros: int) -> datetime:
-    """A moment from microseconds since 1970, exactly."""
+def datetime_of(micros: int) -> datetime:
+    """A datetime from microseconds since 1970, without rounding."""
     return datetime.fromtimestamp(micros // 1_000_000, UTC).replace(microsecond=micros % 1_000_000)
 
 
 def micros_of(value: datetime) -> int:
-    """Microseconds since 1970, exactly."""
-    past = utc(value) - EPOCH
-    return (past.days * 86_400 + past.seconds) * 1_000_000 + past.microseconds
+    """Microseconds since 1970, without rounding."""
+    elapsed = utc(value) - EPOCH
+    return (elapsed.days * 86_400 + elapsed.seconds) * 1_000_000 + elapsed.microseconds
 
 
 def kind_of(field: str, value: object) -> str:
     """The kind of column that holds a value.
 
     Raises:
-        StoreError: it is none of str, int, float, bool, datetime and a list of str.
+        StoreError: it is not a str, int of 64 bits, float, bool, datetime or list of str.
     """
     if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        raise StoreError(f"metadata {field!r} is {value}, which does not fit in 64 bits", hint="keep it as text")
+        raise StoreError(f"metadata {field!r} is {value}, which does not fit in 64 bits", hint="store it as a str")
     if isinstance(value, float) and math.isnan(value):
-        raise StoreError(f"metadata {field!r} is NaN, which equals nothing", hint="leave the field out")
+        raise StoreError(f"metadata {field!r} is NaN, which no filter can match", hint="leave the field out")
     for kind, types in (("bool", bool), ("int", int), ("float", float), ("str", str), ("datetime", datetime)):
         if isinstance(value, types):
             return kind
     if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
         return "list"
     raise StoreError(
-        f"metadata {field!r} is a {type(value).__name__}: str, int, float, bool, datetime and lists of str can be kept"
+        f"metadata {field!r} is a {type(value).__name__}, which a store cannot hold",
+        hint="use a str, int, float, bool, datetime or list of str",
     )
 
 
 def encode(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     """The columns of some rows, in the order in which their fields first appear."""
-    found: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+    cells_of: dict[tuple[str, str], list[tuple[int, Any]]] = {}
     for r, row in enumerate(rows):
         for field, value in row.items():
-            found.setdefault((field, kind_of(field, value)), []).append((r, value))
-    return [_column(name, kind, cells, len(rows)) for (name, kind), cells in found.items()]
+            cells_of.setdefault((field, kind_of(field, value)), []).append((r, value))
+    return [_encode_column(name, kind, cells, len(rows)) for (name, kind), cells in cells_of.items()]
 
 
-def _column(name: str, kind: str, cells: list[tuple[int, Any]], n: int) -> Column:
+def _encode_column(name: str, kind: str, cells: list[tuple[int, Any]], n: int) -> Column:
     present = np.zeros(n, bool)
     present[[r for r, _ in cells]] = True
     codes: dict[str, int] = {}
@@ -124,13 +126,17 @@ def _column(name: str, kind: str, cells: list[tuple[int, Any]], n: int) -> Colum
     return Column(name, kind, values, present, list(codes))
 
 
-def merge(parts: Sequence[tuple[Sequence[Column], Array]]) -> list[Column]:
-    """The columns of chosen rows of several segments, one after the other, without a Python object a row."""
+def merge_columns(parts: Sequence[tuple[Sequence[Column], Array]]) -> list[Column]:
+    """The columns of some rows of several segments, one after the other, without a Python object for each row.
+
+    Args:
+        parts: the columns of a segment, and int64 (n,) the rows of it.
+    """
     names = dict.fromkeys((c.name, c.kind) for columns, _ in parts for c in columns)
-    return [_merged(name, kind, parts) for name, kind in names]
+    return [_merge_column(name, kind, parts) for name, kind in names]
 
 
-def _merged(name: str, kind: str, parts: Sequence[tuple[Sequence[Column], Array]]) -> Column:
+def _merge_column(name: str, kind: str, parts: Sequence[tuple[Sequence[Column], Array]]) -> Column:
     codes: dict[str, int] = {}
     values, present, lengths = [], [], []
     for columns, rows in parts:
@@ -143,21 +149,22 @@ def _merged(name: str, kind: str, parts: Sequence[tuple[Sequence[Column], Array]
             continue
         present.append(column.present[rows])
         if kind == "list":
-            taken, counts = _taken(column, rows)
+            selected, counts = _select_lists(column, rows)
             lengths.append(counts)
         else:
-            taken = column.values[rows]
+            selected = column.values[rows]
         if kind in TEXTUAL:
-            used = np.unique(taken[taken >= 0])
-            to = np.full(len(column.table) + 1, -1, np.int32)  # the last one answers for -1
-            to[used] = [codes.setdefault(column.table[int(c)], len(codes)) for c in used]
-            taken = to[taken]
-        values.append(taken)
+            used = np.unique(selected[selected >= 0])
+            recode = np.full(len(column.table) + 1, -1, np.int32)  # old code -> new code; the last one maps -1 to -1
+            recode[used] = [codes.setdefault(column.table[int(c)], len(codes)) for c in used]
+            selected = recode[selected]
+        values.append(selected)
     ends = np.cumsum(np.concatenate(lengths)) if kind == "list" else None
     return Column(name, kind, np.concatenate(values), np.concatenate(present), list(codes), ends)
 
 
-def _taken(column: Column, rows: Array) -> tuple[Array, Array]:
+def _select_lists(column: Column, rows: Array) -> tuple[Array, Array]:
+    """The codes of these rows' lists one after the other, and the length of each list."""
     assert column.ends is not None
     starts = np.concatenate([[0], column.ends[:-1]])[rows]
     counts = column.ends[rows] - starts
@@ -166,57 +173,57 @@ def _taken(column: Column, rows: Array) -> tuple[Array, Array]:
 
 
 def row_of(columns: Iterable[Column], row: int) -> dict[str, Any]:
-    """The fields that a row has."""
+    """The fields of a row, without those it does not have."""
     return {c.name: c.at(row) for c in columns if c.present[row]}
 
 
-def check_fields(where: FilterExpr, known: Iterable[str]) -> None:
-    """Refuses a filter on a field that no chunk has, since it is far more often mistyped than meant.
+def check_fields(where: FilterExpr, fields: Iterable[str]) -> None:
+    """Refuse a filter on a field that no chunk has: it is far more often mistyped than meant.
 
     Raises:
-        FilterInvalid: with the nearest field.
+        FilterInvalid: with the nearest field name.
     """
-    known = set(known)
-    for test in conditions(where):
-        if test.field not in known and test.op not in (*ABSENT_MATCHES, "$exists"):
-            raise FilterInvalid(f"no chunk has a field {test.field!r}.{did_you_mean(test.field, known)}")
+    names = set(fields)
+    for condition in conditions(where):
+        if condition.field not in names and condition.op not in (*ABSENT_MATCHES, "$exists"):
+            raise FilterInvalid(f"no chunk has a field {condition.field!r}.{did_you_mean(condition.field, names)}")
 
 
 def mask(where: FilterExpr, columns: Mapping[str, Sequence[Column]], n: int) -> Mask:
-    """Which of n rows pass; `columns` are by field."""
+    """Which of n rows pass a filter, bool (n,); `columns` are by field."""
     if isinstance(where, Combination):
         masks = [mask(part, columns, n) for part in where.parts]
         if where.op == "$not":
             return ~masks[0]
-        out = masks[0] if masks else np.full(n, where.op == "$and")
+        combined = masks[0] if masks else np.full(n, where.op == "$and")
         for other in masks[1:]:
-            out = out & other if where.op == "$and" else out | other
-        return out
-    mine = columns.get(where.field, ())
+            combined = combined & other if where.op == "$and" else combined | other
+        return combined
+    field_columns = columns.get(where.field, ())
     if where.op == "$exists":
-        has = np.zeros(n, bool)
-        for column in mine:
-            has |= column.present
-        return has if where.value else ~has
-    turned = where.op in ABSENT_MATCHES
-    test = Condition(where.field, {"$ne": "$eq", "$nin": "$in"}.get(where.op, where.op), where.value)
+        exists = np.zeros(n, bool)
+        for column in field_columns:
+            exists |= column.present
+        return exists if where.value else ~exists
+    negated = where.op in ABSENT_MATCHES
+    condition = Condition(where.field, {"$ne": "$eq", "$nin": "$in"}.get(where.op, where.op), where.value)
     passed = np.zeros(n, bool)
-    for column in mine:
-        passed |= _tested(column, test)
-    return ~passed if turned else passed
+    for column in field_columns:
+        passed |= _test_column(column, condition)
+    return ~passed if negated else passed
 
 
-def _tested(column: Column, test: Condition) -> Mask:
-    operands = test.value if test.op == "$in" else (test.value,)
+def _test_column(column: Column, condition: Condition) -> Mask:
+    operands = condition.value if condition.op == "$in" else (condition.value,)
     operands = [v for v in operands if family(v) == KINDS[column.kind]]
-    if not operands or (column.kind == "list" and test.op in COMPARE):
+    if not operands or (column.kind == "list" and condition.op in COMPARE):
         return np.zeros(len(column.present), bool)
     if column.kind in TEXTUAL:
-        return _text_tested(column, test.op, operands)
+        return _test_texts(column, condition.op, operands)
     if column.kind == "datetime":
         operands = [micros_of(v) for v in operands]
-    if test.op in COMPARE:
-        passed = np.asarray(COMPARE[test.op](column.values, operands[0]), bool)
+    if condition.op in COMPARE:
+        passed = np.asarray(COMPARE[condition.op](column.values, operands[0]), bool)
     else:
         passed = np.zeros(len(column.values), bool)
         for operand in operands:
@@ -224,16 +231,16 @@ def _tested(column: Column, test: Condition) -> Mask:
     return passed & column.present
 
 
-def _text_tested(column: Column, op: str, operands: Sequence[str]) -> Mask:
+def _test_texts(column: Column, op: str, operands: Sequence[str]) -> Mask:
     if op in COMPARE:
-        good = [COMPARE[op](s, operands[0]) for s in column.table]
+        passing = [COMPARE[op](text, operands[0]) for text in column.table]
     else:
-        wanted = set(operands)
-        good = [s in wanted for s in column.table]
-    passed = np.array([*good, False], bool)[column.values]  # code -1, absent, meets the False
+        accepted = set(operands)
+        passing = [text in accepted for text in column.table]
+    passed = np.array([*passing, False], bool)[column.values]  # code -1, of an absent value, indexes the False
     if column.kind == "str":
         return passed
     assert column.ends is not None
-    counted = np.concatenate([[0], np.cumsum(passed)])
-    before = np.concatenate([[0], column.ends[:-1]])
-    return np.asarray(counted[column.ends] > counted[before])
+    passed_before = np.concatenate([[0], np.cumsum(passed)])
+    starts = np.concatenate([[0], column.ends[:-1]])
+    return np.asarray(passed_before[column.ends] > passed_before[starts])

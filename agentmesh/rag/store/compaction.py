@@ -1,13 +1,14 @@
-"""Merging: a contiguous run of commits becomes one file, by whoever gets the lock. Killed anywhere, nothing is lost.
+"""Compaction: consecutive segments are merged into one file, by the process that holds the lock. A crash loses nothing.
 
-The merged file says what the run did to everything before it: rows, removed ids, facts of sources, keys of steps.
-Only a run that begins with the first commit forgets what was removed.
+The merged segment says what its commits did to the segments before it: rows, removed ids, facts of sources, keys of
+steps. Only one that begins with the first commit can drop what was removed.
 """
 
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,36 @@ import numpy as np
 import numpy.typing as npt
 
 from agentmesh.errors import StoreDamaged
-from agentmesh.rag.store.columns import Array, merge
-from agentmesh.rag.store.folder import Folder, Span, name_of, sync, writing
-from agentmesh.rag.store.segment import KEYS, Segment, SegmentWriter
+from agentmesh.rag.store.columns import Array, merge_columns
+from agentmesh.rag.store.folder import Folder, Span, disk_errors, name_of, sync
+from agentmesh.rag.store.segment import KEY_DTYPE, Segment, SegmentWriter
 from agentmesh.rag.store.snapshot import Snapshot
-from agentmesh.rag.store.state import IN_DELTA, SMALL_ROWS, State
+from agentmesh.rag.store.state import IN_MEMTABLE, SMALL_ROWS, State
 from agentmesh.rag.store.vector_index import IVF_ROWS, Floats, build_ivf
 
-TAIL_FILES, TAIL_ROWS = 256, 16_384  # a writer that sees this many small commits merges them
-LIGHT_ROWS = 50_000  # what a writer merges by the way; larger runs are left to `compact`
-GROWTH = 4  # an older file is taken in while it is at most this many times what was gathered
-WASTE = 0.2  # or when this part of it is not seen any more
-COPY_ROWS = 8192
-TEXT_ROWS = 5000  # fewer are indexed in memory by whoever searches: half a second at most, and writers merge often
+TAIL_MERGE_FILES, TAIL_MERGE_ROWS = 256, 16_384  # a writer merges the small segments at the end when they are so many
+WRITER_MERGE_ROWS = 50_000  # the most that a writer merges after a commit; the rest is left to `compact`
+SIZE_RATIO = 4  # size-tiered: an older segment is merged too while it has at most this many times the rows gathered
+DEAD_SHARE = 0.2  # or when this share of its rows is dead
+COPY_ROWS = 8192  # rows that are copied at once
+TEXT_INDEX_ROWS = 5000  # fewer are indexed in memory by each searching process, in half a second at most
 
 log = logging.getLogger("agentmesh.rag")
+
+RESTORE = "put the file back from a copy, or ingest its documents again"
 
 BuildText = Callable[[Path, Iterable[tuple[int, str]]], None]
 Embed = Callable[[Sequence[str]], npt.ArrayLike]
 
 
 @dataclass(frozen=True, slots=True)
-class MergedRows:
-    """The rows of one segment that go on, each with its part (0 for one that is to be seen)."""
+class LiveRows:
+    """The rows of one segment that a merge copies, each with its part: 0 for a visible one.
+
+    Args:
+        rows: int64 (n,).
+        parts: int32 (n,).
+    """
 
     segment: Segment
     rows: Array
@@ -45,64 +53,69 @@ class MergedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeRun:
-    """What a merged file is to say."""
+class Merge:
+    """The content of a merged segment.
+
+    Args:
+        removed_ids: of rows before it that its commits removed.
+        after: the state at its end.
+        segments: what it replaces.
+        dropped: sources whose earlier parts do not count any more.
+        vanished: sources before it that no longer exist, where the segments do not say so.
+        d: the vectors' width; 0 for the one of `after`.
+    """
 
     span: Span
-    pieces: list[MergedRows]
-    removed_ids: list[str]  # of rows before it
+    live: list[LiveRows]
+    removed_ids: list[str]
     after: State
     segments: Sequence[Segment]
-    dropped: frozenset[str] = frozenset()  # sources whose parts before it do not count any more
-    gone: frozenset[str] = frozenset()  # sources before it that are not any more, if the segments do not say so
-    d: int = 0  # the vectors' width, if it is another one from here on
+    dropped: frozenset[str] = frozenset()
+    vanished: frozenset[str] = frozenset()
+    d: int = 0
 
 
 def wants_merge(segments: Sequence[Segment]) -> bool:
-    """Whether the small commits at the end are many enough for a writer to merge them."""
-    small = _small_tail(segments)
-    return len(small) >= TAIL_FILES or sum(s.n for s in small) >= TAIL_ROWS
+    """Whether a writer should merge the small segments at the end of the chain."""
+    small = list(takewhile(_is_small, reversed(segments)))
+    return len(small) >= TAIL_MERGE_FILES or sum(s.n for s in small) >= TAIL_MERGE_ROWS
 
 
-def _small_tail(segments: Sequence[Segment]) -> list[Segment]:
-    found: list[Segment] = []
-    for segment in reversed(segments):
-        if segment.kind != "commit" or segment.n >= SMALL_ROWS:
-            break
-        found.append(segment)
-    return found
+def _is_small(segment: Segment) -> bool:
+    return segment.kind == "commit" and segment.n < SMALL_ROWS
 
 
-def merge_length(state: State, *, everything: bool, light: bool) -> int:
-    """How many segments at the end of the chain are to become one; below 2 there is nothing to do."""
+def merge_length(state: State, *, everything: bool, by_writer: bool) -> int:
+    """How many segments at the end of the chain to merge; 0 when there is nothing to merge."""
     segments = state.segments
     if everything:
         return len(segments) if len(segments) > 1 else 0
     count, rows = 0, 0
     for segment in reversed(segments):
-        if light and count and rows + segment.n > LIGHT_ROWS:
+        if by_writer and count and rows + segment.n > WRITER_MERGE_ROWS:
             break
-        small = segment.n < SMALL_ROWS and segment.kind == "commit"
-        if not small and segment.n > GROWTH * max(rows, SMALL_ROWS) and (light or _dead_share(state, segment) < WASTE):
+        too_large = not _is_small(segment) and segment.n > SIZE_RATIO * max(rows, SMALL_ROWS)
+        if too_large and (by_writer or _dead_share(state, segment) < DEAD_SHARE):
             break
         count, rows = count + 1, rows + segment.n
     return count if count > 1 else 0
 
 
 def _dead_share(state: State, segment: Segment) -> float:
-    for block in state.blocks:
-        if block.segment is segment and segment.n:
-            return 1 - np.count_nonzero(block.alive) / segment.n
+    for large in state.large_segments:
+        if large.segment is segment and segment.n:
+            return 1 - np.count_nonzero(large.alive) / segment.n
     return 0.0
 
 
-def merge_run(
-    folder: Folder, d: int, metric: str, *, everything: bool = False, light: bool = False, build_text: BuildText | None = None
+def merge_segments(
+    folder: Folder, d: int, metric: str, *, everything: bool = False, by_writer: bool = False,
+    build_text: BuildText | None = None,
 ) -> Span | None:  # fmt: skip
-    """Merges the end of the chain, for the holder of the lock; None when there is nothing to do.
+    """Merge segments at the end of the chain; None when there is nothing to merge. The caller holds `merge_lock`.
 
     Raises:
-        StoreDamaged: a file of the run cannot be trusted; nothing was changed.
+        StoreDamaged: one of the segments is damaged; nothing was changed.
     """
     segments = _open_segments(folder)
     state = State(d)
@@ -110,22 +123,24 @@ def merge_run(
         state.apply(segment)
     if not segments or segments[-1].kind == "seal":
         return None
-    if not (count := merge_length(state, everything=everything, light=light)):
+    if not (count := merge_length(state, everything=everything, by_writer=by_writer)):
         return None
-    before, run = _state_before(segments, len(segments) - count, d)
-    for segment in run:
+    state, tail = _state_before(segments, len(segments) - count, d)
+    for segment in tail:
         if problem := next(segment.problems(), None):
-            raise StoreDamaged(f"{problem}", hint="it was not merged", path=str(folder.path), file=segment.path.name)
-    view = before.view()
-    for segment in run:
-        before.apply(segment)
-    span = (run[0].a, run[-1].b)
-    write_run(folder, run_of(span, view, before, run), metric, build_text=build_text)
+            raise StoreDamaged(
+                f"nothing was merged: {problem}", hint=RESTORE, path=str(folder.path), file=segment.path.name
+            )
+    before = state.snapshot()
+    for segment in tail:
+        state.apply(segment)
+    span = (tail[0].a, tail[-1].b)
+    write_merged(folder, merge_of(span, before, state, tail), metric, build_text=build_text)
     return span
 
 
 def _state_before(segments: list[Segment], first: int, d: int) -> tuple[State, list[Segment]]:
-    """The store before the run, and the run; one that begins inside a source's parts begins with them instead."""
+    """The state before a merge, and the segments to merge: earlier ones too while a source's parts would be divided."""
     while True:
         state = State(d)
         for segment in segments[:first]:
@@ -136,120 +151,126 @@ def _state_before(segments: list[Segment], first: int, d: int) -> tuple[State, l
 
 
 def _open_segments(folder: Folder) -> list[Segment]:
-    found, missing = folder.whole()
-    if missing:
+    links, gaps = folder.chain_and_gaps()
+    if gaps:
+        name = name_of(gaps[0])
         raise StoreDamaged(
-            f"{name_of(missing[0])} of {folder.path} is missing", hint="nothing was merged", file=name_of(missing[0])
+            f"nothing was merged: {name} of {folder.path} is missing", hint=RESTORE, path=str(folder.path), file=name
         )
-    return [Segment.open(folder.file(span), *span) for span in found]
+    return [Segment.open(folder.file(span), *span) for span in links]
 
 
-def run_of(span: Span, before: Snapshot, after: State, run: Sequence[Segment]) -> MergeRun:
-    """What some segments at the end of a chain come to.
+def merge_of(span: Span, before: Snapshot, after: State, segments: Sequence[Segment]) -> Merge:
+    """The merge of some segments at the end of a chain, given the store before and after them."""
+    removed = list(_removed(before, after)) if span[0] > 1 else []
+    return Merge(span, live_rows(after, segments), removed, after, segments)
+
+
+def write_merged(
+    folder: Folder, merge: Merge, metric: str, *, build_text: BuildText | None = None, embed: Embed | None = None
+) -> bool:
+    """Write and publish a merged segment; False if its number is taken.
 
     Args:
-        before: the store as it was when they began.
-        after: as it is at their end.
+        embed: makes new vectors from the texts; without it the vectors are copied.
     """
-    removed = list(_removed(before, after)) if span[0] > 1 else []
-    return MergeRun(span, pieces_of(after, run), removed, after, run)
-
-
-def write_run(
-    folder: Folder, run: MergeRun, metric: str, *, build_text: BuildText | None = None, embed: Embed | None = None
-) -> bool:
-    """Writes and publishes a merged file; False if somebody has published it already. `embed` makes the vectors anew."""
-    n = sum(len(p.rows) for p in run.pieces)
-    d = run.d or run.after.d
-    with writing(folder.path):
+    n = sum(len(p.rows) for p in merge.live)
+    d = merge.d or merge.after.d
+    with disk_errors(folder.path):
         with folder.temporary() as (temporary, file):
             writer = SegmentWriter(file)
-            _rows(writer, run.pieces, embed)
-            writer.array("keys", [_merged_keys(run)], KEYS)
-            writer.json("sources", _merged_sources(run))
-            writer.json("effects", {name: value for name, value in _effects(run).items() if value})
+            _write_rows(writer, merge.live, embed)
+            writer.array("keys", [_merged_keys(merge)], KEY_DTYPE)
+            writer.json("sources", _merged_sources(merge))
+            writer.json("effects", {name: value for name, value in _effects(merge).items() if value})
             writer.finish({"kind": "merged", "n": n, "d": d, "metric": metric})
         try:
-            _write_indexes(folder, temporary, run.span, n, metric, build_text)
-            published = folder.publish(temporary, run.span)
+            _write_indexes(folder, temporary, merge.span, n, metric, build_text)
+            published = folder.publish(temporary, merge.span)
         finally:
             temporary.unlink(missing_ok=True)
         sync(folder.path)
     return published
 
 
-def _effects(run: MergeRun) -> dict[str, Any]:
-    refusals = {k.hex(): c.refused for k, c in run.after.keys.items() if c.refused and c.version >= run.span[0]}
-    for segment in run.segments:
+def _effects(merge: Merge) -> dict[str, Any]:
+    first = merge.span[0]
+    refusals = {k.hex(): c.refused for k, c in merge.after.keys.items() if c.refused and c.version >= first}
+    for segment in merge.segments:
         refusals.update(segment.effects.get("refusals", {}))
-    pending = {s: [p.digest, p.of, sorted(p.parts)] for s, p in run.after.pending.items()}
-    return {"removed_ids": run.removed_ids, "pending": pending, "dropped": sorted(run.dropped), "refusals": refusals}
+    pending = {s: [p.digest, p.of, sorted(p.parts)] for s, p in merge.after.pending.items()}
+    return {
+        "removed_ids": merge.removed_ids,
+        "pending": pending,
+        "dropped": sorted(merge.dropped),
+        "refusals": refusals,
+    }
 
 
 def _write_indexes(
     folder: Folder, temporary: Path, span: Span, n: int, metric: str, build_text: BuildText | None
 ) -> None:
-    """The indexes of a merged file are in their places before it is. They can be done without: it is searched exactly."""
+    """Write the indexes of a merged segment before it is published. They are optional: search is exact without them."""
     segment, target = Segment.open(temporary, *span), folder.file(span)
-    index, words = temporary.with_suffix(".ivf"), temporary.with_suffix(".text")
+    index, text_index = temporary.with_suffix(".ivf"), temporary.with_suffix(".text")
     try:
         if n >= IVF_ROWS and build_ivf(index, segment.vectors, metric):
             index.replace(target.with_suffix(".ivf"))
-        if build_text is not None and n >= TEXT_ROWS:
-            build_text(words, ((row, segment.text(row)) for row in range(n)))
+        if build_text is not None and n >= TEXT_INDEX_ROWS:
+            build_text(text_index, ((row, segment.text(row)) for row in range(n)))
             shutil.rmtree(target.with_suffix(".text"), ignore_errors=True)
-            words.rename(target.with_suffix(".text"))
-    except (OSError, RuntimeError, ValueError) as e:  # as FAISS and tantivy say that the disk is full
-        log.warning("no index beside %s: %s", target, str(e).splitlines()[0])
+            text_index.rename(target.with_suffix(".text"))
+    except (OSError, RuntimeError, ValueError) as e:  # FAISS and tantivy raise these when the disk is full
+        log.warning("%s has no index: %s", target, str(e).splitlines()[0])
     finally:
         index.unlink(missing_ok=True)
-        shutil.rmtree(words, ignore_errors=True)
+        shutil.rmtree(text_index, ignore_errors=True)
 
 
-def pieces_of(after: State, run: Sequence[Segment]) -> list[MergedRows]:
-    """The rows of some segments that go on: those to be seen, and those that wait for their source to be whole."""
-    alive = {id(block.segment): block.alive for block in after.blocks}
-    staged: dict[int, dict[int, int]] = {}
+def live_rows(after: State, segments: Sequence[Segment]) -> list[LiveRows]:
+    """The rows of some segments that are alive, or hidden until all parts of their source are committed."""
+    alive = {id(large.segment): large.alive for large in after.large_segments}
+    staged: dict[int, dict[int, int]] = {}  # by segment: row -> part
     for pending in after.pending.values():
         for part, places in pending.parts.items():
             for place in places:
                 segment, row = after.segment(place)
                 staged.setdefault(id(segment), {})[row] = part
-    out, at = [], {id(s): first for first, s in after.delta.placed()}
-    for segment in run:
+    live, first_row = [], {id(s): first for first, s in after.memtable.placed()}
+    for segment in segments:
         if not segment.n:
             continue
         parts = np.full(segment.n, -1, np.int32)
-        mask = alive[id(segment)] if id(segment) in alive else after.delta_alive(at[id(segment)], segment.n)
+        mask = alive[id(segment)] if id(segment) in alive else after.memtable_alive(first_row[id(segment)], segment.n)
         parts[mask] = 0
         for row, part in staged.get(id(segment), {}).items():
             parts[row] = part
         rows = np.flatnonzero(parts >= 0)
-        out.append(MergedRows(segment, rows, parts[rows]))
-    return out
+        live.append(LiveRows(segment, rows, parts[rows]))
+    return live
 
 
-def _rows(writer: SegmentWriter, pieces: Sequence[MergedRows], embed: Embed | None) -> None:
-    writer.array("vectors", _vectors(pieces, embed), np.float32)
-    hashed = [_hashes(p.segment)[p.rows] for p in pieces]
-    together = np.concatenate(hashed) if hashed else np.zeros(0, np.uint64)
-    order = np.argsort(together, kind="stable")
-    writer.array("hashes", [together[order]], np.uint64)
+def _write_rows(writer: SegmentWriter, live: Sequence[LiveRows], embed: Embed | None) -> None:
+    writer.array("vectors", _vectors(live, embed), np.float32)
+    hash_lists = [p.segment.hashes_by_row()[p.rows] for p in live]
+    hashed = np.concatenate(hash_lists) if hash_lists else np.zeros(0, np.uint64)
+    order = np.argsort(hashed, kind="stable")
+    writer.array("hashes", [hashed[order]], np.uint64)
     writer.array("hashes.rows", [order], np.uint32)
     for name in ("ids", "texts"):
-        ends = [p.segment.array(f"{name}.ends") for p in pieces]
-        lengths = [np.diff(e, prepend=0)[p.rows] for e, p in zip(ends, pieces, strict=True)]
-        total = np.cumsum(np.concatenate(lengths)) if lengths else np.zeros(0, np.int64)
-        writer.words(name, total, (w for p in pieces for w in _text_rows(p, name)))
-    writer.array("starts", [p.segment.array("starts")[p.rows] for p in pieces], np.int64)
-    writer.array("births", [p.segment.births[p.rows] for p in pieces], np.int64)
-    if any(p.parts.any() for p in pieces):
-        writer.array("parts", [p.parts for p in pieces], np.int32)
-    writer.columns(merge([(p.segment.columns, p.rows) for p in pieces]))
+        ends = [p.segment.array(f"{name}.ends") for p in live]
+        lengths = [np.diff(e, prepend=0)[p.rows] for e, p in zip(ends, live, strict=True)]
+        merged_ends = np.cumsum(np.concatenate(lengths)) if lengths else np.zeros(0, np.int64)
+        writer.words(name, merged_ends, (w for p in live for w in _words(p, name)))
+    writer.array("starts", [p.segment.array("starts")[p.rows] for p in live], np.int64)
+    writer.array("births", [p.segment.row_versions[p.rows] for p in live], np.int64)
+    if any(p.parts.any() for p in live):
+        writer.array("parts", [p.parts for p in live], np.int32)
+    writer.columns(merge_columns([(p.segment.columns, p.rows) for p in live]))
 
 
-def _vectors(pieces: Sequence[MergedRows], embed: Embed | None) -> Iterator[Floats]:
-    for piece in pieces:
+def _vectors(live: Sequence[LiveRows], embed: Embed | None) -> Iterator[Floats]:
+    for piece in live:
         for first in range(0, len(piece.rows), COPY_ROWS):
             rows = piece.rows[first : first + COPY_ROWS]
             if embed is None:
@@ -258,13 +279,8 @@ def _vectors(pieces: Sequence[MergedRows], embed: Embed | None) -> Iterator[Floa
                 yield np.asarray(embed([piece.segment.text(int(r)) for r in rows]), np.float32)
 
 
-def _hashes(segment: Segment) -> Array:
-    found = np.empty(segment.n, np.uint64)
-    found[segment.array("hashes.rows")] = segment.array("hashes")
-    return found
-
-
-def _text_rows(piece: MergedRows, name: str) -> Iterator[bytes]:
+def _words(piece: LiveRows, name: str) -> Iterator[bytes]:
+    """The ids or texts of rows, as the bytes of a section of texts."""
     segment, rows = piece.segment, piece.rows
     if len(rows) == segment.n:
         yield segment.bytes(name)
@@ -276,28 +292,28 @@ def _text_rows(piece: MergedRows, name: str) -> Iterator[bytes]:
         yield b"".join(segment.bytes(name, int(a), int(b)) for a, b in zip(starts[some], ends[some], strict=True))
 
 
-def _merged_keys(run: MergeRun) -> Array:
-    known = [s.array("keys") for s in run.segments if s.kind == "merged"]
-    rows = [(k, c.version, c.added, c.removed) for k, c in run.after.keys.items() if c.version >= run.span[0]]
-    return np.sort(np.concatenate([*known, np.array(rows, KEYS)]), order="key")
+def _merged_keys(merge: Merge) -> Array:
+    merged_before = [s.array("keys") for s in merge.segments if s.kind == "merged"]
+    rows = [(k, c.version, c.added, c.removed) for k, c in merge.after.keys.items() if c.version >= merge.span[0]]
+    return np.sort(np.concatenate([*merged_before, np.array(rows, KEY_DTYPE)]), order="key")
 
 
-def _merged_sources(run: MergeRun) -> dict[str, Any]:
-    out: dict[str, Any] = dict.fromkeys(run.gone)
-    for source in dict.fromkeys(name for segment in run.segments for name in segment.sources):
-        facts = run.after.source(source)
+def _merged_sources(merge: Merge) -> dict[str, Any]:
+    records: dict[str, Any] = dict.fromkeys(merge.vanished)
+    for source in dict.fromkeys(name for segment in merge.segments for name in segment.sources):
+        facts = merge.after.source(source)
         if facts is not None:
-            out[source] = [facts.digest, facts.chunks, dict(facts.facts)]
-        elif run.span[0] > 1:
-            out[source] = None
-    return out
+            records[source] = [facts.digest, facts.chunks, dict(facts.facts)]
+        elif merge.span[0] > 1:
+            records[source] = None
+    return records
 
 
 def _removed(before: Snapshot, after: State) -> Iterator[str]:
-    """Ids of rows before the run that it ended."""
-    for part, block in zip(before.blocks, after.blocks, strict=False):
-        for row in np.flatnonzero(part.alive & ~block.alive):
-            yield block.segment.id(int(row))
-    n = before.delta.n
-    for row in np.flatnonzero(before.delta.alive & ~after.delta_alive(0, n)):
-        yield after.id((IN_DELTA, int(row)))
+    """The ids of rows that were alive before and are dead after."""
+    for part, large in zip(before.large_segments, after.large_segments, strict=False):
+        for row in np.flatnonzero(part.alive & ~large.alive):
+            yield large.segment.id(int(row))
+    n = before.memtable.n
+    for row in np.flatnonzero(before.memtable.alive & ~after.memtable_alive(0, n)):
+        yield after.id((IN_MEMTABLE, int(row)))

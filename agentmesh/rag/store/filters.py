@@ -1,6 +1,6 @@
-"""Filters in Mongo's words: checked once, then asked of a row or, in `columns`, of a whole segment at a time.
+"""Filters in MongoDB's syntax: parsed once, then tested against one row, or in `columns` against a whole segment.
 
-A field that is absent matches `$ne`, `$nin` and `{"$exists": false}` only; `$not` turns an answer round.
+A field that is absent matches only `$ne`, `$nin` and `{"$exists": false}`; `$not` negates.
 """
 
 import json
@@ -39,27 +39,31 @@ class Combination:
 FilterExpr = Condition | Combination
 
 
-def parse(where: object) -> FilterExpr:
-    """The filter behind Mongo's words, or what is wrong with them.
+def parse_filter(where: object) -> FilterExpr:
+    """The filter that a mapping describes.
 
-    >>> parse({"year": {"$gte": 2020}, "tenant": "a"})  # doctest: +ELLIPSIS
-    Joined(op='$and', parts=(Check(field='year', op='$gte', value=2020), Check(field='tenant', op='$eq', value='a')))
+    >>> parse_filter({"year": {"$gte": 2020}})
+    Condition(field='year', op='$gte', value=2020)
+    >>> [part.field for part in parse_filter({"year": {"$gte": 2020}, "tenant": "a"}).parts]
+    ['year', 'tenant']
 
     Raises:
-        FilterInvalid: a callable, an unknown operator, or a value of another type than a field can have.
+        FilterInvalid: it is not a mapping, or has an unknown operator or a value of a type that no field can have.
     """
     if isinstance(where, Condition | Combination):
         return where
-    if callable(where):
-        raise FilterInvalid('a filter is data, such as {"year": {"$gte": 2020}}', hint="a function cannot be one")
     if not isinstance(where, Mapping):
-        raise FilterInvalid(f"a filter is a mapping of fields to values, not {type(where).__name__}")
+        kind = "function" if callable(where) else type(where).__name__
+        raise FilterInvalid(
+            f"a filter is a mapping of fields to values, not a {kind}",
+            hint='write one such as {"year": {"$gte": 2020}}',
+        )
     parts = [part for key, value in where.items() for part in _parse_entry(key, value)]
     return parts[0] if len(parts) == 1 else Combination("$and", tuple(parts))
 
 
 def intersect(a: FilterExpr | None, b: FilterExpr | None) -> FilterExpr | None:
-    """What passes the two filters; None passes everything."""
+    """The filter that passes what both pass; None passes everything."""
     if a is None or b is None:
         return a if b is None else b
     return Combination("$and", (a, b))
@@ -67,13 +71,13 @@ def intersect(a: FilterExpr | None, b: FilterExpr | None) -> FilterExpr | None:
 
 def _parse_entry(key: object, value: object) -> list[FilterExpr]:
     if not isinstance(key, str):
-        raise FilterInvalid(f"a field's name is text, not {key!r}")
+        raise FilterInvalid(f"the name of a field is a str, not {key!r}")
     if key == "$not":
-        return [Combination("$not", (parse(value),))]
+        return [Combination("$not", (parse_filter(value),))]
     if key in COMBINERS:
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise FilterInvalid(f"{key} takes a list of filters, not {value!r}")
-        return [Combination(key, tuple(parse(part) for part in value))]
+        return [Combination(key, tuple(parse_filter(part) for part in value))]
     if key.startswith("$"):
         raise FilterInvalid(f"unknown operator {key!r}.{did_you_mean(key, (*OPERATORS, *COMBINERS))}")
     if not isinstance(value, Mapping):
@@ -87,7 +91,7 @@ def _parse_condition(field: str, op: object, operand: object) -> FilterExpr:
     if op == "$not":
         if not isinstance(operand, Mapping):
             raise FilterInvalid(f"$not of {field!r} takes operators, not {operand!r}")
-        return Combination("$not", (parse({field: operand}),))
+        return Combination("$not", (parse_filter({field: operand}),))
     if op not in OPERATORS:
         raise FilterInvalid(f"unknown operator {op!r} on {field!r}.{did_you_mean(str(op), (*OPERATORS, '$not'))}")
     if op == "$exists":
@@ -97,30 +101,29 @@ def _parse_condition(field: str, op: object, operand: object) -> FilterExpr:
     if op in ("$in", "$nin"):
         if isinstance(operand, str) or not isinstance(operand, Sequence | set | frozenset):
             raise FilterInvalid(f"{op} of {field!r} takes a list, not {operand!r}")
-        return Condition(field, str(op), tuple(_scalar(field, one) for one in operand))
+        return Condition(field, str(op), tuple(_scalar(field, element) for element in operand))
     return Condition(field, str(op), _scalar(field, operand))
 
 
 def _scalar(field: str, value: object) -> Scalar:
-    if callable(value):
-        raise FilterInvalid("a filter is data", hint=f"{field!r} was given a function")
     if isinstance(value, datetime):
         return utc(value)
     if isinstance(value, str | bool | int | float) and not (isinstance(value, float) and math.isnan(value)):
         return value
+    shown = "a function" if callable(value) else repr(value)
     raise FilterInvalid(
-        f"{field!r} cannot be compared with {value!r}: a str, int, float, bool or datetime is needed",
-        hint="of several, $in",
+        f"{field!r} cannot be compared with {shown}",
+        hint="compare it with a str, int, float, bool or datetime, or with several by $in",
     )
 
 
 def utc(value: datetime) -> datetime:
-    """The same moment in UTC; one without a timezone is taken for UTC."""
+    """The same time in UTC; a datetime without a timezone is taken to be in UTC."""
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 def family(value: object) -> str:
-    """Values are compared within a family only: int and float are one, bool is its own."""
+    """The family of types that a value is compared within: int and float are one, bool is another."""
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int | float):
@@ -129,7 +132,7 @@ def family(value: object) -> str:
 
 
 def conditions(where: FilterExpr) -> Iterator[Condition]:
-    """Every test in a filter."""
+    """Every condition in a filter."""
     if isinstance(where, Condition):
         yield where
     else:
@@ -138,14 +141,14 @@ def conditions(where: FilterExpr) -> Iterator[Condition]:
 
 
 def matches(where: FilterExpr, row: Mapping[str, Any]) -> bool:
-    """Whether one row's fields pass.
+    """Whether the fields of one row pass a filter.
 
-    >>> matches(parse({"tags": "b", "year": {"$ne": 3}}), {"tags": ["a", "b"]})
+    >>> matches(parse_filter({"tags": "b", "year": {"$ne": 3}}), {"tags": ["a", "b"]})
     True
     """
     if isinstance(where, Combination):
-        answers = (matches(part, row) for part in where.parts)
-        return {"$and": all, "$or": any}.get(where.op, lambda a: not next(a))(answers)
+        results = (matches(part, row) for part in where.parts)
+        return {"$and": all, "$or": any}.get(where.op, lambda r: not next(r))(results)
     if where.op == "$exists":
         return (where.field in row) is where.value
     if where.field not in row:
@@ -154,15 +157,15 @@ def matches(where: FilterExpr, row: Mapping[str, Any]) -> bool:
     values = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     values = [utc(v) if isinstance(v, datetime) else v for v in values]
     if where.op in ("$eq", "$ne"):
-        return any(_same(v, where.value) for v in values) is (where.op == "$eq")
+        return any(_equal(v, where.value) for v in values) is (where.op == "$eq")
     if where.op in ("$in", "$nin"):
-        return any(_same(v, w) for v in values for w in where.value) is (where.op == "$in")
+        return any(_equal(v, w) for v in values for w in where.value) is (where.op == "$in")
     if isinstance(value, list | tuple):
         return False  # a list has no order
     return family(values[0]) == family(where.value) and bool(COMPARE[where.op](values[0], where.value))
 
 
-def _same(a: object, b: object) -> bool:
+def _equal(a: object, b: object) -> bool:
     return family(a) == family(b) and a == b
 
 
@@ -174,8 +177,8 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def described(where: FilterExpr) -> str:
-    """A filter as one line, for messages and as a key."""
+def describe(where: FilterExpr) -> str:
+    """A filter as one line: the key under which a segment caches its result."""
     if isinstance(where, Condition):
         return f"{where.field} {where.op} {json.dumps(where.value, default=str, ensure_ascii=False)}"
-    return f"{where.op}({', '.join(described(p) for p in where.parts)})"
+    return f"{where.op}({', '.join(describe(p) for p in where.parts)})"

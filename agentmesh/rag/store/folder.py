@@ -1,11 +1,15 @@
 """The folder of a store: numbered files, published by a hard link that cannot overwrite, listed as one gapless chain.
 
-CURRENT           the generation's name; a seal in its chain may already point further
-g1/about.json     width, metric, embedder
-g1/N.seg          commit N
-g1/A-B.seg        commits A to B merged, with A-B.ivf and A-B.text/ beside it
-g1/old/           what merging replaced: kept an hour, or as long as a pinned version needs it
+```
+CURRENT           the generation's name; a seal at the end of its chain may name a newer one
+g1/about.json     the generation's settings: format, width, metric, embedder
+g1/N.seg          the segment of commit N
+g1/A-B.seg        the segment of commits A to B, merged; A-B.ivf and A-B.text/ are its indexes
+g1/old/           segments that merging replaced: kept an hour, or as long as a pinned version needs them
 g1/pins/N         version N is pinned
+g1/tmp/           files that are not published yet
+g1/lock           held by the process that merges
+```
 """
 
 import contextlib
@@ -25,21 +29,22 @@ from agentmesh.errors import StoreError, StoreFull, StoreVersion
 
 Span = tuple[int, int]
 NAME = re.compile(r"(\d{10})(?:-(\d{10}))?\.seg")
-LISTINGS = 20  # with a gap, before it is believed
-PUBLISHED: dict[Path, int] = {}  # by store: another number than before says that this process has published something
-KEEP_S = 3600.0  # how long a replaced file stays, so that `at` reaches back
-STAY_S = 60.0  # how long it stays in its place, so that a laggard's link to a number that was given still fails
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GAP_LISTINGS = 20  # listings with a gap before the gap is taken for a missing file
+GAP_RELIST_S = 0.005
+PUBLISH_COUNTS: dict[Path, int] = {}  # by store: how many segments this process has published
+RETENTION_S = 3600.0  # how long a replaced segment is kept, so that `at` reads older versions
+RETIRE_AFTER_S = 60.0  # how long it keeps its name: a slow writer's link to a number already used must fail
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def name_of(span: Span) -> str:
-    """The file of a commit or a merged run."""
+    """The file name of a segment: one commit, or commits a to b merged."""
     a, b = span
     return f"{a:010d}.seg" if a == b else f"{a:010d}-{b:010d}.seg"
 
 
 def chain(spans: Iterable[Span], upto: int | None = None) -> list[Span]:
-    """The fewest files that make up version `upto`, or the newest one that is whole.
+    """The fewest segments that make up version `upto`, or the newest version without a gap before it.
 
     >>> chain([(1, 1), (2, 2), (3, 3), (1, 2)])
     [(1, 2), (3, 3)]
@@ -52,34 +57,34 @@ def chain(spans: Iterable[Span], upto: int | None = None) -> list[Span]:
             longest.setdefault(a, []).append(b)
     for ends in longest.values():
         ends.sort()
-    found: list[Span] = []
+    links: list[Span] = []
     while True:
-        at = found[-1][1] + 1 if found else 1
-        if longest.get(at):
-            found.append((at, longest[at].pop()))
-        elif upto is None or not found or found[-1][1] == upto:
-            return found
+        first = links[-1][1] + 1 if links else 1
+        if longest.get(first):
+            links.append((first, longest[first].pop()))
+        elif upto is None or not links or links[-1][1] == upto:
+            return links
         else:
-            found.pop()  # a dead end: a shorter run was needed before
+            links.pop()  # a dead end: a shorter segment was needed before
 
 
-def whole(spans: Iterable[Span]) -> tuple[list[Span], list[Span]]:
-    """The chain as far as there are files, and the numbers that are missing inside it.
+def chain_and_gaps(spans: Iterable[Span]) -> tuple[list[Span], list[Span]]:
+    """The chain to the newest segment, and the numbers that are missing inside it.
 
-    >>> whole([(1, 1), (4, 4), (5, 5)])
+    >>> chain_and_gaps([(1, 1), (4, 4), (5, 5)])
     ([(1, 1), (4, 4), (5, 5)], [(2, 3)])
     """
     spans = list(spans)
-    found = chain(spans)
-    missing: list[Span] = []
+    links = chain(spans)
+    gaps: list[Span] = []
     while True:
-        end = found[-1][1] if found else 0
+        end = links[-1][1] if links else 0
         later = [s for s in spans if s[0] > end]
         if not later:
-            return found, missing
+            return links, gaps
         first = min(a for a, _ in later)
-        missing.append((end + 1, first - 1))
-        found += [(a + first - 1, b + first - 1) for a, b in chain([(a - first + 1, b - first + 1) for a, b in later])]
+        gaps.append((end + 1, first - 1))
+        links += [(a + first - 1, b + first - 1) for a, b in chain([(a - first + 1, b - first + 1) for a, b in later])]
 
 
 class Folder:
@@ -87,95 +92,92 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.old, self.pinned, self.scratch = path / "old", path / "pins", path / "tmp"
+        self.replaced, self.pinned, self.temporaries = path / "old", path / "pins", path / "tmp"
 
     def file(self, span: Span) -> Path:
-        """Where a commit or run lies, or would."""
+        """The path of a segment, whether it exists or not."""
         return self.path / name_of(span)
 
-    def about(self) -> dict[str, Any] | None:
-        """What the generation was made with; None before its first commit.
+    def settings(self) -> dict[str, Any] | None:
+        """The generation's format, width (`d`), metric and embedder (`identity`); None before its first commit.
 
         Raises:
             StoreVersion: a newer agentmesh made it.
         """
         try:
-            found: dict[str, Any] = json.loads((self.path / "about.json").read_bytes())
+            settings: dict[str, Any] = json.loads((self.path / "about.json").read_bytes())
         except FileNotFoundError:
             return None
-        if found["format"] > 1:
+        if settings["format"] > 1:
             raise StoreVersion(
-                f"{self.path.parent} has format {found['format']} and this version of agentmesh reads 1",
+                f"{self.path.parent} has format {settings['format']} and this version of agentmesh reads 1",
                 hint="upgrade agentmesh here",
                 path=str(self.path.parent),
             )
-        return found
+        return settings
 
-    def spans(self, *, old: bool = False) -> dict[Span, Path]:
-        """Every segment that is there; with `old` also those that were replaced."""
-        found: dict[Span, Path] = {}
-        for folder in (self.old, self.path) if old else (self.path,):
+    def spans(self, *, replaced: bool = False) -> dict[Span, Path]:
+        """Every segment with its path; with `replaced` also those that merging replaced."""
+        paths: dict[Span, Path] = {}
+        for folder in (self.replaced, self.path) if replaced else (self.path,):
             with contextlib.suppress(FileNotFoundError):
                 for entry in os.scandir(folder):
                     if match := NAME.fullmatch(entry.name):
                         a = int(match[1])
-                        found[a, int(match[2] or a)] = Path(entry.path)
-        return found
+                        paths[a, int(match[2] or a)] = Path(entry.path)
+        return paths
 
-    def whole(self) -> tuple[list[Span], list[Span]]:
+    def chain_and_gaps(self) -> tuple[list[Span], list[Span]]:
         """The chain of segments, and the numbers that are missing inside it.
 
-        A listing is not one moment: while others commit it can show a file and miss an older one. A number is given only
-        when the one before it is there, so that a gap that is none closes when one looks again.
+        A directory listing is not atomic: while others commit, it can show a file and miss an older one. A commit takes
+        a number only when the number before it exists, so such a gap closes in a later listing.
         """
-        found, missing = whole(self.spans())
-        for _ in range(LISTINGS):
-            if not missing:
+        links, gaps = chain_and_gaps(self.spans())
+        for _ in range(GAP_LISTINGS):
+            if not gaps:
                 break
-            time.sleep(0.005)
-            found, missing = whole(self.spans())
-        return found, missing
+            time.sleep(GAP_RELIST_S)
+            links, gaps = chain_and_gaps(self.spans())
+        return links, gaps
 
     def mtime_ns(self) -> int:
-        """Changes when a file appears or goes; 0 for a folder that is not there."""
+        """Changes when a file is added or removed; 0 for a folder that does not exist."""
         try:
             return os.stat(self.path).st_mtime_ns
         except FileNotFoundError:
             return 0
 
-    def make(self, about: dict[str, Any]) -> dict[str, Any]:
-        """The generation's own description, ours unless somebody was first."""
-        with writing(self.path.parent):
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            temporary = self.write(json.dumps({"format": 1, **about}).encode())
+    def create(self, settings: dict[str, Any]) -> None:
+        """Create the generation with these settings, unless another process was first."""
+        with disk_errors(self.path.parent):
+            self.temporaries.mkdir(parents=True, exist_ok=True)
+            temporary = self.write(json.dumps({"format": 1, **settings}).encode())
             try:
                 with contextlib.suppress(FileExistsError):
                     os.link(temporary, self.path / "about.json")
             finally:
                 temporary.unlink()
             sync(self.path)
-        found = self.about()
-        assert found is not None
-        return found
 
-    def widen(self, d: int) -> None:
-        """The width of a generation that began without vectors, unless somebody was first."""
-        with self.alone(wait=True):
-            found = self.about()
-            if found and not found["d"]:
-                self.write(json.dumps({**found, "d": d}).encode()).replace(self.path / "about.json")
+    def set_width(self, d: int) -> None:
+        """Set the width of a generation that began without vectors, unless another process was first."""
+        with self.merge_lock(wait=True):
+            settings = self.settings()
+            if settings and not settings["d"]:
+                self.write(json.dumps({**settings, "d": d}).encode()).replace(self.path / "about.json")
                 sync(self.path)
 
     def write(self, data: bytes) -> Path:
-        """A new file with no name that counts, on the disk for good."""
+        """Write a file that is not published yet, and fsync it."""
         with self.temporary() as (path, file):
             file.write(data)
         return path
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """The same for one that is written piece by piece; gone if that fails."""
-        path = self.scratch / f"{os.getpid()}-{secrets.token_hex(6)}"
+        """`write` for a file that is written in pieces; it is fsynced at the end, and removed if that fails."""
+        path = self.temporaries / f"{os.getpid()}-{secrets.token_hex(6)}"
         try:
             with open(path, "xb") as file:
                 yield path, file
@@ -186,17 +188,17 @@ class Folder:
             raise
 
     def publish(self, temporary: Path, span: Span) -> bool:
-        """Gives a written file its number; False if somebody else has it."""
+        """Link a written file under its number; False if the number is taken."""
         try:
             os.link(temporary, self.file(span))
         except FileExistsError:
             return False
-        PUBLISHED[self.path.parent] = PUBLISHED.get(self.path.parent, 0) + 1
+        PUBLISH_COUNTS[self.path.parent] = PUBLISH_COUNTS.get(self.path.parent, 0) + 1
         return True
 
     @contextlib.contextmanager
-    def alone(self, wait: bool = False) -> Iterator[bool]:
-        """The lock of those who merge: True while it is ours. A process that dies lets it go."""
+    def merge_lock(self, wait: bool = False) -> Iterator[bool]:
+        """Take the lock for merging: yields whether it was acquired. The lock is released when its process dies."""
         with open(self.path / "lock", "ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -211,8 +213,8 @@ class Folder:
             return {int(name) for name in os.listdir(self.pinned) if name.isdigit()}
         return set()
 
-    def retire(self, now_s: float | None = None, keep_s: float = KEEP_S) -> None:
-        """Moves replaced files aside, and removes those that nothing needs any more. For the holder of the lock."""
+    def retire(self, now_s: float | None = None, keep_s: float = RETENTION_S) -> None:
+        """Move replaced segments aside, and remove those that no version needs; the caller holds `merge_lock`."""
         now = time.time() if now_s is None else now_s
         spans = self.spans()
         live = chain(spans)
@@ -221,42 +223,42 @@ class Folder:
             if not covered:
                 continue
             merged = max(self.file(other).stat().st_mtime for other in live if other[0] <= span[0] <= other[1])
-            if now - merged >= STAY_S:
-                self.old.mkdir(exist_ok=True)
+            if now - merged >= RETIRE_AFTER_S:
+                self.replaced.mkdir(exist_ok=True)
                 os.utime(path, (now, now))
-                path.rename(self.old / path.name)
-                _forget_beside(path)
-        self._sweep_old(now, keep_s)
-        self._sweep_left(now, keep_s, live)
+                path.rename(self.replaced / path.name)
+                _remove_indexes(path)
+        self._remove_replaced(now, keep_s)
+        self._remove_orphans(now, keep_s, live)
 
-    def _sweep_old(self, now: float, keep_s: float) -> None:
-        spans = self.spans(old=True)
+    def _remove_replaced(self, now: float, keep_s: float) -> None:
+        spans = self.spans(replaced=True)
         needed = {span for pin in self.pins() for span in chain(spans, pin)}
         for span, path in spans.items():
-            if path.parent == self.old and span not in needed and now - path.stat().st_mtime >= keep_s:
+            if path.parent == self.replaced and span not in needed and now - path.stat().st_mtime >= keep_s:
                 path.unlink(missing_ok=True)
 
-    def _sweep_left(self, now: float, keep_s: float, live: list[Span]) -> None:
-        """What killed writers and compactors left behind."""
+    def _remove_orphans(self, now: float, keep_s: float, live: list[Span]) -> None:
+        """Remove what killed writers and compactors left behind."""
         stems = {self.file(span).stem for span in live}
-        for entry in (*os.scandir(self.path), *os.scandir(self.scratch)):
-            orphan = entry.name.endswith((".ivf", ".text")) and entry.name.split(".")[0] not in stems
-            left = Path(entry.path).parent == self.scratch
-            with contextlib.suppress(FileNotFoundError):  # a writer's own, which has its number by now
-                if (left or orphan) and now - entry.stat().st_mtime >= keep_s:
+        for entry in (*os.scandir(self.path), *os.scandir(self.temporaries)):
+            orphaned_index = entry.name.endswith((".ivf", ".text")) and entry.name.split(".")[0] not in stems
+            temporary = Path(entry.path).parent == self.temporaries
+            with contextlib.suppress(FileNotFoundError):  # a running writer's file, which it has published and removed
+                if (temporary or orphaned_index) and now - entry.stat().st_mtime >= keep_s:
                     if entry.is_dir():
                         shutil.rmtree(entry.path, ignore_errors=True)
                     else:
                         Path(entry.path).unlink()
 
 
-def _forget_beside(path: Path) -> None:
+def _remove_indexes(path: Path) -> None:
     path.with_suffix(".ivf").unlink(missing_ok=True)
     shutil.rmtree(path.with_suffix(".text"), ignore_errors=True)
 
 
 def sync(folder: Path) -> None:
-    """Puts a folder's names on the disk."""
+    """Fsync a folder, so that the names in it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -265,7 +267,7 @@ def sync(folder: Path) -> None:
 
 
 def current(path: Path) -> str:
-    """The generation that a store's folder names."""
+    """The name of the store's current generation."""
     try:
         return (path / "CURRENT").read_text().strip() or "g1"
     except FileNotFoundError:
@@ -273,7 +275,7 @@ def current(path: Path) -> str:
 
 
 def set_current(path: Path, generation: str) -> None:
-    """Names the generation, in one step."""
+    """Make a generation the current one, atomically."""
     temporary = path / f".CURRENT-{os.getpid()}"
     temporary.write_text(generation + "\n")
     with open(temporary, "rb") as file:
@@ -283,36 +285,39 @@ def set_current(path: Path, generation: str) -> None:
 
 
 def number_of(generation: str) -> int:
-    """`g3` is 3; 0 for what is no generation."""
+    """`g3` is 3; 0 for a name that is not a generation's."""
     return int(generation[1:]) if re.fullmatch(r"g\d+", generation) else 0
 
 
-def drop_generations(path: Path, kept: str, keep_s: float = KEEP_S) -> None:
-    """Removes generations before the current one, an hour after it took over."""
-    if current(path) != kept:
+def drop_generations(path: Path, generation: str, keep_s: float = RETENTION_S) -> None:
+    """Remove the generations before this one, `keep_s` after it became the current one."""
+    if current(path) != generation:
         return
     for entry in os.scandir(path):
-        old = 0 < number_of(entry.name) < number_of(kept)
-        if old and time.time() - (path / "CURRENT").stat().st_mtime >= keep_s:
+        older = 0 < number_of(entry.name) < number_of(generation)
+        if older and time.time() - (path / "CURRENT").stat().st_mtime >= keep_s:
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a sentence.
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise a StoreError in place of an OSError.
 
     Raises:
-        StoreFull · StoreError
+        StoreFull: the disk or the quota is full.
+        StoreError: anything else that the disk refuses.
     """
     try:
         yield
     except OSError as e:
-        if e.errno in NO_ROOM:
+        if e.errno in FULL_DISK_ERRNOS:
             raise StoreFull(
-                f"no room for a commit in {path} ({e.strerror})",
-                hint="nothing of it was kept, make room and repeat it",
+                f"nothing was committed: no room in {path} ({e.strerror})",
+                hint="make room and repeat the commit",
                 path=str(path),
             ) from e
         raise StoreError(
-            f"cannot write in {path}: {e.strerror or e}", hint="nothing of the commit was kept", path=str(path)
+            f"nothing was committed: cannot write in {path} ({e.strerror or e})",
+            hint="check the folder's permissions and the disk",
+            path=str(path),
         ) from e

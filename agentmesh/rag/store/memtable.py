@@ -1,4 +1,4 @@
-"""The newest commits in memory: their rows side by side, appended to and never changed under a reader."""
+"""The newest commits in memory: the rows of small segments, appended and never changed while a snapshot reads them."""
 
 import bisect
 import threading
@@ -12,11 +12,14 @@ from agentmesh.rag.store.columns import Column, Mask, encode, mask
 from agentmesh.rag.store.filters import FilterExpr, matches
 from agentmesh.rag.store.segment import SOURCE, Segment
 
-SEALED = 1024  # rows whose metadata is encoded once; the rest of a filter is asked row by row
+BLOCK_ROWS = 1024  # rows whose metadata is encoded as columns, once; a filter tests the rest row by row
 
 
 class Memtable:
-    """Rows of small segments under one numbering. A view looks at the first `n` of them and keeps its own `alive`."""
+    """The rows of small segments under one numbering.
+
+    A snapshot reads the first `n` of them, with its own copy of `alive`.
+    """
 
     def __init__(self, d: int) -> None:
         self.n = 0
@@ -24,19 +27,19 @@ class Memtable:
         self._segments: list[Segment] = []
         self._starts: list[int] = []
         self._fields: list[dict[str, Any]] = []
-        self._sealed: list[dict[str, list[Column]]] = []
+        self._columns: list[dict[str, list[Column]]] = []  # of each full block, by field
         self._names: set[str] = set()
-        self._lock = threading.Lock()  # of what is encoded lazily, by whichever search needs it first
+        self._lock = threading.Lock()  # for `_fields` and `_columns`, which the first search that needs them fills
         self.by_id: dict[str, list[int]] = {}
         self.by_source: dict[str, list[int]] = {}
 
     def append(self, segment: Segment) -> range:
-        """The rows under which a segment's rows are known here."""
+        """Append a segment's rows; returns their numbers here."""
         first, n = self.n, segment.n
         if not n:
             return range(first, first)
         if first + n > len(self._vectors):
-            # a view holds a slice of the old array, which stays as it is
+            # a snapshot holds a slice of the old array, which stays as it is
             grown = np.empty((max(2 * len(self._vectors), first + n), self._vectors.shape[1]), np.float32)
             grown[:first] = self._vectors[:first]
             self._vectors = grown
@@ -53,56 +56,56 @@ class Memtable:
         return range(first, self.n)
 
     def vectors(self, n: int) -> npt.NDArray[np.float32]:
-        """float32 (n, d), the first n rows."""
+        """The vectors of the first n rows, float32 (n, d)."""
         return self._vectors[:n]
 
     def place(self, row: int) -> tuple[Segment, int]:
-        """The segment that a row came with, and its row there."""
+        """The segment of a row, and the row's number there."""
         i = bisect.bisect_right(self._starts, row) - 1
         return self._segments[i], row - self._starts[i]
 
     def placed(self) -> list[tuple[int, Segment]]:
-        """Each segment with the row that its first row is here."""
+        """Each segment, with the number that its first row has here."""
         return list(zip(self._starts, self._segments, strict=True))
 
     def id(self, row: int) -> str:
-        """A row's id."""
+        """The chunk id of a row."""
         segment, row = self.place(row)
         return segment.id(row)
 
     def text(self, row: int) -> str:
-        """A row's text."""
+        """The text of a row."""
         segment, row = self.place(row)
         return segment.text(row)
 
     def chunk(self, row: int) -> Chunk:
-        """A row as it was given."""
+        """The chunk in a row."""
         segment, row = self.place(row)
         return segment.chunk(row)
 
     def fields(self) -> set[str]:
-        """The names a filter may use."""
+        """The field names that a filter may use."""
         return set(self._names)
 
     def mask(self, where: FilterExpr, n: int) -> Mask:
         """Which of the first n rows pass a filter."""
-        out = np.zeros(n, bool)
+        passed = np.zeros(n, bool)
         with self._lock:
             self._encode(n)
-        for block in range(n // SEALED):
-            first = block * SEALED
-            out[first : first + SEALED] = mask(where, self._sealed[block], SEALED)
-        for row in range(n - n % SEALED, n):
-            out[row] = matches(where, self._fields[row])
-        return out
+        for block in range(n // BLOCK_ROWS):
+            first = block * BLOCK_ROWS
+            passed[first : first + BLOCK_ROWS] = mask(where, self._columns[block], BLOCK_ROWS)
+        for row in range(n - n % BLOCK_ROWS, n):
+            passed[row] = matches(where, self._fields[row])
+        return passed
 
     def _encode(self, n: int) -> None:
         for row in range(len(self._fields), n):
-            segment, at = self.place(row)
+            segment, segment_row = self.place(row)
             (source,) = segment.by_name[SOURCE]
-            self._fields.append({"source": source.at(at), **segment.metadata(at)})
-        for first in range(len(self._sealed) * SEALED, n - n % SEALED, SEALED):
-            found: dict[str, list[Column]] = {}
-            for column in encode(self._fields[first : first + SEALED]):
-                found.setdefault(column.name, []).append(column)
-            self._sealed.append(found)
+            self._fields.append({"source": source.at(segment_row), **segment.metadata(segment_row)})
+        for first in range(len(self._columns) * BLOCK_ROWS, n - n % BLOCK_ROWS, BLOCK_ROWS):
+            by_name: dict[str, list[Column]] = {}
+            for column in encode(self._fields[first : first + BLOCK_ROWS]):
+                by_name.setdefault(column.name, []).append(column)
+            self._columns.append(by_name)

@@ -1,7 +1,7 @@
-"""Another embedder for a store: a generation is built beside from the stored texts, then it takes over in one commit.
+"""Re-embedding: the next generation is built from the stored texts beside the current one, then replaces it atomically.
 
-The old generation's last number is a seal that names the new one. Like any commit it is refused when somebody was
-quicker, so no commit falls between the two. Vectors are kept as they are made: a rerun goes on where one was killed.
+The last segment of the old generation is a seal that names the new one. Like any commit it fails when its number is
+taken, so no commit can be lost between the two. Vectors are cached on disk: after a crash a second call resumes.
 """
 
 import hashlib
@@ -15,126 +15,131 @@ import numpy as np
 from agentmesh.errors import StoreError
 from agentmesh.rag.embedders.base import Identity
 from agentmesh.rag.store.columns import Array, Mask
-from agentmesh.rag.store.compaction import BuildText, Embed, MergedRows, MergeRun, pieces_of, write_run
+from agentmesh.rag.store.compaction import BuildText, Embed, LiveRows, Merge, live_rows, write_merged
 from agentmesh.rag.store.filters import Condition
-from agentmesh.rag.store.folder import Folder, number_of, set_current, sync, writing
+from agentmesh.rag.store.folder import Folder, disk_errors, number_of, set_current, sync
 from agentmesh.rag.store.segment import SOURCE
 from agentmesh.rag.store.state import State
 from agentmesh.rag.store.vector_index import Floats
 from agentmesh.rag.store.writer import StoreWriter, scale_vectors, seal_segment
 
-BATCH = 256
-ROUNDS = 1000
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that versions do not fall together
+EMBED_BATCH = 256  # texts that are embedded and written at once
+CATCH_UP_ROUNDS = 1000
+VERSION_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that distinct versions stay distinct
 
 Progress = Callable[[int, int], None]
 
 
-class Vectors:
-    """Vectors by the text they belong to, in a file that is only appended to."""
+class VectorCache:
+    """Vectors by the hash of their text, in an append-only file; embeds the texts that it does not hold."""
 
     def __init__(self, path: Path, d: int, embed: Embed, metric: str, total: int, progress: Progress | None) -> None:
         self._path, self._d, self._embed, self._metric = path, d, embed, metric
         self._total, self._progress, self._done = total, progress, 0
         self._record = np.dtype([("text", "V16"), ("vector", np.float32, (d,))])
-        self._at: dict[bytes, int] = {}
+        self._index: dict[bytes, int] = {}  # hash of a text -> its record
         if path.exists():
-            whole = path.stat().st_size // self._record.itemsize * self._record.itemsize
-            os.truncate(path, whole)  # the last one may have been cut off
-            if whole:
-                known = np.memmap(path, self._record, "r")
-                self._at = {t.tobytes(): i for i, t in enumerate(known["text"])}
+            size = path.stat().st_size // self._record.itemsize * self._record.itemsize
+            os.truncate(path, size)  # a crash may have cut the last record
+            if size:
+                records = np.memmap(path, self._record, "r")
+                self._index = {t.tobytes(): i for i, t in enumerate(records["text"])}
 
     def __call__(self, texts: Sequence[str]) -> Floats:
-        """float32 (len(texts), d): read where they are known, made and kept where not."""
-        names = [hashlib.blake2b(t.encode(), digest_size=16).digest() for t in texts]
-        new = {name: text for name, text in zip(names, texts, strict=True) if name not in self._at}
-        wanted, todo = list(new), list(new.values())
-        self._tell(len(texts) - len(todo))
+        """The vectors of texts, float32 (len(texts), d)."""
+        hashes = [hashlib.blake2b(t.encode(), digest_size=16).digest() for t in texts]
+        missing = {h: text for h, text in zip(hashes, texts, strict=True) if h not in self._index}
+        new_hashes, new_texts = list(missing), list(missing.values())
+        self._report(len(texts) - len(new_texts))
         with open(self._path, "ab") as file:
-            for first in range(0, len(todo), BATCH):
-                self._add(file, wanted[first : first + BATCH], todo[first : first + BATCH])
-        known = np.memmap(self._path, self._record, "r")
-        return np.ascontiguousarray(known["vector"][[self._at[name] for name in names]])
+            for first in range(0, len(new_texts), EMBED_BATCH):
+                self._add(file, new_hashes[first : first + EMBED_BATCH], new_texts[first : first + EMBED_BATCH])
+        records = np.memmap(self._path, self._record, "r")
+        return np.ascontiguousarray(records["vector"][[self._index[h] for h in hashes]])
 
-    def _add(self, file: BinaryIO, names: list[bytes], texts: list[str]) -> None:
-        found = np.array(self._embed(texts), np.float32, ndmin=2)
-        if found.shape != (len(texts), self._d):
-            raise StoreError(f"{len(texts)} texts came back as vectors of shape {found.shape}, not of width {self._d}")
+    def _add(self, file: BinaryIO, hashes: list[bytes], texts: list[str]) -> None:
+        vectors = np.array(self._embed(texts), np.float32, ndmin=2)
+        if vectors.shape != (len(texts), self._d):
+            expected = (len(texts), self._d)
+            raise StoreError(f"the embedder made vectors of shape {vectors.shape} instead of {expected}")
         records = np.empty(len(texts), self._record)
-        records["text"] = [np.void(n) for n in names]
-        records["vector"] = scale_vectors(found, self._metric, lambda row: f"the vector of {texts[row][:40]!r}")
+        records["text"] = [np.void(h) for h in hashes]
+        records["vector"] = scale_vectors(vectors, self._metric, lambda row: f"the vector of {texts[row][:40]!r}")
         file.write(records.tobytes())
         file.flush()
-        for name in names:
-            self._at[name] = len(self._at)
-        self._tell(len(texts))
+        for text_hash in hashes:
+            self._index[text_hash] = len(self._index)
+        self._report(len(texts))
 
-    def _tell(self, n: int) -> None:
+    def _report(self, n: int) -> None:
         self._done += n
         if self._progress and n:
             self._progress(min(self._done, self._total), self._total)
 
 
 def reembed(
-    core: StoreWriter, embed: Embed, identity: Identity | None, d: int, *,
+    store: StoreWriter, embed: Embed, identity: Identity | None, d: int, *,
     progress: Progress | None = None, build_text: BuildText | None = None,
 ) -> int:  # fmt: skip
-    """Makes all vectors anew, and answers the version at which the store went over.
+    """Make all vectors anew; returns the version at which the new generation replaced the old one.
 
     Raises:
-        StoreError: the store is empty, somebody else is at it, or it is written faster than it can be embedded.
+        StoreError: the store is empty, another process is re-embedding it, or it is written faster than it is embedded.
     """
-    with core.lock:
-        core.refresh()
-        old = core.folder
-        if old is None or core.state is None or not core.state.version:
-            raise StoreError(f"{core.path} is empty", hint="there is nothing to embed", path=str(core.path))
-        total, metric = core.state.view().count(), core.metric
-    new = Folder(core.path / f"g{number_of(old.path.name) + 1}")
-    with writing(core.path):
-        new.scratch.mkdir(parents=True, exist_ok=True)
-    with new.alone() as mine:
-        if not mine:
-            raise StoreError(f"another process is re-embedding {core.path}", hint="wait for it", path=str(core.path))
-        about = {"format": 1, "d": d, "metric": metric, "identity": identity.to_json() if identity else None}
-        _begin(new, about)
+    with store.lock:
+        store.refresh()
+        old = store.folder
+        if old is None or store.state is None or not store.state.version:
+            raise StoreError(f"{store.path} is empty", hint="add documents first", path=str(store.path))
+        total, metric = store.state.snapshot().count(), store.metric
+    new = Folder(store.path / f"g{number_of(old.path.name) + 1}")
+    with disk_errors(store.path):
+        new.temporaries.mkdir(parents=True, exist_ok=True)
+    with new.merge_lock() as acquired:
+        if not acquired:
+            raise StoreError(f"another process is re-embedding {store.path}", hint="wait for it", path=str(store.path))
+        settings = {"format": 1, "d": d, "metric": metric, "identity": identity.to_json() if identity else None}
+        _begin(new, settings)
         cache = new.path / "vectors.cache"
-        vectors = Vectors(cache, d, embed, metric, total, progress)
-        version = _follow(core, old, new, vectors, metric, d, build_text)
-        with writing(core.path):
-            set_current(core.path, new.path.name)
+        vectors = VectorCache(cache, d, embed, metric, total, progress)
+        version = _catch_up(store, old, new, vectors, metric, d, build_text)
+        with disk_errors(store.path):
+            set_current(store.path, new.path.name)
             cache.unlink(missing_ok=True)
-    core.expect(identity)
+    store.expect(identity)
     return version
 
 
-def _begin(new: Folder, about: dict[str, object]) -> None:
-    """Nothing of an earlier try is kept but the vectors it made, if they are of the same embedder."""
-    same = new.about() == about
-    with writing(new.path.parent):
+def _begin(new: Folder, settings: dict[str, object]) -> None:
+    """Create the generation; of an earlier attempt only the cached vectors are kept, if the embedder is the same."""
+    same = new.settings() == settings
+    with disk_errors(new.path.parent):
         for path in new.spans().values():
             path.unlink()
         if not same:
             (new.path / "about.json").unlink(missing_ok=True)
             (new.path / "vectors.cache").unlink(missing_ok=True)
-    new.make(about)
+    new.create(settings)
 
 
-def _follow(
-    core: StoreWriter, old: Folder, new: Folder, vectors: Vectors, metric: str, d: int, build_text: BuildText | None
-) -> int:
+def _catch_up(
+    store: StoreWriter, old: Folder, new: Folder, vectors: VectorCache, metric: str, d: int,
+    build_text: BuildText | None,
+) -> int:  # fmt: skip
+    """Copy the commits of the old generation until none is left, then seal it; returns its last version."""
     before: State | None = None
-    for _ in range(ROUNDS):
-        with core.lock:
-            core.refresh()
-            if core.folder is not None and core.folder.path != old.path:
-                raise StoreError(f"{core.path} moved to another generation in the meantime", path=str(core.path))
-        after, _ = core.past(core.latest().version)
+    for _ in range(CATCH_UP_ROUNDS):
+        with store.lock:
+            store.refresh()
+            if store.folder is not None and store.folder.path != old.path:
+                raise StoreError(
+                    f"{store.path} was re-embedded by another process in the meantime", path=str(store.path)
+                )
+        after, _ = store.at_version(store.latest().version)
         if before is None or after.version > before.version:
-            write_run(new, run_between(before, after, d), metric, build_text=build_text, embed=vectors)
+            write_merged(new, merge_between(before, after, d), metric, build_text=build_text, embed=vectors)
         before = after
-        with writing(core.path):
+        with disk_errors(store.path):
             temporary = old.write(seal_segment(after.d, new.path.name))
             try:
                 if old.publish(temporary, (after.version + 1, after.version + 1)):
@@ -143,43 +148,40 @@ def _follow(
             finally:
                 temporary.unlink(missing_ok=True)
     raise StoreError(
-        f"{core.path} is written faster than its texts can be embedded", hint="stop the ingest", path=str(core.path)
+        f"{store.path} is written faster than its texts can be embedded", hint="stop the ingest", path=str(store.path)
     )
 
 
-def run_between(before: State | None, after: State, d: int) -> MergeRun:
-    """What came after one version, up to another; both as they are read, whatever was merged in between."""
-    pieces = pieces_of(after, after.segments)
+def merge_between(before: State | None, after: State, d: int) -> Merge:
+    """The commits after one version up to another as one merge, even if their segments have been merged with others."""
+    live = live_rows(after, after.segments)
     if before is None:
-        return MergeRun((1, after.version), pieces, [], after, after.segments, d=d)
-    old = pieces_of(before, before.segments)
-    now = np.concatenate([_row_marks(p) for p in pieces]) if pieces else np.zeros(0, np.uint64)
+        return Merge((1, after.version), live, [], after, after.segments, d=d)
+    fingerprints = np.concatenate([_fingerprints(p) for p in live]) if live else np.zeros(0, np.uint64)
     dropped = frozenset(before.pending)
-    gone = [i for p in old for i in _removed_ids(p, np.isin(_row_marks(p), now) & ~_rows_of(p, dropped))]
-    fresh = [_newer(p, before.version, dropped) for p in pieces]
+    removed_ids: list[str] = []
+    for piece in live_rows(before, before.segments):
+        still_live = np.isin(_fingerprints(piece), fingerprints) & ~_is_of(piece, dropped)
+        removed_ids += [piece.segment.id(int(row)) for row in piece.rows[~still_live & (piece.parts == 0)]]
+    newer = [_newer(p, before.version, dropped) for p in live]
     span = (before.version + 1, after.version)
     segments = [s for s in after.segments if s.b > before.version]
-    sources = frozenset(before.sources()) - frozenset(after.sources())  # a merge from the first commit on forgets them
-    return MergeRun(span, [p for p in fresh if len(p.rows)], gone, after, segments, dropped, sources, d)
+    vanished = frozenset(before.sources()) - frozenset(after.sources())  # a merge from the first commit drops them
+    return Merge(span, [p for p in newer if len(p.rows)], removed_ids, after, segments, dropped, vanished, d)
 
 
-def _newer(piece: MergedRows, version: int, sources: frozenset[str]) -> MergedRows:
-    """Rows that came later; of a source that was not whole all rows, since any of them may have been hidden."""
-    kept = (piece.segment.births[piece.rows] > version) | _rows_of(piece, sources)
-    return MergedRows(piece.segment, piece.rows[kept], piece.parts[kept])
+def _newer(piece: LiveRows, version: int, sources: frozenset[str]) -> LiveRows:
+    """The rows added after a version, and all rows of sources that missed a part: any of these may have been hidden."""
+    newer = (piece.segment.row_versions[piece.rows] > version) | _is_of(piece, sources)
+    return LiveRows(piece.segment, piece.rows[newer], piece.parts[newer])
 
 
-def _removed_ids(piece: MergedRows, kept: Mask) -> list[str]:
-    return [piece.segment.id(int(row)) for row in piece.rows[~kept & (piece.parts == 0)]]
-
-
-def _rows_of(piece: MergedRows, sources: frozenset[str]) -> Mask:
+def _is_of(piece: LiveRows, sources: frozenset[str]) -> Mask:
     return piece.segment.mask(Condition(SOURCE, "$in", tuple(sorted(sources))))[piece.rows]
 
 
-def _row_marks(piece: MergedRows) -> Array:
-    """Each row's id and the version it came with, in 64 bits."""
+def _fingerprints(piece: LiveRows) -> Array:
+    """Each row's id and the version it was added in, hashed to uint64 (n,)."""
     segment = piece.segment
-    hashed = np.empty(segment.n, np.uint64)
-    hashed[segment.array("hashes.rows")] = segment.array("hashes")
-    return np.asarray(hashed[piece.rows] ^ (segment.births[piece.rows].astype(np.uint64) * MIX))
+    versions = segment.row_versions[piece.rows].astype(np.uint64)
+    return np.asarray(segment.hashes_by_row()[piece.rows] ^ (versions * VERSION_MIX))

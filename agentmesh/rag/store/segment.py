@@ -1,10 +1,12 @@
-"""The file of one commit, or of a run of commits merged: written once, checked before it is mapped, never changed.
+"""A segment: the file of one commit, or of several commits merged. Written once, verified before it is mapped, immutable.
 
-    prefix   magic, format, where the header lies, its CRC, the file's size, the prefix's own CRC
-    sections arrays and text, each at a multiple of 64 bytes
-    header   JSON: kind, rows, width, and for each section place, length, type and CRC
+```
+prefix    magic, format, CRC, offset and length of the header, the file's size, the prefix's own CRC
+sections  arrays and text, each at a multiple of 64 bytes
+header    JSON: kind, rows, width, and for each section its offset, length, CRC and type
+```
 
-A truncated file is found by its size before anything is mapped: reading past the end of a mapping kills the process.
+A truncated file is detected by its size before it is mapped: reading past the end of a mapping kills the process.
 """
 
 import contextlib
@@ -25,20 +27,20 @@ import numpy.typing as npt
 from agentmesh.errors import StoreDamaged, StoreVersion
 from agentmesh.rag.documents import Chunk
 from agentmesh.rag.store.columns import Array, Column, Mask, mask, row_of
-from agentmesh.rag.store.filters import FilterExpr, described
+from agentmesh.rag.store.filters import FilterExpr, describe
 
 MAGIC = b"meshrag\x00"
 FORMAT = 1
 PREFIX = struct.Struct("<8sIIQQQI")  # magic, format, header CRC, header offset, header length, file size, prefix CRC
 ALIGN = 64
-WHOLE_BYTES = 4 << 20  # smaller files are read, larger ones are mapped
+MMAP_FROM_BYTES = 4 << 20  # smaller files are read, larger ones are mapped
 SOURCE, HEADING = "\x00source", "\x00heading"
-KEYS = np.dtype([("key", "S16"), ("version", "<u8"), ("added", "<u4"), ("removed", "<u4")])
-MASKS_KEPT = 16
+KEY_DTYPE = np.dtype([("key", "S16"), ("version", "<u8"), ("added", "<u4"), ("removed", "<u4")])
+CACHED_MASKS = 16  # filters of which a segment remembers the result
 
 
 class SegmentWriter:
-    """Writes one segment's sections to a file, then its header, then the prefix that makes it one."""
+    """Writes the sections of a segment to a file, then the header, then the prefix."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -47,7 +49,7 @@ class SegmentWriter:
         file.write(bytes(ALIGN))
 
     def array(self, name: str, pieces: Iterable[npt.NDArray[Any]], dtype: Any) -> None:
-        """A section of numbers, given whole or in pieces."""
+        """Write a section of numbers, whole or in pieces."""
         dtype = np.dtype(dtype)
         self._add(
             name,
@@ -56,16 +58,16 @@ class SegmentWriter:
         )
 
     def words(self, name: str, ends: Array, pieces: Iterable[bytes]) -> None:
-        """A section of texts: their bytes one after the other, and where each ends."""
+        """Write a section of texts: their UTF-8 bytes one after the other, and where each ends."""
         self._add(name, pieces, "bytes")
         self.array(f"{name}.ends", [ends], np.int64)
 
     def json(self, name: str, value: Any) -> None:
-        """A section of JSON."""
+        """Write a section of JSON."""
         self._add(name, [json.dumps(value, ensure_ascii=False).encode()], "json")
 
     def columns(self, columns: Sequence[Column]) -> None:
-        """The metadata."""
+        """Write the metadata."""
         for i, column in enumerate(columns):
             self._columns.append([column.name, column.kind])
             self.array(f"c{i}", [column.values], column.values.dtype)
@@ -76,7 +78,7 @@ class SegmentWriter:
                 self.array(f"c{i}.ends", [column.ends], np.int64)
 
     def finish(self, header: Mapping[str, Any]) -> None:
-        """The header and the prefix: from here on it is a segment."""
+        """Write the header and the prefix, which make the file a segment."""
         data = json.dumps({**header, "columns": self._columns, "sections": self._sections}).encode()
         offset = self._file.tell()
         self._file.write(data)
@@ -97,13 +99,13 @@ class SegmentWriter:
 
 
 def hashes(ids: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """64 bits of each id, by which a segment finds it; equality is checked on the id itself."""
+    """64 bits of each id, uint64 (n,), by which a segment finds it; equality is checked on the id itself."""
     joined = b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids)
     return np.frombuffer(joined, np.uint64)
 
 
 class Segment:
-    """One file of a store. Everything is read where it lies; nothing is decoded before it is asked for."""
+    """One file of a store, of the commits `a` to `b`. Sections are read in place and decoded at their first use."""
 
     def __init__(self, path: Path, a: int, b: int, buffer: bytes | mmap.mmap, header: dict[str, Any]) -> None:
         self.path, self.a, self.b = path, a, b
@@ -114,16 +116,16 @@ class Segment:
 
     @classmethod
     def open(cls, path: Path, a: int, b: int) -> "Segment":
-        """The segment in a file.
+        """Open a file; of a large one only prefix and header are verified, its sections by `problems`.
 
         Raises:
-            StoreDamaged: it is truncated or was changed (of large files the sections are left to `problems`).
+            StoreDamaged: it is truncated or was changed.
             StoreVersion: a newer agentmesh wrote it.
-            FileNotFoundError: it is gone; the reader lists again.
+            FileNotFoundError: it was merged and removed; the caller lists the folder again.
         """
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= WHOLE_BYTES:
+            if size <= MMAP_FROM_BYTES:
                 segment = cls.parse(path, a, b, file.read())
                 if problem := next(segment.problems(), None):
                     raise StoreDamaged(problem, path=str(path.parent), file=path.name)
@@ -141,14 +143,14 @@ class Segment:
         return cls(path, a, b, buffer, json.loads(data))
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the sections, one sentence each; reads the whole file."""
+        """The damaged sections, one sentence each; reads the whole file."""
         view = memoryview(self._buffer)
         for name, (start, length, crc, _) in self.header["sections"].items():
             if zlib.crc32(view[start : start + length]) != crc:
                 yield f"{self.path.name} is damaged: section {name!r} does not have the checksum it was written with"
 
     def array(self, name: str) -> Array:
-        """A section of numbers, in place."""
+        """A section of numbers, without a copy."""
         start: int
         length: int
         start, length, _, descr = self.header["sections"][name]
@@ -156,13 +158,13 @@ class Segment:
         return np.frombuffer(self._buffer, dtype, length // dtype.itemsize, start)
 
     def json(self, name: str, default: Any = None) -> Any:
-        """A section of JSON."""
+        """A section of JSON; `default` when there is none."""
         if name not in self.header["sections"]:
             return default
         return json.loads(self.bytes(name))
 
     def bytes(self, name: str, first: int = 0, last: int | None = None) -> bytes:
-        """A section's bytes, or some of them."""
+        """The bytes of a section from `first` to `last`."""
         start, length, _, _ = self.header["sections"][name]
         return bytes(self._buffer[start + first : start + (length if last is None else last)])
 
@@ -186,81 +188,81 @@ class Segment:
         return self.array("texts.ends")
 
     @cached_property
-    def births(self) -> Array:
-        """The version that each row came with."""
+    def row_versions(self) -> Array:
+        """The version in which each row was added, int64 (n,)."""
         return self.array("births") if "births" in self.header["sections"] else np.full(self.n, self.a, np.int64)
 
     @cached_property
     def parts(self) -> Array | None:
-        """0 for a row that is to be seen, else the part it belongs to of a source that is not whole yet."""
+        """int32 (n,): 0 for a visible row, else the part of a source that is not complete; None when all are visible."""
         return self.array("parts") if "parts" in self.header["sections"] else None
 
     @cached_property
     def columns(self) -> list[Column]:
-        """All columns; text tables are decoded here."""
-        out = []
+        """All columns; tables of texts are decoded here."""
+        columns = []
         for i, (name, kind) in enumerate(self.header["columns"]):
             ends = self.array(f"c{i}.ends") if kind == "list" else None
             table = self.json(f"c{i}.table", [])
-            out.append(Column(name, kind, self.array(f"c{i}"), self.array(f"c{i}.present"), table, ends))
-        return out
+            columns.append(Column(name, kind, self.array(f"c{i}"), self.array(f"c{i}.present"), table, ends))
+        return columns
 
     @cached_property
     def by_name(self) -> dict[str, list[Column]]:
-        """The columns of each field; `source` is a field too where the metadata has none."""
-        found: dict[str, list[Column]] = {}
+        """The columns of each field; the chunks' source is the field `source` unless the metadata has one."""
+        by_name: dict[str, list[Column]] = {}
         for column in self.columns:
-            found.setdefault(column.name, []).append(column)
-        found.setdefault("source", found.get(SOURCE, []))
-        return found
+            by_name.setdefault(column.name, []).append(column)
+        by_name.setdefault("source", by_name.get(SOURCE, []))
+        return by_name
 
     @cached_property
     def effects(self) -> dict[str, Any]:
-        """What the commit does beside its rows: removed ids, refused sources, sources that are not whole."""
+        """What the commit does beside adding rows: removed ids, refused sources, sources with missing parts."""
         return self.json("effects", {}) or {}
 
     @cached_property
     def sources(self) -> dict[str, Any]:
-        """The sources it speaks of: [digest, chunks, facts, part, of], or null for one that is removed."""
+        """The sources it changes: [digest, chunks, facts, part, of], or null for one that is removed."""
         return self.json("sources", {}) or {}
 
     def fields(self) -> set[str]:
-        """The names a filter may use."""
+        """The field names that a filter may use."""
         return {name for name, _ in self.header["columns"] if not name.startswith("\x00")} | {"source"}
 
     def mask(self, where: FilterExpr) -> Mask:
-        """Which rows pass a filter; the last few answers are kept, since a segment does not change."""
-        key = described(where)
-        found = self._masks.get(key)
-        if found is None:
-            found = mask(where, self.by_name, self.n)
-            with contextlib.suppress(RuntimeError, StopIteration):  # another thread was at the same
-                while len(self._masks) >= MASKS_KEPT:
+        """Which rows pass a filter; the results of the last few filters are cached."""
+        key = describe(where)
+        passed = self._masks.get(key)
+        if passed is None:
+            passed = mask(where, self.by_name, self.n)
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread evicts at the same time
+                while len(self._masks) >= CACHED_MASKS:
                     self._masks.pop(next(iter(self._masks)), None)
-            self._masks[key] = found
-        return found
+            self._masks[key] = passed
+        return passed
 
     def id(self, row: int) -> str:
-        """A row's id."""
+        """The chunk id of a row."""
         return self.word("ids", self.id_ends, row)
 
     def text(self, row: int) -> str:
-        """A row's text."""
+        """The text of a row."""
         return self.word("texts", self.text_ends, row)
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """A row's own fields."""
+        """The metadata of a row."""
         return row_of((c for c in self.columns if not c.name.startswith("\x00")), row)
 
     def chunk(self, row: int) -> Chunk:
-        """A row as it was given."""
+        """The chunk in a row."""
         (source,), (heading,) = self.by_name[SOURCE], self.by_name[HEADING]
         start = int(self.array("starts")[row])
         titles = tuple(json.loads(heading.at(row)))
         return Chunk(self.id(row), self.text(row), source.at(row), start, titles, self.metadata(row))
 
     def rows_of(self, source: str) -> Array:
-        """The rows of a source, seen or not."""
+        """The rows of a source, alive or not."""
         code = self._sources.get(source)
         return np.flatnonzero(self.by_name[SOURCE][0].values == code) if code is not None else np.zeros(0, np.int64)
 
@@ -268,10 +270,16 @@ class Segment:
     def _sources(self) -> dict[str, int]:
         return {s: i for column in self.by_name.get(SOURCE, []) for i, s in enumerate(column.table)}
 
+    def hashes_by_row(self) -> npt.NDArray[np.uint64]:
+        """The hash of each row's id, uint64 (n,)."""
+        by_row = np.empty(self.n, np.uint64)
+        by_row[self.array("hashes.rows")] = self.array("hashes")
+        return by_row
+
     def find(self, ids: Sequence[str], hashed: npt.NDArray[np.uint64]) -> list[tuple[int, int]]:
-        """(place in ids, row) of each row that has one of the ids."""
-        mine, order = self.array("hashes"), self.array("hashes.rows")
-        first, last = np.searchsorted(mine, hashed, "left"), np.searchsorted(mine, hashed, "right")
+        """(index in `ids`, row) of each row that has one of the ids; `hashed` are the `hashes` of the ids."""
+        stored, order = self.array("hashes"), self.array("hashes.rows")
+        first, last = np.searchsorted(stored, hashed, "left"), np.searchsorted(stored, hashed, "right")
         return [
             (int(i), int(order[p]))
             for i in np.flatnonzero(last > first)
@@ -281,28 +289,29 @@ class Segment:
 
 
 def check_prefix(path: Path, prefix: bytes, size: int) -> tuple[int, int, int]:
-    """Where the header lies, its length and CRC, of a file whose size is right.
+    """Verify the prefix of a file of `size` bytes; returns the header's offset, length and CRC.
 
     Raises:
-        StoreDamaged · StoreVersion
+        StoreDamaged: it is not the prefix of a segment of this size.
+        StoreVersion: a newer agentmesh wrote it.
     """
     if len(prefix) < PREFIX.size:
-        raise _damaged(path, f"it has {size} bytes")
-    magic, made, crc, offset, length, whole, own = PREFIX.unpack(prefix)
+        raise _damaged(path, f"it has {size} bytes, fewer than the {PREFIX.size} of a prefix")
+    magic, file_format, crc, offset, length, written_size, prefix_crc = PREFIX.unpack(prefix)
     if magic != MAGIC:
-        raise _damaged(path, "it does not begin as a segment does")
-    if zlib.crc32(prefix[:-4]) != own:
-        raise _damaged(path, "its first bytes do not have the checksum they were written with")
-    if made > FORMAT:
+        raise _damaged(path, "it does not begin with the bytes of a segment")
+    if zlib.crc32(prefix[:-4]) != prefix_crc:
+        raise _damaged(path, "its prefix does not have the checksum it was written with")
+    if file_format > FORMAT:
         raise StoreVersion(
-            f"{path.name} has format {made} and this version of agentmesh reads {FORMAT}",
+            f"{path.name} has format {file_format} and this version of agentmesh reads {FORMAT}",
             hint="upgrade agentmesh here",
             path=str(path.parent),
         )
-    if size != whole:
-        raise _damaged(path, f"it has {size} bytes of {whole}")
+    if size != written_size:
+        raise _damaged(path, f"it has {size} bytes of {written_size}")
     return offset, length, crc
 
 
-def _damaged(path: Path, why: str) -> StoreDamaged:
-    return StoreDamaged(f"{path.name} is damaged: {why}", path=str(path.parent), file=path.name)
+def _damaged(path: Path, problem: str) -> StoreDamaged:
+    return StoreDamaged(f"{path.name} is damaged: {problem}", path=str(path.parent), file=path.name)

@@ -1,4 +1,4 @@
-"""Search by words, and by words and vectors together, in a store's view. Each process keeps one text index a segment."""
+"""Full-text and hybrid search in a snapshot of a store. Each process holds one text index for each segment."""
 
 import logging
 import os
@@ -10,57 +10,56 @@ import numpy as np
 
 from agentmesh.rag.documents import Hit
 from agentmesh.rag.ranking import rrf
-from agentmesh.rag.store.columns import Mask
 from agentmesh.rag.store.filters import FilterExpr
 from agentmesh.rag.store.memtable import Memtable
 from agentmesh.rag.store.segment import Segment
-from agentmesh.rag.store.snapshot import Snapshot, SnapshotPart, hit
-from agentmesh.rag.store.text_index import TextIndex, terms, weigh
+from agentmesh.rag.store.snapshot import Snapshot, SnapshotPart, cosine, hit
+from agentmesh.rag.store.text_index import RowScores, TextIndex, terms, weigh
 from agentmesh.rag.store.vector_index import Floats
 
-OVERSAMPLE = 2  # times as many hits are asked for as a filter should leave
-DEPTH = 30  # of each ranking that is fused, at least
+OVERSAMPLING = 2  # under a filter, k / (share that passes) hits should leave k; this times as many are fetched
+MIN_DEPTH = 30  # hits of each ranking that is fused, at least
 
-Ranked = tuple[float, str, SnapshotPart, int]  # score, id, part, row
+Ranked = tuple[float, str, SnapshotPart, int]  # score, chunk id, part, row
 
 log = logging.getLogger("agentmesh.rag")
 
 
-class _Held:
-    """The index of one segment or delta, filled by whichever search needs it first."""
+class _IndexSlot:
+    """The text index of one segment or memtable, filled by the first search that needs it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.index: TextIndex | None = None
 
 
-_held: "weakref.WeakKeyDictionary[Segment | Memtable, _Held]" = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_slots: "weakref.WeakKeyDictionary[Segment | Memtable, _IndexSlot]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # for `_slots`
 
 
 def _after_fork() -> None:
-    """A child makes its own: the parent's locks may be held by threads that are not there."""
-    global _held, _lock
-    _held, _lock = weakref.WeakKeyDictionary(), threading.Lock()
+    """Start empty in a child: the parent's locks may be held by threads that do not exist here."""
+    global _slots, _lock
+    _slots, _lock = weakref.WeakKeyDictionary(), threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
 def index_of(part: SnapshotPart) -> TextIndex:
-    """The text index of a part's rows: from the folder beside the segment, else made here from the texts."""
+    """The text index of a part: opened beside its segment, or built in memory from the texts."""
     rows = part.rows
     with _lock:
-        held = _held.setdefault(rows, _Held())
-    with held.lock:
-        if held.index is None:
-            held.index = _opened(rows) if isinstance(rows, Segment) else TextIndex()
-        index = held.index
+        slot = _slots.setdefault(rows, _IndexSlot())
+    with slot.lock:
+        if slot.index is None:
+            slot.index = _open_index(rows) if isinstance(rows, Segment) else TextIndex()
+        index = slot.index
         index.extend([(row, rows.text(row)) for row in range(index.n, part.n)])
     return index
 
 
-def _opened(segment: Segment) -> TextIndex:
+def _open_index(segment: Segment) -> TextIndex:
     folder = segment.path.with_suffix(".text")
     if folder.is_dir():
         try:
@@ -74,77 +73,75 @@ def _opened(segment: Segment) -> TextIndex:
     return TextIndex()
 
 
-def search_text(view: Snapshot, query: str, k: int, where: FilterExpr | None, asked: Floats | None = None) -> list[Hit]:
-    """The k chunks that say most of a query's words, best first; `score` is the cosine to `asked`, else BM25's."""
-    view.check(where)
-    found = ranked(view, query, k, where)
-    return [hit(part, row, score if asked is None else _cosine(part, row, asked)) for score, _, part, row in found]
+def search_text(
+    snapshot: Snapshot, query: str, k: int, where: FilterExpr | None, vector: Floats | None = None
+) -> list[Hit]:
+    """The k chunks that match a query's words best, best first; `score` is the cosine to `vector`, or BM25's without it."""
+    snapshot.check(where)
+    best = rank_by_words(snapshot, query, k, where)
+    return [hit(part, row, score if vector is None else cosine(part, row, vector)) for score, _, part, row in best]
 
 
 def search_hybrid(
-    view: Snapshot, query: str, asked: Floats, k: int, metric: str, where: FilterExpr | None
+    snapshot: Snapshot, query: str, vector: Floats, k: int, metric: str, where: FilterExpr | None
 ) -> list[Hit]:  # fmt: skip
-    """The k best of both rankings fused; `score` is the cosine.
+    """The k best of the full-text and the vector ranking, fused; `score` is the cosine.
 
     Args:
-        asked: float32 (d,), checked and scaled as `FaissStore.queries` does it.
+        vector: float32 (d,), the query's, as `FaissStore.queries` checks and scales it.
     """
-    view.check(where)
-    depth = max(2 * k, DEPTH)
-    # under a filter each of these costs as many hits as the filter throws away
-    worded = depth if where is None else max(k, DEPTH // 2)
-    rankings = [_nearest(view, asked, depth, metric, where), ranked(view, query, worded, where)]
+    snapshot.check(where)
+    depth = max(2 * k, MIN_DEPTH)
+    # under a filter a deeper full-text ranking costs as many hits more as the filter drops
+    text_depth = depth if where is None else max(k, MIN_DEPTH // 2)
+    rankings = [
+        rank_by_vector(snapshot, vector, depth, metric, where), rank_by_words(snapshot, query, text_depth, where)
+    ]  # fmt: skip
     places = {id: (part, row) for ranking in rankings for _, id, part, row in ranking}
     best = rrf([[id for _, id, _, _ in ranking] for ranking in rankings])[:k]
-    return [hit(*places[id], _cosine(*places[id], asked)) for id, _ in best]
+    return [hit(*places[id], cosine(*places[id], vector)) for id, _ in best]
 
 
-def ranked(view: Snapshot, query: str, k: int, where: FilterExpr | None) -> list[Ranked]:
-    """The k best by BM25, best first, equal ones by id; fewer only where fewer rows have a word of the query."""
-    wanted = terms(query)
-    if not wanted or k < 1:
+def rank_by_words(snapshot: Snapshot, query: str, k: int, where: FilterExpr | None) -> list[Ranked]:
+    """The k best rows by BM25, best first, equal scores by id; fewer only where fewer rows have a term of the query."""
+    query_terms = terms(query)
+    if not query_terms or k < 1:
         return []
-    indexes = [(part, index_of(part)) for part in view.parts]
-    weights = weigh(wanted, (index for _, index in indexes))
-    found = [(s, part, row) for part, index in indexes for row, s in _top(part, index, weights, k, where)]
-    found.sort(key=lambda f: -f[0])
-    # equal scores may lie on both sides of the k-th: the ids decide, and so the same question has the same answer
-    last = found[k - 1][0] if len(found) >= k else float("-inf")
-    named = [(score, part.rows.id(row), part, row) for score, part, row in found if score >= last]
-    return sorted(named, key=lambda f: (-f[0], f[1]))[:k]
+    indexes = [(part, index_of(part)) for part in snapshot.parts]
+    weights = weigh(query_terms, (index for _, index in indexes))
+    rows = [(s, part, row) for part, index in indexes for row, s in _top(part, index, weights, k, where)]
+    rows.sort(key=lambda r: -r[0])
+    # rows after the k-th may have the same score: ids break ties, so that the same query has the same result
+    lowest = rows[k - 1][0] if len(rows) >= k else float("-inf")
+    ranking = [(score, part.rows.id(row), part, row) for score, part, row in rows if score >= lowest]
+    return sorted(ranking, key=lambda r: (-r[0], r[1]))[:k]
+
+
+def rank_by_vector(
+    snapshot: Snapshot, vector: Floats, k: int, metric: str, where: FilterExpr | None
+) -> list[Ranked]:  # fmt: skip
+    """The k nearest rows to a vector, best first, equal scores by id."""
+    nearest = []
+    for part in snapshot.parts:
+        scores, rows = part.top(vector[None], k, metric, where)
+        nearest += [(float(s), part, int(r)) for s, r in zip(scores[0], rows[0], strict=True)]
+    nearest.sort(key=lambda n: -n[0])
+    return sorted(((s, part.rows.id(row), part, row) for s, part, row in nearest[:k]), key=lambda r: (-r[0], r[1]))
 
 
 def _top(
     part: SnapshotPart, index: TextIndex, weights: Mapping[str, float], k: int, where: FilterExpr | None
-) -> list[tuple[int, float]]:  # fmt: skip
+) -> RowScores:  # fmt: skip
     passing = part.passing(where)
-    count = part.seen if where is None else int(np.count_nonzero(passing))
+    count = part.alive_count if where is None else int(np.count_nonzero(passing))
     if not count:
         return []
-    limit = k if count == index.n else k + OVERSAMPLE * k * index.n // count
-    if limit > 1500 + 2 * count:  # naming the rows in the query is cheaper: measured, 1.3 us a hit and 2.5 us a row
+    limit = k if count == index.n else k + OVERSAMPLING * k * index.n // count
+    if limit > 1500 + 2 * count:  # naming the rows in the query is faster: measured, 1.3 us a hit and 2.5 us a row
         return index.search(weights, k, among=np.flatnonzero(passing).tolist())
-    found = _visible(index.search(weights, limit), passing)
-    if len(found[0]) < k and found[1] == limit:  # the filter dislikes what the query likes
+    hits = index.search(weights, limit)
+    # a search of a newer snapshot may have added rows that this one does not have
+    best = [(row, score) for row, score in hits if row < len(passing) and passing[row]]
+    if len(best) < k and len(hits) == limit:  # the filter drops most of what matches the query
         return index.search(weights, k, among=np.flatnonzero(passing).tolist())
-    return found[0][:k]
-
-
-def _visible(found: list[tuple[int, float]], passing: Mask) -> tuple[list[tuple[int, float]], int]:
-    """Those that pass, and how many there were; a newer search may have added rows behind this view's."""
-    return [(row, score) for row, score in found if row < len(passing) and passing[row]], len(found)
-
-
-def _nearest(view: Snapshot, asked: Floats, k: int, metric: str, where: FilterExpr | None) -> list[Ranked]:
-    found = []
-    for part in view.parts:
-        scores, rows = part.top(asked[None], k, metric, where)
-        found += [(float(s), part, int(r)) for s, r in zip(scores[0], rows[0], strict=True)]
-    found.sort(key=lambda f: -f[0])
-    return sorted(((s, part.rows.id(row), part, row) for s, part, row in found[:k]), key=lambda f: (-f[0], f[1]))
-
-
-def _cosine(part: SnapshotPart, row: int, asked: Floats) -> float:
-    vector = part.vectors[row]
-    lengths = float(np.linalg.norm(vector)) * float(np.linalg.norm(asked))
-    return float(vector @ asked) / lengths if lengths else 0.0
+    return best[:k]

@@ -1,4 +1,7 @@
-"""The rooms' only door to FAISS: exact search where the vectors lie, and IVF,SQ8 with exact re-ranking for large segments."""
+"""Vector search by FAISS: exact over vectors in place, and IVF,SQ8 with exact re-ranking for large segments.
+
+Nothing else in `rag` imports FAISS.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +17,10 @@ try:
     import faiss
 except ImportError:
     raise ExtraMissing(
-        "a FAISS store needs faiss, which is not installed: pip install 'agentmesh-celery[rag]'"
+        "a FAISS store needs faiss, which is not installed", hint="pip install 'agentmesh-celery[rag]'"
     ) from None
 
-library: Any = faiss  # its own types are those of SWIG: (*args)
+_faiss: Any = faiss  # SWIG declares every method as (*args)
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -26,7 +29,7 @@ Bits = npt.NDArray[np.uint8]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """FAISS on this thread alone: many searches run beside each other, and a forked child has no pool to wait for."""
+    """FAISS without its OpenMP pool: searches run in parallel with each other, and a forked child has no such pool."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -36,21 +39,22 @@ def one_thread() -> Iterator[None]:
 
 
 def packed(passing: npt.NDArray[np.bool_]) -> Bits:
-    """Rows as the bitmap that FAISS reads."""
+    """A mask of rows as the bitmap that FAISS reads, uint8 (n / 8,)."""
     return np.packbits(passing, bitorder="little")
 
 
 def flat(queries: Floats, vectors: Floats, k: int, metric: str, bits: Bits | None = None) -> tuple[Floats, Rows]:
-    """The k nearest rows to each query, exactly, best first.
+    """The k nearest rows to each query, by exact search, best first.
 
     Args:
         queries: float32 (q, d), C order; under "cosine" of unit length, as the vectors.
+        vectors: float32 (n, d), C order.
         k: at least 1, at most the number of rows that pass.
         metric: "cosine" or "l2".
-        bits: the rows that pass, packed; None for all.
+        bits: the rows that pass, as `packed` makes it; None for all.
 
     Returns:
-        Scores float32 (q, k), higher is better: the cosine, or the negative squared distance; and rows.
+        Scores float32 (q, k), higher is better: the cosine, or the negative squared distance; and rows int64 (q, k).
 
     Source: knn_inner_product of FAISS, https://github.com/facebookresearch/faiss/blob/main/faiss/utils/distances.h
     """
@@ -58,7 +62,7 @@ def flat(queries: Floats, vectors: Floats, k: int, metric: str, bits: Bits | Non
     scores, rows = np.empty((q, k), np.float32), np.empty((q, k), np.int64)
     selector = None if bits is None else faiss.IDSelectorBitmap(len(vectors), faiss.swig_ptr(bits))
     knn: Any = faiss.knn_inner_product if metric == "cosine" else faiss.knn_L2sqr
-    # the selector refers to `bits` without holding it; both live until this returns
+    # the selector holds a pointer to `bits` but no reference: both must live until this returns
     arguments: list[Any] = [faiss.swig_ptr(a) for a in (queries, vectors)] + [d, q, len(vectors), k]
     arguments += [faiss.swig_ptr(scores), faiss.swig_ptr(rows)]
     with one_thread():
@@ -70,31 +74,31 @@ def flat(queries: Floats, vectors: Floats, k: int, metric: str, bits: Bits | Non
 
 
 def exact(query: Floats, vectors: Floats, metric: str) -> Floats:
-    """The scores of some vectors, as `flat` gives them."""
+    """The scores of vectors, float32 (n,), as `flat` computes them."""
     if metric == "cosine":
         return np.asarray(vectors @ query)
-    apart = vectors - query
-    return np.asarray(-np.einsum("nd,nd->n", apart, apart))
+    difference = vectors - query
+    return np.asarray(-np.einsum("nd,nd->n", difference, difference))
 
 
-# ---- IVF,SQ8 for segments too large to be searched whole ----------------------------------------
-
-_faiss: Any = library
+# ---- IVF,SQ8 for large segments -----------------------------------------------------------------
 
 IVF_ROWS = 200_000  # a merged segment with fewer rows is searched exactly
-RERANK_FACTOR = 5  # candidates for each hit that is asked for
+RERANK_FACTOR = 5  # candidates that are re-ranked, for each hit of the result
 MIN_RERANKED = 64
-RECALL = 0.97  # recall@10 that the number of lists to look into is chosen for, with rows that trained nothing
-SAMPLE = 200
-MAX_PROBES_SHARE = (
-    8  # if more than an eighth of the lists is needed, exact search is as quick: vectors without any structure
-)
-TRAINED_PER_LIST = 40  # FAISS asks for 39 at least
-FILTERED = 2  # under a filter twice as many lists: a nearest one that passes is further away
+TARGET_RECALL = 0.97  # recall@10 for which nprobe is chosen, measured on rows that were not used for training
+SAMPLE_ROWS = 200
+MAX_PROBED_SHARE = 8  # when more than 1/8 of the lists must be probed, exact search is as fast: no index then
+TRAINED_PER_LIST = 40  # FAISS asks for at least 39
+FILTERED_PROBES = 2  # times as many lists are probed under a filter: the nearest row that passes is further away
 
 
 class Ivf:
-    """The index beside one large segment."""
+    """The vector index of one large segment.
+
+    Raises:
+        StoreDamaged: it cannot be read, or has another number of rows than the segment.
+    """
 
     def __init__(self, path: Path, vectors: Floats, metric: str) -> None:
         try:
@@ -107,28 +111,35 @@ class Ivf:
 
     @property
     def nprobe(self) -> int:
-        """How many lists a search looks into."""
+        """The number of lists that a search probes."""
         return int(self._index.nprobe)
 
     def top(self, query: Floats, k: int, bits: Bits | None) -> tuple[Floats, Rows]:
-        """The nearest rows to one query among those that pass, best first; fewer than k if too few were found."""
-        wanted = max(MIN_RERANKED, RERANK_FACTOR * k)
+        """The k nearest rows to one query among those that pass, best first; fewer when the probed lists hold fewer.
+
+        Returns:
+            Scores float32 (n,) and rows int64 (n,), n at most k.
+        """
+        candidates = max(MIN_RERANKED, RERANK_FACTOR * k)
         selector = None if bits is None else _faiss.IDSelectorBitmap(len(self._vectors), _faiss.swig_ptr(bits))
         with one_thread():
-            nprobe = self.nprobe if bits is None else FILTERED * self.nprobe
+            nprobe = self.nprobe if bits is None else FILTERED_PROBES * self.nprobe
             parameters = _faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
-            _, found = self._index.search(query[None], wanted, params=parameters)
-        rows = np.sort(found[0][found[0] >= 0])  # in the order of the file, which is kinder to the disk
+            _, nearest = self._index.search(query[None], candidates, params=parameters)
+        rows = np.sort(nearest[0][nearest[0] >= 0])  # in the order of the file, so that the disk reads ahead
         scores = exact(query, self._vectors[rows], self._metric)
         best = np.argsort(-scores, kind="stable")[:k]
         return scores[best], rows[best]
 
 
 def build_ivf(path: Path, vectors: Floats, metric: str, *, seed: int = 1) -> int:
-    """Trains, fills and writes an index; answers how many lists a search looks into, 0 when no index would pay.
+    """Train, fill and write an index; nothing is written when probing enough lists would cost as much as exact search.
 
     Args:
-        vectors: float32 (n, d), also mapped.
+        vectors: float32 (n, d), in memory or mapped.
+
+    Returns:
+        The number of lists that a search probes; 0 when no index was written.
     """
     n, d = vectors.shape
     lists = int(4 * np.sqrt(n))
@@ -140,24 +151,24 @@ def build_ivf(path: Path, vectors: Floats, metric: str, *, seed: int = 1) -> int
     index.train(vectors[np.sort(shuffled[: lists * TRAINED_PER_LIST])])
     for first in range(0, n, 65_536):
         index.add(np.ascontiguousarray(vectors[first : first + 65_536]))
-    index.nprobe = _probes(index, vectors, metric, shuffled[-SAMPLE:], lists // MAX_PROBES_SHARE)
+    index.nprobe = _choose_nprobe(index, vectors, metric, shuffled[-SAMPLE_ROWS:], lists // MAX_PROBED_SHARE)
     if index.nprobe:
         _faiss.write_index(index, str(path))
     return int(index.nprobe)
 
 
-def _probes(index: Any, vectors: Floats, metric: str, sample: Rows, most: int) -> int:
-    """The fewest lists that find 97 % of the ten nearest neighbours of some rows; 0 if that takes more than `most`."""
+def _choose_nprobe(index: Any, vectors: Floats, metric: str, sample: Rows, max_probes: int) -> int:
+    """The fewest lists that reach TARGET_RECALL for a sample of rows; 0 if that takes more than `max_probes`."""
     sample = np.sort(sample)
     queries = np.ascontiguousarray(vectors[sample])
     _, nearest = flat(queries, vectors, 11, metric)
-    right = [set(rows) - {own} for rows, own in zip(nearest.tolist(), sample.tolist(), strict=True)]
+    true_neighbours = [set(rows) - {own} for rows, own in zip(nearest.tolist(), sample.tolist(), strict=True)]
     nprobe = 4
-    while nprobe <= most:
+    while nprobe <= max_probes:
         index.nprobe = nprobe
-        _, found = index.search(queries, MIN_RERANKED + 1)
-        hits = sum(len(set(rows) & r) for rows, r in zip(found.tolist(), right, strict=True))
-        if hits >= RECALL * sum(map(len, right)):
+        _, candidates = index.search(queries, MIN_RERANKED + 1)
+        hits = sum(len(set(rows) & true) for rows, true in zip(candidates.tolist(), true_neighbours, strict=True))
+        if hits >= TARGET_RECALL * sum(map(len, true_neighbours)):
             return nprobe
         nprobe += max(2, nprobe // 4)
     return 0

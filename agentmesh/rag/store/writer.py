@@ -1,4 +1,4 @@
-"""What a writer gives, checked, and put into the bytes of one commit."""
+"""The writing half of a store: a commit is checked, encoded as a segment, and published under the next number."""
 
 import io
 import json
@@ -6,30 +6,34 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-import agentmesh.rag.store.follower as follower  # noqa: PLR0402  (not the folder, whose face stands above)
+import agentmesh.rag.store.follower as follower  # noqa: PLR0402  (RELIST_AFTER_S is read where it is set)
 from agentmesh.errors import EmbedderMismatch, StoreError
 from agentmesh.rag.documents import Chunk
 from agentmesh.rag.store.columns import encode
-from agentmesh.rag.store.compaction import BuildText, merge_run, wants_merge
-from agentmesh.rag.store.folder import Folder, Span, current, drop_generations, set_current, sync, writing
-from agentmesh.rag.store.segment import HEADING, SOURCE, WHOLE_BYTES, Segment, SegmentWriter, hashes
+from agentmesh.rag.store.compaction import BuildText, merge_segments, wants_merge
+from agentmesh.rag.store.folder import Folder, Span, current, disk_errors, drop_generations, set_current, sync
+from agentmesh.rag.store.segment import HEADING, MMAP_FROM_BYTES, SOURCE, Segment, SegmentWriter, hashes
 from agentmesh.rag.store.state import Commit, State
 from agentmesh.rag.store.vector_index import Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """New chunks of one source, for the old ones of that source.
+    """The new chunks of one source, which replace its old ones.
 
-    `expects` is the digest that the source had when its writer looked, "" for none; None does not ask.
-    `part` is (i, n), from 1: nothing of the source changes before all n parts are there.
+    Args:
+        vectors: float32 (n, d), one row for each chunk.
+        digest: of the content that the chunks come from.
+        expects: the digest that the source must have in the store, "" for none; None replaces whatever is there.
+        part: (i, n), from 1: the source changes only when all n parts are committed.
+        facts: JSON that `sources()` returns.
     """
 
     source: str
@@ -43,7 +47,7 @@ class Replacement:
 
 @dataclass(slots=True)
 class Draft:
-    """One commit before it has a number."""
+    """A commit that has no number yet."""
 
     chunks: list[Chunk] = field(default_factory=list)
     vectors: list[Floats] = field(default_factory=list)
@@ -53,13 +57,13 @@ class Draft:
     refused: list[str] = field(default_factory=list)
 
     def add(self, chunks: Sequence[Chunk], vectors: Floats, part: int = 0) -> None:
-        """Rows; with a part above 0 they are hidden until their source is whole."""
+        """Add rows; those of a part above 0 are hidden until all parts of their source are committed."""
         self.chunks += chunks
         self.vectors.append(vectors)
         self.parts += [part] * len(chunks)
 
     def replace(self, item: Replacement, vectors: Floats) -> None:
-        """A source's new chunks, for its old ones."""
+        """Replace the chunks of a source."""
         part, of = item.part
         self.sources[item.source] = [item.digest, len(item.chunks), dict(item.facts), part, of]
         self.add(item.chunks, vectors, part if of > 1 else 0)
@@ -67,13 +71,17 @@ class Draft:
     def encode(self, d: int, key: str) -> bytes:
         """The bytes of the segment.
 
+        Args:
+            d: the width of its vectors.
+            key: of the step that commits; "" for none.
+
         Raises:
-            StoreError: metadata or text that cannot be kept, an id that is there twice.
+            StoreError: metadata or text that cannot be stored, or two chunks with one id.
         """
         ids = [chunk.id for chunk in self.chunks]
         if len(set(ids)) < len(ids):
-            twice = Counter(ids).most_common(1)[0][0]
-            raise StoreError(f"the id {twice!r} is twice in one commit", hint="every chunk needs its own")
+            duplicate = Counter(ids).most_common(1)[0][0]
+            raise StoreError(f"the id {duplicate!r} is twice in one commit", hint="give every chunk an id of its own")
         file = io.BytesIO()
         writer = SegmentWriter(file)
         writer.array("vectors", self.vectors, np.float32)
@@ -93,7 +101,7 @@ class Draft:
         try:
             writer.json("sources", self.sources)
         except TypeError as e:
-            raise StoreError(f"the facts of {', '.join(self.sources)} cannot be kept: {e}") from None
+            raise StoreError(f"the facts of {', '.join(self.sources)} are not JSON ({e})") from None
         effects = {"removed_ids": self.removed_ids, "refused": self.refused}
         writer.json("effects", {name: value for name, value in effects.items() if value})
         writer.finish({"kind": "commit", "n": len(ids), "d": d, "key": key})
@@ -101,7 +109,7 @@ class Draft:
 
 
 def seal_segment(d: int, generation: str) -> bytes:
-    """The last segment of a generation: from here on the store is another one."""
+    """The bytes of a generation's last segment, which names the next generation."""
     file = io.BytesIO()
     SegmentWriter(file).finish({"kind": "seal", "n": 0, "d": d, "next": generation})
     return file.getvalue()
@@ -112,44 +120,50 @@ def _write_words(writer: SegmentWriter, name: str, words: list[str]) -> None:
         encoded = [word.encode() for word in words]
     except UnicodeEncodeError as e:
         raise StoreError(
-            f"{e.object[max(0, e.start - 20) : e.start]!r} is followed by half a surrogate pair", hint="fix the text"
+            f"{e.object[max(0, e.start - 20) : e.start]!r} is followed by half a surrogate pair",
+            hint="remove or replace that character",
         ) from None
     writer.words(name, np.cumsum([len(w) for w in encoded], dtype=np.int64), [b"".join(encoded)])
 
 
 def check_vectors(chunks: Sequence[Chunk], vectors: npt.ArrayLike, metric: str, source: str | None = None) -> Floats:
-    """The vectors as they are kept: float32 (n, d), under "cosine" of unit length.
+    """The vectors of chunks as they are stored: float32 (n, d), of unit length under "cosine".
+
+    Args:
+        source: the source that every chunk must have; None accepts any.
 
     Raises:
-        StoreError: not one vector a chunk, NaN, zero under "cosine", a chunk without id or of another source.
+        StoreError: not one vector for each chunk, NaN, zero under "cosine", a chunk without id or of another source.
     """
-    found = np.array(vectors, np.float32, ndmin=2)  # a copy: it is scaled here
+    rows = np.array(vectors, np.float32, ndmin=2)  # a copy, which is scaled in place
     n = len(chunks)
     if not n:
-        return found.reshape(0, found.shape[-1] if found.size else 0)
-    if found.ndim != 2 or len(found) != n:
-        raise StoreError(f"{n} chunks came with vectors of shape {found.shape}", hint="one row a chunk is needed")
+        return rows.reshape(0, rows.shape[-1] if rows.size else 0)
+    if rows.ndim != 2 or len(rows) != n:
+        raise StoreError(f"{n} chunks have vectors of shape {rows.shape}", hint="give one row for each chunk")
     for chunk in chunks:
         if not chunk.id or "\x00" in chunk.id:
             raise StoreError(
-                f"a chunk of {chunk.source!r} has the id {chunk.id!r}", hint="an id is text, and not empty"
+                f"a chunk of {chunk.source!r} has the id {chunk.id!r}", hint="give it a text that is not empty"
             )
         if source is not None and chunk.source != source:
-            raise StoreError(f"chunk {chunk.id!r} is of {chunk.source!r} and was given for {source!r}")
-        if bad := next((name for name in chunk.metadata if name.startswith(("$", "\x00"))), None):
-            raise StoreError(f"chunk {chunk.id!r} has a metadata field {bad!r}", hint="a name does not begin with $")
-    return scale_vectors(found, metric, lambda row: f"the vector of chunk {chunks[row].id!r}")
+            raise StoreError(f"chunk {chunk.id!r} is of source {chunk.source!r}, not of {source!r}")
+        if reserved := next((name for name in chunk.metadata if name.startswith(("$", "\x00"))), None):
+            raise StoreError(
+                f"chunk {chunk.id!r} has a metadata field {reserved!r}", hint="use a name that does not begin with $"
+            )
+    return scale_vectors(rows, metric, lambda row: f"the vector of chunk {chunks[row].id!r}")
 
 
-def scale_vectors(vectors: Floats, metric: str, name: Any) -> Floats:
-    """The vectors, of unit length where the metric wants it; `name(row)` says whose one is.
+def scale_vectors(vectors: Floats, metric: str, name: Callable[[int], str]) -> Floats:
+    """The vectors, scaled in place to unit length where the metric is "cosine"; `name(row)` names one in an error.
 
     Raises:
-        StoreError: NaN, infinity, or under "cosine" zero.
+        StoreError: NaN, infinity, or zero under "cosine".
     """
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     for row in np.flatnonzero(~np.isfinite(lengths))[:1]:
-        raise StoreError(f"{name(int(row))} contains NaN or infinity, which comes from the embedder")
+        raise StoreError(f"{name(int(row))} contains NaN or infinity", hint="check the embedder")
     if metric == "cosine":
         for row in np.flatnonzero(lengths == 0)[:1]:
             raise StoreError(f"{name(int(row))} is zero and has no direction", hint="omit texts without words")
@@ -157,42 +171,43 @@ def scale_vectors(vectors: Floats, metric: str, name: Any) -> Floats:
     return np.ascontiguousarray(vectors)
 
 
-# ---- One process's hold on a store --------------------------------------------------------------
+# ---- Publishing ---------------------------------------------------------------------------------
 
 log = logging.getLogger("agentmesh.rag")
 
 
 class StoreWriter(follower.Follower):
-    """A store that is also written. Writers of one process take turns."""
+    """A store that is also written. The writers of one process take turns."""
 
-    build_text: BuildText | None = None  # what writes an index of words beside a merged file
+    build_text: BuildText | None = None  # writes the text index of a merged segment
 
     def commit(self, build: Callable[[State], Draft | Commit], *, d: int, key: str = "") -> Commit:
-        """Publishes one commit under the next number.
+        """Publish a commit under the next number.
 
         Args:
-            build: from what is there to what is to be added; asked again when somebody else was quicker.
-            d: width of its vectors, 0 when it has none.
-            key: of the step that writes; the second commit with one key answers the first.
+            build: makes the commit from the newest state, or a result without one; called again when another process
+                took the number first.
+            d: the width of its vectors, 0 when it has none.
+            key: of the step that commits; a second commit with the same key returns the first one's result.
         """
         with self.lock:
-            self._make(d)
+            self._ensure_generation(d)
             temporary: Path | None = None
             written, data = None, b""
             try:
                 while True:
                     self.refresh()
-                    state, folder = self._writable()
+                    state, folder = self._open_state(), self._open_folder()
                     if key and (first := state.commit_of(key)):
-                        return Commit(first.version, first.added, first.removed, True, first.refused)
+                        return replace(first, repeated=True)
                     draft = build(state)
                     if isinstance(draft, Commit):
                         return draft
                     if temporary is None or (draft.refused, draft.removed_ids) != written:
                         if temporary:
                             temporary.unlink(missing_ok=True)
-                        data = draft.encode(self.about["d"], key)
-                        with writing(self.path):
+                        data = draft.encode(self.settings["d"], key)
+                        with disk_errors(self.path):
                             temporary = folder.write(data)
                         written = (draft.refused, draft.removed_ids)
                     span = (state.version + 1, state.version + 1)
@@ -201,75 +216,78 @@ class StoreWriter(follower.Follower):
             finally:
                 if temporary:
                     temporary.unlink(missing_ok=True)
-            self._confirm(folder, span)
-            done = self._take_in(state, span, data)
+            self._sync(folder, span)
+            commit = self._apply_own(state, span, data)
             if wants_merge(state.segments):
-                self.merge(light=True)
-            return done
+                self.merge(by_writer=True)
+            return commit
 
-    def _confirm(self, folder: Folder, span: Span) -> None:
+    def _sync(self, folder: Folder, span: Span) -> None:
         try:
             sync(folder.path)
         except OSError as e:
             raise StoreError(
-                f"commit {span[0]} of {self.path} is there, but the disk has not confirmed it ({e.strerror})",
+                f"commit {span[0]} of {self.path} is visible, but the disk has not confirmed it ({e.strerror})",
                 hint="repeat it with the same key",
                 path=str(self.path),
             ) from e
 
-    def _make(self, d: int) -> None:
+    def _ensure_generation(self, d: int) -> None:
+        """Create the first generation if there is none, and check the width of what will be committed."""
         if self.folder is None and not self._find_generation():
             if not d:
                 d = self._identity.d if self._identity else 0
             identity = self._identity.to_json() if self._identity else None
-            about = {"d": d, "metric": self.metric, "identity": identity}
-            with writing(self.path):
+            with disk_errors(self.path):
                 name = current(self.path)
-                Folder(self.path / name).make(about)
+                Folder(self.path / name).create({"d": d, "metric": self.metric, "identity": identity})
                 if not (self.path / "CURRENT").exists():
                     set_current(self.path, name)
             self._find_generation()
-        if d and not self.about["d"]:
-            with writing(self.path):
-                self._writable_folder().widen(d)
+        if d and not self.settings["d"]:
+            with disk_errors(self.path):
+                self._open_folder().set_width(d)
             self._find_generation()
-        if d and d != self.about["d"]:
+        if d and d != self.settings["d"]:
             raise EmbedderMismatch(
-                f"{self.path} holds vectors of width {self.about['d']} and was given some of width {d}",
+                f"{self.path} holds vectors of width {self.settings['d']} and these have width {d}",
                 hint="use the embedder it was filled by, or `agentmesh rag reembed`",
                 path=str(self.path),
             )
 
     def _publish(self, temporary: Path, span: Span) -> bool:
         assert self.folder is not None
-        with writing(self.path):
+        with disk_errors(self.path):
             if not self.folder.publish(temporary, span):
                 return False
-        if time.monotonic() - self._checked < follower.FRESH_S:
+        if time.monotonic() - self._refreshed < follower.RELIST_AFTER_S:
             return True
-        # long asleep between the listing and the link: the number may have been given, merged and cleaned away
+        # after a long pause since the refresh, the number may have been used, merged and removed
         if any(a <= span[0] <= b and (a, b) != span for a, b in self.folder.spans()):
             self.folder.file(span).unlink(missing_ok=True)
-            self._checked = float("-inf")
+            self._refreshed = float("-inf")
             return False
         return True
 
-    def _take_in(self, state: State, span: Span, data: bytes) -> Commit:
-        assert self.folder is not None
-        path = self.folder.file(span)
-        # a large one is mapped, as its readers do
-        segment = Segment.parse(path, *span, data) if len(data) <= WHOLE_BYTES else Segment.open(path, *span)
-        done = state.apply(segment)
+    def _apply_own(self, state: State, span: Span, data: bytes) -> Commit:
+        path = self._open_folder().file(span)
+        # a large segment is mapped, as by its readers
+        segment = Segment.parse(path, *span, data) if len(data) <= MMAP_FROM_BYTES else Segment.open(path, *span)
+        commit = state.apply(segment)
         self._opened[span] = segment
         self._chain.append(span)
-        self._view = state.view()
-        return done
+        self._snapshot = state.snapshot()
+        return commit
 
-    def merge(self, *, everything: bool = False, light: bool = False) -> Span | None:
-        """Merges the end of the chain, unless somebody else is at it; None when nothing was merged.
+    def merge(self, *, everything: bool = False, by_writer: bool = False) -> Span | None:
+        """Merge segments at the end of the chain; None when nothing was merged, or another process is merging.
+
+        Args:
+            everything: merge all segments into one.
+            by_writer: merge only what is quick, and log errors: the commit before it has succeeded.
 
         Raises:
-            StoreDamaged: a file cannot be trusted; nothing was changed. A writer that merges by the way only says so.
+            StoreDamaged: a segment is damaged; nothing was changed.
         """
         with self.lock:
             self.refresh()
@@ -277,16 +295,17 @@ class StoreWriter(follower.Follower):
                 return None
             folder = self.folder
         try:
-            with writing(self.path), folder.alone() as mine:
-                if not mine:
+            with disk_errors(self.path), folder.merge_lock() as acquired:
+                if not acquired:
                     return None
                 folder.retire()
                 drop_generations(self.path, folder.path.name)
-                span = merge_run(
-                    folder, self.about["d"], self.metric, everything=everything, light=light, build_text=self.build_text
-                )
+                span = merge_segments(
+                    folder, self.settings["d"], self.metric, everything=everything, by_writer=by_writer,
+                    build_text=self.build_text,
+                )  # fmt: skip
         except StoreError as e:
-            if not light:
+            if not by_writer:
                 raise
             log.warning("%s; the commits of %s were not merged", e, self.path)
             return None

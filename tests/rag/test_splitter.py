@@ -1,4 +1,4 @@
-"""Chunks are true to their place, whatever the text; titles are found and followed."""
+"""Chunks are exact slices of any text; headings are found and attached."""
 
 import random
 
@@ -47,14 +47,14 @@ def test_every_chunk_is_the_document_at_its_place(text: str, size: int, overlap:
 
 @settings(max_examples=100, deadline=None)
 @given(text=texts, size=st.integers(1, 20), overlap=st.integers(0, 19))
-def test_another_measure_is_kept_to(text: str, size: int, overlap: int) -> None:
+def test_no_chunk_exceeds_the_size_by_another_measure(text: str, size: int, overlap: int) -> None:
     chunks = split(Document(text), "a", size=size, overlap=min(overlap, size - 1), measure=words)
     assert all(text[c.start : c.end] == c.text and words(c.text) <= size for c in chunks)
     covered = {i for c in chunks for i in range(c.start, c.end)}
     assert all(i in covered for i, c in enumerate(text) if not c.isspace())
 
 
-def test_a_text_is_cut_where_it_pauses() -> None:
+def test_a_text_is_cut_at_its_boundaries() -> None:
     text = "First sentence here. Second sentence here.\n\nA new paragraph begins. And it ends.\n" * 3
     chunks = split(Document(text), "a", size=60, overlap=0)
     assert [c.text.split(maxsplit=1)[0] for c in chunks] == ["First", "A"] * 3
@@ -66,7 +66,7 @@ def test_a_text_is_cut_where_it_pauses() -> None:
     ]
 
 
-def test_chinese_is_cut_behind_its_full_stops() -> None:
+def test_chinese_is_cut_after_its_full_stops() -> None:
     text = "机器学习是人工智能的一个分支。它研究如何让计算机从数据中学习。深度学习是其中一种方法！" * 3
     chunks = split(Document(text), "a", size=50, overlap=0)
     assert all(c.text[-1] in "。！" for c in chunks)
@@ -74,7 +74,7 @@ def test_chinese_is_cut_behind_its_full_stops() -> None:
     assert [(c.start, len(c.text)) for c in endless[:3]] == [(0, 100), (80, 100), (160, 100)]
 
 
-def test_titles_lead_to_each_chunk() -> None:
+def test_each_chunk_has_the_headings_above_it() -> None:
     text = (
         "# Handbook\n\n## Leave\n\n### Parents\n\n" + "Weeks of leave. " * 30 + "\n\n### Others\n\nNone.\n\n"
         "Travel\n------\n\n" + "By train. " * 40
@@ -89,21 +89,25 @@ def test_titles_lead_to_each_chunk() -> None:
     assert others.heading == ("Handbook", "Leave", "Others")
 
 
-def test_what_is_a_title() -> None:
+def test_which_lines_are_headings() -> None:
     text = (
         "---\ntitle: no\n---\n# One #\n```\n# no\n~~~\n# no\n```\n#no\n    # no\n\nTwo **bold** [link](x)\n===\n"
         "- item\n---\n\nnot\nalone\n---\n\n###### Six\n#\n"
     )
-    found = [(h.level, h.text) for h in markdown(text).headings]
-    assert found == [(1, "One"), (1, "Two bold link"), (6, "Six"), (1, "")]
+    assert [(h.level, h.text) for h in markdown(text).headings] == [
+        (1, "One"),
+        (1, "Two bold link"),
+        (6, "Six"),
+        (1, ""),
+    ]
 
 
-def test_a_rule_at_the_top_is_no_front_matter() -> None:
+def test_a_rule_at_the_top_is_not_front_matter() -> None:
     assert [h.text for h in markdown("---\n\n# One\n\n---\n\n# Two\n").headings] == ["One", "Two"]
     assert [h.text for h in markdown("---\na: b\n# c\n").headings] == ["c"]
 
 
-def test_many_titles_take_no_quadratic_time() -> None:
+def test_many_headings_take_linear_time() -> None:
     rng = random.Random(1)
     text = "".join(f"{'#' * rng.randint(1, 6)} T{i}\n\n{'word ' * rng.randint(0, 60)}\n\n" for i in range(20_000))
     chunks = split(markdown(text), "big.md")
@@ -112,8 +116,8 @@ def test_many_titles_take_no_quadratic_time() -> None:
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(0, 0), (10, 10), (10, -1)])
-def test_sizes_that_do_not_fit(size: int, overlap: int) -> None:
-    with pytest.raises(DefinitionError, match="do not fit"):
+def test_sizes_out_of_bounds(size: int, overlap: int) -> None:
+    with pytest.raises(DefinitionError, match="choose 0 <= overlap < size"):
         split(Document("text"), "a", size=size, overlap=overlap)
 
 

@@ -1,4 +1,4 @@
-"""Search by words: any language, any punctuation, any filter; the same however the rows are spread over files."""
+"""Full-text search: any language, punctuation and filter; the same results however the rows are spread over segments."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from agentmesh.rag.documents import Chunk
 from agentmesh.rag.embedders import embedder
 from agentmesh.rag.ranking import mmr, rrf
 from agentmesh.rag.store.faiss_store import FaissStore
-from agentmesh.rag.store.text_index import TextIndex, build, space_out, terms, weigh
+from agentmesh.rag.store.text_index import TextIndex, build_text_index, space_out, terms, weigh
 
 D = 8
 
@@ -33,7 +33,7 @@ def filled(path: Path, texts: list[str], commits: int = 1, **metadata: list) -> 
     return store
 
 
-def found(store: FaissStore, query: str, k: int = 10, **options: object) -> list[str]:
+def search_ids(store: FaissStore, query: str, k: int = 10, **options: object) -> list[str]:
     return [h.id for h in store.search_text(query, k, **options)]
 
 
@@ -47,12 +47,12 @@ def test_words_of_many_languages(tmp_path: Path) -> None:
         ("cat", 0), ("CATS?", 0), ("学习", 1), ("智能", 1), ("strasse cafe", 2), ("поживаете", 3), ("C++: how?", 4),
         ("도서관", 5), ("猫", 6), ("ค้นหา", 7),
     ):  # fmt: skip
-        assert found(store, query)[:1] == [f"c{first:05}"], query
+        assert search_ids(store, query)[:1] == [f"c{first:05}"], query
     for query in ("", "   ", '!!! ( " * : ^ ~ \\', "\0", "zebra", "ab" * 500, "a\ud800b"):
-        assert found(store, query) == []
+        assert search_ids(store, query) == []
 
 
-def test_what_a_query_becomes() -> None:
+def test_terms_of_a_query() -> None:
     assert terms("cats cat CAT") == ["cat"]
     assert terms("How do I retry the runs?") == ["retri", "run"]
     assert terms("who are we") == ["who", "are", "we"]
@@ -60,8 +60,8 @@ def test_what_a_query_becomes() -> None:
     assert space_out("plain") == "plain"
 
 
-def test_a_word_weighs_by_all_rows_not_by_its_own_file(tmp_path: Path) -> None:
-    # within the last commit's file every row says `rare`, so that there the word would tell nothing
+def test_a_word_weighs_by_all_rows_not_by_its_own_segment(tmp_path: Path) -> None:
+    # every row of the last segment has the word `rare`: by this segment alone it would weigh nothing
     texts = ["common words here"] * 2400 + ["rare words here"] * 1200
     store = filled(tmp_path, texts, commits=3)
     first = store.search_text("common rare", 1)[0]
@@ -71,28 +71,28 @@ def test_a_word_weighs_by_all_rows_not_by_its_own_file(tmp_path: Path) -> None:
     one, many = filled(tmp_path / "one", texts), filled(tmp_path / "many", texts, commits=7)
     for query in ("word2 word40", "word100", "word5 word6 word7"):
         a, b = one.search_text(query, 20), many.search_text(query, 20)
-        # only the average length of a row is each file's own
+        # only the average length of a row differs between segments
         assert np.allclose([h.score for h in a], [h.score for h in b], rtol=0.05)
 
 
-def test_a_filter_comes_first_and_removed_rows_are_gone(tmp_path: Path) -> None:
+def test_filters_and_removed_rows(tmp_path: Path) -> None:
     n = 6000
     texts = ["tea " * (1 + i % 7) + "time" for i in range(n)]
     store = filled(tmp_path, texts, commits=3, team=["a" if i % 1000 == 0 else "b" for i in range(n)], n=list(range(n)))
-    assert found(store, "tea", where={"team": "a"}) == sorted(
-        found(store, "tea", where={"team": "a"}), key=lambda i: (-texts[int(i[1:])].count("tea"), i)
+    assert search_ids(store, "tea", where={"team": "a"}) == sorted(
+        search_ids(store, "tea", where={"team": "a"}), key=lambda i: (-texts[int(i[1:])].count("tea"), i)
     )
-    assert len(found(store, "tea", where={"team": "a"})) == 6
-    assert len(found(store, "tea", where={"n": {"$gte": 3000}})) == 10
+    assert len(search_ids(store, "tea", where={"team": "a"})) == 6
+    assert len(search_ids(store, "tea", where={"n": {"$gte": 3000}})) == 10
     # many pass, but none of those that the query likes best
     liked = [i for i, t in enumerate(texts) if t.count("tea") == 7]
     store.delete([f"c{i:05}" for i in liked])
-    hits = found(store, "tea", k=50)
+    hits = search_ids(store, "tea", k=50)
     assert len(hits) == 50
     assert all(texts[int(i[1:])].count("tea") == 6 for i in hits)
     bound = store.bound({"team": "a"})
-    assert len(found(bound, "tea", k=50)) == 6 - sum(i % 1000 == 0 for i in liked)
-    assert found(bound, "tea", where={"team": "b"}) == []
+    assert len(search_ids(bound, "tea", k=50)) == 6 - sum(i % 1000 == 0 for i in liked)
+    assert search_ids(bound, "tea", where={"team": "b"}) == []
     with pytest.raises(StoreError, match="k is 0"):
         store.search_text("tea", 0)
 
@@ -101,42 +101,44 @@ def test_what_is_added_is_found_at_once(tmp_path: Path) -> None:
     store = filled(tmp_path, ["first"])
     for i in range(30):
         store.upsert([Chunk(f"n{i}", f"number{i} thing", "s")], unit(1, i))
-        assert found(store, f"number{i}") == [f"n{i}"]
-    assert len(found(store, "things", k=100)) == 30
+        assert search_ids(store, f"number{i}") == [f"n{i}"]
+    assert len(search_ids(store, "things", k=100)) == 30
     store.upsert([Chunk("n3", "another", "s")], unit(1))
-    assert found(store, "number3") == []
-    assert found(store.at(5), "number3") == ["n3"]
+    assert search_ids(store, "number3") == []
+    assert search_ids(store.at(5), "number3") == ["n3"]
 
 
 def test_hybrid_finds_by_word_and_by_meaning(tmp_path: Path) -> None:
-    ours = embedder()
+    wordllama = embedder()
     texts = [
         "Parental leave lasts twelve weeks.",
         "Error code E4711 means the pump is dry.",
         "The office closes at six.",
         "Mothers and fathers may stay at home.",
     ]
-    store = FaissStore(tmp_path, identity=ours.identity)
-    store.upsert([Chunk(f"c{i}", t, "s") for i, t in enumerate(texts)], ours.documents(texts))
+    store = FaissStore(tmp_path, identity=wordllama.identity)
+    store.upsert([Chunk(f"c{i}", t, "s") for i, t in enumerate(texts)], wordllama.documents(texts))
     query = "what does E4711 mean for fathers"
-    hits = store.search_hybrid(query, ours.query(query), 3)
+    hits = store.search_hybrid(query, wordllama.query(query), 3)
     assert {h.id for h in hits[:2]} == {"c1", "c3"}
-    vectors = ours.documents([h.text for h in hits])
-    assert np.allclose([h.score for h in hits], vectors @ ours.query(query), atol=1e-5)  # the cosine, in every mode
+    vectors = wordllama.documents([h.text for h in hits])
     assert np.allclose(
-        [h.score for h in store.search_text(query, 3, vector=ours.query(query))],
-        [float(ours.query(query) @ ours.documents([h.text])[0]) for h in store.search_text(query, 3)],
+        [h.score for h in hits], vectors @ wordllama.query(query), atol=1e-5
+    )  # the cosine, in every mode
+    assert np.allclose(
+        [h.score for h in store.search_text(query, 3, vector=wordllama.query(query))],
+        [float(wordllama.query(query) @ wordllama.documents([h.text])[0]) for h in store.search_text(query, 3)],
         atol=1e-5,
     )
-    assert [h.id for h in store.search_hybrid("???", ours.query(query), 4)] == [
-        h.id for h in store.search(ours.query(query), 4)
+    assert [h.id for h in store.search_hybrid("???", wordllama.query(query), 4)] == [
+        h.id for h in store.search(wordllama.query(query), 4)
     ]
 
 
-def test_an_index_on_a_folder_that_nobody_may_write_to(tmp_path: Path) -> None:
+def test_an_index_in_a_read_only_folder(tmp_path: Path) -> None:
     folder = tmp_path / "a.text"
     folder.mkdir()
-    build(folder, ((i, f"word{i} same") for i in range(100)))
+    build_text_index(folder, ((i, f"word{i} same") for i in range(100)))
     assert not [f for f in os.listdir(folder) if f.endswith(".lock")]
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     folder.chmod(0o500)
@@ -159,17 +161,17 @@ def test_an_index_on_a_folder_that_nobody_may_write_to(tmp_path: Path) -> None:
         TextIndex.open(folder)
 
 
-def test_a_damaged_index_is_made_anew_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_index_is_rebuilt_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = filled(tmp_path, [f"word{i}" for i in range(1500)])
     (segment,) = tmp_path.rglob("*.seg")
     folder = segment.with_suffix(".text")
     folder.mkdir()
     (folder / "meta.json").write_text("no")
-    assert found(store, "word7") == ["c00007"]
+    assert search_ids(store, "word7") == ["c00007"]
     assert "indexed in memory" in caplog.text
 
 
-def test_merging_leaves_an_index_beside_the_file(tmp_path: Path) -> None:
+def test_merging_writes_an_index_beside_the_segment(tmp_path: Path) -> None:
     store = filled(tmp_path, [f"word{i} all" for i in range(6000)], commits=4)
     store.delete(["c00007"])
     before = store.search_text("all", 6000)
@@ -177,14 +179,14 @@ def test_merging_leaves_an_index_beside_the_file(tmp_path: Path) -> None:
     (folder,) = tmp_path.rglob("*.text")
     assert TextIndex.open(folder).n == 5999
     again = FaissStore(tmp_path)
-    assert found(again, "word8") == ["c00008"]
-    assert found(again, "word7") == []
+    assert search_ids(again, "word8") == ["c00008"]
+    assert search_ids(again, "word7") == []
     assert [h.id for h in again.search_text("all", 6000)] == [h.id for h in before]
 
 
 def test_a_forked_child_searches(tmp_path: Path) -> None:
     store = filled(tmp_path, [f"word{i}" for i in range(1500)])
-    assert found(store, "word7") == ["c00007"]
+    assert search_ids(store, "word7") == ["c00007"]
     code = f"""
 import os, sys
 from agentmesh.rag.store.faiss_store import FaissStore
@@ -205,7 +207,7 @@ def test_ranks_are_fused_and_ties_go_by_id() -> None:
     assert fused[0][1] == fused[1][1] == 1 / 61 + 1 / 62
 
 
-def test_relevance_and_difference() -> None:
+def test_maximal_marginal_relevance() -> None:
     query = np.array([1, 0], np.float32)
     vectors = np.array([[1, 0], [0.999, 0.04], [0.6, 0.8], [0, 1]], np.float32)
     assert mmr(query, vectors, 2, relevance=1.0) == [0, 1]
