@@ -62,7 +62,7 @@ def test_an_engine_that_hangs_or_breaks_its_device_takes_its_process_along(
         said = work.start("Many", words(12)).result(timeout_s=WAIT_S)
         assert not [s for s in said if s.startswith("failed")]
         assert work.device_pid != before
-        assert "this worker leaves and is started again" in work.log
+        assert "this worker restarts" in work.log
         assert told in work.log
 
 
