@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from agentmesh.definitions.agent import Agent
     from agentmesh.definitions.crew import Crew
     from agentmesh.definitions.limits import Limits
-    from agentmesh.definitions.queue import Queue
+    from agentmesh.definitions.queue import DeviceQueue, Queue, ServerQueue
     from agentmesh.definitions.schedule import Schedule
     from agentmesh.definitions.step import Approve, Context, Sleep, ToolContext
     from agentmesh.definitions.tool import NotDone, Tool, Unknown, tool
@@ -72,6 +72,7 @@ __all__ = [
     "Crew",
     "DefinitionError",
     "DelegateFailed",
+    "DeviceQueue",
     "DocumentError",
     "EmbedderError",
     "EmbedderMismatch",
@@ -98,6 +99,7 @@ __all__ = [
     "RunError",
     "RunFailed",
     "Schedule",
+    "ServerQueue",
     "ServiceDown",
     "Sleep",
     "StepError",
@@ -127,6 +129,7 @@ _HOME = {
     "Config": "config",
     "Context": "definitions.step",
     "Crew": "definitions.crew",
+    "DeviceQueue": "definitions.queue",
     "Limits": "definitions.limits",
     "Mesh": "mesh",
     "NotDone": "definitions.tool",
@@ -134,6 +137,7 @@ _HOME = {
     "Retriever": "retriever",
     "Run": "engine.run",
     "Schedule": "definitions.schedule",
+    "ServerQueue": "definitions.queue",
     "Sleep": "definitions.step",
     "Tool": "definitions.tool",
     "ToolContext": "definitions.step",

@@ -23,7 +23,7 @@ from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.celery.pool import CANCEL_S, TaskPool
 from agentmesh.celery.rabbitmq import on_rabbit
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.queue import Suspects
+from agentmesh.definitions.queue import ServerQueue, Suspects
 from agentmesh.errors import ConfigError, ServiceDown
 
 logger = get_logger("agentmesh.embedded")
@@ -233,12 +233,12 @@ def make_workers(
     workers = []
     for group in [list(queues)] if admits is not None else crew.worker_groups(queues):
         declared = [crew.queues[name] for name in group or crew.queues]
-        of_servers = admits is None and bool(declared[0].url)
-        most = concurrency or (max if of_servers else sum)(q.concurrency for q in declared)
+        in_front = [q for q in declared if admits is None and isinstance(q, ServerQueue)]
+        most = concurrency or (max if in_front else sum)(q.concurrency for q in declared)
         broker_queues = crew.broker_queues(group, suspects=suspects)
         if broker_queues:
-            lanes = {crew.broker_queue(q.name): q.lane for q in declared}
-            room = _lanes(lanes, most) if of_servers and len({*lanes.values()}) > 1 else admits
+            lanes = {crew.broker_queue(q.name): q.lane for q in in_front}
+            room = _lanes(lanes, most) if len({*lanes.values()}) > 1 else admits
             workers.append(EmbeddedWorker(app, queues=broker_queues, concurrency=most, admits=room))
     return workers
 

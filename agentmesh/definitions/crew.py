@@ -14,7 +14,17 @@ from typing import Any
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.limits import Limits
 from agentmesh.definitions.passthrough import Passthrough
-from agentmesh.definitions.queue import EMBED_QUEUE, LANES, Queue, Servers, Suspects
+from agentmesh.definitions.queue import (
+    EMBED_QUEUE,
+    LANES,
+    BaseQueue,
+    DeviceQueue,
+    Queue,
+    ServerQueue,
+    Servers,
+    Suspects,
+    WorkerKind,
+)
 from agentmesh.definitions.schedule import Schedule
 from agentmesh.definitions.tool import Tool
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
@@ -41,7 +51,7 @@ class Crew:
     """
 
     def __init__(
-        self, lead: Agent[Any], *agents: Agent[Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
+        self, lead: Agent[Any], *agents: Agent[Any], name: str = "", model: Any = None, queues: Sequence[BaseQueue] = (),
         limits: Limits | None = None, schedules: Sequence[Schedule] = (), version: str = "", deps: Any = None, extensible: bool = False,
     ) -> None:  # fmt: skip
         self.lead, self.model, self.version, self.deps, self.extensible = lead, model, version, deps, extensible
@@ -50,7 +60,7 @@ class Crew:
         self.name = name or _default_name(self.file)
         if not CREW_NAME.fullmatch(self.name):
             raise DefinitionError(f"crew name {self.name!r} must be letters, digits, `_`, `-`, at most 64")
-        self.queues = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
+        self.queues: dict[str, BaseQueue] = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
         if len(self.queues) < len(queues):
             raise NameTaken(
                 f"crew {self.name!r} has several queues with the same name: {', '.join(q.name for q in queues)}"
@@ -105,11 +115,11 @@ class Crew:
 
     def _check_devices(self) -> None:
         """The queues of a model are served by the same processes."""
-        first: dict[str, Queue] = {}
-        encoders: dict[str, Queue] = {}
-        for queue in self.queues.values():
+        first: dict[str, DeviceQueue] = {}
+        encoders: dict[str, DeviceQueue] = {}
+        for queue in self.device_queues():
             other = first.setdefault(queue.model, queue)
-            if queue.on_device and other.on_device and queue.devices != other.devices:
+            if queue.devices != other.devices:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
                     f"{other.devices!r} and {queue.devices!r}",
@@ -122,13 +132,13 @@ class Crew:
                     f"{beside.embed!r} and {queue.embed!r}",
                     hint="the same processes serve both, so name one encoder",
                 )
-        for one, two in combinations([q for q in self.queues.values() if q.url], 2):
-            shared = sorted({*one.url} & {*two.url})
-            if shared and {*one.url} != {*two.url} and one.lane != two.lane:
+        for one, two in combinations([q for q in self.queues.values() if isinstance(q, ServerQueue)], 2):
+            shared = sorted({*one.urls} & {*two.urls})
+            if shared and {*one.urls} != {*two.urls} and one.lane != two.lane:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
                     f"{', '.join(shared)}, but not all servers",
-                    hint="lanes share their places, so write the same url in each",
+                    hint="lanes share their places, so write the same urls in each",
                 )
 
     def _check_queue(self, who: str, queue: str) -> None:
@@ -188,21 +198,22 @@ class Crew:
         wanted: str = getattr(step, "queue", "") or getattr(getattr(step, "tool", None), "queue", "")
         if wanted in self.queues:
             return wanted
-        if wanted == EMBED_QUEUE and (embed_queues := [q for q in self.queues.values() if q.embed]):
+        if wanted == EMBED_QUEUE and (embed_queues := [q for q in self.device_queues() if q.embed]):
             return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # nobody waits for a document
         model = getattr(step, "model", None) or self.model or default
         if step.kind == "Ask" and isinstance(model, str) and model.startswith("local:"):
             for queue in self.queues.values():
-                if queue.model == model.partition(":")[2]:
+                if queue.serves_model(model.partition(":")[2]):
                     return queue.name
         return self.queue
 
     def servers_of(self, step: Any, default: Any = None) -> Servers | None:
         """The model servers in front of which an Ask's queue stands, if it does; `default` as for `queue_of`."""
         model = getattr(step, "model", None) or self.model
-        return (
-            None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step, default)].servers
-        )
+        if step.kind != "Ask" or hasattr(model, "ask"):
+            return None
+        queue = self.queues[self.queue_of(step, default)]
+        return queue.servers if isinstance(queue, ServerQueue) else None
 
     def models(self, default: str) -> list[str]:
         """The names of the models that the crew names, or that its agents ask; `default` is for agents that name none."""
@@ -211,13 +222,15 @@ class Crew:
             names.append(default)
         return list(dict.fromkeys(names))
 
-    def queues_of_pool(self, pool: str, only: Iterable[str] = ()) -> list[str]:
-        """Of these queues, or of all, the ones that a worker of this pool serves; `device` are those with a model."""
+    def queues_served_by(self, worker: WorkerKind, only: Iterable[str] = ()) -> list[str]:
+        """Of these queues, or of all, the names of those that this kind of worker process serves."""
         selected = list(only) or self.queues
-        pools = {
-            name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in selected
-        }
-        return [name for name, of in pools.items() if of == pool]
+        return [name for name, queue in self.queues.items() if name in selected and queue.worker_kind == worker]
+
+    def device_queues(self, only: Iterable[str] = ()) -> list[DeviceQueue]:
+        """Of these queues, or of all, those whose workers load a model."""
+        selected = list(only) or self.queues
+        return [q for name, q in self.queues.items() if name in selected and isinstance(q, DeviceQueue)]
 
     def worker_groups(self, only: Iterable[str] = ()) -> list[list[str]]:
         """These queues, or all, by the places in a worker that they share: those in front of the same servers have their own."""
@@ -225,7 +238,7 @@ class Crew:
         for name in list(only) or self.queues:
             self._check_queue(f"crew {self.name!r}: --queue", name)
             queue = self.queues[name]
-            groups.setdefault((frozenset(queue.url), queue.model) if queue.url else None, []).append(name)
+            groups.setdefault(queue.shared_places if isinstance(queue, ServerQueue) else None, []).append(name)
         return list(groups.values())
 
     def broker_queue(self, queue: str) -> str:
@@ -234,7 +247,7 @@ class Crew:
 
     def isolates_suspects(self, queue: str) -> bool:
         """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
-        return queue in self.queues and not self.queues[queue].on_device
+        return queue in self.queues and self.queues[queue].isolates_suspects
 
     def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "include") -> list[str]:
         """The broker's names of these queues, or of all, each with the queue of its suspects.

@@ -47,7 +47,7 @@ class LoadBalancer:
 
     def __init__(self, servers: Servers) -> None:
         self._urls, self._key = servers.urls, key_of(servers)
-        self._set_by = "the queue's url", servers.key_env or "the queue's key_env"
+        self._set_by = "the queue's urls", servers.key_env or "the queue's key_env"
         self._views: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopView] = WeakKeyDictionary()
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.queue import EMBED_QUEUE, Queue, Suspects
+from agentmesh.definitions.queue import EMBED_QUEUE, DeviceQueue, Suspects
 from agentmesh.errors import ConfigError
 from agentmesh.runtime.crew_file import load_crew
 
@@ -16,7 +16,7 @@ log = logging.getLogger("agentmesh.gpu")
 RAG = "agentmesh.rag.ingest"
 
 
-def encoder_name(queues: Iterable[Queue]) -> str:
+def encoder_name(queues: Iterable[DeviceQueue]) -> str:
     """The encoder that these queues' processes run beside their model; "" where they run none.
 
     Raises:
@@ -39,11 +39,11 @@ def consumed_queues(crews: Iterable[Crew], only: Sequence[str] = ()) -> list[str
 
 def embed_queues(crews: Iterable[Crew], only: Sequence[str] = (), *, suspects: Suspects = "include") -> list[str]:
     """The broker's queue of embed steps, and the one of its suspects, where a queue of these crews names an encoder."""
-    served = [crew.queues[q] for crew in crews for q in crew.queues_of_pool("device", only)]
-    return load_crew(RAG).broker_queues([EMBED_QUEUE], suspects=suspects) if any(q.embed for q in served) else []
+    embeds = any(queue.embed for crew in crews for queue in crew.device_queues(only))
+    return load_crew(RAG).broker_queues([EMBED_QUEUE], suspects=suspects) if embeds else []
 
 
-def prepare_encoder(queues: Iterable[Queue], on_fatal: Callable[[Exception], None]) -> list[Crew]:
+def prepare_encoder(queues: Iterable[DeviceQueue], on_fatal: Callable[[Exception], None]) -> list[Crew]:
     """Load the encoder of these queues and let it claim its memory, before an engine takes what is free.
 
     Answers the crew whose embed steps the process takes then; [] where the queues name no encoder.

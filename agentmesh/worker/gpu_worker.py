@@ -17,7 +17,7 @@ from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.lanes import Lanes
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.queue import EMBED_QUEUE, Queue
+from agentmesh.definitions.queue import EMBED_QUEUE, DeviceQueue, Suspects
 from agentmesh.inference.request import Gauge
 from agentmesh.mesh import Mesh
 from agentmesh.models.registry import ModelRegistry
@@ -125,7 +125,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     crews = [load_crew(path) for path in spec["crews"]]
     set_up_tracing()
     served = {c.name: _served(c, spec) for c in crews}
-    queues = [crew.queues[q] for crew in crews for q in served[crew.name]]
+    queues = [queue for crew in crews for queue in served[crew.name]]
     concurrency = spec["concurrency"] or max(q.concurrency for q in queues)
     embeds = prepare_encoder(queues, _exit_for_restart)  # before the engine, which takes what it leaves
     engine = _prepare_engine(models, spec["model"], queues, concurrency)
@@ -136,11 +136,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
         for c in (*crews, *embeds)
     ]
     meshes = homes[: len(crews)]
-    names = [n for c in crews if served[c.name] for n in c.broker_queues(served[c.name], suspects=spec["suspects"])]
-    lanes = {c.broker_queue(q): c.queues[q].lane for c in crews for q in served[c.name]}
-    admits = Lanes(lanes, engine.admits)
-    # one for all crews: what there is room for, and whose turn it is, is the engine's and not a crew's
-    workers = [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]
+    workers = [_worker(app, crews, served, spec["suspects"], engine, concurrency)]
     for crew in embeds:
         workers += make_workers(app, crew, [EMBED_QUEUE], suspects=spec["suspects"])
     worker = InProcessWorker(homes, workers).start()
@@ -163,19 +159,31 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     return 0
 
 
-def _served(crew: Crew, spec: dict[str, Any]) -> list[str]:
-    """The crew's queues whose model this process has loaded."""
-    return [q for q in crew.queues_of_pool("device", spec["queues"]) if crew.queues[q].model == spec["model"]]
+def _served(crew: Crew, spec: dict[str, Any]) -> list[DeviceQueue]:
+    """The crew's queues whose model this process loads."""
+    return [queue for queue in crew.device_queues(spec["queues"]) if queue.model == spec["model"]]
 
 
-def _prepare_engine(models: ModelRegistry, model: str, queues: list[Queue], requests: int) -> Any:
+def _worker(
+    app: Any, crews: list[Crew], served: dict[str, list[DeviceQueue]], suspects: Suspects, engine: Any, concurrency: int
+) -> EmbeddedWorker:
+    """One for all crews: what there is room for, and whose turn it is, is the engine's and not a crew's."""
+    queues: list[str] = []
+    for crew in crews:
+        if names := [queue.name for queue in served[crew.name]]:
+            queues += crew.broker_queues(names, suspects=suspects)
+    lanes = {crew.broker_queue(q.name): q.lane for crew in crews for q in served[crew.name]}
+    return EmbeddedWorker(app, queues=queues, concurrency=concurrency, admits=Lanes(lanes, engine.admits))
+
+
+def _prepare_engine(models: ModelRegistry, model: str, queues: list[DeviceQueue], requests: int) -> Any:
     """The engine, loaded and warm; where two queues of a model differ, the smaller wish counts."""
     gc.disable()  # until spare_collector: it would look again and again through what stays, a seventh of torch's import
     local: Any = models(f"local:{model}")[0]
     wishes = [q.max_batch_tokens for q in queues if q.max_batch_tokens]
     began = time.monotonic()
     engine = local.prepare(
-        memory=min(q.gpu_memory for q in queues),
+        memory=min(q.gpu_memory_fraction for q in queues),
         batch_tokens=min(wishes, default=0),
         requests=requests,
         on_fatal=_exit_for_restart,

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 
-from agentmesh.definitions.queue import Queue
+from agentmesh.definitions.queue import DeviceQueue
 from agentmesh.errors import ConfigError
 
 CPU = ""
@@ -31,7 +31,7 @@ def nvidia_smi(*args: str) -> "subprocess.CompletedProcess[str] | None":
         return subprocess.CompletedProcess(argv, 1, "", str(e))
 
 
-def devices_of(queue: Queue) -> list[str]:
+def devices_of(queue: DeviceQueue) -> list[str]:
     """The devices of a queue's workers, one each; CPU where there is no GPU.
 
     Raises:

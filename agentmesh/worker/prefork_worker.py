@@ -38,7 +38,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     served: list[str] = []
     processes, suspects = 0, spec.get("suspects", "include")
     for crew in crews:
-        names = crew.queues_of_pool("prefork", spec["queues"])
+        names = crew.queues_served_by("prefork", spec["queues"])
         mesh = Mesh(crew, app=app, config=config, models=models, worker=name, observers=sights, suspects=suspects)
         if names:
             mesh.check()

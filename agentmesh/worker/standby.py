@@ -64,7 +64,7 @@ def standby_workers(
     for pool in POOLS:
         suspect_queues: list[str] = []
         for crew in crews.values():
-            if served := crew.queues_of_pool(pool, queues):
+            if served := crew.queues_served_by(pool, queues):
                 suspect_queues += crew.broker_queues(served, suspects="only")
         if suspect_queues:
             command = worker_command(
@@ -120,7 +120,7 @@ class FallbackWorker(OnDemandWorker):
         # On the CPU: a device's worker may be on its way back, and has given out the device's memory.
         command: Command = worker_command(
             config, crews=[path], queues=[queue], concurrency=0, env={"CUDA_VISIBLE_DEVICES": ""},
-            pool=crew.queues[queue].pool,
+            pool=crew.queues[queue].worker_kind,
         )  # fmt: skip
         super().__init__(command, crew.broker_queues([queue]), lambda: open_journal(config)[1])
         self._app, self._path, self._queue, self._start_s = make_app(config.broker), path, queue, start_s

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
 from agentmesh.celery.lanes import RECENT_S, TURNS, Lanes
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
@@ -130,7 +130,11 @@ class Flood(Urgent):
 @contextmanager
 def two_lanes(valkey: Any, *agents: Agent[Any]) -> Iterator[tuple[Mesh, Slow, Lanes]]:
     """A mesh with a worker of two lanes before a slow model, and one for the rest."""
-    queues = [Queue("main"), Queue("night", model="m", lane="low"), Queue("talk", model="m", lane="realtime")]
+    queues = [
+        Queue("main"),
+        DeviceQueue("night", model="m", lane="low"),
+        DeviceQueue("talk", model="m", lane="realtime"),
+    ]
     crew = Crew(*agents, name="lanes", model="local:m", queues=queues)
     model = Slow()
     mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))

@@ -151,5 +151,5 @@ def test_a_prompt_that_ends_the_loop_is_an_error_of_the_model(home: Home) -> Non
         raise RuntimeError("never")
 
     model.load().engine._model.forward = broken
-    with pytest.raises(ModelError, match="ends the engine's loop"):
+    with pytest.raises(ModelError, match="crashes the engine's loop"):
         asked(model, Prompt("tiny", [user("x")], options={"max_tokens": 4}))

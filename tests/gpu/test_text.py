@@ -96,5 +96,5 @@ def test_an_answer_that_begins_again_is_not_told_twice() -> None:
 def test_an_answer_that_begins_again_otherwise_is_tried_again() -> None:
     telling = AnswerStream(TOKENIZER)
     telling.hear(ids("hel"))
-    with pytest.raises(RetryLater, match="began this answer again"):
+    with pytest.raises(RetryLater, match="restarted this answer"):
         telling.hear(ids("ha"))

@@ -15,7 +15,7 @@ from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.housekeeping import Housekeeper
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.queue import Queue
+from agentmesh.definitions.queue import DeviceQueue, Queue
 from agentmesh.errors import ConfigError, DefinitionError
 from agentmesh.journal.events import RunDone, StepDone
 from agentmesh.mesh import Mesh
@@ -132,7 +132,7 @@ def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPa
     crew = load_crew(CREW)
 
     def seen(*wanted: int, **all_of: Any) -> list[str | None]:
-        crew.queues["gpu"] = Queue("gpu", model="tiny", **({"devices": wanted} if wanted else all_of))
+        crew.queues["gpu"] = DeviceQueue("gpu", model="tiny", **({"devices": wanted} if wanted else all_of))
         return [c.env.get("CUDA_VISIBLE_DEVICES") for c in worker_commands(config, {CREW: crew}, queues=["gpu"])]
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
@@ -152,31 +152,25 @@ def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (
-            {"model": "m", "pool": "prefork"},
-            "a queue with a model is never prefork: a forked process cannot use the device",
-        ),
-        ({"devices": [0]}, "devices, gpu_memory and max_batch_tokens are for a queue whose workers load a model"),
-        ({"lane": "low"}, "lane='low' is between queues of one model; add model='NAME', or url= of its servers"),
-        ({"model": "m", "devices": []}, r"devices=\(\) must be 'all' or GPU numbers"),
-        ({"model": "m", "devices": [1, 1]}, r"devices=\(1, 1\) must be"),
-        ({"model": "m", "gpu_memory": 85}, "gpu_memory=85 must be a part of the whole, such as 0.85"),
-        ({"model": "m", "lane": "fast"}, "lane='fast' must be one of realtime, high, low"),
-        ({"model": "m", "max_batch_tokens": -1}, "max_batch_tokens=-1 must not be negative"),
+        ({"pool": "prefork"}, "leave out `pool`, which only Queue has: DeviceQueue"),
+        ({"devices": []}, r"devices=\(\) is not a list of different GPU numbers; write them like"),
+        ({"devices": [1, 1]}, r"devices=\(1, 1\) is not a list of different"),
+        ({"gpu_memory_fraction": 85}, r"gpu_memory_fraction=85 is not in \(0, 1\]; write a part of the whole"),
+        ({"lane": "fast"}, "unknown lane 'fast'; use one of: realtime, high, low"),
+        ({"max_batch_tokens": -1}, "max_batch_tokens=-1 is negative"),
     ],
 )
 def test_a_queue_with_a_model_is_checked(options: dict[str, Any], told: str) -> None:
     with pytest.raises(DefinitionError, match=told):
-        Queue("gpu", **options)
+        DeviceQueue("gpu", model="m", **options)
 
 
 def test_queues_of_one_model_name_the_same_devices() -> None:
-    agent, first = load_crew(CREW).lead, Queue("a", model="m", devices=[0])
+    agent, first = load_crew(CREW).lead, DeviceQueue("a", model="m", devices=[0])
     with pytest.raises(DefinitionError, match=r"queues 'a' and 'b' of model 'm' have devices=\(0,\) and 'all'"):
-        Crew(agent, queues=[Queue("main"), Queue("gpu", model="tiny"), first, Queue("b", model="m")])
-    assert Crew(agent, queues=[Queue("gpu", model="tiny"), first, Queue("b", model="m", devices=[0])]).queues_of_pool(
-        "device"
-    )
+        Crew(agent, queues=[Queue("main"), DeviceQueue("gpu", model="tiny"), first, DeviceQueue("b", model="m")])
+    same = DeviceQueue("b", model="m", devices=[0])
+    assert Crew(agent, queues=[DeviceQueue("gpu", model="tiny"), first, same]).device_queues()
 
 
 def test_a_worker_takes_no_more_than_is_admitted(valkey: Any, tmp_path: Path) -> None:
