@@ -38,7 +38,7 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
         give_back(name, code)
 
     supervisor = Supervisor(
-        worker_commands(config, {CREW: crew}, suspects="exclude"), spares=standby_workers(config, {CREW: crew}), drain_s=5,
+        worker_commands(config, {CREW: crew}, suspects="exclude"), standby=standby_workers(config, {CREW: crew}), drain_s=5,
         output=subprocess.DEVNULL, on_death=on_death, env={"POISON_LOG": str(log)},
     )  # fmt: skip
     supervisor.start()

@@ -83,7 +83,7 @@ class Scene:
     @property
     def device_pid(self) -> int:
         """Of the process with the model; 0 while there is none."""
-        seats = self.supervisor._kept
+        seats = self.supervisor._permanent
         return seats[1].process.pid if seats[1].process is not None else 0
 
     def in_flight(self, steps: int = MANY) -> Run[list[str]]:

@@ -147,7 +147,7 @@ def test_queues_whose_devices_or_models_are_not_here(
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert of(DeviceQueue("gpu", model="m", devices=[3])) == [
-        "error queue 'gpu' wants GPU 3 and this machine has none -> name those it has, or devices='all'"
+        "error queue 'gpu' wants GPU 3 and this machine has none -> name GPUs of this machine, or write devices='all'"
     ]
     missing = "error queue 'gpu': model 'm' is not here -> agentmesh models pull m"
     assert of(DeviceQueue("gpu", model="m")) == [missing, "ok queue 'gpu': a worker with model 'm' on the CPU"]
