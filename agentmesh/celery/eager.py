@@ -1,6 +1,6 @@
-"""`task_always_eager`: a mesh without broker, store and workers. Runs go to their end in this process, at once.
+"""`task_always_eager`: a mesh without broker, store and workers. Runs are done at once, in this process.
 
-Time skips: a Sleep and a back-off take no time. What waits for a person waits in this process's memory.
+Time is skipped: a Sleep and a back-off take no time. A run that waits for a person waits in this process's memory.
 """
 
 import asyncio
@@ -42,7 +42,8 @@ def eager_process_state(
         inside = RUNNING_INSIDE.get()
         if inside:
             raise MeshError(
-                f"a run started inside {inside} would wait for itself on an app with task_always_eager: make it an agent's flow"
+                f"a run started inside {inside} would wait for itself on an app with task_always_eager",
+                hint="start it in an agent's flow",
             )
         wire = settling.dispatch.advance(spec.id, spec.agent, crew.queue)
         return await _on_mesh_loop(alone(settling.begin(replace(spec, wire=wire))))

@@ -129,14 +129,14 @@ def _gb(mib: str) -> str:
 
 
 # ---- torch -------------------------------------------------------------------------------------
-def check_torch(at: Driver | None, *, wanted: bool) -> Iterator[Check]:
+def check_torch(at: Driver | None, *, needed: bool) -> Iterator[Check]:
     """Whether torch works and sees the GPUs. Torch is loaded in a process of its own, and only where it is needed.
 
     Args:
-        wanted: a local model is to be used.
+        needed: a local model is to be used.
     """
     cards = at.cards if at is not None else ()
-    if importlib.util.find_spec("torch") is None or not (cards or wanted):
+    if importlib.util.find_spec("torch") is None or not (cards or needed):
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     try:

@@ -62,7 +62,7 @@ def _checks(crew: str, broker: str, file: Path | None) -> Iterator[Check]:
         except MeshError as e:
             yield Check.of_error(e, where=f"crew {crew}")
     local = loaded is not None and any(m.startswith("local:") for m in loaded.models(config.model))
-    yield from check_torch(driver, wanted=local)
+    yield from check_torch(driver, needed=local)
     if loaded is not None:
         yield from _crew(crew, loaded, config)
 

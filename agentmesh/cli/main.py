@@ -232,7 +232,8 @@ def runs_cancel(run_id: RunId, by: By = "", broker: Broker = "") -> None:
 def runs_resolve(
     run_id: RunId, n: StepN,
     action: Annotated[str, typer.Argument(metavar="WHAT", help="done, failed or retry: the outcome of the step.")],
-    value: Annotated[str, typer.Option(help="With done: the step's value, as JSON.")] = "null", by: By = "", broker: Broker = "",
+    value: Annotated[str, typer.Option(help="With done: the step's value as JSON, such as 42 or '\"text\"'.")] = "null",
+    by: By = "", broker: Broker = "",
 ) -> None:  # fmt: skip
     """Resolve a step that is in doubt or quarantined."""
     from agentmesh.cli.runs import decide

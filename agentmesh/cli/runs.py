@@ -93,6 +93,7 @@ def decide(
     action: str = "", value: str = "null", broker: str = "", file: Path | None = None,
 ) -> int:  # fmt: skip
     """Approve, deny, resolve or cancel: one decision to one run."""
+    outcome = _outcome(action, value) if verb == "resolve" else None
     access = JournalAccess.open(broker=broker, file=file)
     try:
         run = access.run(run_id)
@@ -101,16 +102,25 @@ def decide(
             run.approve(item, by=by)
         elif verb == "deny":
             run.deny(item, by=by, reason=reason)
-        elif verb == "resolve":
-            if action not in ("done", "failed", "retry"):
-                raise DefinitionError(f"unknown outcome {action!r}", hint="use one of: done, failed, retry")
-            run.resolve(item, cast(Literal["done", "failed", "retry"], action), value=json.loads(value), by=by)
+        elif outcome is not None:
+            run.resolve(item, outcome[0], value=outcome[1], by=by)
         else:
             run.cancel(by=by)
         print(f"{verb}: {run_id}{f' step {n}' if n else ''}")
         return 0
     finally:
         access.close()
+
+
+def _outcome(action: str, value: str) -> tuple[Literal["done", "failed", "retry"], Any]:
+    if action not in ("done", "failed", "retry"):
+        raise DefinitionError(f"unknown outcome {action!r}", hint="use one of: done, failed, retry")
+    try:
+        return cast(Literal["done", "failed", "retry"], action), json.loads(value)
+    except ValueError as e:
+        raise DefinitionError(
+            f"--value {value!r} is not JSON ({e})", hint="write text in double quotes: '\"text\"'"
+        ) from None
 
 
 def _reason(item: Approval) -> str:

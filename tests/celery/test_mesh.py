@@ -216,7 +216,7 @@ def test_two_workers_of_one_mesh_leave_no_thread_behind(valkey: Any) -> None:
     before = set(threading.enumerate())
 
     def tenders() -> list[threading.Thread]:
-        return [t for t in threading.enumerate() if t not in before and t.name == "agentmesh-tender"]
+        return [t for t in threading.enumerate() if t not in before and t.name == "agentmesh-housekeeping"]
 
     with mesh.worker(queues=["main"]), mesh.worker(queues=["beside"]):
         assert mesh.run(Echo(), "hello", timeout_s=10) == "hello"

@@ -103,7 +103,7 @@ def test_workers_killed_with_steps_in_hand_lose_none(lanes: Lanes, eventually: E
     for server in lanes.servers.both:
         server.faults.clear()
     assert run.result(timeout_s=30) == many
-    assert any("spare" in name for name in lanes.host.pids)
+    assert any("standby" in name for name in lanes.host.pids)
     ends = [e.n for e in run.events() if isinstance(e, StepDone)]
     assert sorted(ends) == list(range(1, many + 1))
 

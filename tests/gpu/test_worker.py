@@ -26,7 +26,7 @@ from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing.tiny_models import make_tokenizer, save_model
 from agentmesh.worker import gpus
 from agentmesh.worker.asyncio_worker import worker_commands
-from agentmesh.worker.gpu_worker import CANCELLED_S
+from agentmesh.worker.gpu_worker import CANCEL_WITHIN_S
 
 pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
@@ -105,7 +105,7 @@ def test_a_cancelled_run_is_no_longer_computed(
     forward = engine._model.forward
     engine._model.forward = lambda *args, **kwargs: time.sleep(0.02) or forward(*args, **kwargs)
     mesh = Mesh(load_crew(CREW), config=Config(broker=valkey.broker_url, journal=valkey.url), models=models)
-    monkeypatch.setattr(Housekeeper, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
+    monkeypatch.setattr(Housekeeper, "renew_most_s", CANCEL_WITHIN_S)  # as in a worker process of the device
     with mesh.worker(admits=engine.admits):
         run = mesh.start(mesh.crew.agents["Long"], "go on")
         eventually(lambda: engine.gauge.new_tokens > 20)
@@ -116,7 +116,7 @@ def test_a_cancelled_run_is_no_longer_computed(
     new_tokens = engine.gauge.new_tokens
     mesh.close()
     assert new_tokens < 800
-    assert more < 2 * CANCELLED_S / 0.02  # each step takes so long at least
+    assert more < 2 * CANCEL_WITHIN_S / 0.02  # each step takes so long at least
     assert took_s < 8  # a second on a machine with time; uncancelled it would be sixteen
 
 

@@ -76,17 +76,17 @@ def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert told(check_gpus(query_driver())) == ["ok GPUs: none (nvidia-smi not found); local models run on the CPU"]
     monkeypatch.setattr(checks.subprocess, "run", lambda *args, **kwargs: pytest.fail("torch was loaded for nobody"))
-    assert told(check_torch(None, wanted=False)) == []
+    assert told(check_torch(None, needed=False)) == []
 
 
 def test_what_this_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (only,) = told(check_torch(Driver("550", "12.4", [L4]), wanted=True))
+    (only,) = told(check_torch(Driver("550", "12.4", [L4]), needed=True))
     assert only.endswith("; attention agentmesh_paged")
     assert only.startswith(f"ok torch {importlib.metadata.version('torch')}, for the CPU: weights in ")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr(checks.sys, "executable", "/bin/false")
-    (only,) = told(check_torch(None, wanted=True))
+    (only,) = told(check_torch(None, needed=True))
     assert only.startswith("error torch ")
     assert "does not work" in only
 

@@ -56,6 +56,8 @@ local function charge(run, usage)
 end
 
 -- entries ---------------------------------------------------------------------------------------
+-- A message is sent here where broker and journal are one server and database (PUSH); else it is answered, and
+-- celery/publisher.py sends it. It was rendered in celery/dispatch.py.
 local function send(wire, seq, queue)
   local home, head, rest = string.match(wire, '^(%Z*)%z(%Z*)%z(%Z*)$')
   queue = queue or home
