@@ -201,9 +201,9 @@ class Crew:
         if wanted == EMBED_QUEUE and (embed_queues := [q for q in self.device_queues() if q.embed]):
             return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # nobody waits for a document
         model = getattr(step, "model", None) or self.model or default
-        if step.kind == "Ask" and isinstance(model, str) and model.startswith("local:"):
+        if step.kind == "Ask" and isinstance(model, str):
             for queue in self.queues.values():
-                if queue.serves_model(model.partition(":")[2]):
+                if queue.serves_model(model):
                     return queue.name
         return self.queue
 

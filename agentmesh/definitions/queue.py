@@ -93,8 +93,8 @@ class BaseQueue:
         """Whether its suspects run in a process of their own."""
         return True
 
-    def serves_model(self, name: str) -> bool:
-        """Whether steps on `local:NAME` go here."""
+    def serves_model(self, model: str) -> bool:
+        """Whether steps on this model, `provider:name`, go here."""
         return False
 
     def rate_limit(self) -> tuple[int, int] | None:
@@ -117,13 +117,22 @@ class Queue(BaseQueue):
     Args:
         concurrency: steps at once in one worker: coroutines (0 is 100), or processes of a prefork pool (0 is one a core).
         rate: cluster-wide ceiling of steps, such as `100/m`, `5/s`, `1000/h`; "" is none.
+        model: steps on this model, `provider:name`, go here, such as to share its `rate`; "" leaves that to agents that name
+            the queue. A local model takes a `DeviceQueue`.
         pool: "asyncio" for steps that wait; "prefork" for `def` tools that compute: a process each, killed when it does
             not stop at its timeout.
     """
 
+    _: KW_ONLY
+    model: str = ""
     pool: Pool = "asyncio"
 
     def _check(self) -> None:
+        if not _may_have_model(Queue, self.model):
+            raise DefinitionError(
+                f"{self._label}: {self.model!r} is a local model, which the workers of a Queue do not load",
+                hint=f"write {_call(DeviceQueue, self.name, {'model': self.model.removeprefix('local:')})}",
+            )
         if self.pool not in POOLS:
             raise DefinitionError(f"{self._label}: unknown pool {self.pool!r}", hint=f"use one of: {', '.join(POOLS)}")
 
@@ -135,6 +144,10 @@ class Queue(BaseQueue):
         """Its pool."""
         return self.pool
 
+    def serves_model(self, model: str) -> bool:
+        """Whether steps on this model, `provider:name`, go here."""
+        return bool(self.model) and model == self.model
+
 
 @dataclass(frozen=True)
 class DeviceQueue(BaseQueue):
@@ -144,7 +157,7 @@ class DeviceQueue(BaseQueue):
     forked process cannot use the device that its parent opened, and each would load the weights again.
 
     Args:
-        model: the local model; steps on `local:MODEL` go here.
+        model: the local model, with or without `local:`; steps on it go here.
         concurrency: steps at once in one process, at most, if the engine has room for them; 0 is 256. The largest of the
             queues of one model counts.
         rate: as in `Queue`.
@@ -167,6 +180,12 @@ class DeviceQueue(BaseQueue):
     def _check(self) -> None:
         if not self.model:
             raise DefinitionError(f"{self._label}: model is empty", hint="name one, such as 'Qwen/Qwen3-8B'")
+        object.__setattr__(self, "model", self.model.removeprefix("local:"))
+        if not _may_have_model(DeviceQueue, self.model):
+            raise DefinitionError(
+                f"{self._label}: {self.model!r} is not a local model, which the workers of a DeviceQueue load",
+                hint=f"write {_call(Queue, self.name, {'model': self.model})}",
+            )
         if not isinstance(self.devices, str):
             object.__setattr__(self, "devices", tuple(self.devices))
         is_valid = self.devices == "all" or (
@@ -208,9 +227,9 @@ class DeviceQueue(BaseQueue):
         """No: a process of their own would load the model once more."""
         return False
 
-    def serves_model(self, name: str) -> bool:
-        """Whether steps on `local:NAME` go here."""
-        return name == self.model
+    def serves_model(self, model: str) -> bool:
+        """Whether steps on this model, `provider:name`, go here."""
+        return model == f"local:{self.model}"
 
 
 @dataclass(frozen=True)
@@ -221,7 +240,7 @@ class ServerQueue(BaseQueue):
 
     Args:
         urls: base URLs of the servers.
-        model: steps on `local:MODEL` go here; "" leaves that to agents that name the queue.
+        model: steps on this model, or on `local:MODEL`, go here; "" leaves that to agents that name the queue.
         concurrency: model calls in flight in one worker, at all servers together; 0 is 100. The largest of the queues that
             share their places counts.
         rate: as in `Queue`.
@@ -265,9 +284,9 @@ class ServerQueue(BaseQueue):
         """Equal for queues that share their places in a worker."""
         return frozenset(self.urls), self.model
 
-    def serves_model(self, name: str) -> bool:
-        """Whether steps on `local:NAME` go here."""
-        return bool(self.model) and name == self.model
+    def serves_model(self, model: str) -> bool:
+        """Whether steps on this model, `provider:name`, go here."""
+        return bool(self.model) and model in (self.model, f"local:{self.model}")
 
 
 def _check_lane(label: str, lane: str) -> None:
@@ -279,6 +298,18 @@ def _parameters(cls: type[BaseQueue]) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
+def _is_local(model: str) -> bool:
+    return ":" not in model.removeprefix("local:")
+
+
+def _may_have_model(cls: type[BaseQueue], model: str | None) -> bool:
+    return not model or cls is ServerQueue or _is_local(model) == (cls is DeviceQueue)
+
+
+def _call(cls: type[BaseQueue], name: str, arguments: dict[str, Any]) -> str:
+    return f"{cls.__name__}({name!r}, {', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+
+
 def _line_to_write(name: str, kwargs: dict[str, Any]) -> str:
     """The first class of queue that has all these parameters, called with them; else what each class has."""
     classes: tuple[type[BaseQueue], ...] = (Queue, DeviceQueue, ServerQueue)
@@ -286,10 +317,9 @@ def _line_to_write(name: str, kwargs: dict[str, Any]) -> str:
     without_pool = {word: value for word, value in words.items() if word != "pool"}
     for arguments, verb in ((words, "write"), (without_pool, "leave out `pool`, which only Queue has:")):
         for cls in classes:
-            if set(arguments) <= set(_parameters(cls)):
+            if set(arguments) <= set(_parameters(cls)) and _may_have_model(cls, arguments.get("model")):
                 missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in ("name", *arguments)]
-                all_arguments = {word: EXAMPLES[word] for word in missing} | arguments
-                return f"{verb} {cls.__name__}({name!r}, {', '.join(f'{k}={v!r}' for k, v in all_arguments.items())})"
+                return f"{verb} {_call(cls, name, {word: EXAMPLES[word] for word in missing} | arguments)}"
     return "use one of: " + " · ".join(f"{cls.__name__}({', '.join(_parameters(cls))})" for cls in classes)
 
 
