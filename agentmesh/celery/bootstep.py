@@ -39,13 +39,13 @@ class HousekeepingStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
     def start(self, worker: Any) -> None:
         """Start housekeeping, once the processes of the pool run."""
         consumed = set(worker.app.amqp.queues.consume_from)
-        for home in worker.app.tasks[StepTask.name].meshes.values():
-            if queues := consumed.intersection(home.broker_queues()):
+        for runtime in worker.app.tasks[StepTask.name].meshes.values():
+            if queues := consumed.intersection(runtime.broker_queues()):
                 for queue in queues if on_rabbit(worker.app) else ():
                     declare_as_ours(worker.app.amqp.queues[queue])
-                home.start_housekeeping()
-                self.meshes.append(home)
-                logger.info("housekeeping for crew %r as %s", home.crew.name, home.lease_name(os.getpid()))
+                runtime.start_housekeeping()
+                self.meshes.append(runtime)
+                logger.info("housekeeping for crew %r as %s", runtime.crew.name, runtime.lease_name(os.getpid()))
         # The pool drains after this step's `stop`, and its leases must be renewed until it has ended.
         worker_shutdown.connect(self._on_shutdown, sender=worker)
 
@@ -58,14 +58,14 @@ class HousekeepingStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
 
     def terminate(self, worker: Any) -> None:
         """A cold shutdown: interrupted steps are retried elsewhere when their leases have expired."""
-        for home in self.meshes:
-            home.stop_housekeeping()
+        for runtime in self.meshes:
+            runtime.stop_housekeeping()
 
     def _on_shutdown(self, **_: Any) -> None:
-        for home in self.meshes:
-            home.stop_housekeeping()
+        for runtime in self.meshes:
+            runtime.stop_housekeeping()
             try:
-                run_sync(asyncio.wait_for(home.release_processes([os.getpid(), *self._pids]), RELEASE_TIMEOUT_S))
+                run_sync(asyncio.wait_for(runtime.release_processes([os.getpid(), *self._pids]), RELEASE_TIMEOUT_S))
             except (OSError, MeshError) as e:
                 logger.warning("could not release the worker's leases (%s); they expire on their own", e)
 

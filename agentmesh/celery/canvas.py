@@ -129,14 +129,14 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         raise Ignore
 
     def _begin(self, run_id: str, args: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> Any:
-        home = self.meshes.get(kwargs.get("crew", ""))
-        if home is None:
+        runtime = self.meshes.get(kwargs.get("crew", ""))
+        if runtime is None:
             raise DefinitionError(
                 f"there is no Mesh of crew {kwargs.get('crew')!r} on this app in this process",
                 hint="import the module that creates it",
             )
         saved = {name: value for name, value in request.items() if value is not None} | {"id": run_id}
-        return home.begin_for_canvas(
+        return runtime.begin_for_canvas(
             kwargs["agent"], args[0] if args else "", run_id, _to_plain_json(saved), kwargs["fields"]
         )
 
@@ -147,8 +147,8 @@ class FinishTask(EngineTask):
     name = "agentmesh.finish"
 
     async def coro(self, crew: str, run_id: str) -> str:
-        home = self.meshes.get(crew)
-        return await report_end(self.app, home.active_engine(), run_id) if home else unknown_crew(crew)
+        runtime = self.meshes.get(crew)
+        return await report_end(self.app, runtime.active_engine(), run_id) if runtime else unknown_crew(crew)
 
 
 async def report_end(app: Celery, engine: Engine, run_id: str) -> str:

@@ -175,28 +175,28 @@ class InProcessWorker:
     """Works for meshes of one Celery app; also usable as a context manager.
 
     Args:
-        homes: the meshes, whose crews' leases are renewed and whose outboxes are swept meanwhile.
-        workers: one for all queues, or one for each group of queues that has places of its own.
+        meshes: those whose leases it renews and whose outboxes it sweeps while it works.
+        workers: one for all queues, or one for each group of queues that has its own places.
     """
 
     def __init__(self, meshes: Sequence[MeshRuntime], workers: Sequence[EmbeddedWorker]) -> None:
-        self._homes, self._workers = list(meshes), list(workers)
-        self._tenders: list[tuple[MeshRuntime, Housekeeper]] = []
+        self._runtimes, self._workers = list(meshes), list(workers)
+        self._housekeepers: list[tuple[MeshRuntime, Housekeeper]] = []
 
     def start(self) -> Self:
         """Start, and return when it consumes."""
-        for home in self._homes:
-            home.check()
+        for runtime in self._runtimes:
+            runtime.check()
         try:
-            for home in self._homes:
+            for runtime in self._runtimes:
                 # of all queues: it may be the one sweeper, also for workers of other queues
-                self._tenders.append((home, home.start_housekeeping()))
+                self._housekeepers.append((runtime, runtime.start_housekeeping()))
             for worker in self._workers:
                 worker.start()
         except BaseException:
             for worker in self._workers:
                 worker.stop(grace_s=0.0)
-            self._untend()
+            self._stop_housekeeping()
             raise
         return self
 
@@ -206,13 +206,13 @@ class InProcessWorker:
         with ThreadPoolExecutor(max(1, len(self._workers))) as stopping:
             for stopped in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
                 stopped.result()
-        for home in self._untend():
-            run_sync(home.release_processes([os.getpid()]))
+        for runtime in self._stop_housekeeping():
+            run_sync(runtime.release_processes([os.getpid()]))
 
-    def _untend(self) -> list[MeshRuntime]:
-        """Those for which no other worker of this process works: what they still hold is given back."""
-        tended, self._tenders = self._tenders, []
-        return [home for home, tender in tended if home.stop_housekeeping(tender)]
+    def _stop_housekeeping(self) -> list[MeshRuntime]:
+        """Stop our housekeeping; returns the meshes for which no other worker of this process works any more."""
+        started, self._housekeepers = self._housekeepers, []
+        return [runtime for runtime, housekeeper in started if runtime.stop_housekeeping(housekeeper)]
 
     def __enter__(self) -> Self:
         return self.start()

@@ -15,9 +15,8 @@ from kombu.entity import Queue as BrokerQueue
 from agentmesh.celery.app import is_amqp
 from agentmesh.errors import ConfigError
 
-DELIVERY_LIMIT = (
-    20  # the default of RabbitMQ 4; 3.x has none, and would redeliver a message that kills workers for ever
-)
+# The default of RabbitMQ 4. Without one, as in 3.x, a message that kills workers is redelivered for ever.
+DELIVERY_LIMIT = 20
 ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
 HEARTBEAT_S = 5.0  # a silent half-open connection is noticed after two of them
 SOCKET_TIMEOUT_S = 10.0  # no single read or write may take longer

@@ -30,9 +30,9 @@ class StepRequest(Request):  # type: ignore[misc]  # celery is untyped
             self._release_process()
 
     def _release_process(self) -> None:
-        home = self.task.meshes.get(self.args[0])
-        if home is not None and self.worker_pid:
-            home.release_dead(self.worker_pid)
+        runtime = self.task.meshes.get(self.args[0])
+        if runtime is not None and self.worker_pid:
+            runtime.release_dead(self.worker_pid)
 
 
 class EngineTask(Task):  # type: ignore[misc]  # celery is untyped
@@ -61,8 +61,8 @@ class StepTask(EngineTask):
     name = "agentmesh.step"
 
     async def coro(self, crew: str, run_id: str, n: str, kind: str, queue: str) -> str:
-        home = self.meshes.get(crew)
-        return await home.active_engine().step(run_id, int(n), kind, queue) if home else unknown_crew(crew)
+        runtime = self.meshes.get(crew)
+        return await runtime.active_engine().step(run_id, int(n), kind, queue) if runtime else unknown_crew(crew)
 
 
 class AdvanceTask(EngineTask):
@@ -71,8 +71,8 @@ class AdvanceTask(EngineTask):
     name = "agentmesh.advance"
 
     async def coro(self, crew: str, run_id: str) -> str:
-        home = self.meshes.get(crew)
-        return await home.active_engine().advance(run_id) if home else unknown_crew(crew)
+        runtime = self.meshes.get(crew)
+        return await runtime.active_engine().advance(run_id) if runtime else unknown_crew(crew)
 
 
 def unknown_crew(crew: str) -> str:
@@ -88,9 +88,9 @@ def register_tasks(app: Celery) -> dict[str, MeshRuntime]:
     if StepTask.name in app.tasks:
         meshes: dict[str, MeshRuntime] = app.tasks[StepTask.name].meshes
         return meshes
-    homes: dict[str, MeshRuntime] = {}
+    runtimes: dict[str, MeshRuntime] = {}
     for cls in (StepTask, AdvanceTask):
         task = cls()
-        task.meshes = homes
+        task.meshes = runtimes
         app.register_task(task)
-    return homes
+    return runtimes

@@ -30,7 +30,7 @@ from agentmesh.worker.supervisor import Supervisor
 
 RELEASE_RETRY_S = 0.2
 STOPPED = -15  # killed by our own SIGTERM before its handler was there
-JOURNAL_TIMEOUT_S = 2.0  # how long a health check or a scrape waits for the journal
+REPLY_TIMEOUT_S = 2.0  # how long a health check or a scrape waits for the journal
 
 
 def release_on_death(config: Config, queues: list[str]) -> Callable[[str, int], None]:
@@ -151,6 +151,6 @@ def journal_answers(journal: Journal) -> bool:
 
 async def _counts(journal: Journal) -> JournalCounts | None:
     try:
-        return await asyncio.wait_for(journal.counts(), JOURNAL_TIMEOUT_S)
+        return await asyncio.wait_for(journal.counts(), REPLY_TIMEOUT_S)
     except (TimeoutError, MeshError):
         return None

@@ -50,13 +50,21 @@ class BaseQueue:
     rate: str = ""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse a parameter of another class of queue, with the line to write instead."""
-        unknown = sorted(set(kwargs) - set(_parameters(cls)))
-        if unknown:
-            name = args[0] if args else kwargs.pop("name", "NAME")
-            raise DefinitionError(
-                f"queue {name!r}: {cls.__name__} has no parameter `{unknown[0]}`", hint=_line_to_write(name, kwargs)
-            )
+        """Refuse a parameter of another class of queue, or a missing one, with the line to write instead."""
+        if args or kwargs:  # neither where a queue is copied or unpickled
+            options = dict(kwargs)
+            name = args[0] if args else options.pop("name", "NAME")
+            unknown, missing = sorted(set(options) - set(_parameters(cls))), _missing(cls, options)
+            if unknown:
+                raise DefinitionError(
+                    f"queue {name!r}: {cls.__name__} has no parameter `{unknown[0]}`",
+                    hint=_line_to_write(name, options),
+                )
+            if missing:
+                raise DefinitionError(
+                    f"queue {name!r}: {cls.__name__} needs `{next(iter(missing))}`",
+                    hint=f"write {_call(cls, name, missing | options)}",
+                )
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -298,6 +306,12 @@ def _parameters(cls: type[BaseQueue]) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
+def _missing(cls: type[BaseQueue], options: dict[str, Any]) -> dict[str, Any]:
+    """The required parameters that are left out, each with an example."""
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.name != "name"]
+    return {word: EXAMPLES[word] for word in required if word not in options}
+
+
 def _is_local(model: str) -> bool:
     return ":" not in model.removeprefix("local:")
 
@@ -318,8 +332,7 @@ def _line_to_write(name: str, kwargs: dict[str, Any]) -> str:
     for arguments, verb in ((words, "write"), (without_pool, "leave out `pool`, which only Queue has:")):
         for cls in classes:
             if set(arguments) <= set(_parameters(cls)) and _may_have_model(cls, arguments.get("model")):
-                missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in ("name", *arguments)]
-                return f"{verb} {_call(cls, name, {word: EXAMPLES[word] for word in missing} | arguments)}"
+                return f"{verb} {_call(cls, name, _missing(cls, arguments) | arguments)}"
     return "use one of: " + " · ".join(f"{cls.__name__}({', '.join(_parameters(cls))})" for cls in classes)
 
 

@@ -21,7 +21,7 @@ from agentmesh.worker.asyncio_worker import worker_command
 from agentmesh.worker.embed_queues import RAG, embed_queues
 from agentmesh.worker.process import Command
 
-JOURNAL_TIMEOUT_S = 2.0  # of one check
+REPLY_TIMEOUT_S = 2.0  # of one check
 
 
 class OnDemandWorker:
@@ -41,7 +41,7 @@ class OnDemandWorker:
     async def _waiting(self) -> int:
         if self._journal is None:
             self._journal = self._open_journal()
-        async with asyncio.timeout(JOURNAL_TIMEOUT_S):
+        async with asyncio.timeout(REPLY_TIMEOUT_S):
             return await self._journal.queued(self._queues)
 
     def close(self) -> None:

@@ -20,6 +20,8 @@ A, B = "http://a:1/v1", "http://b:1/v1"
         (Queue, {"model": "m"}, "'m' is a local model, which the workers of a Queue do not load",
          "write DeviceQueue('gpu', model='m')"),
         (Queue, {"model": "local:m"}, "which the workers of a Queue do not load", "write DeviceQueue('gpu', model='m')"),
+        (DeviceQueue, {"lane": "low"}, "DeviceQueue needs `model`", "write DeviceQueue('gpu', model='NAME', lane='low')"),
+        (ServerQueue, {}, "ServerQueue needs `urls`", "write ServerQueue('gpu', urls=['http://HOST:8000/v1'])"),
         (DeviceQueue, {"model": "openai:m"}, "which the workers of a DeviceQueue load", "write Queue('gpu', model='openai:m')"),
         (Queue, {"devices": [0]}, "has no parameter `devices`", "write DeviceQueue('gpu', model='NAME', devices=[0])"),
         (Queue, {"lane": "low"}, "has no parameter `lane`", "write DeviceQueue('gpu', model='NAME', lane='low')"),
