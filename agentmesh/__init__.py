@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from agentmesh.definitions.context import Context
     from agentmesh.definitions.crew import Crew
     from agentmesh.definitions.limits import Limits
-    from agentmesh.definitions.queue import Queue
+    from agentmesh.definitions.queue import DeviceQueue, Queue, ServerQueue
     from agentmesh.definitions.schedule import Schedule
     from agentmesh.definitions.step import Approve, Sleep, ToolContext
     from agentmesh.definitions.tool import NotDone, Tool, Unknown, tool
@@ -73,6 +73,7 @@ __all__ = [
     "Crew",
     "DefinitionError",
     "DelegateFailed",
+    "DeviceQueue",
     "DocumentError",
     "EmbedderError",
     "EmbedderMismatch",
@@ -99,6 +100,7 @@ __all__ = [
     "RunError",
     "RunFailed",
     "Schedule",
+    "ServerQueue",
     "ServiceDown",
     "Sleep",
     "StepError",
@@ -128,6 +130,7 @@ _HOME = {
     "Config": "config",
     "Context": "definitions.context",
     "Crew": "definitions.crew",
+    "DeviceQueue": "definitions.queue",
     "Limits": "definitions.limits",
     "Mesh": "mesh",
     "NotDone": "definitions.tool",
@@ -135,6 +138,7 @@ _HOME = {
     "Retriever": "retriever",
     "Run": "engine.run",
     "Schedule": "definitions.schedule",
+    "ServerQueue": "definitions.queue",
     "Sleep": "definitions.step",
     "Tool": "definitions.tool",
     "ToolContext": "definitions.step",

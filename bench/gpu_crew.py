@@ -2,7 +2,7 @@
 
 import os
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
 from agentmesh.message import user
 
 MODEL = os.environ.get("BENCH_MODEL", "smollm2")
@@ -31,4 +31,4 @@ class Batch(Agent[int]):
         return sum(len(s.text.split()) for s in said)
 
 
-crew = Crew(Batch(), name="bench", queues=[Queue("main"), Queue("gpu", model=MODEL, gpu_memory=MEMORY)])
+crew = Crew(Batch(), name="bench", queues=[Queue("main"), DeviceQueue("gpu", model=MODEL, gpu_memory_fraction=MEMORY)])

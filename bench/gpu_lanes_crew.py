@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
 from agentmesh.message import user
 
 MODEL, PLACES = "tiny", int(os.environ.get("BENCH_PLACES", "32"))
@@ -65,6 +65,6 @@ def write_down(path: str) -> None:
 if "BENCH_STEPS" in os.environ and "agentmesh.worker.gpu_worker" in " ".join(sys.orig_argv):
     write_down(os.environ["BENCH_STEPS"])
 
-night = Queue("night", model=MODEL, lane="low", concurrency=PLACES)
-talk = Queue("talk", model=MODEL, lane="realtime", concurrency=PLACES)
+night = DeviceQueue("night", model=MODEL, lane="low", concurrency=PLACES)
+talk = DeviceQueue("talk", model=MODEL, lane="realtime", concurrency=PLACES)
 crew = Crew(Patient(), Urgent(), name="bench-lanes", queues=[Queue("main"), night, *([talk] if IN_LANES else [])])

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
 from agentmesh.message import Message, Usage, user
 from agentmesh.model import Answer, Prompt
 
@@ -53,5 +53,8 @@ crew = Crew(
     Many(),
     One(),
     name="slots",
-    queues=[Queue("main"), Queue("gpu", model="slots", concurrency=int(os.environ.get("BENCH_CONCURRENCY", "0")))],
+    queues=[
+        Queue("main"),
+        DeviceQueue("gpu", model="slots", concurrency=int(os.environ.get("BENCH_CONCURRENCY", "0"))),
+    ],
 )

@@ -1,4 +1,4 @@
-"""The Celery app that agentmesh makes itself, and its settings; an app that is given keeps its own."""
+"""The Celery app that agentmesh makes itself, and its settings; an app of the user keeps its own."""
 
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,9 +22,9 @@ def is_amqp(broker_url: str) -> bool:
 
 
 def celery_settings(broker_url: str) -> dict[str, Any]:
-    """What our own app is configured with: JSON only, late and local acks, nothing hijacked, retries for ever.
+    """The settings of our own app: JSON only, late and local acks, nothing hijacked, endless reconnects.
 
-    Gossip, mingle and heartbeat are no settings: whoever makes a worker passes without_gossip, without_mingle and
+    Gossip, mingle and heartbeat are not settings: the code that makes a worker passes without_gossip, without_mingle and
     without_heartbeat.
     """
     return {
@@ -37,11 +37,11 @@ def celery_settings(broker_url: str) -> dict[str, Any]:
         "result_serializer": "json",
         "event_serializer": "json",
         "task_ignore_result": True,
-        "task_acks_late": True,  # an early ack lets one worker take the whole queue
-        "task_reject_on_worker_lost": False,  # the journal sends again what a dead worker held
+        "task_acks_late": True,  # with early acks one worker would take the whole queue
+        "task_reject_on_worker_lost": False,  # the journal re-sends what a dead worker held
         "worker_prefetch_multiplier": 1,
         "worker_disable_rate_limits": True,  # Celery's are per worker; a queue's rate is the journal's
-        "worker_cancel_long_running_tasks_on_connection_loss": False,  # a lost connection must not throw calls away
+        "worker_cancel_long_running_tasks_on_connection_loss": False,  # a lost connection must not cancel running calls
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "worker_detect_quorum_queues": True,
@@ -49,11 +49,11 @@ def celery_settings(broker_url: str) -> dict[str, Any]:
 
 
 def transport_options(broker_url: str) -> dict[str, Any]:
-    """The connection's options: no ack emulation on Redis, where leases do that work; confirms on AMQP."""
+    """The connection's options: no ack emulation on Redis, where leases replace it; confirms on AMQP."""
     if is_redis(broker_url):
         return {"ack_emulation": False, "socket_keepalive": True}
     if is_amqp(broker_url):
-        return {"confirm_publish": True}  # off by default: a publish would return before the broker has the message
+        return {"confirm_publish": True}  # off by default, where a publish returns before the broker has the message
     return {}
 
 
@@ -61,7 +61,7 @@ def transport_options(broker_url: str) -> dict[str, Any]:
 
 
 def make_app(broker: str) -> Celery:
-    """An app of our own; it becomes nobody's current or default app."""
+    """An app of our own; it does not become the current or the default app."""
     app = Celery("agentmesh", set_as_current=False)
     app.conf.update(celery_settings(broker))
     return app
@@ -84,13 +84,14 @@ def journal_url(broker: str, journal: str) -> str:
     """Where the journal lives.
 
     Raises:
-        ConfigError: the broker is no Redis and no journal is named.
+        ConfigError: the broker is not Redis and no journal is set.
     """
     if journal:
         return journal
     if not is_redis(broker):
         raise ConfigError(
-            f"the broker {without_password(broker)} cannot hold the journal: set `journal` to a Redis or Valkey URL (AGENTMESH_JOURNAL=redis://…)"
+            f"the broker {without_password(broker)} cannot hold the journal",
+            hint="set `journal` to a Redis or Valkey URL (AGENTMESH_JOURNAL=redis://…)",
         )
     return broker
 

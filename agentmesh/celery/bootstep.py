@@ -1,4 +1,4 @@
-"""What makes any Celery worker of an app a worker of its crews: a bootstep, added to the app and not to its conf."""
+"""The bootstep that makes any Celery worker of an app a worker of its crews; added to the app, not to its conf."""
 
 import asyncio
 import os
@@ -20,9 +20,9 @@ RELEASE_TIMEOUT_S = 3.0
 
 
 class HousekeepingStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is untyped
-    """Renews and sweeps in a worker's main process, for the crews whose queues it consumes.
+    """Renews leases and sweeps in a worker's main process, for the crews whose queues it consumes.
 
-    Children of a prefork pool hold leases of their own, which they renew; the main process hears when one dies.
+    Children of a prefork pool hold leases of their own, which they renew; the main process learns when one dies.
     """
 
     requires = ("celery.worker.components:Pool",)
@@ -33,43 +33,43 @@ class HousekeepingStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery
         super().__init__(worker, **kwargs)
 
     def include_if(self, worker: Any) -> bool:
-        """Not in the worker thread of a mesh's own, which brings its tender along."""
-        return not getattr(worker, "is_tended", False)
+        """Not in an embedded worker, whose mesh does its own housekeeping."""
+        return not getattr(worker, "has_housekeeping", False)
 
     def start(self, worker: Any) -> None:
-        """Once the pool's processes are there."""
+        """Start housekeeping, once the processes of the pool run."""
         consumed = set(worker.app.amqp.queues.consume_from)
-        for home in worker.app.tasks[StepTask.name].meshes.values():
-            if ours := consumed.intersection(home.broker_queues()):
-                for queue in ours if on_rabbit(worker.app) else ():
+        for runtime in worker.app.tasks[StepTask.name].meshes.values():
+            if queues := consumed.intersection(runtime.broker_queues()):
+                for queue in queues if on_rabbit(worker.app) else ():
                     declare_as_ours(worker.app.amqp.queues[queue])
-                home.start_housekeeping()
-                self.meshes.append(home)
-                logger.info("housekeeping for crew %r as %s", home.crew.name, home.lease_name(os.getpid()))
-        # The pool drains after this step's `stop`: whoever renews its leases must outlive it.
-        worker_shutdown.connect(self._ended, sender=worker)
+                runtime.start_housekeeping()
+                self.meshes.append(runtime)
+                logger.info("housekeeping for crew %r as %s", runtime.crew.name, runtime.lease_name(os.getpid()))
+        # The pool drains after this step's `stop`, and its leases must be renewed until it has ended.
+        worker_shutdown.connect(self._on_shutdown, sender=worker)
 
     def close(self, worker: Any) -> None:
-        """The pool is about to drain."""
+        """Note the processes of the pool, which is about to drain."""
         self._pids = [pid for pid in worker.pool.info.get("processes", ()) if isinstance(pid, int)]
 
     def stop(self, worker: Any) -> None:
-        """Nothing yet; see `start`."""
+        """Nothing: housekeeping ends after the drain; see `start`."""
 
     def terminate(self, worker: Any) -> None:
-        """A cold shutdown: what is cut off goes on elsewhere when its lease has run out."""
-        for home in self.meshes:
-            home.stop_housekeeping()
+        """A cold shutdown: interrupted steps are retried elsewhere when their leases have expired."""
+        for runtime in self.meshes:
+            runtime.stop_housekeeping()
 
-    def _ended(self, **_: Any) -> None:
-        for home in self.meshes:
-            home.stop_housekeeping()
+    def _on_shutdown(self, **_: Any) -> None:
+        for runtime in self.meshes:
+            runtime.stop_housekeeping()
             try:
-                run_sync(asyncio.wait_for(home.release_processes([os.getpid(), *self._pids]), RELEASE_TIMEOUT_S))
+                run_sync(asyncio.wait_for(runtime.release_processes([os.getpid(), *self._pids]), RELEASE_TIMEOUT_S))
             except (OSError, MeshError) as e:
                 logger.warning("could not release the worker's leases (%s); they expire on their own", e)
 
 
 def add_bootstep(app: Celery) -> None:
-    """Every worker of this app tends from now on; the app's conf is not touched."""
+    """Give every worker of this app the step; the app's conf is not touched."""
     app.steps["worker"].add(HousekeepingStep)

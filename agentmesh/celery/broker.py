@@ -1,4 +1,4 @@
-"""What a broker is asked: whether it is safe to use, how long its queues are, who consumes from them."""
+"""Queries to a broker: whether it is safe to use, how long its queues are, how many workers consume from them."""
 
 import contextlib
 import uuid
@@ -15,14 +15,14 @@ from agentmesh.celery.publish_connection import CONNECTION_ERRORS
 from agentmesh.celery.rabbitmq import declare_queues, on_rabbit, with_socket_limits
 from agentmesh.errors import ConfigError, ServiceDown
 
-CONNECT_TIMEOUT_S = 2.0  # how long a look at a queue may take
+QUEUE_LENGTH_TIMEOUT_S = 2.0  # of a query for the length of a queue
 
 
 def check_broker(app: Celery) -> None:
-    """Look whether the broker answers and keeps what it is given.
+    """Check that the broker responds and does not evict messages.
 
     Raises:
-        ServiceDown: nobody answers.
+        ServiceDown: it does not respond.
         ConfigError: its eviction policy would drop messages.
     """
     url = app.conf.broker_url or app.connection_for_read().as_uri()
@@ -35,24 +35,25 @@ def check_broker(app: Celery) -> None:
             )
     except (OperationalError, OSError) as e:
         raise ServiceDown(
-            f"no broker responds at {without_password(url)} ({e.__cause__ or e}). Start one, or leave `broker` empty for the embedded one"
+            f"no broker responds at {without_password(url)} ({e.__cause__ or e})",
+            hint="start one, or leave `broker` empty for the embedded one",
         ) from None
     if policy != "noeviction":
         raise ConfigError(
-            f"the broker at {without_password(url)} would evict messages and journals when memory is short (maxmemory-policy {policy!r}): "
-            "set `maxmemory-policy noeviction`"
+            f"the broker at {without_password(url)} would evict messages and journals when memory is short (maxmemory-policy {policy!r})",
+            hint="set `maxmemory-policy noeviction`",
         )
 
 
 class QueueLengths:
-    """Counts the messages waiting in broker queues, over a connection it keeps until `close`; for one thread."""
+    """Counts the messages that wait in broker queues, over one connection until `close`; for one thread."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
         self._connection: Any = None
 
     def __call__(self, queues: Sequence[str]) -> dict[str, int]:
-        """How many wait in each; nothing when the broker is away."""
+        """How many wait in each; {} when the broker does not respond."""
         try:
             if self._connection is None:
                 self._connection = _with_timeout(self._app.connection_for_read())
@@ -61,23 +62,23 @@ class QueueLengths:
             return {q: _queue_length(self._connection.default_channel, q) for q in queues}
         except Exception as e:
             broken = self._connection.connection_errors if self._connection is not None else ()
-            self.close()  # nothing is known of its queues
-            if not isinstance(e, (*CONNECTION_ERRORS, *broken)):  # redis-py's errors are no OSErrors
+            self.close()
+            if not isinstance(e, (*CONNECTION_ERRORS, *broken)):  # redis-py's errors are not OSErrors
                 raise
             return {}
 
     def close(self) -> None:
-        """Give back the connection; the next count makes another."""
+        """Close the connection; the next count makes another."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            with contextlib.suppress(Exception):  # it may be what failed
+            with contextlib.suppress(Exception):  # the connection may be what failed
                 connection.collect(socket_timeout=1.0)
 
 
 def _with_timeout(connection: Any) -> Any:
-    """A connection that gives a Redis server up which does not answer: whoever waits for it has leases to renew."""
+    """The connection with a timeout for a Redis server that does not respond: the thread has leases to renew."""
     if connection.get_transport_cls().driver_type == "redis":
-        options = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+        options = {"socket_timeout": QUEUE_LENGTH_TIMEOUT_S, "socket_connect_timeout": QUEUE_LENGTH_TIMEOUT_S}
         connection.transport_options = {**(connection.transport_options or {}), **options}
     return connection
 
@@ -89,37 +90,37 @@ def _queue_length(channel: Any, queue: str) -> int:
         return 0  # Redis keeps no empty list
 
 
-# ---- Which workers take from a queue now, asked of the broker -----------------------------------
+# ---- Consumers of a queue -----------------------------------------------------------------------
 
-REPLY_TIMEOUT_S = 3.0
+CONSUMERS_TIMEOUT_S = 3.0
 
 
 def consumer_client_name(queues: Sequence[str]) -> str:
-    """A name for the Redis connections of a worker of these broker queues, and no other's."""
+    """A unique name for the Redis connections of one worker, with the queues it consumes from."""
     return f"agentmesh-{uuid.uuid4().hex}:{','.join(queues)}"
 
 
 def consumer_count(app: Celery, queue: str) -> int | None:
-    """How many workers take from this broker queue; None where the broker is away or does not tell."""
+    """How many workers consume from this broker queue; None where the broker does not respond or cannot tell."""
     try:
-        with app.connection_for_read(connect_timeout=REPLY_TIMEOUT_S) as connection:
+        with app.connection_for_read(connect_timeout=CONSUMERS_TIMEOUT_S) as connection:
             if on_rabbit(app):
-                return _consumers(with_socket_limits(connection), queue)
-            connection.ensure_connection(max_retries=1, timeout=REPLY_TIMEOUT_S)
+                return _rabbit_consumers(with_socket_limits(connection), queue)
+            connection.ensure_connection(max_retries=1, timeout=CONSUMERS_TIMEOUT_S)
             client = getattr(connection.default_channel, "client", None)
-            return None if client is None else _named(client, queue)
-    except (*CONNECTION_ERRORS, RedisError):  # RedisError: no right to list clients, too
+            return None if client is None else _count_named_clients(client, queue)
+    except (*CONNECTION_ERRORS, RedisError):  # RedisError: also without the right to list clients
         return None
 
 
-def _consumers(connection: Any, queue: str) -> int:
+def _rabbit_consumers(connection: Any, queue: str) -> int:
     with contextlib.suppress(amqp.NotFound):
         return int(connection.channel().queue_declare(queue, passive=True).consumer_count)
     return 0
 
 
-def _named(client: Any, queue: str) -> int:
-    """A worker has several connections."""
+def _count_named_clients(client: Any, queue: str) -> int:
+    """How many distinct names: a worker has several connections of one name."""
     db = str(client.connection_pool.connection_kwargs.get("db", 0))
     names = {c["name"] for c in client.client_list() if c["db"] == db and c["name"].startswith("agentmesh-")}
     return sum(queue in name.partition(":")[2].split(",") for name in names)

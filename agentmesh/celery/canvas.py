@@ -1,7 +1,7 @@
-"""A chord of the user's whose state Celery's Redis backend let go of while a run of ours was still waiting for a person.
+"""Agents in a user's canvas: runs as Celery tasks, and the report of their results to the result backend.
 
-Celery forgets how large a chord is `result_expires` after its last part came, and then counts for ever: no body, no
-error. Whoever comes later than that fails the chord, so that its result and its errbacks say what happened.
+Celery's Redis backend forgets the size of a chord `result_expires` after its last part came, and then counts for ever:
+no body, no error. A run that ends later than that fails the chord, so that its result and its errbacks say what happened.
 """
 
 import asyncio
@@ -28,39 +28,39 @@ from agentmesh.journal.types import Claimed, finish_unit
 
 log = logging.getLogger("agentmesh")
 
-FAILED_CHORD_S = 86_400  # how long the other late parts find that it was said
+FAILED_CHORD_TTL_S = 86_400  # how long other late parts see that the chord was failed
 
 
 def fail_if_expired(app: Any, backend: Any, request: Any, waited_s: float) -> bool:
-    """Whether the chord of this part was gone, and is failed now.
+    """Fail the chord of this part if Celery has forgotten it; whether it had.
 
     Args:
-        request: the part's, with its chord and group.
-        waited_s: since the part was begun.
+        request: the request of the part, with its chord and group.
+        waited_s: how long ago the part was begun.
     """
     expires_s = getattr(backend, "chord_expires", None)
     if not hasattr(backend, "_chord_part_return_script") or not expires_s or waited_s < expires_s:
         return False
     size, claim = (backend.get_key_for_group(request.group, part) for part in (".s", ".c"))
     body = signature(request.chord, app=app)
-    # Told a second time: an ended chord has no size either.
+    # An ended chord has no size either, and is not failed.
     if backend.client.exists(size, claim) or any(backend.get_state(id) in READY_STATES for id in _task_ids(body)):
         return False
     message = (
-        f"run {request.id} took {waited_s:.0f} s, and Celery forgets a chord {expires_s:.0f} s after its last part: set "
+        f"run {request.id} took {waited_s:.0f} s, and Celery forgets a chord {expires_s:.0f} s after its last part; set "
         "`result_chord_expires` of your app longer than your longest wait"
     )
     log.error(message)
     try:
-        raise ChordError(message)  # Celery wants it from the stack
+        raise ChordError(message)  # Celery reads it from the stack
     except ChordError as error:
         backend.chord_error_from_stack(body, error)
-    backend.client.set(claim, "done", ex=FAILED_CHORD_S)
+    backend.client.set(claim, "done", ex=FAILED_CHORD_TTL_S)
     return True
 
 
 def _task_ids(body: Any) -> list[str]:
-    return [one.id for one in (body, *(getattr(body, "tasks", None) or ())) if getattr(one, "id", None)]
+    return [task.id for task in (body, *(getattr(body, "tasks", None) or ())) if getattr(task, "id", None)]
 
 
 # ---- Agents as Celery signatures ----------------------------------------------------------------
@@ -70,7 +70,7 @@ SAVED_FIELDS = ("group", "group_index", "chord", "chain", "callbacks", "errbacks
 
 
 class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
-    """A run as a task of the user's canvas. Its id is the run's."""
+    """A run as a task of the user's canvas. The task's id is the run's."""
 
     name = "agentmesh.agent"
     acks_late = True
@@ -82,7 +82,7 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         self, args: Any = None, kwargs: Any = None, task_id: str | None = None, producer: Any = None, link: Any = None,
         link_error: Any = None, shadow: Any = None, **options: Any,
     ) -> AsyncResult:  # fmt: skip
-        """Begin the run; answers the result that the canvas waits for."""
+        """Begin the run; returns the result that the canvas waits for."""
         if is_eager(self.app):
             return super().apply_async(
                 args,
@@ -102,26 +102,26 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         run_id = task_id or uuid()
         if hasattr(self.backend, "oid"):  # rpc://: the result is a message to this thread's own queue
             request["reply_to"] = request.get("reply_to") or self.app.thread_oid
-            with self.app.producer_or_acquire(producer) as sender:
-                self.backend.on_task_call(sender, run_id)
+            with self.app.producer_or_acquire(producer) as open_producer:
+                self.backend.on_task_call(open_producer, run_id)
         self._begin(run_id, args or (), dict(kwargs or {}), request)
         return self.AsyncResult(run_id)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Celery's tracer alone may call it.
+        """Only for Celery's tracer.
 
         Raises:
-            DefinitionError: `map`, `starmap` or `chunks` did, or code that wanted the agent's answer.
+            DefinitionError: called by `map`, `starmap` or `chunks`, or as a function.
         """
         if self.request.called_directly:
-            raise DefinitionError(
-                "an agent called as a function would block this worker: write `mesh.map(agent, tasks)` where Celery's "
-                "`map`, `starmap` or `chunks` would be, and `mesh.run(agent, task)` outside of workers"
+            raise DefinitionError(  # with the hint in the message: result backends keep only that
+                "an agent called as a function, or by Celery's `map`, `starmap` or `chunks`, would block this worker: "
+                "write `mesh.map(agent, tasks)` in a canvas, and `mesh.run(agent, task)` outside of workers"
             )
         return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """A message of this task that somebody else published: begin the run, and let `report_end` answer for it."""
+        """A message of this task that another program published: begin the run; `report_end` reports its result."""
         request = {name: getattr(self.request, name, None) for name in SAVED_FIELDS}
         events = self._begin(self.request.id, args, kwargs, request)
         if is_eager(self.app):
@@ -129,27 +129,30 @@ class AgentTask(Task):  # type: ignore[misc]  # celery is untyped
         raise Ignore
 
     def _begin(self, run_id: str, args: Any, kwargs: dict[str, Any], request: dict[str, Any]) -> Any:
-        home = self.meshes.get(kwargs.get("crew", ""))
-        if home is None:
-            raise DefinitionError(f"no mesh of crew {kwargs.get('crew')!r} was made on this app in this process")
+        runtime = self.meshes.get(kwargs.get("crew", ""))
+        if runtime is None:
+            raise DefinitionError(
+                f"there is no Mesh of crew {kwargs.get('crew')!r} on this app in this process",
+                hint="import the module that creates it",
+            )
         saved = {name: value for name, value in request.items() if value is not None} | {"id": run_id}
-        return home.begin_for_canvas(
+        return runtime.begin_for_canvas(
             kwargs["agent"], args[0] if args else "", run_id, _to_plain_json(saved), kwargs["fields"]
         )
 
 
 class FinishTask(EngineTask):
-    """Tells a canvas of a run's end; repeated until the backend has it."""
+    """Reports a run's end to the result backend; repeated until the backend has it."""
 
     name = "agentmesh.finish"
 
     async def coro(self, crew: str, run_id: str) -> str:
-        home = self.meshes.get(crew)
-        return await report_end(self.app, home.active_engine(), run_id) if home else unknown_crew(crew)
+        runtime = self.meshes.get(crew)
+        return await report_end(self.app, runtime.active_engine(), run_id) if runtime else unknown_crew(crew)
 
 
 async def report_end(app: Celery, engine: Engine, run_id: str) -> str:
-    """Report a run's end to the app's result backend, then strike it off."""
+    """Report a run's end to the app's result backend, then mark it as notified in the journal."""
     claimed = await engine.claim_unit(finish_unit(run_id), run_id)
     if not isinstance(claimed, Claimed):
         return claimed.why
@@ -169,7 +172,7 @@ async def report_end(app: Celery, engine: Engine, run_id: str) -> str:
 
 
 def report_to_backend(app: Celery, saved: dict[str, Any], end: Any, waited_s: float = 0.0) -> bool:
-    """What Celery's tracer would have done at the end of a task; whether all of it is certain to have happened."""
+    """Do what Celery's tracer does at the end of a task; whether all of it is certain to have happened."""
     request = Context(saved, called_directly=False, delivery_info={}, task=AgentTask.name)
     task = app.tasks[AgentTask.name]
     if isinstance(end, RunDone):
@@ -188,18 +191,18 @@ def report_to_backend(app: Celery, saved: dict[str, Any], end: Any, waited_s: fl
         task.backend.mark_as_failure(request.id, RuntimeError(str(error)), request=request)
     if not request.chord or fail_if_expired(app, task.backend, request, waited_s):
         return True
-    return _join_is_over(task.backend, request.group)
+    return _is_join_over(task.backend, request.group)
 
 
-def _join_is_over(backend: Any, group: str) -> bool:
-    """Whether Celery's own join is not in the middle of dying: its claim is gone, or says that the body is sent."""
+def _is_join_over(backend: Any, group: str) -> bool:
+    """Whether Celery's own join is not interrupted: its claim is gone, or says that the body is sent."""
     if not hasattr(backend, "_chord_part_return_script"):
         return True  # other backends count without a claim
     return backend.client.get(backend.get_key_for_group(group, ".c")) in (None, b"done", "done")
 
 
 def _to_plain_json(saved: dict[str, Any]) -> Any:
-    """Signatures and all, as JSON."""
+    """Signatures and everything else as plain JSON values."""
     dumps: Any = kombu_json.dumps  # kombu is untyped
     return json.loads(dumps(saved))
 
@@ -211,7 +214,7 @@ def _as_list(link: Any) -> list[Any] | None:
 
 
 def register_canvas(app: Celery, meshes: dict[str, MeshRuntime]) -> None:
-    """Put the agent's and the finish task on this app."""
+    """Register the agent task and the finish task on this app."""
     if AgentTask.name in app.tasks:
         return
     for cls in (AgentTask, FinishTask):

@@ -1,4 +1,8 @@
-"""A gather as Celery sees it: a chord, frozen and rendered by Celery's send path, joined by the journal alone."""
+"""Renders the messages of steps through Celery's own send path; sends none.
+
+Where a rendered message is sent: in the journal's script (`send` in journal/lua/common.lua) when broker and journal are
+one server and database, else in celery/publisher.py.
+"""
 
 import json
 import re
@@ -13,11 +17,11 @@ from agentmesh.engine.dispatch import MessageSpec
 from agentmesh.journal.types import GatherPlan, TaskMessage
 
 STEP, ADVANCE, FINISH = "agentmesh.step", "agentmesh.advance", "agentmesh.finish"  # the tasks' names
-TAG = "@TAG@"  # where the store puts the delivery tag
+TAG = "@TAG@"  # where the journal's script puts the delivery tag
 
 
 class _Connection:
-    """What Celery's send path asks of a producer's connection when it guards a publish."""
+    """What Celery's send path needs of a producer's connection."""
 
     recoverable_connection_errors: tuple[type[Exception], ...] = ()
     recoverable_channel_errors: tuple[type[Exception], ...] = ()
@@ -28,7 +32,7 @@ class _Connection:
 
 
 class BufferProducer:
-    """A producer that renders and sends nothing: `out` has each message as kombu's Redis transport would store it."""
+    """A producer that sends nothing: `out` has each message as kombu's Redis transport would store it."""
 
     connection = _Connection()
     channel = None
@@ -40,7 +44,7 @@ class BufferProducer:
         self, body: Any, exchange: Any = "", routing_key: str = "", headers: dict[str, Any] | None = None,
         correlation_id: str = "", reply_to: str = "", priority: int | None = None, **_: Any,
     ) -> None:  # fmt: skip
-        """Keep the message's text."""
+        """Append the message's text to `out`."""
         name = exchange if isinstance(exchange, str) else getattr(exchange, "name", "")
         properties = {
             "correlation_id": correlation_id,
@@ -61,10 +65,10 @@ class BufferProducer:
 
 
 class Gather(celery.chord):  # type: ignore[misc]  # celery is untyped
-    """A chord whose header and body are a gather's steps and its advance.
+    """A gather as Celery sees it: a chord whose header are the steps, and whose body is the advance of the run.
 
-    Its members carry group id and index, but not the `chord` option: no result backend counts anything, because the
-    count is the journal's (docs/decisions/join.md).
+    Its members have group id and index, but not the `chord` option: no result backend counts them, because the journal
+    does (docs/decisions/0002-the-join-is-in-the-journal.md).
     """
 
     def rendered(self, group_id: str, index: int) -> list[str]:
@@ -83,11 +87,11 @@ class Gather(celery.chord):  # type: ignore[misc]  # celery is untyped
         return buffer.out
 
 
-# ---- Renders messages through Celery's own send path, once a kind -------------------------------
+# ---- Templates: each kind of message is rendered by Celery once ---------------------------------
 
-# A pool that can kill does so this long after a tool's own timeout: by then the step should have ended as StepTimeout.
+# A prefork pool kills a process this long after the tool's own timeout: before that the step should end as StepTimeout.
 KILL_GRACE_S = 10.0
-# Placeholders that Celery carries through unharmed; each is replaced when a message is made.
+# Placeholders that Celery does not change; each is replaced when a message is made.
 UNIT, RUN, ROOT, PARENT, GROUP, N, INDEX = "@UNIT@", "@RUN@", "@ROOT@", "@PARENT@", "@GROUP@", "@N@", 918273645
 SPLIT = re.compile(f"({UNIT}|{RUN}|{ROOT}|{PARENT}|{GROUP}|{N}|{INDEX}|{TAG})")
 
@@ -102,17 +106,17 @@ class MessageTemplate:
         self._parts = SPLIT.split(text)
 
     def render(self, names: dict[str, str]) -> TaskMessage:
-        """The message with these names in it."""
+        """The message with these values for its placeholders."""
         text = "".join([names.get(part, part) for part in self._parts])
         head, _, tail = text.partition(TAG)
         return TaskMessage(self.queue, head, tail)
 
 
 class CeleryDispatch:
-    """Messages for the tasks of one crew on one Celery app.
+    """The `Dispatch` of one crew on one Celery app.
 
-    Routes, stamps, signals and the protocol are Celery's, applied when a kind of message is first rendered. They are sent
-    by `send` in journal/lua/common.lua, or where the broker is another server by celery/publisher.py.
+    Celery applies its routes, stamps, signals and protocol when a kind of message is first rendered. The messages are
+    sent by `send` in journal/lua/common.lua, or where the broker is another server by celery/publisher.py.
     """
 
     def __init__(self, app: Celery, crew: str) -> None:
@@ -124,17 +128,17 @@ class CeleryDispatch:
     ) -> list[TaskMessage]:
         """See Dispatch."""
         group = f"{run_id}:g{gather.first}" if gather else ""
-        wires = []
+        messages = []
         for i, m in enumerate(members):
             child = f"{run_id}/{m.n}"
-            of_child = m.lane == "child"
-            task = ADVANCE if of_child else STEP
+            is_child = m.lane == "child"
+            task = ADVANCE if is_child else STEP
             template = self._template(task, m.kind, m.name, m.queue, "group" if gather else "", queue, m.timeout_s)
-            names = self._names(child if of_child else run_id, "a" if of_child else str(m.n))
+            names = self._names(child if is_child else run_id, "a" if is_child else str(m.n))
             if gather:
                 names |= {GROUP: group, str(INDEX): str(i)}
-            wires.append(template.render(names))
-        return wires
+            messages.append(template.render(names))
+        return messages
 
     def advance(self, run_id: str, agent: str, queue: str) -> TaskMessage:
         """See Dispatch."""
@@ -145,10 +149,10 @@ class CeleryDispatch:
         return self._template(FINISH, "Finish", agent, queue, "", queue).render(self._names(run_id, "f"))
 
     def _names(self, run_id: str, n: str) -> dict[str, str]:
-        parent, _, of = run_id.rpartition("/")
+        parent, _, n_of_parent = run_id.rpartition("/")
         return {
             UNIT: f"{run_id}:{n}", RUN: run_id, N: n, ROOT: run_id.partition("/")[0],
-            PARENT: f"{parent}:{of}" if parent else run_id,
+            PARENT: f"{parent}:{n_of_parent}" if parent else run_id,
         }  # fmt: skip
 
     def _template(

@@ -1,6 +1,6 @@
-"""`task_always_eager`: a mesh without broker, store and workers. Runs go to their end in this process, at once.
+"""`task_always_eager`: a mesh without broker, store and workers. Runs are done at once, in this process.
 
-Time skips: a Sleep and a back-off take no time. What waits for a person waits in this process's memory.
+Time is skipped: a Sleep and a back-off take no time. A run that waits for a person waits in this process's memory.
 """
 
 import asyncio

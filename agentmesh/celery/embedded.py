@@ -1,4 +1,4 @@
-"""A Celery worker in a thread of this process, for notebooks and `run()`; touches no signal, stdout or logging."""
+"""A Celery worker in a thread of this process, for notebooks and `run()`; changes no signal handler, stdout or logging."""
 
 import asyncio
 import os
@@ -24,22 +24,22 @@ from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.celery.pool import CANCEL_S, TaskPool
 from agentmesh.celery.rabbitmq import on_rabbit
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.queue import Suspects
+from agentmesh.definitions.queue import ServerQueue, Suspects
 from agentmesh.engine.blocking import refuse_on_event_loop
 from agentmesh.errors import ConfigError, ServiceDown
 
 logger = get_logger("agentmesh.embedded")
 
 Admits = Callable[[int], int]
-READY_S = 10.0
-RESTART_S = 0.2  # a worker that ended by itself is made again after this, doubled up to MAX_RESTART_S
+READY_TIMEOUT_S = 10.0
+RESTART_S = 0.2  # a worker that ended unasked is replaced after this, doubled up to MAX_RESTART_S
 MAX_RESTART_S = 5.0
 
 
 class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
-    is_tended = True  # by the mesh that made it
+    has_housekeeping = True  # by the mesh that made it
 
-    # celery.apps.worker.Worker would take stdout, the root logger and the signals; WorkController takes none of them.
+    # Not celery.apps.worker.Worker, which takes stdout, the root logger and the signals.
     def __init__(self, app: Any, *, name: str, queues: Sequence[str], concurrency: int, admits: Admits | None) -> None:
         self.admits = admits
         self.ready = threading.Event()
@@ -51,25 +51,25 @@ class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
         )  # fmt: skip
 
     def setup_queues(self, include: Sequence[str], exclude: Any = None) -> None:
-        """Keep them here: two workers of one app would overwrite each other's in the app's registry."""
+        """Keep the queues here: two workers of one app would overwrite each other's in the app's registry."""
         self.own_queues = list(include)
         if not on_rabbit(self.app):
             super().setup_queues(include, exclude)
 
     def setup_includes(self, includes: Sequence[str]) -> None:
-        """Nothing: Celery would write the modules of all tasks into the app's conf, for processes that we never start."""
+        """Do not write the modules of all tasks into the app's conf, which is for processes that we never start."""
         self.include = includes
 
     def on_consumer_ready(self, consumer: Any) -> None:
         self.ready.set()
 
-    def live(self) -> None:
-        """Work until the consumer's blueprint closes. The steps are stopped by the thread that started them."""
+    def work(self) -> None:
+        """Work until the consumer's blueprint closes. The thread that started the bootsteps also stops them."""
         try:
             self.blueprint.start(self)
         except (WorkerShutdown, WorkerTerminate):
             pass
-        except BaseException as error:  # Celery's own start() would only log it, and nobody may be listening
+        except BaseException as error:  # Celery's own start() would only log it
             self.cause = error
         try:
             if self.blueprint.state == RUN:
@@ -78,17 +78,17 @@ class _Worker(WorkController):  # type: ignore[misc]  # Celery has no types
             self.cause = self.cause or error
         unacked = getattr(getattr(self, "consumer", None), "unacked", None)
         if unacked is not None:
-            unacked.bell.close()
+            unacked.waker.close()
 
 
 class EmbeddedWorker:
-    """A worker of `app` in a daemon thread; made again when it ends without being asked.
+    """A worker of `app` in a daemon thread; replaced when it ends unasked.
 
     Args:
         queues: names of the broker's queues.
         concurrency: how many steps may be in flight.
         name: the worker's node name; a unique one when empty.
-        admits: how many more steps there is room for, given how many are in hand. None is `concurrency` alone.
+        admits: returns how many more steps there is room for, given how many are in flight; None is only `concurrency`.
     """
 
     def __init__(
@@ -97,50 +97,51 @@ class EmbeddedWorker:
         self._admits = admits
         self._app, self._queues, self._concurrency = app, tuple(queues), concurrency
         self.name = name or f"embedded-{os.getpid()}-{uuid.uuid4().hex[:6]}@{socket.gethostname()}"
-        self._leaving = threading.Event()
+        self._stopping = threading.Event()
         self._worker: _Worker | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def running(self) -> bool:
-        """Whether the thread lives."""
+        """Whether the thread is alive."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Come back when it consumes; a second start does nothing.
+        """Start, and return when it consumes; a second start does nothing.
 
         Raises:
             ServiceDown: the broker does not respond.
-            ConfigError: it did not get ready within 10 s.
+            ConfigError: it was not ready within 10 s.
         """
         if self.running:
             return
-        error = broker_error(self._app, READY_S / 2)
+        error = broker_error(self._app, READY_TIMEOUT_S / 2)
         if error is not None:
             raise ServiceDown(
-                f"no broker responds at {maybe_sanitize_url(self._app.conf.broker_url)} ({error}). Start one, or leave "
-                "`broker` empty to use the embedded one"
+                f"no broker responds at {maybe_sanitize_url(self._app.conf.broker_url)} ({error})",
+                hint="start one, or leave `broker` empty to use the embedded one",
             ) from error
-        self._leaving.clear()
+        self._stopping.clear()
         worker = self._worker = self._make()
-        self._thread = threading.Thread(target=self._live, args=(worker,), name="agentmesh-worker", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(worker,), name="agentmesh-worker", daemon=True)
         self._thread.start()
-        deadline = monotonic() + READY_S
+        deadline = monotonic() + READY_TIMEOUT_S
         while not worker.ready.wait(0.02):
             if worker.cause is not None or monotonic() > deadline:
                 self.stop(grace_s=0.0)
                 raise ConfigError(
-                    f"the worker in this process is not ready for {list(self._queues)!r} after {READY_S:.0f} s "
-                    f"({worker.cause or 'no reason given'}). Check the broker with `agentmesh doctor`"
+                    f"the worker in this process is not ready for {list(self._queues)!r} after {READY_TIMEOUT_S:.0f} s "
+                    f"({worker.cause or 'no reason given'})",
+                    hint="check the broker with `agentmesh doctor`",
                 ) from worker.cause
 
     def stop(self, *, grace_s: float = 5.0) -> None:
-        """Let what runs end for up to `grace_s`, cancel the rest and come back; a second stop does nothing."""
+        """Wait up to `grace_s` for running steps, cancel the others and return; a second stop does nothing."""
         thread = self._thread
         if thread is None:
             return
-        self._leaving.set()
-        deadline = monotonic() + grace_s + CANCEL_S + READY_S
+        self._stopping.set()
+        deadline = monotonic() + grace_s + CANCEL_S + READY_TIMEOUT_S
         while thread.is_alive() and monotonic() < deadline:
             worker = self._worker
             if worker is not None:
@@ -157,63 +158,63 @@ class EmbeddedWorker:
             self._app, name=self.name, queues=self._queues, concurrency=self._concurrency, admits=self._admits
         )
 
-    def _live(self, worker: _Worker) -> None:
-        again_s = RESTART_S
+    def _run(self, worker: _Worker) -> None:
+        restart_s = RESTART_S
         while True:
-            began = monotonic()
-            worker.live()
-            if not worker.ready.is_set() or self._leaving.wait(again_s):
+            started_s = monotonic()
+            worker.work()
+            if not worker.ready.is_set() or self._stopping.wait(restart_s):
                 return
             logger.error("worker %s ended (%r); starting a new one", self.name, worker.cause)
-            again_s = RESTART_S if monotonic() - began > MAX_RESTART_S else min(2 * again_s, MAX_RESTART_S)
+            restart_s = RESTART_S if monotonic() - started_s > MAX_RESTART_S else min(2 * restart_s, MAX_RESTART_S)
             worker = self._worker = self._make()
 
 
-# ---- A worker in this process, for a while ------------------------------------------------------
+# ---- The workers of a mesh in this process ------------------------------------------------------
 
 
 class InProcessWorker:
     """Works for meshes of one Celery app; also usable as a context manager.
 
     Args:
-        homes: the meshes, whose crews' leases are renewed and whose outboxes are swept meanwhile.
-        workers: one for all queues, or one for each group of queues that has places of its own.
+        meshes: those whose leases it renews and whose outboxes it sweeps while it works.
+        workers: one for all queues, or one for each group of queues that has its own places.
     """
 
     def __init__(self, meshes: Sequence[MeshRuntime], workers: Sequence[EmbeddedWorker]) -> None:
-        self._homes, self._workers = list(meshes), list(workers)
-        self._tenders: list[tuple[MeshRuntime, Housekeeper]] = []
+        self._runtimes, self._workers = list(meshes), list(workers)
+        self._housekeepers: list[tuple[MeshRuntime, Housekeeper]] = []
 
     def start(self) -> Self:
-        """Returns when it consumes."""
-        for home in self._homes:
-            home.check()
+        """Start, and return when it consumes."""
+        for runtime in self._runtimes:
+            runtime.check()
         try:
-            for home in self._homes:
-                # all queues: it may be the one sweeper, also for workers that serve others
-                self._tenders.append((home, home.start_housekeeping()))
+            for runtime in self._runtimes:
+                # of all queues: it may be the one sweeper, also for workers of other queues
+                self._housekeepers.append((runtime, runtime.start_housekeeping()))
             for worker in self._workers:
                 worker.start()
         except BaseException:
             for worker in self._workers:
                 worker.stop(grace_s=0.0)
-            self._untend()
+            self._stop_housekeeping()
             raise
         return self
 
     def stop(self, *, grace_s: float = 5.0) -> None:
-        """Stop consuming and let steps end for up to `grace_s`; what is cut off is given back."""
-        # at once: none takes more while another drains
+        """Stop consuming, wait up to `grace_s` for running steps, cancel the others and release their leases."""
+        # in parallel: none takes more while another drains
         with ThreadPoolExecutor(max(1, len(self._workers))) as stopping:
-            for done in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
-                done.result()
-        for home in self._untend():
-            run_sync(home.release_processes([os.getpid()]))
+            for stopped in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
+                stopped.result()
+        for runtime in self._stop_housekeeping():
+            run_sync(runtime.release_processes([os.getpid()]))
 
-    def _untend(self) -> list[MeshRuntime]:
-        """Those for which no other worker of this process works: what they still hold is given back."""
-        tended, self._tenders = self._tenders, []
-        return [home for home, tender in tended if home.stop_housekeeping(tender)]
+    def _stop_housekeeping(self) -> list[MeshRuntime]:
+        """Stop our housekeeping; returns the meshes for which no other worker of this process works any more."""
+        started, self._housekeepers = self._housekeepers, []
+        return [runtime for runtime, housekeeper in started if runtime.stop_housekeeping(housekeeper)]
 
     def __enter__(self) -> Self:
         refuse_on_event_loop("with mesh.worker()", "async with mesh.worker()")
@@ -243,24 +244,24 @@ def make_workers(
     app: Any, crew: Crew, queues: Sequence[str] = (), *, concurrency: int = 0, suspects: Suspects = "include",
     admits: Admits | None = None,
 ) -> list[EmbeddedWorker]:  # fmt: skip
-    """The workers of a crew's queues: one, and one more for each group of queues that stand in front of the same servers.
+    """The workers of a crew's queues: one, and one more for each group of queues in front of the same servers.
 
     Args:
-        concurrency: of each; 0 is as the queues say.
-        admits: what all of them share; then it is one worker.
+        concurrency: of each; 0 is what the queues declare.
+        admits: room that all of them share; then it is one worker.
     """
     workers = []
     for group in [list(queues)] if admits is not None else crew.worker_groups(queues):
         declared = [crew.queues[name] for name in group or crew.queues]
-        of_servers = admits is None and bool(declared[0].url)
-        most = concurrency or (max if of_servers else sum)(q.concurrency for q in declared)
+        server_queues = [q for q in declared if admits is None and isinstance(q, ServerQueue)]
+        places = concurrency or (max if server_queues else sum)(q.concurrency for q in declared)
         broker_queues = crew.broker_queues(group, suspects=suspects)
         if broker_queues:
-            lanes = {crew.broker_queue(q.name): q.lane for q in declared}
-            room = _lanes(lanes, most) if of_servers and len({*lanes.values()}) > 1 else admits
-            workers.append(EmbeddedWorker(app, queues=broker_queues, concurrency=most, admits=room))
+            lanes = {crew.broker_queue(q.name): q.lane for q in server_queues}
+            room = _lanes(lanes, places) if len({*lanes.values()}) > 1 else admits
+            workers.append(EmbeddedWorker(app, queues=broker_queues, concurrency=places, admits=room))
     return workers
 
 
 def _lanes(lanes: Mapping[str, str], places: int) -> Lanes:
-    return Lanes(lanes, lambda in_hand: places - in_hand)
+    return Lanes(lanes, lambda in_flight: places - in_flight)

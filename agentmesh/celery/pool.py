@@ -1,4 +1,4 @@
-"""The Celery pool of our I/O queues: one asyncio loop per worker process, hundreds of coroutines in flight."""
+"""The Celery pool of asyncio queues: one event loop per worker process, hundreds of coroutines in flight."""
 
 import asyncio
 import concurrent.futures
@@ -21,12 +21,12 @@ from agentmesh.engine.engine import Skipped
 
 logger = get_logger("agentmesh.pool")
 
-MEANWHILE_S = 0.5  # a consumer keeps its connection alive this often while the pool drains
+KEEP_ALIVE_S = 0.5  # how often a consumer keeps its connection alive while the pool drains
 CANCEL_S = 2.0  # how long a cancelled coroutine may take to clean up
 
 
 class RunningCoroutine:
-    """A coroutine in flight. Celery holds it weakly as the request's handle, the pool holds it until its end."""
+    """A coroutine in flight. Celery has a weak reference to it as the request's handle; the pool keeps it until its end."""
 
     __slots__ = ("__weakref__", "_callback", "_coro", "_name", "_pool", "_queue", "_stopped", "task")
 
@@ -43,23 +43,23 @@ class RunningCoroutine:
         self._pool.loop.call_soon_threadsafe(self.cancel)
 
     def cancel(self) -> None:
-        """Cancel it, on the loop. It reports nothing then: whoever cancels has told Celery already."""
+        """Cancel it, on the loop. It reports nothing then: the caller has told Celery already."""
         self._stopped = True
         if self.task is not None:
             self.task.cancel()
-            self._pool.ended(self)  # one that is cancelled before its first step never gets to its own `finally`
+            self._pool.ended(self)  # one that is cancelled before it runs never reaches its own `finally`
 
-    async def live(self) -> None:
-        """Await the coroutine and report its end to Celery, which acks."""
+    async def run(self) -> None:
+        """Await the coroutine and report its end to Celery, which acknowledges the message."""
         started = monotonic()
         try:
             if self._stopped:
                 return
             value = await self._coro()
             if isinstance(value, Skipped):
-                self._pool.not_begun(self._queue)
+                self._pool.on_skipped(self._queue)
             self._report((0, "None" if value is None else saferepr(value), monotonic() - started))
-        except BaseException as error:  # a SystemExit out of a step would end the loop, and with it every other step
+        except BaseException as error:  # a SystemExit of one step would end the loop, and every other step
             if self._stopped and isinstance(error, asyncio.CancelledError):
                 return
             logger.error("task %s raised: %r", self._name, error, exc_info=True)
@@ -76,8 +76,8 @@ class RunningCoroutine:
 
 def _einfo(error: BaseException) -> Any:
     info = ExceptionInfo(sys.exc_info())
-    # ExceptionInfo wraps the exception for pickling; Flower should show the exception itself. And on_success raises a
-    # SystemExit or KeyboardInterrupt that it finds here, which would be the end of the loop after all.
+    # ExceptionInfo wraps the exception for pickling; Flower should show the exception itself. And on_success re-raises a
+    # SystemExit or KeyboardInterrupt, which would end the loop.
     info.exception = error if isinstance(error, Exception) else RuntimeError(repr(error))
     return info
 
@@ -86,13 +86,13 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
     """Awaits tasks that have a `coro` on this process's loop; runs any other task on a thread.
 
     A task with `coro` must ignore its result: the call bypasses Celery's tracer, so no backend and no task signal
-    hears of it; acks, events, revoke and shutdown are Celery's. How many are in flight is the worker's prefetch
-    (`-c` with late acks and multiplier 1); the pool itself refuses nothing.
+    sees it; acks, events, revoke and shutdown are Celery's. How many are in flight is the worker's prefetch (`-c` with
+    late acks and multiplier 1); the pool itself refuses nothing.
     """
 
     signal_safe = False
     body_can_be_buffer = True
-    # Celery keeps this in a global that would make every `.get()` in a notebook with a worker thread an error.
+    # Celery keeps this in a global; True would make every `.get()` in a notebook with a worker thread an error.
     task_join_will_block = False
 
     grace_s: float = 30.0
@@ -106,22 +106,22 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         self._pid = os.getpid()
         self._on_threads: set[concurrent.futures.Future[None]] = set()
         self.meanwhile: Callable[[], None] = lambda: None  # what a consumer does while the pool drains
-        # told the queue of each message that there was nothing to do for
-        self.not_begun: Callable[[str], None] = lambda queue: None
-        self.room = threading.Event()  # set at each end, for a consumer that waits with its prefetch full
+        # called with the queue of each message that had no step to do
+        self.on_skipped: Callable[[str], None] = lambda queue: None
+        self.room = threading.Event()  # set when a task ends, for a consumer whose prefetch is full
 
     @property
     def in_flight(self) -> int:
-        """How many go on."""
+        """How many tasks run."""
         return len(self._running) + len(self._on_threads)
 
     @property
     def full(self) -> bool:
-        """Whether as many are in flight as may be."""
+        """Whether as many are in flight as the limit allows."""
         return self.in_flight >= (self.limit or 1)
 
     def on_start(self) -> None:
-        """Take the process's loop; after a fork the pid is another one."""
+        """Use the loop of this process; after a fork the pid is another one."""
         self.loop, self._pid = loop_of_this_process(), os.getpid()
 
     def apply_async(
@@ -129,12 +129,12 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         callback: Callable[[Any], None] | None = None, accept_callback: Callable[[int, float], None] | None = None,
         **_: Any,
     ) -> Any:  # fmt: skip
-        """Start what a request asks for; answers the handle that can terminate it."""
+        """Start the task of a request; returns the handle that can terminate it."""
         task = self.app.tasks[args[0]]
         coro = getattr(task, "coro", None)
         if coro is None:
             return self._on_a_thread(target, args, kwargs, callback, accept_callback)
-        request = args[2]  # Request has decoded the body: the tracer would do it a second time
+        request = args[2]  # Request has decoded the body already
         if accept_callback is not None:
             accept_callback(self._pid, monotonic())
         running = RunningCoroutine(
@@ -143,19 +143,19 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         )  # fmt: skip
         self._running.add(running)
         self._arrived.append(running)
-        if not self._woken:  # one wake-up serves all that arrived before the loop looks
+        if not self._woken:  # one wake-up serves all that arrive before the loop runs `_begin`
             self._woken = True
             self.loop.call_soon_threadsafe(self._begin)
         return running
 
     def _begin(self) -> None:
-        self._woken = False  # first: who appends after this line wakes the loop again
+        self._woken = False  # first: an append after this line wakes the loop again
         while self._arrived:
             running = self._arrived.popleft()
-            running.task = self.loop.create_task(running.live())
+            running.task = self.loop.create_task(running.run())
 
     def ended(self, running: RunningCoroutine) -> None:
-        """Called on the loop by each coroutine that is through."""
+        """Called on the loop by each coroutine at its end."""
         self._running.discard(running)
         self.room.set()
 
@@ -182,13 +182,13 @@ class TaskPool(BasePool):  # type: ignore[misc]  # Celery has no types
         if not future.cancelled() and (error := future.exception()) is not None:
             logger.error("a task on a thread could not be traced", exc_info=error)
 
-    # ---- the end ----
+    # ---- shutdown ----
 
     def on_stop(self) -> None:
-        """Wait for what runs, up to `grace_s`; then cancel it, un-acked."""
+        """Wait for running tasks, up to `grace_s`; then cancel them, un-acked."""
         deadline = monotonic() + self.grace_s
         drained = asyncio.run_coroutine_threadsafe(self._drain(self.grace_s), self.loop)
-        while not concurrent.futures.wait([drained], timeout=MEANWHILE_S).done:
+        while not concurrent.futures.wait([drained], timeout=KEEP_ALIVE_S).done:
             self.meanwhile()
         drained.result()
         if "_executor" in self.__dict__:

@@ -1,7 +1,7 @@
 """Celery's own prefork worker as our supervisor runs it: a process a step, for `def` tools that compute.
 
-A process in which a tool runs on after its time was up ends itself once the step's end is written and reported; one that
-cannot even do that, because the tool holds the interpreter, is killed by its parent when the message's time limit is up.
+A process whose tool does not stop at its timeout exits once the step's end is committed and reported. One whose tool holds
+the interpreter cannot do that; its parent kills it at the message's time limit.
 """
 
 import sys
@@ -24,22 +24,22 @@ logger = get_logger("agentmesh.prefork")
 
 
 class _Process(asynpool.Worker):  # type: ignore[misc]  # celery is untyped
-    """What runs in a process of the pool."""
+    """The loop of a process of the pool."""
 
-    wait_for_job: Any  # billiard makes it anew in each process
+    wait_for_job: Any  # billiard sets it in each process
 
     def on_loop_start(self, pid: int) -> None:
         super().on_loop_start(pid)
         wait = self.wait_for_job
 
-        def wait_or_leave() -> Any:
-            # Between two jobs: the last one is committed and reported, the next one not yet taken.
+        def wait_or_exit() -> Any:
+            # Between two jobs: the last one is committed and reported, the next one is not taken yet.
             if RUNNING_THREADS:
                 logger.warning("a tool did not stop at its timeout; process %d exits, and the tool with it", pid)
                 sys.exit(EX_RECYCLE)
             return wait()
 
-        self.wait_for_job = wait_or_leave
+        self.wait_for_job = wait_or_exit
 
 
 class _Processes(asynpool.AsynPool):  # type: ignore[misc]  # celery is untyped
@@ -47,7 +47,7 @@ class _Processes(asynpool.AsynPool):  # type: ignore[misc]  # celery is untyped
 
 
 class ProcessPool(prefork.TaskPool):  # type: ignore[misc]  # celery is untyped
-    """Celery's prefork pool, whose processes do not outlive a tool that will not stop."""
+    """Celery's prefork pool, whose processes exit after a tool that does not stop at its timeout."""
 
     Pool = _Processes
 
@@ -60,10 +60,10 @@ def make_worker(app: Celery, *, queues: Sequence[str], concurrency: int, name: s
         concurrency: processes.
         name: the node name.
     """
-    # Celery warns of root, for the sake of those who accept pickles; this app accepts JSON alone.
+    # Celery warns of running as root because of pickles; this app accepts only JSON.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    setup_logging.connect(_logging_is_set_up)
-    program.safe_say = _silent  # that it drains is for the supervisor to say
+    setup_logging.connect(_keep_logging)
+    program.safe_say = _silent  # the supervisor logs the drain
     return program.Worker(
         app=app, hostname=name, queues=list(queues), concurrency=concurrency, pool=ProcessPool,
         consumer_cls=MeshConsumer, prefetch_multiplier=1, optimization="fair", quiet=True,
@@ -72,8 +72,8 @@ def make_worker(app: Celery, *, queues: Sequence[str], concurrency: int, name: s
 
 
 def _silent(*_: Any) -> None:
-    """Celery prints "Warm shutdown" at the end of every worker program."""
+    """Print nothing: Celery prints "Warm shutdown" at the end of every worker program."""
 
 
-def _logging_is_set_up(**_: Any) -> None:
-    """Whoever listens to this signal keeps Celery from doing it."""
+def _keep_logging(**_: Any) -> None:
+    """Do nothing: with a receiver of this signal Celery does not set up logging."""

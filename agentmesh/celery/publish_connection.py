@@ -1,4 +1,4 @@
-"""One connection that a publisher sends over: to RabbitMQ with many messages unconfirmed at once, to any other broker one by one."""
+"""The connection of a publisher: to RabbitMQ with many unconfirmed messages at once, to any other broker one by one."""
 
 import contextlib
 import json
@@ -18,15 +18,15 @@ from agentmesh.journal.types import OutboxMessage
 log = logging.getLogger("agentmesh")
 
 MAX_UNCONFIRMED = 1_000
-CONFIRM_TIMEOUT_S = 10.0  # a broker that confirms nothing for so long is taken for dead
-# AttributeError: py-amqp's connection after somebody closed it
+CONFIRM_TIMEOUT_S = 10.0  # a broker that confirms nothing for so long is regarded as dead
+# AttributeError: py-amqp raises it on a connection that was closed
 CONNECTION_ERRORS = (OperationalError, OSError, MeshError, amqp.AMQPError, AttributeError)
 
 
 class PublishConnection(Protocol):
     """A connection to a broker, for one thread."""
 
-    PATIENCE_S: ClassVar[float]  # how long to listen for when there is nothing to send
+    IDLE_LISTEN_S: ClassVar[float]  # how long to listen when there is nothing to send
 
     def open(self) -> None:
         """Connect."""
@@ -34,48 +34,48 @@ class PublishConnection(Protocol):
 
     @property
     def room(self) -> bool:
-        """Whether it takes another message now."""
+        """Whether it can send another message now."""
         ...
 
-    def send(self, sent: OutboxMessage) -> None:
-        """Hand one message over."""
+    def send(self, message: OutboxMessage) -> None:
+        """Send one message."""
         ...
 
     def unconfirmed(self) -> Sequence[OutboxMessage]:
-        """What was handed over and the broker has not said that it has, oldest first."""
+        """The messages that were sent and not confirmed by the broker, oldest first."""
         ...
 
     def listen(self, timeout_s: float) -> None:
-        """Hear the broker, until there is something to do again."""
+        """Handle what the broker sends, until there is something to send or the timeout."""
         ...
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         ...
 
 
 class ConfirmedConnection:
-    """A channel of RabbitMQ in confirm mode: messages go out without waiting, and are kept until the broker has them.
+    """A channel of RabbitMQ in confirm mode: messages go out without waiting, and are kept until they are confirmed.
 
-    A queue that is not there is declared before the first message to it; one that was deleted meanwhile returns its
-    message, which then goes out again.
+    A queue that does not exist is declared before the first message to it. RabbitMQ returns a message to a queue that was
+    deleted in the meantime; it is then sent again.
     """
 
-    PATIENCE_S: ClassVar[float] = 1.0
+    IDLE_LISTEN_S: ClassVar[float] = 1.0
 
-    def __init__(self, app: Celery, bell: Waker) -> None:
-        self._app, self._bell = app, bell
-        self._kept: dict[int, OutboxMessage] = {}
+    def __init__(self, app: Celery, waker: Waker) -> None:
+        self._app, self._waker = app, waker
+        self._unconfirmed: dict[int, OutboxMessage] = {}
         self._declared: set[str] = set()
         self._returned: list[int] = []
         self._blocked = False
-        self._heard = 0.0
+        self._confirmed_s = 0.0
         self._connection: Any = None
         self._open = contextlib.ExitStack()
         self._tag = 0
 
     def open(self) -> None:
-        """See Link."""
+        """See PublishConnection."""
         self._connection = with_socket_limits(
             self._app.connection_for_write(heartbeat=int(heartbeat_s(self._app))), confirms=False
         )
@@ -87,133 +87,135 @@ class ConfirmedConnection:
         self._channel.events["basic_ack"].add(self._on_ack)
         self._channel.events["basic_nack"].add(self._on_nack)
         self._channel.events["basic_return"].add(self._on_return)
-        self._waiter = self._open.enter_context(self._bell.beside(wire.sock))
-        self._heard = monotonic()
+        self._waiter = self._open.enter_context(self._waker.waiter(wire.sock))
+        self._confirmed_s = monotonic()
 
     @property
     def room(self) -> bool:
-        """See Link."""
-        return len(self._kept) < MAX_UNCONFIRMED and not self._blocked
+        """See PublishConnection."""
+        return len(self._unconfirmed) < MAX_UNCONFIRMED and not self._blocked
 
-    def send(self, sent: OutboxMessage) -> None:
-        """See Link."""
-        if sent.queue not in self._declared:
-            declare_queues(self._connection, [sent.queue])
-            self._declared.add(sent.queue)
-        if not self._kept:
-            self._heard = monotonic()
-        message = json.loads(sent.body)
+    def send(self, message: OutboxMessage) -> None:
+        """See PublishConnection."""
+        if message.queue not in self._declared:
+            declare_queues(self._connection, [message.queue])
+            self._declared.add(message.queue)
+        if not self._unconfirmed:
+            self._confirmed_s = monotonic()
+        task = json.loads(message.body)
         self._tag += 1
         self._channel.basic_publish(
             amqp.Message(
-                message["body"], content_type=message["content-type"], content_encoding=message["content-encoding"],
-                application_headers=message["headers"], correlation_id=message["properties"]["correlation_id"],
+                task["body"], content_type=task["content-type"], content_encoding=task["content-encoding"],
+                application_headers=task["headers"], correlation_id=task["properties"]["correlation_id"],
                 delivery_mode=2, message_id=str(self._tag),
             ),
-            exchange="", routing_key=sent.queue, mandatory=True,
+            exchange="", routing_key=message.queue, mandatory=True,
         )  # fmt: skip
-        self._kept[self._tag] = sent
+        self._unconfirmed[self._tag] = message
 
     def unconfirmed(self) -> Sequence[OutboxMessage]:
-        """See Link."""
-        return list(self._kept.values())
+        """See PublishConnection."""
+        return list(self._unconfirmed.values())
 
     def listen(self, timeout_s: float) -> None:
-        """See Link."""
+        """See PublishConnection."""
         if not drain_events(self._connection):
             self._waiter.wait(timeout_s)
             drain_events(self._connection)
         self._connection.heartbeat_check()
-        if self._kept and not self._blocked and monotonic() - self._heard > CONFIRM_TIMEOUT_S:
-            raise OSError(f"{len(self._kept)} messages were not confirmed within {CONFIRM_TIMEOUT_S:.0f} s")
+        if self._unconfirmed and not self._blocked and monotonic() - self._confirmed_s > CONFIRM_TIMEOUT_S:
+            raise OSError(f"{len(self._unconfirmed)} messages were not confirmed within {CONFIRM_TIMEOUT_S:.0f} s")
         while self._returned and self.room:
-            sent = self._kept.pop(self._returned.pop(), None)
-            if sent is not None:
-                self._declared.discard(sent.queue)
-                self.send(sent)
+            message = self._unconfirmed.pop(self._returned.pop(), None)
+            if message is not None:
+                self._declared.discard(message.queue)
+                self.send(message)
 
     def close(self) -> None:
-        """See Link."""
+        """See PublishConnection."""
         self._open.close()
         if self._connection is not None:
-            with contextlib.suppress(Exception):  # it may be what failed
+            with contextlib.suppress(Exception):  # the connection may be what failed
                 self._connection.collect(socket_timeout=1.0)
 
-    # ---- what the broker says ----
+    # ---- callbacks ----
     def _on_ack(self, tag: int, multiple: bool) -> None:
-        self._heard = monotonic()
-        for done in self._tags(tag, multiple):
-            if done not in self._returned:  # RabbitMQ confirms what it has returned, too
-                del self._kept[done]
+        self._confirmed_s = monotonic()
+        for confirmed in self._tags(tag, multiple):
+            if confirmed not in self._returned:  # RabbitMQ also confirms what it has returned
+                del self._unconfirmed[confirmed]
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
-        self._heard = monotonic()
-        refused = [self._kept.pop(one) for one in self._tags(tag, multiple)]
+        self._confirmed_s = monotonic()
+        rejected = [self._unconfirmed.pop(t) for t in self._tags(tag, multiple)]
         log.warning(
-            "RabbitMQ rejected %d messages for %s; sweeps re-send them", len(refused), {s.queue for s in refused}
+            "RabbitMQ rejected %d messages for %s; sweeps re-send them",
+            len(rejected),
+            {message.queue for message in rejected},
         )
 
-    def _on_return(self, why: Exception, exchange: str, queue: str, message: Any) -> None:
+    def _on_return(self, error: Exception, exchange: str, queue: str, message: Any) -> None:
         self._returned.append(int(message.properties["message_id"]))
 
     def _tags(self, tag: int, multiple: bool) -> list[int]:
         if not multiple:
-            return [tag] if tag in self._kept else []
-        done = []
-        for one in self._kept:  # in the order they were sent
-            if one > tag:
+            return [tag] if tag in self._unconfirmed else []
+        tags = []
+        for sent_tag in self._unconfirmed:  # in the order they were sent
+            if sent_tag > tag:
                 break
-            done.append(one)
-        return done
+            tags.append(sent_tag)
+        return tags
 
-    def _on_blocked(self, why: Any = None) -> None:
+    def _on_blocked(self, reason: Any = None) -> None:
         log.warning("RabbitMQ is low on memory or disk and accepts no messages for now")
         self._blocked = True
 
     def _on_unblocked(self) -> None:
-        self._blocked, self._heard = False, monotonic()
+        self._blocked, self._confirmed_s = False, monotonic()
 
 
 class PlainConnection:
     """Any other broker, through kombu's producer."""
 
-    PATIENCE_S: ClassVar[float] = 60.0
+    IDLE_LISTEN_S: ClassVar[float] = 60.0
 
-    def __init__(self, app: Celery, bell: Waker) -> None:
-        self._app, self._bell = app, bell
+    def __init__(self, app: Celery, waker: Waker) -> None:
+        self._app, self._waker = app, waker
         self._open = contextlib.ExitStack()
         self._producer: Any = None
 
     def open(self) -> None:
-        """See Link."""
+        """See PublishConnection."""
         connection = self._open.enter_context(self._app.connection_for_write())
         self._producer = self._app.amqp.Producer(connection)
-        self._waiter = self._open.enter_context(self._bell.beside())
+        self._waiter = self._open.enter_context(self._waker.waiter())
 
     @property
     def room(self) -> bool:
-        """See Link."""
+        """See PublishConnection."""
         return True
 
-    def send(self, sent: OutboxMessage) -> None:
-        """See Link."""
-        message = json.loads(sent.body)
+    def send(self, message: OutboxMessage) -> None:
+        """See PublishConnection."""
+        task = json.loads(message.body)
         self._producer.publish(
-            message["body"], exchange="", routing_key=sent.queue, headers=message["headers"],
-            content_type=message["content-type"], content_encoding=message["content-encoding"],
-            correlation_id=message["properties"]["correlation_id"], delivery_mode=2, retry=True,
+            task["body"], exchange="", routing_key=message.queue, headers=task["headers"],
+            content_type=task["content-type"], content_encoding=task["content-encoding"],
+            correlation_id=task["properties"]["correlation_id"], delivery_mode=2, retry=True,
             retry_policy={"max_retries": 3, "interval_start": 0.1},
         )  # fmt: skip
 
     def unconfirmed(self) -> Sequence[OutboxMessage]:
-        """See Link."""
+        """See PublishConnection."""
         return ()
 
     def listen(self, timeout_s: float) -> None:
-        """See Link."""
+        """See PublishConnection."""
         self._waiter.wait(timeout_s)
 
     def close(self) -> None:
-        """See Link."""
+        """See PublishConnection."""
         with contextlib.suppress(Exception):
             self._open.close()

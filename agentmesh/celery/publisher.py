@@ -1,4 +1,8 @@
-"""Publishes what the journal's scripts could not push themselves: for brokers that are not the journal's server."""
+"""Sends messages to a broker that is not the journal's server; on one server the journal's scripts send them.
+
+The messages are rendered in celery/dispatch.py. The journal hands them over after the script that wrote them; where
+broker and journal are one server and database, `send` in journal/lua/common.lua pushes them in the same act.
+"""
 
 import logging
 import os
@@ -20,17 +24,18 @@ from agentmesh.journal.types import OutboxMessage
 
 log = logging.getLogger("agentmesh")
 
-MAX_WAITING = 10_000  # about 12 MB; what comes beyond is left to the outbox
-RECONNECT_S = 0.1  # a broker that failed is tried again after this, doubled up to MAX_RECONNECT_S
+MAX_WAITING = 10_000  # about 12 MB; more is left to the journal's outbox
+RECONNECT_S = 0.1  # a broker that failed is retried after this, doubled up to MAX_RECONNECT_S
 MAX_RECONNECT_S = 2.0
 CLOSE_TIMEOUT_S = 3.0
+DRAIN_LISTEN_S = 0.1  # between two checks for the end of a drain
 
 _PUBLISHERS: WeakKeyDictionary[Celery, "Publisher"] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 def publisher_for(app: Celery) -> "Publisher":
-    """The app's publisher in this process, with the one connection that all its journals send over."""
+    """The app's publisher in this process, with one connection for all journals of the app."""
     with _LOCK:
         if app not in _PUBLISHERS:
             _PUBLISHERS[app] = Publisher(app)
@@ -38,10 +43,10 @@ def publisher_for(app: Celery) -> "Publisher":
 
 
 class Publisher:
-    """Sends what celery/dispatch.py rendered from a thread, in order. What is lost on the way is the outbox's to send again.
+    """Sends what celery/dispatch.py rendered from a thread, in order. The sweep of the journal's outbox re-sends what is lost.
 
-    It never holds up who calls it. While the broker is away up to 10,000 messages wait and go out when it is back; what
-    comes beyond them is dropped, and sent again by a sweep: a second after it was due, then after 2, 4, … 64 s.
+    It never blocks the caller. While the broker does not respond up to 10,000 messages wait and go out when it is back;
+    more are dropped, and re-sent by a sweep: a second after they were due, then after 2, 4, … 64 s.
     """
 
     def __init__(self, app: Celery) -> None:
@@ -49,7 +54,7 @@ class Publisher:
         self._lock = threading.Lock()
         self._sender: PublisherThread | None = None
 
-    def __call__(self, sent: OutboxMessage) -> None:
+    def __call__(self, message: OutboxMessage) -> None:
         """Send soon."""
         sender = self._sender
         if sender is None or sender.pid != os.getpid():  # a fork has neither our threads nor our sockets
@@ -58,10 +63,10 @@ class Publisher:
                 if sender is None or sender.pid != os.getpid():
                     sender = self._sender = PublisherThread(self._app)
                     sender.start()
-        sender.put(sent)
+        sender.put(message)
 
     def close(self) -> None:
-        """Send what waits, for up to 3 s, and give back the connection; the next message makes another."""
+        """Send what waits, for up to 3 s, and close the connection; the next message makes another."""
         with self._lock:
             sender, self._sender = self._sender, None
         if sender is not None and sender.pid == os.getpid():
@@ -76,68 +81,68 @@ class PublisherThread(threading.Thread):
         self.pid = os.getpid()
         self._app = app
         self._waiting: deque[OutboxMessage] = deque()
-        self._bell = Waker()
-        self._over = threading.Event()
-        self._give_up = 0.0  # once it is over: until then what waits may go out
+        self._waker = Waker()
+        self._stopped = threading.Event()
+        self._drain_ends = 0.0  # once stopped: until then waiting messages are sent
         self._dropped = 0
 
-    def put(self, sent: OutboxMessage) -> None:
-        """Send soon, or drop it when too much waits already."""
+    def put(self, message: OutboxMessage) -> None:
+        """Send soon, or drop it when too many wait already."""
         if len(self._waiting) >= MAX_WAITING:
             self._dropped += 1
             return
-        self._waiting.append(sent)
-        self._bell.ring()
+        self._waiting.append(message)
+        self._waker.wake()
 
     def end(self) -> None:
         """Send what waits, for up to 3 s."""
-        self._give_up = monotonic() + CLOSE_TIMEOUT_S
-        self._over.set()
-        self._bell.ring()
+        self._drain_ends = monotonic() + CLOSE_TIMEOUT_S
+        self._stopped.set()
+        self._waker.wake()
         self.join(timeout=CLOSE_TIMEOUT_S + 1)
 
     def run(self) -> None:
-        """Serve one link after another."""
+        """Send over one connection after another."""
         try:
             self._send_all()
         finally:
-            self._bell.close()
+            self._waker.close()
 
     def _send_all(self) -> None:
-        again_s, away = RECONNECT_S, False
-        while not self._over.is_set() or monotonic() < self._give_up:
-            link: PublishConnection = (
-                ConfirmedConnection(self._app, self._bell)
+        reconnect_s, unreachable = RECONNECT_S, False
+        while not self._stopped.is_set() or monotonic() < self._drain_ends:
+            connection: PublishConnection = (
+                ConfirmedConnection(self._app, self._waker)
                 if on_rabbit(self._app)
-                else PlainConnection(self._app, self._bell)
+                else PlainConnection(self._app, self._waker)
             )
             try:
-                link.open()
-                if away:
+                connection.open()
+                if unreachable:
                     log.warning(
                         "the broker accepts messages again; %d that did not fit in the buffer are re-sent by sweeps",
                         self._dropped,
                     )
-                again_s, away, self._dropped = RECONNECT_S, False, 0
-                self._serve(link)
+                reconnect_s, unreachable, self._dropped = RECONNECT_S, False, 0
+                self._serve(connection)
                 return
             except CONNECTION_ERRORS as error:
-                self._waiting.extendleft(reversed(link.unconfirmed()))
-                if not away:
+                self._waiting.extendleft(reversed(connection.unconfirmed()))
+                if not unreachable:
                     log.warning("the broker accepts no messages (%r); retrying", error)
-                away = True
-                if self._over.wait(again_s):
+                unreachable = True
+                if self._stopped.wait(reconnect_s):
                     sleep(RECONNECT_S)
-                again_s = min(2 * again_s, MAX_RECONNECT_S)
+                reconnect_s = min(2 * reconnect_s, MAX_RECONNECT_S)
             finally:
-                link.close()
+                connection.close()
 
-    def _serve(self, link: PublishConnection) -> None:
+    def _serve(self, connection: PublishConnection) -> None:
         while True:
-            while self._waiting and link.room:
-                link.send(self._waiting[0])
-                self._waiting.popleft()  # only now: one whose sending raised is tried again
-            over = self._over.is_set()
-            if over and (monotonic() > self._give_up or not (self._waiting or link.unconfirmed())):
+            while self._waiting and connection.room:
+                connection.send(self._waiting[0])
+                self._waiting.popleft()  # only now: a message whose sending raised is retried
+            stopped = self._stopped.is_set()
+            if stopped and (monotonic() > self._drain_ends or not (self._waiting or connection.unconfirmed())):
                 return
-            link.listen(0.1 if over else link.PATIENCE_S)
+            connection.listen(DRAIN_LISTEN_S if stopped else connection.IDLE_LISTEN_S)

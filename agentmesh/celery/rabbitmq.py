@@ -1,4 +1,4 @@
-"""RabbitMQ as the broker: quorum queues of our own, connections that notice their death, and what is asked of a server."""
+"""RabbitMQ as the broker: quorum queues that we declare, connections with bounded sockets, and facts about a server."""
 
 import contextlib
 import selectors
@@ -15,9 +15,8 @@ from kombu.entity import Queue as BrokerQueue
 from agentmesh.celery.app import is_amqp
 from agentmesh.errors import ConfigError
 
-DELIVERY_LIMIT = (
-    20  # what RabbitMQ 4 takes by itself; 3.x takes none, and a message that kills its worker would stay for ever
-)
+# The default of RabbitMQ 4. Without one, as in 3.x, a message that kills workers is redelivered for ever.
+DELIVERY_LIMIT = 20
 ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
 HEARTBEAT_S = 5.0  # a silent half-open connection is noticed after two of them
 SOCKET_TIMEOUT_S = 10.0  # no single read or write may take longer
@@ -29,7 +28,7 @@ def on_rabbit(app: Celery) -> bool:
 
 
 def with_socket_limits(connection: Any, *, confirms: bool | None = None) -> Any:
-    """The connection, not yet open, with bounds on its socket; the app's own options stay where they say something.
+    """The connection, not open yet, with timeouts of its socket; options that the app has set stay.
 
     Args:
         confirms: whether each publish on it waits for the broker; None leaves that to the app.
@@ -43,34 +42,34 @@ def with_socket_limits(connection: Any, *, confirms: bool | None = None) -> Any:
 
 
 def heartbeat_s(app: Celery) -> float:
-    """How often both sides of a connection say that they are there; 0 where the app wants none."""
+    """The heartbeat of connections in seconds; 0 where the app has none."""
     interval_s = float(app.conf.broker_heartbeat or 0)
     return min(interval_s, HEARTBEAT_S)
 
 
 def kombu_queue(name: str) -> Any:
-    """A queue as kombu consumes from it; `declare_queues` makes it."""
+    """A queue for kombu to consume from; `declare_queues` declares it."""
     queue: Any = BrokerQueue  # kombu has no types for them
     exchange: Any = Exchange
     return queue(name, exchange(""), routing_key=name, queue_arguments=ARGUMENTS, no_declare=True)
 
 
 def declare_as_ours(queue: Any) -> None:
-    """Have a queue that kombu would declare as the app's conf says declared as `declare_queues` does."""
+    """Make kombu declare this queue as `declare_queues` does, not as the app's conf says."""
     exchange: Any = Exchange
     queue.exchange, queue.routing_key, queue.queue_arguments = exchange(""), queue.name, dict(ARGUMENTS)
 
 
 def declare_queues(connection: Any, queues: Iterable[str]) -> dict[str, int]:
-    """Make our queues where they are not; how many messages wait in each.
+    """Declare our queues; returns how many messages wait in each.
 
-    A queue that is there with other arguments is used as it is: an administrator may know better, and `doctor` tells.
+    A queue that exists with other arguments is used as it is; `agentmesh doctor` reports it.
 
     Raises:
-        ConfigError: a queue is not there and may not be made.
+        ConfigError: a queue does not exist, and this user may not declare it.
     """
     lengths = {}
-    channel = connection.channel()  # of its own: a refusal closes it, and with it whatever else it was for
+    channel = connection.channel()  # of its own, because a refusal closes it
     try:
         for queue in queues:
             try:
@@ -89,17 +88,19 @@ def _declared_otherwise(channel: Any, queue: str, refused: Exception) -> Any:
         return channel.queue_declare(queue, passive=True)
     except amqp.NotFound:
         raise ConfigError(
-            f"RabbitMQ does not let this user make the queue {queue!r} ({refused}): make it with {ARGUMENTS!r}, or give "
-            "the user the permission to configure queues that begin with 'agentmesh.'"
+            f"RabbitMQ does not let this user declare the queue {queue!r} ({refused})",
+            hint=f"declare it with {ARGUMENTS!r}, or give the user permission to configure queues that begin with 'agentmesh.'",
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerFacts:
-    """What a RabbitMQ says of itself and of our queues.
+    """A RabbitMQ server and our queues on it.
 
     Args:
-        other: our queues that are there with other arguments, each with what RabbitMQ says of it.
+        version: of the server.
+        messages: how many wait in each of our queues that exist.
+        other: our queues that exist with other arguments, each with RabbitMQ's reply.
     """
 
     version: str
@@ -108,7 +109,7 @@ class BrokerFacts:
 
 
 def inspect_broker(app: Celery, queues: Sequence[str]) -> BrokerFacts:
-    """Look at the server and at those of our queues that are there; makes none."""
+    """Query the server and those of our queues that exist; declares none."""
     messages, other = {}, {}
     with with_socket_limits(app.connection_for_read(connect_timeout=3)) as connection:
         connection.connect()
@@ -126,58 +127,58 @@ def inspect_broker(app: Celery, queues: Sequence[str]) -> BrokerFacts:
 
 
 class Waker:
-    """Wakes a thread that waits on a socket; rung from any thread."""
+    """Wakes a thread that waits on sockets; from any thread."""
 
     def __init__(self) -> None:
-        self._heard, self._rung = socket.socketpair()
-        self._heard.setblocking(False)
-        self._rung.setblocking(False)
-        self._is_rung = False
+        self._read_end, self._write_end = socket.socketpair()
+        self._read_end.setblocking(False)
+        self._write_end.setblocking(False)
+        self._is_set = False
 
-    def ring(self) -> None:
-        """End the wait that is, or else the next one."""
-        if not self._is_rung:
-            self._is_rung = True
+    def wake(self) -> None:
+        """End the current wait, or else the next one."""
+        if not self._is_set:
+            self._is_set = True
             with contextlib.suppress(OSError):
-                self._rung.send(b"1")
+                self._write_end.send(b"1")
 
     @contextlib.contextmanager
-    def beside(self, *sockets: socket.socket) -> Iterator["Waiter"]:
-        """A waiter for this bell and these sockets."""
+    def waiter(self, *sockets: socket.socket) -> Iterator["Waiter"]:
+        """A waiter for this waker and these sockets."""
         with selectors.DefaultSelector() as selector:
-            for one in (self._heard, *sockets):
-                selector.register(one, selectors.EVENT_READ)
+            for sock in (self._read_end, *sockets):
+                selector.register(sock, selectors.EVENT_READ)
             yield Waiter(selector, self)
 
-    def hears(self, ready: object) -> None:
-        """Forget that it rang, if `ready` is its own end."""
-        if ready is self._heard:
+    def clear_if(self, ready: object) -> None:
+        """Clear it, if `ready` is its own socket."""
+        if ready is self._read_end:
             with contextlib.suppress(OSError):
-                self._heard.recv(64)
-            self._is_rung = False  # last: who rings before this line has put down before what is looked at after it
+                self._read_end.recv(64)
+            self._is_set = False  # last: what was done before a `wake` that comes before this line is seen after it
 
     def close(self) -> None:
-        """Give back its sockets."""
-        self._heard.close()
-        self._rung.close()
+        """Close its sockets."""
+        self._read_end.close()
+        self._write_end.close()
 
 
 class Waiter:
-    """Waits for a bell or a socket."""
+    """Waits for a waker or a socket."""
 
-    def __init__(self, selector: selectors.BaseSelector, bell: Waker) -> None:
-        self._selector, self._bell = selector, bell
+    def __init__(self, selector: selectors.BaseSelector, waker: Waker) -> None:
+        self._selector, self._waker = selector, waker
 
     def wait(self, timeout_s: float) -> None:
-        """Until one of them has something, at most so long."""
+        """Return when one of them is ready, or after the timeout."""
         for key, _ in self._selector.select(timeout_s):
-            self._bell.hears(key.fileobj)
+            self._waker.clear_if(key.fileobj)
 
 
-def drain_events(connection: Any, most: int = 100) -> bool:
-    """Handle what the broker has sent, up to `most` methods; whether there may be more."""
+def drain_events(connection: Any, limit: int = 100) -> bool:
+    """Handle what the broker has sent, up to `limit` methods; whether there may be more."""
     try:
-        for _ in range(most):
+        for _ in range(limit):
             connection.drain_events(timeout=0)
     except TimeoutError:
         return False

@@ -1,7 +1,7 @@
-"""kombu's Redis transport, which takes as many messages at once as the worker has room for.
+"""kombu's Redis transport, changed to take as many messages at once as the worker has room for.
 
-One BRPOP a message is two system calls of the worker and one wake-up of the server a message. BLMPOP with a count is the
-same blocking pop, and under load one for many. Redis 7 and any Valkey have it, as the journal's scripts need them to.
+One BRPOP a message costs two system calls of the worker and one wake-up of the server. BLMPOP with a count is the same
+blocking pop, and under load one serves many messages. It needs Redis 7 or any Valkey, as the journal's scripts do.
 
 Source: https://redis.io/docs/latest/commands/blmpop/
 """
@@ -21,51 +21,51 @@ from agentmesh.celery.lanes import Lanes
 logger = get_logger("agentmesh.consumer")
 
 kombu: Any = redis  # kombu's functions have no types
-loads: Any = json.loads
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError)  # what the reading of a strange message raises
+json_loads: Any = json.loads
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError)  # what parsing a malformed message raises
 base: Any = virtual.QoS
-MAX_BATCH = 100  # at once: more would make one worker's first message wait for the parsing of its last
+MAX_BATCH = 100  # messages of one pop: the first of them waits until all are parsed
 
 
 class PrefetchRoom(base):  # type: ignore[misc]  # no types
-    """Counts what was taken and not acked; whoever has something scarcer than places says how many more may come."""
+    """Counts what was taken and not acked; `admits` can limit it further, where something is scarcer than places."""
 
-    admits: Callable[[int], int] | None = None  # gets how many are in hand
-    in_pool: Callable[[], int] = staticmethod(lambda: 0)  # how many go on, also of an earlier connection
-    arriving = ""  # the queue of the messages that are being read
-    at_once = False  # whether the next pop comes back with what is there, and waits for nothing
-    leaving: Callable[[], bool] = staticmethod(lambda: False)  # whether the worker takes nothing more
+    admits: Callable[[int], int] | None = None  # gets how many are in flight, returns how many more may be taken
+    in_pool: Callable[[], int] = staticmethod(lambda: 0)  # how many run, also of an earlier connection
+    arriving = ""  # the queue of the messages being delivered
+    at_once = False  # whether the next pop returns at once, also with nothing
+    leaving: Callable[[], bool] = staticmethod(lambda: False)  # whether the worker takes no more messages
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._urgent: set[str] = set()  # tags of the realtime lane
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """A message was taken."""
+        """Count a message that was taken."""
         super().append(message, delivery_tag)
         if isinstance(self.admits, Lanes) and self.admits.is_urgent(self.arriving):
             self._urgent.add(delivery_tag)
 
     @property
     def urgent(self) -> int:
-        """How many of the realtime lane were taken and not acked."""
+        """How many messages of the realtime lane were taken and not acked."""
         self._urgent = {tag for tag in self._urgent if tag in self._delivered and tag not in self._dirty}
         return len(self._urgent)
 
     @property
     def narrow(self) -> bool:
-        """Whether what room there is is kept for the realtime lane."""
+        """Whether all free places are reserved for the realtime lane."""
         if not isinstance(self.admits, Lanes):
             return False
         room = self.can_consume_max_estimate()
-        return room is not None and 0 < room <= self.admits.kept(self.urgent)
+        return room is not None and 0 < room <= self.admits.still_reserved(self.urgent)
 
     def can_consume(self) -> bool:
         """Whether one more may be taken."""
         return self.can_consume_max_estimate() != 0
 
     def can_consume_max_estimate(self) -> int | None:
-        """How many more may be taken; None is any number."""
+        """How many more may be taken; None is without limit."""
         most: int | None = super().can_consume_max_estimate()
         if self.admits is None:
             return most
@@ -74,7 +74,7 @@ class PrefetchRoom(base):  # type: ignore[misc]  # no types
 
 
 class BatchChannel(kombu.Channel):  # type: ignore[misc]  # no types
-    """A channel whose blocking pop brings up to `MAX_BATCH` messages, never more than the prefetch count leaves room for."""
+    """A channel whose blocking pop takes up to `MAX_BATCH` messages, never more than the prefetch count has room for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,11 +82,11 @@ class BatchChannel(kombu.Channel):  # type: ignore[misc]  # no types
             self.QoS: Any = PrefetchRoom
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        if self.global_keyprefix:  # kombu knows where the keys stand in the commands it uses itself, and in no others
+        if self.global_keyprefix:  # kombu can prefix the keys of its own commands only
             super()._brpop_start(timeout)
             return
         if isinstance(self.qos, PrefetchRoom) and self.qos.leaving():
-            raise TimeoutError  # out of kombu's drain_events, which would pop again until its time is over
+            raise TimeoutError  # leaves kombu's drain_events, which would pop again until its timeout
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
@@ -105,7 +105,7 @@ class BatchChannel(kombu.Channel):  # type: ignore[misc]  # no types
         self.client.connection.send_command("BLMPOP", wait_s, len(keys), *keys, "RIGHT", "COUNT", count)
 
     def _pop_at_once(self, keys: list[str], count: int) -> None:
-        """Without a wait in the server: a pop there that nothing comes for may end a tenth of a second late."""
+        """Pop without a wait in the server, where an empty pop may end a tenth of a second late."""
         connection = self.client.connection
         try:
             connection.send_command("LMPOP", len(keys), *keys, "RIGHT", "COUNT", count)
@@ -135,19 +135,19 @@ class BatchChannel(kombu.Channel):  # type: ignore[misc]  # no types
             self._in_poll = None
             self._flush_brpop_reauth()
 
-    def _deliver_all(self, found: Any) -> None:
-        queue = _text(found[0]).rsplit(self.sep, 1)[0]
+    def _deliver_all(self, reply: Any) -> None:
+        queue = _text(reply[0]).rsplit(self.sep, 1)[0]
         self._queue_cycle.rotate(queue)
         self.qos.arriving = queue
-        for item in found[1]:
+        for item in reply[1]:
             try:
-                self.connection._deliver(loads(_text(item)), queue)
-            except MALFORMED as e:  # the others of this pop are messages
+                self.connection._deliver(json_loads(_text(item)), queue)
+            except MALFORMED as e:  # the other messages of this pop are delivered
                 logger.error("dropped a malformed message from %s (%r): %.200r", queue, e, item)
 
 
 class BatchTransport(kombu.Transport):  # type: ignore[misc]  # no types
-    """The transport with that channel."""
+    """The transport with `BatchChannel`."""
 
     Channel = BatchChannel
 
@@ -157,6 +157,6 @@ def _text(raw: bytes | str) -> str:
 
 
 def enable_batching(connection: Any) -> None:
-    """Have a connection that is not yet connected take many messages at once; one that is no plain Redis stays as it is."""
+    """Make a connection that is not open yet take many messages at once; does nothing unless it is plain Redis."""
     if connection.get_transport_cls() is kombu.Transport:
         connection.transport_cls = BatchTransport

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from agentmesh.definitions.crew import Crew
-from agentmesh.errors import ConfigError
+from agentmesh.errors import ConfigError, MeshError
 from agentmesh.hub.cache import is_installed
 from agentmesh.runtime.process_exit import DONE, ENVIRONMENT
 from agentmesh.worker.gpus import CPU, devices_of, nvidia_smi
@@ -22,24 +22,34 @@ from agentmesh.worker.gpus import CPU, devices_of, nvidia_smi
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at; with `ok` a `mend` is only for those who need it."""
+    """One thing looked at: as in an error, what is so and one thing to do about it.
+
+    With `ok` the hint is only for those who need it.
+    """
 
     ok: bool
-    what: str
-    fix: str = ""
+    message: str
+    hint: str = ""
+
+    @classmethod
+    def of_error(cls, error: MeshError, *, where: str = "") -> Self:
+        """A failed check with an error's message and hint."""
+        return cls(False, f"{where}: {error.message}" if where else error.message, error.hint)
 
 
-def print_checks(findings: Iterable[Check]) -> int:
-    """Print each as it comes; 0 when nothing needs mending."""
+def print_checks(checks: Iterable[Check]) -> int:
+    """Print each as it comes, with its `help:` line; 0 when all are ok, else 4."""
     all_ok = True
-    for finding in findings:
-        all_ok = all_ok and finding.ok
-        mend = f"\n      -> {finding.fix}" if finding.fix else ""
-        print(f"{'ok  ' if finding.ok else 'help'}  {finding.what}{mend}", flush=True)
+    for check in checks:
+        all_ok = all_ok and check.ok
+        print(f"{'ok' if check.ok else 'error':<5} {check.message}")
+        if check.hint:
+            print(f"      help: {check.hint}")
+        sys.stdout.flush()
     return DONE if all_ok else ENVIRONMENT
 
 
-# ---- The doctor's look at GPUs ------------------------------------------------------------------
+# ---- GPUs ----------------------------------------------------------------------------------------
 
 PROBE_S = 60.0
 TORCH_CUDAS = ((11, 8), (12, 6), (12, 8), (13, 0))  # torch's own indexes, oldest first
@@ -49,7 +59,7 @@ MIB_A_GB = 2**20 / 1e9
 
 
 class Gpu(NamedTuple):
-    """A GPU as the driver knows it; `capability` is "" where an old driver does not tell."""
+    """A GPU as the driver reports it; memory in MiB, `capability` is "" where an old driver does not report it."""
 
     number: str
     name: str
@@ -62,8 +72,8 @@ class Driver(NamedTuple):
     """The driver and its GPUs.
 
     Args:
-        cuda: the newest version of CUDA that it knows, "" where it does not tell.
-        fails: why it does not answer.
+        cuda: the newest version of CUDA that it supports, "" where it does not say.
+        fails: why nvidia-smi finds no GPU.
     """
 
     version: str = ""
@@ -93,25 +103,25 @@ def query_driver() -> Driver | None:
 
 
 def check_gpus(at: Driver | None) -> Iterator[Check]:
-    """The GPUs themselves."""
+    """The driver and its GPUs."""
     if at is None:
         yield Check(True, "GPUs: none (nvidia-smi not found); local models run on the CPU")
         return
     if at.fails:
         yield Check(False, f"nvidia-smi finds no GPU: {at.fails}",
-                      "load or reinstall NVIDIA's driver; without it local models run on the CPU")  # fmt: skip
+                    "load or reinstall NVIDIA's driver, or let local models run on the CPU")  # fmt: skip
         return
-    knows = f", which supports CUDA up to {at.cuda}" if at.cuda else ""
-    yield Check(True, f"GPU driver {at.version}{knows}")
+    supports = f", which supports CUDA up to {at.cuda}" if at.cuda else ""
+    yield Check(True, f"GPU driver {at.version}{supports}")
     for card in at.cards:
         old = re.fullmatch(r"\d+\.\d+", card.capability) and float(card.capability) < BFLOAT16_FROM
         yield Check(
             True, f"GPU {card.number}: {card.name}, {_gb(card.free)} GB of {_gb(card.total)} free"
-            + (f", compute capability {card.capability}" if card.capability else ""),
-            "its hardware has no bfloat16, which the engine uses on GPUs: expect it to be slow" if old else "",
+            + (f", compute capability {card.capability}" if card.capability else "")
+            + (": slow, because it has no bfloat16 in hardware" if old else ""),
         )  # fmt: skip
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        yield Check(True, f"CUDA_VISIBLE_DEVICES={visible!r}: queues have no other GPUs than these")
+        yield Check(True, f"CUDA_VISIBLE_DEVICES={visible!r}: queues can use only these GPUs")
 
 
 def _gb(mib: str) -> str:
@@ -119,14 +129,14 @@ def _gb(mib: str) -> str:
 
 
 # ---- torch -------------------------------------------------------------------------------------
-def check_torch(at: Driver | None, *, wanted: bool) -> Iterator[Check]:
-    """Whether torch and the GPUs know each other; torch is loaded, elsewhere, only where it matters.
+def check_torch(at: Driver | None, *, needed: bool) -> Iterator[Check]:
+    """Whether torch works and sees the GPUs. Torch is loaded in a process of its own, and only where it is needed.
 
     Args:
-        wanted: a local model is to be used.
+        needed: a local model is to be used.
     """
     cards = at.cards if at is not None else ()
-    if importlib.util.find_spec("torch") is None or not (cards or wanted):
+    if importlib.util.find_spec("torch") is None or not (cards or needed):
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     try:
@@ -141,31 +151,31 @@ def check_torch(at: Driver | None, *, wanted: bool) -> Iterator[Check]:
     except (subprocess.SubprocessError, OSError, ValueError) as e:
         last = str(getattr(e, "stderr", "") or e).strip().splitlines()[-1:]
         yield Check(False, f"torch {importlib.metadata.version('torch')} does not work: {' '.join(last)}",
-                      "pip install 'agentmesh-celery[local]' into a fresh environment")  # fmt: skip
+                    "pip install 'agentmesh-celery[local]' into a fresh environment")  # fmt: skip
         return
     yield from _judge_probe(report, at if at is not None and cards and not hidden else Driver())
 
 
-def _judge_probe(said: dict[str, Any], at: Driver) -> Iterator[Check]:
-    """What torch said (see gpu.probe), beside the driver's GPUs."""
-    build = f"torch {said['torch']}"
-    if at.cards and not said["cuda"]:
+def _judge_probe(probe: dict[str, Any], at: Driver) -> Iterator[Check]:
+    """What torch reports (see inference.probe), beside the driver's GPUs."""
+    build = f"torch {probe['torch']}"
+    if at.cards and not probe["cuda"]:
         yield Check(
             False, f"{build} is a build for CPUs, and there {'is a GPU' if len(at.cards) == 1 else 'are GPUs'} here",
             f"pip uninstall torch, then: pip install torch --index-url {_torch_index(at.cuda)}",
         )  # fmt: skip
-    elif at.cards and not said["gpus"]:
+    elif at.cards and not probe["gpus"]:
         yield Check(
-            False, f"{build}, made for CUDA {said['cuda']}, sees no GPU" + (f": {said['complaint']}" if said["complaint"] else ""),
-            f"update the driver to one that supports CUDA {said['cuda']}, or take an older build: pip uninstall torch, then: "
+            False, f"{build}, made for CUDA {probe['cuda']}, sees no GPU" + (f": {probe['complaint']}" if probe["complaint"] else ""),
+            f"update the driver to one that supports CUDA {probe['cuda']}, or install an older build: pip uninstall torch, then: "
             f"pip install torch --index-url {_torch_index(at.cuda)}",
         )  # fmt: skip
     elif at.cards:
-        yield Check(True, f"{build}, made for CUDA {said['cuda']}, sees {len(said['gpus'])} of {len(at.cards)} GPUs")
+        yield Check(True, f"{build}, made for CUDA {probe['cuda']}, sees {len(probe['gpus'])} of {len(at.cards)} GPUs")
     else:
-        kind = "bfloat16" if said["bfloat16"] else "float32, because the processor has no bfloat16"
-        yield Check(True, f"{build}, for the CPU: weights in {kind}; {_best_kernel(said['attention'])}")
-    for number, gpu in enumerate(said["gpus"] if at.cards else ()):
+        kind = "bfloat16" if probe["bfloat16"] else "float32, because the processor has no bfloat16"
+        yield Check(True, f"{build}, for the CPU: weights in {kind}; {_best_kernel(probe['attention'])}")
+    for number, gpu in enumerate(probe["gpus"] if at.cards else ()):
         if gpu["fails"]:
             yield Check(
                 False, f"{build} cannot compute on {gpu['name']}, its GPU {number} of compute capability {gpu['capability']}: "
@@ -174,11 +184,11 @@ def _judge_probe(said: dict[str, Any], at: Driver) -> Iterator[Check]:
             continue
         works = not all(gpu["attention"].values())
         yield Check(works, f"{gpu['name']}, torch's GPU {number}: {_best_kernel(gpu['attention'])}",
-                      "" if works else "take another build of torch, or put a server behind the queue (url=)")  # fmt: skip
+                      "" if works else "install another build of torch, or use a ServerQueue")  # fmt: skip
 
 
 def _best_kernel(kernels: dict[str, str]) -> str:
-    """The first kernel that passed, and what is wrong with better ones; the engine tries them with its model's own heads."""
+    """The first kernel that passed, and what is wrong with the faster ones before it."""
     best = next((f"attention {name}" for name, fault in kernels.items() if not fault), "no attention works")
     faults = "; ".join(f"{name}: {fault}" for name, fault in kernels.items() if fault)
     return f"{best}{f' ({faults})' if faults else ''}"
@@ -186,34 +196,35 @@ def _best_kernel(kernels: dict[str, str]) -> str:
 
 def _torch_index(cuda: str) -> str:
     """Torch's newest index that a driver with this version of CUDA can run; it runs any build of its own major version."""
-    knows = tuple(int(part) for part in cuda.split(".")[:2]) if cuda else TORCH_CUDAS[-1]
-    of_its_own = [build for build in TORCH_CUDAS if build[0] == knows[0]]
-    fitting = [build for build in of_its_own or TORCH_CUDAS if build <= knows] or of_its_own or list(TORCH_CUDAS[:1])
-    return "{}cu{}{}".format(TORCH_INDEX, *fitting[-1 if fitting[-1] <= knows else 0])
+    supported = tuple(int(part) for part in cuda.split(".")[:2]) if cuda else TORCH_CUDAS[-1]
+    same_major = [build for build in TORCH_CUDAS if build[0] == supported[0]]
+    fitting = (
+        [build for build in same_major or TORCH_CUDAS if build <= supported] or same_major or list(TORCH_CUDAS[:1])
+    )
+    return "{}cu{}{}".format(TORCH_INDEX, *fitting[-1 if fitting[-1] <= supported else 0])
 
 
 # ---- queues ------------------------------------------------------------------------------------
 def check_queues(crew: Crew) -> Iterator[Check]:
-    """Where the workers of queues with a model would run."""
-    for queue in crew.queues.values():
-        if queue.on_device:
-            try:
-                devices = devices_of(queue)
-            except ConfigError as e:
-                yield Check(False, e.message, e.hint)
-                continue
-            if not _is_pulled(queue.model):
-                yield Check(False, f"queue {queue.name!r}: model {queue.model!r} is not here",
-                              f"agentmesh models pull {queue.model}")  # fmt: skip
-            encoder = queue.embed.partition(":")[2]
-            if encoder and not (Path(encoder).expanduser().is_dir() or _is_pulled(encoder)):
-                yield Check(True, f"queue {queue.name!r}: encoder {encoder!r} is not here",
-                              f"agentmesh models pull {encoder}, unless the hub's own cache has it")  # fmt: skip
-            where = f"on each of GPU {', '.join(devices)}" if devices != [CPU] else "on the CPU"
-            yield Check(True, f"queue {queue.name!r}: a worker with model {queue.model!r} {where}")
+    """Whether the models of device queues are here, and where their workers would run."""
+    for queue in crew.device_queues():
+        try:
+            devices = devices_of(queue)
+        except ConfigError as e:
+            yield Check.of_error(e)
+            continue
+        if not _is_pulled(queue.model):
+            yield Check(False, f"queue {queue.name!r}: model {queue.model!r} is not here",
+                          f"agentmesh models pull {queue.model}")  # fmt: skip
+        encoder = queue.embed.partition(":")[2]
+        if encoder and not (Path(encoder).expanduser().is_dir() or _is_pulled(encoder)):
+            yield Check(True, f"queue {queue.name!r}: encoder {encoder!r} is not here",
+                          f"agentmesh models pull {encoder}, unless the hub's own cache has it")  # fmt: skip
+        where = f"on each of GPU {', '.join(devices)}" if devices != [CPU] else "on the CPU"
+        yield Check(True, f"queue {queue.name!r}: a worker with model {queue.model!r} {where}")
 
 
 def _is_pulled(model: str) -> bool:
-    with suppress(ConfigError):  # no such name can be
+    with suppress(ConfigError):  # not a valid name
         return is_installed(model)
     return False

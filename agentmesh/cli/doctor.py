@@ -1,4 +1,4 @@
-"""`agentmesh doctor`: everything a run needs, looked at one by one; what is wrong comes with its mend."""
+"""`agentmesh doctor`: everything a run needs, checked one by one; each problem comes with one thing to do."""
 
 import importlib.metadata
 import importlib.util
@@ -15,11 +15,11 @@ from agentmesh.celery.broker import check_broker
 from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.journal_factory import make_journal
 from agentmesh.celery.publish_connection import CONNECTION_ERRORS
-from agentmesh.celery.rabbitmq import DELIVERY_LIMIT, BrokerFacts, on_rabbit
-from agentmesh.celery.rabbitmq import inspect_broker as rabbit_facts
+from agentmesh.celery.rabbitmq import DELIVERY_LIMIT, BrokerFacts, inspect_broker, on_rabbit
 from agentmesh.cli.checks import Check, check_gpus, check_queues, check_torch, print_checks, query_driver
 from agentmesh.config import Config, load
 from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.queue import ServerQueue
 from agentmesh.errors import MeshError
 from agentmesh.hub.cache import installed
 from agentmesh.journal.redis import RedisJournal
@@ -38,7 +38,7 @@ CLASHES = {"agents": "openai-agents", "tools": "a package of that name"}
 
 
 def run_doctor(crew: str, *, broker: str, file: Path | None) -> int:
-    """Print every finding; 0 when nothing needs mending."""
+    """Print every check; 0 when all are ok, else 4."""
     return print_checks(_checks(crew, broker, file))
 
 
@@ -50,20 +50,20 @@ def _checks(crew: str, broker: str, file: Path | None) -> Iterator[Check]:
     try:
         config = load(file=file, broker=broker or None)
     except MeshError as e:
-        yield Check(False, "settings", str(e))
+        yield Check.of_error(e, where="settings")
         return
     yield from _servers(config)
     yield from _models(config)
-    at = query_driver()
-    yield from check_gpus(at)
+    driver = query_driver()
+    yield from check_gpus(driver)
     loaded = None
     if crew:
         try:
             loaded = load_crew(crew)
         except MeshError as e:
-            yield Check(False, f"crew {crew}", str(e))
+            yield Check.of_error(e, where=f"crew {crew}")
     local = loaded is not None and any(m.startswith("local:") for m in loaded.models(config.model))
-    yield from check_torch(at, wanted=local)
+    yield from check_torch(driver, needed=local)
     if loaded is not None:
         yield from _crew(crew, loaded, config)
 
@@ -73,10 +73,10 @@ def _packages() -> Iterator[Check]:
         yield Check(True, f"{name} {importlib.metadata.version(name)}")
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
-        mend = f"only if you need it: pip install 'agentmesh-celery[{extra}]'" if missing else ""
         yield Check(
-            True, f"extra {extra}: {'not installed (' + ', '.join(missing) + ')' if missing else 'installed'}", mend
-        )
+            True, f"extra {extra}: {'not installed (' + ', '.join(missing) + ')' if missing else 'installed'}",
+            f"only if you need it: pip install 'agentmesh-celery[{extra}]'" if missing else "",
+        )  # fmt: skip
 
 
 def _names() -> Iterator[Check]:
@@ -98,13 +98,13 @@ def _servers(config: Config) -> Iterator[Check]:
     try:
         config, valkey = resolve_servers(config)
     except MeshError as e:
-        yield Check(False, "embedded Valkey", str(e))
+        yield Check.of_error(e, where="embedded Valkey")
         return
     try:
         app = make_app(config.broker)
         check_broker(app)
         if on_rabbit(app):
-            yield Check(True, f"broker: RabbitMQ {rabbit_facts(app, ()).version} answers")
+            yield Check(True, f"broker: RabbitMQ {inspect_broker(app, ()).version} responds")
         if valkey is not None:
             yield Check(True, f"embedded Valkey in {config.home}: responds, eviction off")
         elif not on_rabbit(app):
@@ -113,7 +113,7 @@ def _servers(config: Config) -> Iterator[Check]:
         if isinstance(journal, RedisJournal):
             yield from run_sync(_journal(journal))
     except MeshError as e:
-        yield Check(False, "broker", str(e))
+        yield Check.of_error(e, where="broker")
     finally:
         if valkey is not None:
             valkey.leave()
@@ -129,30 +129,34 @@ async def _journal(journal: RedisJournal) -> list[Check]:
     )
     cluster = facts.get("cluster_enabled") == "1"
     return [
-        Check(aof, f"{server}, append-only file {'on' if aof else 'off'}",
-                "" if aof else "set `appendonly yes`: without it a restart of the server loses every open run"),
-        Check(not cluster, f"cluster mode {'on' if cluster else 'off'}",
-                "use a single node with replicas: one script writes many keys" if cluster else ""),
+        Check(aof, f"{server}, append-only file {'on' if aof else 'off: a restart of the server loses every open run'}",
+                "" if aof else "set `appendonly yes` in its configuration"),
+        Check(not cluster, f"cluster mode {'on: one script writes keys of several nodes' if cluster else 'off'}",
+                "use a single node with replicas" if cluster else ""),
     ]  # fmt: skip
 
 
 def _queues(facts: BrokerFacts) -> Iterator[Check]:
     for queue, waiting in facts.messages.items():
         difference = facts.other.get(queue)
-        mend = f"it is used as it is; for a quorum queue with delivery limit {DELIVERY_LIMIT} stop the workers and delete it"
+        declared = (
+            f"used although it is declared otherwise ({difference})"
+            if difference
+            else "a quorum queue as we declare it"
+        )
+        hint = f"stop the workers and delete it, to get a quorum queue with delivery limit {DELIVERY_LIMIT}"
         yield Check(
-            difference is None, f"queue {queue}: {waiting} messages wait; {difference or 'quorum, as agentmesh makes it'}",
-            mend if difference else "",
-        )  # fmt: skip
+            difference is None, f"queue {queue}: {waiting} messages wait, {declared}", hint if difference else ""
+        )
 
 
 def _models(config: Config) -> Iterator[Check]:
-    here = [m.name for m in installed()]
+    names = [m.name for m in installed()]
     model_name = config.model.partition(":")[2] if config.model.startswith("local:") else ""
-    missing = bool(model_name) and model_name not in here
+    missing = bool(model_name) and model_name not in names
     yield Check(
         not missing,
-        f"local models: {', '.join(here) or 'none'}",
+        f"local models: {', '.join(names) or 'none'}",
         f"agentmesh models pull {model_name}" if missing else "",
     )
     has_key = bool(os.environ.get("OPENAI_API_KEY"))
@@ -167,9 +171,9 @@ async def _model_servers(queue: str, fleet: LoadBalancer) -> list[Check]:
     status = await fleet.check_servers()
     await fleet.close()
     return [
-        Check(not ails, f"queue {queue!r}: model server {url} {'answers' if not ails else f'does not answer ({ails})'}",
-                "start it, or take it out of the queue's url" if ails else "")
-        for url, ails in status.items()
+        Check(not reason, f"queue {queue!r}: model server {url} {f'does not respond ({reason})' if reason else 'responds'}",
+              "start it, or remove it from the queue's urls" if reason else "")
+        for url, reason in status.items()
     ]  # fmt: skip
 
 
@@ -179,11 +183,11 @@ def _crew(path: str, crew: Crew, config: Config) -> Iterator[Check]:
     try:
         check_models(crew, config)
         for queue in crew.queues.values():
-            if queue.servers is not None:
+            if isinstance(queue, ServerQueue):
                 yield from run_sync(_model_servers(queue.name, LoadBalancer(queue.servers)))
         yield Check(True, "its models can be reached from here")
         if is_amqp(config.broker):
-            with suppress(*CONNECTION_ERRORS):  # that it does not answer is said above
-                yield from _queues(rabbit_facts(make_app(config.broker), crew.broker_queues()))
+            with suppress(*CONNECTION_ERRORS):  # _servers has reported it
+                yield from _queues(inspect_broker(make_app(config.broker), crew.broker_queues()))
     except MeshError as e:
-        yield Check(False, f"crew {path}", str(e))
+        yield Check.of_error(e, where=f"crew {path}")

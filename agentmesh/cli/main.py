@@ -32,8 +32,8 @@ StepN = Annotated[int, typer.Argument(metavar="N", help="The step's number.")]
 By = Annotated[str, typer.Option(help="Who decides; recorded in the journal.")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from agentmesh import __version__
 
         typer.echo(__version__)
@@ -47,7 +47,7 @@ def _options(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     Options.config, Options.debug = config, debug
@@ -63,14 +63,16 @@ def run(
     task: Annotated[
         str,
         typer.Argument(
-            metavar="TASK", help="The task of the crew's first agent: text, or JSON where its flow takes more."
+            metavar="TASK", help="The task of the crew's first agent: text, or JSON where it takes another type."
         ),
     ],
     broker: Broker = "",
     model: Annotated[
         str, typer.Option(help="Model for agents without one, such as openai:gpt-5-mini.", metavar="NAME")
     ] = "",
-    id: Annotated[str, typer.Option(help="The run's id; an existing run with the same id and task is resumed.")] = "",
+    run_id: Annotated[
+        str, typer.Option("--id", help="The run's id; an existing run with the same id and task is resumed.")
+    ] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and leave it running.")] = False,
     json: Json = False,
 ) -> None:
@@ -78,7 +80,9 @@ def run(
     from agentmesh.cli.run import run_crew
 
     raise typer.Exit(
-        run_crew(crew, task, broker=broker, model=model, run_id=id, detach=detach, as_json=json, file=Options.config)
+        run_crew(
+            crew, task, broker=broker, model=model, run_id=run_id, detach=detach, as_json=json, file=Options.config
+        )
     )
 
 
@@ -87,14 +91,16 @@ def run(
 )
 def worker(
     crews: Annotated[list[str], typer.Argument(metavar="CREW...", help="Crew files; one worker may serve several.")],
-    queue: Annotated[list[str] | None, typer.Option(help="Queues to serve; defaults to all of the crews'.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Steps at once in a process; 0 is what the queues say.")] = 0,
+    queue: Annotated[
+        list[str] | None, typer.Option(help="A queue to serve, repeatable; defaults to all queues of the crews.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Steps at once in a process; 0 is what the queues declare.")] = 0,
     processes: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
     metrics: Annotated[
         str, typer.Option(help="Serve /metrics and /health here: PORT on loopback, or HOST:PORT.", metavar="PORT")
     ] = "",
     log: Annotated[
-        str, typer.Option(help="Log each step, as text or json; defaults to warnings only.", metavar="FORM")
+        str, typer.Option(help="Log each step, as text or json; by default only warnings are logged.", metavar="FORM")
     ] = "",
     beat: Annotated[
         bool, typer.Option("--beat", help="Start the crews' scheduled runs; safe on any number of workers.")
@@ -108,19 +114,10 @@ def worker(
 
     raise typer.Exit(
         run_workers(
-            crews,
-            queues=queue or [],
-            concurrency=concurrency,
-            processes=processes,
-            metrics=metrics,
-            log=log,
-            broker=broker,
-            model=model,
-            file=Options.config,
-            beat=beat,
-            events=events,
+            crews, queues=queue or [], concurrency=concurrency, processes=processes, metrics=metrics, log=log, broker=broker,
+            model=model, file=Options.config, beat=beat, events=events,
         )
-    )
+    )  # fmt: skip
 
 
 @app.command(
@@ -135,16 +132,17 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
     key_env: Annotated[
-        str, typer.Option(help="The environment variable that holds the key clients must show.", metavar="NAME")
+        str, typer.Option(help="The environment variable that holds the key clients must send.", metavar="NAME")
     ] = "",
     embed: Annotated[
-        list[str] | None, typer.Option(help="Serve this embedder too, such as wordllama or local:NAME.", metavar="NAME")
+        list[str] | None,
+        typer.Option(help="Also serve this embedder, such as wordllama or local:NAME; repeatable.", metavar="NAME"),
     ] = None,
     processes: Annotated[int, typer.Option(help="Worker processes; 0 where workers run elsewhere.", min=0)] = 1,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="Model for agents without one.", metavar="NAME")] = "",
 ) -> None:
-    """Serve a crew's agents and models to any client of OpenAI's API; each request is a run."""
+    """Serve a crew's agents and models over OpenAI's API; each request is a run."""
     from agentmesh.cli.serve import serve_crew
 
     raise typer.Exit(
@@ -155,7 +153,7 @@ def serve(
     )  # fmt: skip
 
 
-@app.command(epilog="Examples:  agentmesh new shop")
+@app.command(epilog="Example:  agentmesh new shop")
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The folder to create.")],
 ) -> None:
@@ -165,92 +163,93 @@ def new(
     raise typer.Exit(make_new(name))
 
 
-@app.command()
+@app.command(epilog="Examples:  agentmesh doctor  ·  agentmesh doctor crew.py")
 def doctor(
     crew: Annotated[str, typer.Argument(metavar="CREW", help="Also check this crew file.")] = "", broker: Broker = ""
 ) -> None:
-    """Check everything a run needs; every problem comes with a fix."""
+    """Check everything a run needs; every problem comes with one thing to do."""
     from agentmesh.cli.doctor import run_doctor
 
     raise typer.Exit(run_doctor(crew, broker=broker, file=Options.config))
 
 
-@runs.command("ls")
+@runs.command("ls", epilog="Example:  agentmesh runs ls --limit 5")
 def runs_ls(
     limit: Annotated[int, typer.Option(help="How many, newest first.", min=1)] = 20,
     broker: Broker = "",
     json: Json = False,
 ) -> None:
-    """List the newest runs: id, state, agent, cost."""
+    """List the newest runs: id, state, agent, start, turns, tokens, cost."""
     from agentmesh.cli.runs import list_runs
 
     raise typer.Exit(list_runs(limit, broker=broker, as_json=json, file=Options.config))
 
 
-@runs.command("show")
-def runs_show(id: RunId, broker: Broker = "", json: Json = False) -> None:
+@runs.command("show", epilog="Example:  agentmesh runs show tea-7")
+def runs_show(run_id: RunId, broker: Broker = "", json: Json = False) -> None:
     """Show a run's journal and what it is waiting for."""
     from agentmesh.cli.runs import show_run
 
-    raise typer.Exit(show_run(id, broker=broker, as_json=json, file=Options.config))
+    raise typer.Exit(show_run(run_id, broker=broker, as_json=json, file=Options.config))
 
 
-@runs.command("tail")
-def runs_tail(id: RunId, broker: Broker = "", json: Json = False) -> None:
+@runs.command("tail", epilog="Example:  agentmesh runs tail tea-7")
+def runs_tail(run_id: RunId, broker: Broker = "", json: Json = False) -> None:
     """Follow a run until it ends; starts no worker."""
     from agentmesh.cli.runs import tail_run
 
-    raise typer.Exit(tail_run(id, broker=broker, as_json=json, file=Options.config))
+    raise typer.Exit(tail_run(run_id, broker=broker, as_json=json, file=Options.config))
 
 
-@runs.command("approve")
-def runs_approve(id: RunId, n: StepN, by: By = "", broker: Broker = "") -> None:
+@runs.command("approve", epilog="Example:  agentmesh runs approve tea-7 2 --by ana")
+def runs_approve(run_id: RunId, n: StepN, by: By = "", broker: Broker = "") -> None:
     """Approve a step that is waiting for approval."""
-    from agentmesh.cli.runs import tell_run
+    from agentmesh.cli.runs import decide
 
-    raise typer.Exit(tell_run(id, "approve", n=n, by=by, broker=broker, file=Options.config))
+    raise typer.Exit(decide(run_id, "approve", n=n, by=by, broker=broker, file=Options.config))
 
 
-@runs.command("deny")
+@runs.command("deny", epilog="Example:  agentmesh runs deny tea-7 2 --reason 'too expensive'")
 def runs_deny(
-    id: RunId, n: StepN, by: By = "",
-    reason: Annotated[str, typer.Option(help="Shown to whoever asked, including a model.")] = "", broker: Broker = "",
+    run_id: RunId, n: StepN, by: By = "",
+    reason: Annotated[str, typer.Option(help="Shown to the agent that asked, and to its model.")] = "", broker: Broker = "",
 ) -> None:  # fmt: skip
     """Deny a step that is waiting for approval."""
-    from agentmesh.cli.runs import tell_run
+    from agentmesh.cli.runs import decide
 
-    raise typer.Exit(tell_run(id, "deny", n=n, by=by, reason=reason, broker=broker, file=Options.config))
+    raise typer.Exit(decide(run_id, "deny", n=n, by=by, reason=reason, broker=broker, file=Options.config))
 
 
-@runs.command("cancel")
-def runs_cancel(id: RunId, by: By = "", broker: Broker = "") -> None:
+@runs.command("cancel", epilog="Example:  agentmesh runs cancel tea-7")
+def runs_cancel(run_id: RunId, by: By = "", broker: Broker = "") -> None:
     """Cancel a run and all its sub-agents."""
-    from agentmesh.cli.runs import tell_run
+    from agentmesh.cli.runs import decide
 
-    raise typer.Exit(tell_run(id, "cancel", by=by, broker=broker, file=Options.config))
+    raise typer.Exit(decide(run_id, "cancel", by=by, broker=broker, file=Options.config))
 
 
-@runs.command("resolve")
+@runs.command("resolve", epilog="Example:  agentmesh runs resolve tea-7 2 done --value 42")
 def runs_resolve(
-    id: RunId, n: StepN,
+    run_id: RunId, n: StepN,
     action: Annotated[str, typer.Argument(metavar="WHAT", help="done, failed or retry: the outcome of the step.")],
-    value: Annotated[str, typer.Option(help="With done: the step's value, as JSON.")] = "null", by: By = "", broker: Broker = "",
+    value: Annotated[str, typer.Option(help="With done: the step's value as JSON, such as 42 or '\"text\"'.")] = "null",
+    by: By = "", broker: Broker = "",
 ) -> None:  # fmt: skip
     """Resolve a step that is in doubt or quarantined."""
-    from agentmesh.cli.runs import tell_run
+    from agentmesh.cli.runs import decide
 
     raise typer.Exit(
-        tell_run(id, "resolve", n=n, action=action, value=value, by=by, broker=broker, file=Options.config)
+        decide(run_id, "resolve", n=n, action=action, value=value, by=by, broker=broker, file=Options.config)
     )
 
 
-@runs.command("resume")
+@runs.command("resume", epilog="Example:  agentmesh runs resume tea-7 --limit turns=50")
 def runs_resume(
-    id: RunId,
+    run_id: RunId,
     crew: Annotated[
         str, typer.Argument(metavar="CREW", help="The crew file; defaults to the one the run was started from.")
     ] = "",
-    limit: Annotated[list[str] | None, typer.Option(help="Raise a limit, such as turns=50.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="Raise a limit, such as turns=50; repeatable.")] = None,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="Model for agents without one.", metavar="NAME")] = "",
     json: Json = False,
@@ -259,30 +258,32 @@ def runs_resume(
     from agentmesh.cli.run import resume_run
 
     raise typer.Exit(
-        resume_run(id, crew=crew, limits=limit or [], broker=broker, model=model, as_json=json, file=Options.config)
+        resume_run(run_id, crew=crew, limits=limit or [], broker=broker, model=model, as_json=json, file=Options.config)
     )
 
 
-@runs.command("retry")
+@runs.command("retry", epilog="Example:  agentmesh runs retry tea-7")
 def runs_retry(
-    id: RunId,
+    run_id: RunId,
     crew: Annotated[
         str, typer.Argument(metavar="CREW", help="The crew file; defaults to the one the run was started from.")
     ] = "",
-    limit: Annotated[list[str] | None, typer.Option(help="Another limit than the crew's, such as turns=50.")] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="A limit other than the crew's, such as turns=50; repeatable.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the new run's id and leave it running.")] = False,
     broker: Broker = "",
     model: Annotated[str, typer.Option(help="Model for agents without one.", metavar="NAME")] = "",
     json: Json = False,
 ) -> None:
-    """Retry the failed steps of a finished run, as a run ID~2 that keeps all the others."""
+    """Retry the failed steps of a finished run, as a run ID~2 that keeps all other steps."""
     from agentmesh.cli.run import retry_run
 
     options: dict[str, Any] = {"broker": broker, "model": model, "as_json": json, "file": Options.config}
-    raise typer.Exit(retry_run(id, crew=crew, limits=limit or [], detach=detach, **options))
+    raise typer.Exit(retry_run(run_id, crew=crew, limits=limit or [], detach=detach, **options))
 
 
-@models.command("pull")
+@models.command("pull", epilog="Example:  agentmesh models pull Qwen/Qwen3-0.6B")
 def models_pull(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="smollm2, or a name from the hub such as Qwen/Qwen3-0.6B.")
@@ -294,10 +295,10 @@ def models_pull(
     raise typer.Exit(pull_model(name))
 
 
-@models.command("rm")
+@models.command("rm", epilog="Example:  agentmesh models rm smollm2")
 def models_rm(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A name listed by `models ls`, or of an unfinished pull.")
+        str, typer.Argument(metavar="NAME", help="A name that `models ls` lists, or that of an unfinished pull.")
     ],
     json: Json = False,
 ) -> None:
@@ -307,9 +308,9 @@ def models_rm(
     raise typer.Exit(remove_model(name, as_json=json))
 
 
-@models.command("ls")
+@models.command("ls", epilog="Example:  agentmesh models ls --json")
 def models_ls(json: Json = False) -> None:
-    """The models in the cache."""
+    """List the models in the cache."""
     from agentmesh.cli.models import list_models
 
     raise typer.Exit(list_models(as_json=json))

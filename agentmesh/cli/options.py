@@ -1,10 +1,10 @@
-"""What the options before the command say, for every command."""
+"""The options that stand before the command, for every command."""
 
 from pathlib import Path
 
 
 class Options:
-    """Filled before the command runs."""
+    """Set before the command runs."""
 
     config: Path | None = None
     debug: bool = False

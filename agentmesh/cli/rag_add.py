@@ -73,7 +73,7 @@ def add_documents(
         mesh.check()
         run = mesh.start(agent, request, run_id=run_id, stream=True, origin=CREW)
         view: View = JsonView() if as_json else BarProgress() if sys.stderr.isatty() else PlainProgress()
-        return follow_run(run, mesh, CREW, config, as_json=as_json, view=view, say=print_added, queues=queues)
+        return follow_run(run, mesh, CREW, config, as_json=as_json, view=view, print_value=print_added, queues=queues)
     finally:
         if valkey is not None:
             valkey.leave()

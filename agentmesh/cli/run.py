@@ -1,4 +1,7 @@
-"""`agentmesh run`, `agentmesh runs resume` and `runs retry`: a supervised worker, the run, and a view of it until it ends."""
+"""`agentmesh run`, `agentmesh runs resume` and `runs retry`: a supervised worker, the run, and a view of it until it ends.
+
+As a program, `python -m agentmesh.cli.run`, it is what `--detach` leaves running; its spec is in the environment.
+"""
 
 import asyncio
 import json
@@ -24,49 +27,58 @@ from agentmesh.mesh import Mesh
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.runtime.bootstrap import check_models, resolve_servers
 from agentmesh.runtime.crew_file import load_crew
-from agentmesh.runtime.process_exit import DONE, FAILED, INTERRUPTED, WAITING, exit_code, interruptible, print_error
+from agentmesh.runtime.process_exit import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    WAITING,
+    exit_code,
+    interruptible,
+    print_error,
+    skip_final_collection,
+)
 from agentmesh.runtime.valkey import EmbeddedValkey
 from agentmesh.schema import from_json
-from agentmesh.worker.asyncio_worker import SPEC_ENV, worker_commands
+from agentmesh.worker.asyncio_worker import SPEC_ENV, take_spec, worker_commands
 from agentmesh.worker.embed_queues import consumed_queues
 from agentmesh.worker.standby import fallback_workers, queues_left_to_others, standby_workers
 from agentmesh.worker.supervisor import Supervisor
 
-READY_S = 60.0
-MODEL_READY_S = 900.0  # where a worker loads a model first
-BLOCKED_LOOKS = 3
-STDERR = 2  # of workers too: the answer alone goes to the output
-DRAIN_S = 3.0  # a worker with a model in it takes two to leave; twice that where processes of a pool end too
+READY_TIMEOUT_S = 60.0
+MODEL_READY_TIMEOUT_S = 900.0  # where a worker loads a model first
+STUCK_POLL_S, STUCK_POLLS = 0.5, 3  # a run is stuck when so many polls in a row say so
+STDERR = 2  # of workers too: only the answer goes to stdout
+DRAIN_S = 3.0  # a worker that has loaded a model needs 2 s to exit; twice as long where processes of a pool end too
 
 
 def run_crew(
     path: str, task: str, *, broker: str, model: str, run_id: str, detach: bool, as_json: bool, file: Path | None
 ) -> int:
-    """Begin a run and see it to its end."""
+    """Begin a run and follow it to its end."""
     crew = load_crew(path)
-    config_ = load(file=file, broker=broker or None, model=model or None)
-    check_models(crew, config_)
+    settings = load(file=file, broker=broker or None, model=model or None)
+    check_models(crew, settings)
     if model and crew.names_every_model:
         print(f"--model {model} is not used: every agent of the crew has a model of its own", file=sys.stderr)
-    task_ = _task(crew, task)
-    config, valkey = resolve_servers(config_)
+    parsed_task = _task(crew, task)
+    config, valkey = resolve_servers(settings)
     try:
         mesh = Mesh(crew, config=config, models=ModelRegistry())
         mesh.check()
-        run = mesh.start(crew.lead, task_, run_id=run_id, stream=not detach, origin=origin_of(path))
+        run = mesh.start(crew.lead, parsed_task, run_id=run_id, stream=not detach, origin=origin_of(path))
         if detach:
-            _leave_a_worker(path, config_, run.run_id)
+            _start_detached(path, settings, run.run_id)
             print(run.run_id)
             return DONE
         return follow_run(run, mesh, path, config, as_json=as_json)
     finally:
-        _leave(valkey)
+        _release(valkey)
 
 
 def resume_run(
     run_id: str, *, crew: str, limits: list[str], broker: str, model: str, as_json: bool, file: Path | None
 ) -> int:
-    """Go on with a run: with the crew file it was begun from, unless another is named."""
+    """Resume a run with the crew file it was begun from, unless another is named."""
     access = JournalAccess.open(broker=broker, model=model, file=file)
     try:
         run = access.run(run_id)
@@ -86,8 +98,8 @@ def resume_run(
 def retry_run(
     run_id: str, *, crew: str, limits: list[str], detach: bool, broker: str, model: str, as_json: bool, file: Path | None
 ) -> int:  # fmt: skip
-    """Do the failed steps of an ended run again, in a run that begins with the others, and see it to its end."""
-    raised = _limits(limits)
+    """Retry the failed steps of an ended run, in a run that keeps the others, and follow it to its end."""
+    raised_limits = _limits(limits)
     access = JournalAccess.open(broker=broker, model=model, file=file)
     try:
         access.run(run_id)
@@ -96,11 +108,11 @@ def retry_run(
         check_models(loaded, access.config)
         mesh = Mesh(loaded, config=access.config, models=ModelRegistry())
         run = mesh.get(run_id).retry()
-        print(f"{run_id} goes on as {run.run_id}", file=sys.stderr)
-        if raised:
-            run.raise_limits(raised)
+        print(f"run {run_id} is retried as {run.run_id}", file=sys.stderr)
+        if raised_limits:
+            run.raise_limits(raised_limits)
         if detach:
-            _leave_a_worker(path, load(file=file, broker=broker or None, model=model or None), run.run_id)
+            _start_detached(path, load(file=file, broker=broker or None, model=model or None), run.run_id)
             print(run.run_id)
             return DONE
         return follow_run(run, mesh, path, access.config, as_json=as_json)
@@ -114,7 +126,8 @@ def _crew_file(access: JournalAccess, run_id: str, verb: str) -> str:
     path = getattr(started, "origin", "")
     if not path:
         raise DefinitionError(
-            f"run {run_id} was not begun from a crew file", hint=f"name one: agentmesh runs {verb} {run_id} crew.py"
+            f"run {run_id} was not begun from a crew file",
+            hint=f"name the file: agentmesh runs {verb} {run_id} crew.py",
         )
     return str(path)
 
@@ -122,29 +135,30 @@ def _crew_file(access: JournalAccess, run_id: str, verb: str) -> str:
 @interruptible()
 def follow_run(
     run: Run[Any], mesh: Mesh, path: str, config: Config, *, as_json: bool, view: View | None = None,
-    say: Callable[..., int | None] = answer, queues: Sequence[str] = (),
+    print_value: Callable[..., int | None] = answer, queues: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """A worker of our own under supervision, and the view, until the run ends or waits for a person.
+    """Supervise workers of our own and show the run, until it ends or waits for a person; the exit code.
 
     Args:
-        say: what is done with the run's value; it may answer the exit code.
-        queues: those that our worker serves; all when left out, but for what workers elsewhere do.
+        print_value: what is done with the run's value; it may return the exit code.
+        queues: those that our workers serve; all when left out, except what workers elsewhere serve.
     """
     quiet = sys.stderr.isatty() and not as_json
     supervisor, drain_s = _supervisor(mesh.crew, path, config, queues, quiet=quiet)
     supervisor.start()
     view = view or make_view(as_json=as_json)
     try:
-        ready_s = MODEL_READY_S if mesh.crew.queues_of_pool("device") else READY_S
-        if run.status() == "open" and not supervisor.wait_ready(ready_s):
+        ready_timeout_s = MODEL_READY_TIMEOUT_S if mesh.crew.device_queues() else READY_TIMEOUT_S
+        if run.status() == "open" and not supervisor.wait_ready(ready_timeout_s):
             raise ServiceDown(
-                f"the worker was not ready within {ready_s:.0f} s", hint=f"find out why with: agentmesh worker {path}"
+                f"the worker was not ready within {ready_timeout_s:.0f} s",
+                hint=f"see its log with: agentmesh worker {path}",
             )
         waits = run_sync(_show(run.aio, view))
         view.close()
         if waits:
             return _print_waiting(run)
-        return say(run.result(timeout_s=10), as_json=as_json) or DONE
+        return print_value(run.result(timeout_s=10), as_json=as_json) or DONE
     except KeyboardInterrupt:
         view.close()
         print(f"\ninterrupted; resume the run with: agentmesh runs resume {run.run_id}", file=sys.stderr)
@@ -155,30 +169,30 @@ def follow_run(
         return FAILED
     finally:
         view.close()
-        supervisor.stop(quiet=True)  # of a worker that is killed now nobody needs to know
-        supervisor.join(drain_s + 3)  # what does not drain is killed, and given back
+        supervisor.stop(quiet=True)  # a kill at the end of this drain is no news
+        supervisor.join(drain_s + 3)  # what does not drain is killed, and its leases are released
         mesh.close()
 
 
 def _supervisor(
     crew: Crew, path: str, config: Config, queues: Sequence[str], *, quiet: bool
 ) -> tuple[Supervisor, float]:
-    """Of our own workers, and of those for the case that workers elsewhere are gone; and how long they may drain."""
-    away = queues_left_to_others(config, path, crew, queues)
-    served = [queue for queue in crew.queues if queue not in away]
+    """The supervisor of our own workers, with fallbacks for queues left to workers elsewhere; and how long it drains."""
+    left_to_others = queues_left_to_others(config, path, crew, queues)
+    served = [queue for queue in crew.queues if queue not in left_to_others]
     commands = worker_commands(config, {path: crew}, queues=served, suspects="exclude")
     drain_s = DRAIN_S if len(commands) == 1 else 2 * DRAIN_S
-    spares = standby_workers(config, {path: crew}, queues=served)
-    spares += fallback_workers(config, path, crew, away, start=not queues)
+    standby = standby_workers(config, {path: crew}, queues=served)
+    standby += fallback_workers(config, path, crew, left_to_others, start=not queues)
     supervisor = Supervisor(
-        commands, spares=spares, drain_s=drain_s, on_death=release_on_death(config, consumed_queues([crew])),
+        commands, standby=standby, drain_s=drain_s, on_death=release_on_death(config, consumed_queues([crew])),
         output=subprocess.DEVNULL if quiet else STDERR,
     )  # fmt: skip
     return supervisor, drain_s
 
 
 async def _show(run: AsyncRun[Any], view: View) -> bool:
-    """Events and tokens into the view; True when only people, or another worker, could move the run."""
+    """Show events and tokens until the run ends; True when only a person, or another worker, can continue it."""
 
     async def events() -> None:
         async for member, event in run.follow():
@@ -188,29 +202,29 @@ async def _show(run: AsyncRun[Any], view: View) -> bool:
         async for token in run.live():
             view.token(token)
 
-    async def blocked() -> None:
-        looks = 0
-        while looks < BLOCKED_LOOKS:  # between two entries nothing may seem to move for a moment
-            await asyncio.sleep(0.5)
-            looks = looks + 1 if await run.blocked_on() else 0
+    async def stuck() -> None:
+        polls = 0
+        while polls < STUCK_POLLS:  # a run between two entries looks stuck for a moment
+            await asyncio.sleep(STUCK_POLL_S)
+            polls = polls + 1 if await run.blocked_on() else 0
 
-    watching = [asyncio.create_task(work()) for work in (events, blocked)]
-    talking = asyncio.create_task(tokens())
+    watchers = [asyncio.create_task(work()) for work in (events, stuck)]
+    streaming = asyncio.create_task(tokens())
     try:
-        done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-        return watching[0] not in done
+        return watchers[0] not in done
     finally:
-        for task in (*watching, talking):
+        for task in (*watchers, streaming):
             task.cancel()
-        await asyncio.gather(*watching, talking, return_exceptions=True)
+        await asyncio.gather(*watchers, streaming, return_exceptions=True)
 
 
 def _print_waiting(run: Run[Any]) -> int:
     for item in run.waiting_for():
-        what = f"{item.name} {json.dumps(dict(item.args), ensure_ascii=False)}" if item.args else item.name
-        print(f"waiting ({item.why}): run {item.run_id}, step {item.n}: {what}", file=sys.stderr)
+        step = f"{item.name} {json.dumps(dict(item.args), ensure_ascii=False)}" if item.args else item.name
+        print(f"waiting ({item.why}): run {item.run_id}, step {item.n}: {step}", file=sys.stderr)
         if item.why == "approve":
             print(
                 f"  agentmesh runs approve {item.run_id} {item.n}   or   agentmesh runs deny {item.run_id} {item.n}",
@@ -222,27 +236,27 @@ def _print_waiting(run: Run[Any]) -> int:
     return WAITING
 
 
-def _leave_a_worker(path: str, config: Config, run_id: str) -> None:
-    """A process of its own that keeps a supervised worker up while the run is open; it joins the embedded Valkey itself."""
+def _start_detached(path: str, config: Config, run_id: str) -> None:
+    """Start a process that supervises a worker while the run is open; it connects to the embedded Valkey itself."""
     spec = {"crew": path, "run": run_id, "config": config.model_dump(mode="json")}
-    env = {**os.environ, SPEC_ENV: json.dumps(spec)}  # a command line is for everybody to read
+    env = {**os.environ, SPEC_ENV: json.dumps(spec)}  # every user of the machine can read a command line
     config.home.mkdir(parents=True, exist_ok=True)
     with (config.home / "detached.log").open("ab") as log:
         subprocess.Popen(
-            [sys.executable, "-m", "agentmesh.cli.detached"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            [sys.executable, "-m", "agentmesh.cli.run"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
 
 
 def keep_worker(spec: dict[str, Any]) -> int:
-    """Supervise a worker until the run has ended or waits for a person; what `--detach` leaves behind."""
+    """Supervise a worker until the run has ended or waits for a person: what `--detach` leaves running."""
     config, valkey = resolve_servers(Config(**spec["config"]))
     try:
         crew = load_crew(spec["crew"])
         mesh = Mesh(crew, config=config, models=ModelRegistry())
         supervisor = Supervisor(
             worker_commands(config, {spec["crew"]: crew}, suspects="exclude"), drain_s=config.drain_s,
-            spares=standby_workers(config, {spec["crew"]: crew}), on_death=release_on_death(config, consumed_queues([crew])),
+            standby=standby_workers(config, {spec["crew"]: crew}), on_death=release_on_death(config, consumed_queues([crew])),
         )  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
         supervisor.start()
@@ -256,10 +270,10 @@ def keep_worker(spec: dict[str, Any]) -> int:
         print_error(e)
         return exit_code(e)
     finally:
-        _leave(valkey)
+        _release(valkey)
 
 
-def _leave(valkey: EmbeddedValkey | None) -> None:
+def _release(valkey: EmbeddedValkey | None) -> None:
     if valkey is not None:
         valkey.leave()
 
@@ -273,7 +287,7 @@ def origin_of(path: str) -> str:
 
 
 def _task(crew: Crew, task: str) -> Any:
-    """The task as the leading agent takes it: text, or JSON for any other type."""
+    """The task as the first agent takes it: text, or JSON for any other type."""
     task_type = crew.lead.task_type
     if task_type is str:
         return task
@@ -281,19 +295,28 @@ def _task(crew: Crew, task: str) -> Any:
         return from_json(json.loads(task), task_type)
     except ValueError as e:
         raise DefinitionError(
-            f"agent `{crew.lead.name}` takes a {getattr(task_type, '__name__', task_type)}",
-            hint=f"the task {task!r} is not one: {e}",
+            f"the task {task!r} is not a {getattr(task_type, '__name__', task_type)}, which agent `{crew.lead.name}` takes ({e})",
+            hint="write the task as JSON",
         ) from None
 
 
-def _limits(given: list[str]) -> dict[str, float]:
+def _limits(options: list[str]) -> dict[str, float]:
     limits = {}
-    for text in given:
+    for text in options:
         name, _, value = text.partition("=")
         if name not in ("turns", "tokens", "cost_usd", "seconds"):
-            raise DefinitionError(f"--limit {text!r} must be turns=…, tokens=…, cost_usd=… or seconds=…")
+            raise DefinitionError(
+                f"unknown limit in --limit {text!r}", hint="write turns=…, tokens=…, cost_usd=… or seconds=…"
+            )
         try:
             limits[name] = float(value)
         except ValueError:
-            raise DefinitionError(f"--limit {text!r}: {value!r} is not a number") from None
+            raise DefinitionError(
+                f"--limit {text!r}: {value!r} is not a number", hint=f"write a number, such as {name}=50"
+            ) from None
     return limits
+
+
+if __name__ == "__main__":
+    skip_final_collection()
+    sys.exit(keep_worker(take_spec()))

@@ -1,4 +1,4 @@
-"""What a person sees of a run's whole tree while it goes: a live tree, plain lines, or JSON."""
+"""Shows a run and its sub-agents' runs as a live tree, as plain lines or as JSON."""
 
 import json
 import sys
@@ -18,14 +18,14 @@ from agentmesh.schema import to_json
 
 @dataclass(slots=True)
 class Line:
-    """One run of the tree, as it is shown."""
+    """One run of the tree, as shown in one line."""
 
     run_id: str
     agent: str
     task: str = ""
     planned: int = 0
     ended: int = 0
-    doing: dict[int, str] = field(default_factory=dict)
+    running: dict[int, str] = field(default_factory=dict)
     tokens: int = 0
     batch: int = 0
     turns: int = 0
@@ -33,7 +33,7 @@ class Line:
     status: str = "open"
     started_ms: int = 0
     ended_ms: int = 0
-    said: str = ""
+    streamed: str = ""  # the end of the live text
 
     @property
     def depth(self) -> int:
@@ -42,14 +42,14 @@ class Line:
 
 
 class TreeState:
-    """Where the tree stands, made from its events."""
+    """The state of the tree, made from its events."""
 
     def __init__(self) -> None:
         self.lines: dict[str, Line] = {}
-        self.began = time.monotonic()
+        self.started_s = time.monotonic()
 
     def add(self, run_id: str, event: Event) -> None:
-        """Take one more event in."""
+        """Apply one more event."""
         if isinstance(event, RunStarted):
             task = event.task if isinstance(event.task, str) else str(event.task)
             self.lines[run_id] = Line(run_id, event.agent, " ".join(task.split())[:60], started_ms=event.at_ms)
@@ -57,10 +57,10 @@ class TreeState:
         line = self.lines[run_id]
         if isinstance(event, StepPlanned):
             line.planned += 1
-            line.doing[event.n] = f"{event.kind} {event.name}"
+            line.running[event.n] = f"{event.kind} {event.name}"
         elif isinstance(event, StepDone | StepFailed):
             line.ended += 1
-            line.doing.pop(event.n, None)
+            line.running.pop(event.n, None)
             line.tokens += int(event.usage.get("in", 0) + event.usage.get("out", 0))
             line.batch = max(line.batch, int(event.usage.get("batch", 0)))
             line.turns += 1 if event.usage else 0
@@ -68,8 +68,8 @@ class TreeState:
             line.retries += 1
         elif isinstance(event, ENDS):
             line.status = {"RunDone": "done", "RunFailed": "failed"}.get(type(event).__name__, "cancelled")
-            line.ended_ms, line.said = event.at_ms, ""
-            line.doing.clear()
+            line.ended_ms, line.streamed = event.at_ms, ""
+            line.running.clear()
 
     @property
     def tokens(self) -> int:
@@ -78,8 +78,8 @@ class TreeState:
 
     @property
     def elapsed_s(self) -> float:
-        """Since watching began."""
-        return time.monotonic() - self.began
+        """Seconds since this view was made."""
+        return time.monotonic() - self.started_s
 
 
 def describe_event(run_id: str, event: Event) -> str:
@@ -115,14 +115,14 @@ def _short(value: object, most: int = 90) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-# ---- What a person sees of a run while it goes --------------------------------------------------
+# ---- Views ---------------------------------------------------------------------------------------
 
 MARKS = {"open": ("●", "cyan"), "done": ("✔", "green"), "failed": ("✘", "red"), "cancelled": ("■", "yellow")}
-SHOWN_TAIL = 70
+SHOWN_CHARS = 70  # of the live text
 
 
 class View(Protocol):
-    """Shows events and live text until it is closed."""
+    """Shows events and streamed tokens until it is closed."""
 
     def event(self, run_id: str, event: Event) -> None: ...
     def token(self, token: Token) -> None: ...
@@ -141,7 +141,7 @@ class JsonView:
         """Not shown."""
 
     def note(self, text: str) -> None:
-        """To the error stream."""
+        """One line on stderr."""
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class JsonView:
 
 
 class PlainView(JsonView):
-    """Each event as one plain line, on the error stream: the answer alone goes to the output."""
+    """Each event as one plain line on stderr: only the answer goes to stdout."""
 
     def event(self, run_id: str, event: Event) -> None:
         """One line."""
@@ -160,32 +160,32 @@ class TreeView:
     """A tree of agents with steps, tokens and time, redrawn in place."""
 
     def __init__(self) -> None:
-        self._picture = TreeState()
+        self._state = TreeState()
         self._notes: list[str] = []
         self._live = Live(console=Console(stderr=True), get_renderable=self.draw, refresh_per_second=8, transient=False)
         self._live.start()
 
     def event(self, run_id: str, event: Event) -> None:
-        """Take it into the picture."""
-        self._picture.add(run_id, event)
+        """Apply it to the tree."""
+        self._state.add(run_id, event)
 
     def token(self, token: Token) -> None:
-        """The last words a run said."""
-        line = self._picture.lines.get(token.run_id)
+        """Append to the live text of a run."""
+        line = self._state.lines.get(token.run_id)
         if line is not None:
-            line.said = "" if token.kind == "retract" else (line.said + token.text)[-SHOWN_TAIL:]
+            line.streamed = "" if token.kind == "retract" else (line.streamed + token.text)[-SHOWN_CHARS:]
 
     def note(self, text: str) -> None:
         """A line below the tree."""
         self._notes.append(text)
 
     def close(self) -> None:
-        """Leave the last picture standing."""
+        """Stop redrawing; the last tree stays on the screen."""
         self._live.stop()
 
     def draw(self) -> Any:
-        """The picture as it is now."""
-        lines = list(self._picture.lines.values())
+        """The tree as it is now."""
+        lines = list(self._state.lines.values())
         if not lines:
             return Text("starting …")
         nodes: dict[str, Tree] = {}
@@ -195,7 +195,7 @@ class TreeView:
             nodes[line.run_id] = parent.add(label) if parent is not None else Tree(label)
         root = next(iter(nodes.values()))
         done = sum(line.ended for line in lines)
-        total = f"{done} steps · {self._picture.tokens} tokens · {self._picture.elapsed_s:.0f} s"
+        total = f"{done} steps · {self._state.tokens} tokens · {self._state.elapsed_s:.0f} s"
         root.add(Text("  ".join([total, *self._notes]), style="dim"))
         return root
 
@@ -210,22 +210,22 @@ class TreeView:
             text.append(f"  {(line.ended_ms - line.started_ms) / 1000:.1f} s", style="dim")
         if line.retries:
             text.append(f"  {line.retries} retried", style="yellow")
-        if line.status == "open" and line.said:
-            text.append(f"  {' '.join(line.said.split())}", style="italic")
+        if line.status == "open" and line.streamed:
+            text.append(f"  {' '.join(line.streamed.split())}", style="italic")
         elif line.task:
             text.append(f"  {line.task}", style="dim")
         return text
 
 
 def make_view(*, as_json: bool) -> View:
-    """The view that fits where the output goes."""
+    """JSON lines on request; else a tree on a terminal, and plain lines elsewhere."""
     if as_json:
         return JsonView()
     return TreeView() if sys.stderr.isatty() else PlainView()
 
 
 def answer(value: Any, *, as_json: bool) -> None:
-    """The run's value on the output: text as it is, anything else as JSON."""
+    """Print the run's value on stdout: text as it is, anything else as JSON."""
     if as_json:
-        return  # RunDone said it
+        return  # the RunDone line has it
     print(value if isinstance(value, str) else json.dumps(to_json(value), indent=2, ensure_ascii=False), flush=True)

@@ -1,4 +1,4 @@
-"""`agentmesh runs`: looking at runs and speaking to them; the journal is all they need."""
+"""`agentmesh runs`: show and control runs; the commands need only the journal."""
 
 import json
 import time
@@ -23,9 +23,9 @@ from agentmesh.runtime.valkey import EmbeddedValkey
 
 def list_runs(limit: int, *, broker: str, as_json: bool, file: Path | None) -> int:
     """Print the newest runs."""
-    place = JournalAccess.open(broker=broker, file=file)
+    access = JournalAccess.open(broker=broker, file=file)
     try:
-        heads = run_sync(place.journal.runs(limit=limit))
+        heads = run_sync(access.journal.runs(limit=limit))
         if as_json:
             for head in heads:
                 print(json.dumps({name: getattr(head, name) for name in RunHead.__dataclass_fields__}))
@@ -34,82 +34,94 @@ def list_runs(limit: int, *, broker: str, as_json: bool, file: Path | None) -> i
         for head in heads:
             began = time.strftime("%m-%d %H:%M:%S", time.localtime(head.started_ms / 1000))
             state: str = head.status
-            if state == "open" and (why := place.handle(head.id).waiting_for()):
+            if state == "open" and (why := access.handle(head.id).waiting_for()):
                 state = f"waiting: {_reason(why[0])}"
             cost = f"{head.cost_usd:.4f}" if head.cost_usd else ""
             table.add_row(head.id, state, f"{head.crew}.{head.agent}", began, str(head.turns), str(head.tokens), cost)
-        Console().print(table if heads else f"no runs in {place.config.home if place.valkey else place.config.broker}")
+        Console().print(
+            table if heads else f"no runs in {access.config.home if access.valkey else access.config.broker}"
+        )
         return 0
     finally:
-        place.close()
+        access.close()
 
 
 def show_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> int:
-    """Print a run's journal with those below it, and what it waits for."""
-    place = JournalAccess.open(broker=broker, file=file)
+    """Print the journal of a run and its sub-agents' runs, and what it waits for."""
+    access = JournalAccess.open(broker=broker, file=file)
     try:
-        run = place.run(run_id)
+        run = access.run(run_id)
         for member, event in run.tree_events():
             line = json.dumps({"run": member, "at_ms": event.at_ms, **event.to_json()}, ensure_ascii=False)
             print(line if as_json else describe_event(member, event))
         for item in run.waiting_for():
-            told = json.dumps({"waiting": item.why, "run": item.run_id, "n": item.n, "args": item.args})
+            line = json.dumps({"waiting": item.why, "run": item.run_id, "n": item.n, "args": item.args})
             print(
-                told
+                line
                 if as_json
                 else f"waiting: {_reason(item)} (run {item.run_id}, step {item.n}, {item.name} {dict(item.args)})"
             )
         return 0
     finally:
-        place.close()
+        access.close()
 
 
 def tail_run(run_id: str, *, broker: str, as_json: bool, file: Path | None) -> int:
     """Follow a run to its end."""
-    place = JournalAccess.open(broker=broker, file=file)
+    access = JournalAccess.open(broker=broker, file=file)
     view = make_view(as_json=as_json)
     try:
-        for member, event in place.run(run_id).follow():
+        for member, event in access.run(run_id).follow():
             view.event(member, event)
         return 0
     finally:
         view.close()
-        place.close()
+        access.close()
 
 
-def tell_run(
-    run_id: str, word: Literal["approve", "deny", "cancel", "resolve"], *, n: int = 0, by: str = "", reason: str = "",
+def decide(
+    run_id: str, verb: Literal["approve", "deny", "cancel", "resolve"], *, n: int = 0, by: str = "", reason: str = "",
     action: str = "", value: str = "null", broker: str = "", file: Path | None = None,
 ) -> int:  # fmt: skip
-    """Say one word to a run."""
-    place = JournalAccess.open(broker=broker, file=file)
+    """Approve, deny, resolve or cancel: one decision to one run."""
+    outcome = _outcome(action, value) if verb == "resolve" else None
+    access = JournalAccess.open(broker=broker, file=file)
     try:
-        run = place.run(run_id)
+        run = access.run(run_id)
         item = Approval(run_id, n, "")
-        if word == "approve":
+        if verb == "approve":
             run.approve(item, by=by)
-        elif word == "deny":
+        elif verb == "deny":
             run.deny(item, by=by, reason=reason)
-        elif word == "resolve":
-            if action not in ("done", "failed", "retry"):
-                raise DefinitionError(f"action {action!r} must be done, failed or retry")
-            run.resolve(item, cast(Literal["done", "failed", "retry"], action), value=json.loads(value), by=by)
+        elif outcome is not None:
+            run.resolve(item, outcome[0], value=outcome[1], by=by)
         else:
             run.cancel(by=by)
-        print(f"{word}: {run_id}{f' step {n}' if n else ''}")
+        print(f"{verb}: {run_id}{f' step {n}' if n else ''}")
         return 0
     finally:
-        place.close()
+        access.close()
+
+
+def _outcome(action: str, value: str) -> tuple[Literal["done", "failed", "retry"], Any]:
+    if action not in ("done", "failed", "retry"):
+        raise DefinitionError(f"unknown outcome {action!r}", hint="use one of: done, failed, retry")
+    try:
+        return cast(Literal["done", "failed", "retry"], action), json.loads(value)
+    except ValueError as e:
+        raise DefinitionError(
+            f"--value {value!r} is not JSON ({e})", hint="write text in double quotes: '\"text\"'"
+        ) from None
 
 
 def _reason(item: Approval) -> str:
     kind, _, rest = item.why.partition(":")
     where = f"{item.run_id} {item.n}"
     if kind == "quarantined":
-        return f"a decision: it crashed its worker repeatedly: agentmesh runs resolve {where} retry|failed|done"
+        return f"a decision, because it crashed its worker repeatedly: agentmesh runs resolve {where} retry|failed|done"
     if kind == "in_doubt":
-        return f"a decision: it was interrupted and may have happened: agentmesh runs resolve {where} done|failed|retry"
-    reasons = {"approve": "a person's yes"}
+        return f"a decision, because it was interrupted and may have happened: agentmesh runs resolve {where} done|failed|retry"
+    reasons = {"approve": "approval"}
     if kind == "version":
         crew, _, version = rest.partition(" ")
         return f"no worker of crew {crew!r}" + (f" version {version!r}" if version else "")
@@ -123,7 +135,7 @@ def _reason(item: Approval) -> str:
 
 @dataclass(slots=True)
 class JournalAccess:
-    """Settings and an open journal; `close` gives both back."""
+    """Settings and an open journal, until `close`."""
 
     config: Config
     journal: Journal
@@ -131,13 +143,13 @@ class JournalAccess:
 
     @classmethod
     def open(cls, *, broker: str = "", model: str = "", file: Path | None = None) -> "JournalAccess":
-        """From the settings in force here."""
+        """Open the journal of the settings in force in this folder."""
         config = load(file=file, broker=broker or None, model=model or None)
         return cls(*open_journal(config))
 
     @property
     def client(self) -> RunClient:
-        """For handles; it needs no crew's code."""
+        """The client of run handles; it needs no crew's code."""
         return RunClient(crew=None, journal=self.journal, run_sync=run_sync)
 
     def handle(self, run_id: str) -> Run[Any]:
@@ -148,17 +160,17 @@ class JournalAccess:
         """A handle to a run that exists.
 
         Raises:
-            RunError: it does not.
+            RunError: there is no such run.
         """
         if run_sync(self.journal.head(run_id)) is None:
             where = self.config.broker if self.valkey is None else str(self.config.home)
             raise RunError(
-                f"there is no run {run_id!r} in {where}", hint="`agentmesh runs ls` lists those that are", run_id=run_id
+                f"there is no run {run_id!r} in {where}", hint="list the runs with `agentmesh runs ls`", run_id=run_id
             )
         return self.handle(run_id)
 
     def close(self) -> None:
-        """Leave."""
+        """Close the journal; the embedded Valkey may end."""
         run_sync(self.journal.close())
         if self.valkey is not None:
             self.valkey.leave()

@@ -28,21 +28,21 @@ from agentmesh.worker.health_server import Health
 from agentmesh.worker.standby import standby_workers
 from agentmesh.worker.supervisor import Supervisor
 
-FORCED_STOP_S = 2.0  # what Ctrl-C lets workers have for what they do; SIGTERM gives them `drain_s`
+FORCED_STOP_S = 2.0  # how long workers may drain after Ctrl-C; after SIGTERM it is `drain_s`
 
 
 def serve_crew(
     path: str, *, host: str, port: int, key_env: str, embed: Sequence[str], processes: int, broker: str, model: str,
     file: Path | None,
 ) -> int:  # fmt: skip
-    """Serve until stopped; runs that are not through then are resumable."""
+    """Serve until stopped; runs that are still open then can be resumed."""
     crew = load_crew(path)
-    config_ = load(file=file, broker=broker or None, model=model or None)
-    check_models(crew, config_)
-    at = http_server(host, port, key_env)  # what is wrong with the address is said before anything is started
+    settings = load(file=file, broker=broker or None, model=model or None)
+    check_models(crew, settings)
+    server = http_server(host, port, key_env)  # first: a wrong address is reported before anything is started
     vectors = _embedders(embed)
     with ExitStack() as stack:
-        config, valkey = resolve_servers(config_)
+        config, valkey = resolve_servers(settings)
         if valkey is not None:
             stack.callback(valkey.leave)
         mesh = Mesh(crew, config=config, models=ModelRegistry())
@@ -52,18 +52,18 @@ def serve_crew(
         supervisor = _workers(config, path, crew, processes, reports) if processes else None
 
         def health() -> tuple[bool, dict[str, Any]]:
-            wanted, ready = supervisor.health if supervisor is not None else (0, 0)
+            expected, ready = supervisor.health if supervisor is not None else (0, 0)
             engines = read_statuses(reports, supervisor.names) if supervisor is not None else ()
-            now = Health(wanted, ready, journal=_journal_answers(mesh), engines=engines)
+            now = Health(expected, ready, journal=_journal_answers(mesh), engines=engines)
             return now.good, now.numbers
 
         models = crew.models(config.model)
-        key = f"key from {key_env}" if at.key else "no key, for this machine alone"
-        line = (f"crew {crew.name} · {at.url}/v1 · models {', '.join([*crew.agents, *models, *vectors])} · {key} · "
+        key = f"key from {key_env}" if server.key else "no key, only for this machine"
+        line = (f"crew {crew.name} · {server.url}/v1 · models {', '.join([*crew.agents, *models, *vectors])} · {key} · "
                 f"workers {supervisor.health[0] if supervisor is not None else 'elsewhere'} · {where(config, valkey)}")  # fmt: skip
         signal_number = 0
         try:
-            signal_number = asyncio.run(at.serve(
+            signal_number = asyncio.run(server.serve(
                 mesh, models=models, origin=origin_of(path), health=health, embedders=vectors,
                 up=lambda: print(line, file=sys.stderr, flush=True),
             ))  # fmt: skip
@@ -82,7 +82,7 @@ def _journal_answers(mesh: Mesh) -> bool:
 
 
 def _embedders(names: Sequence[str]) -> dict[str, Any]:
-    """Embedders by name, each tried once; the room is imported only when one is named."""
+    """Embedders by name, each tried once; their package is imported only when one is named."""
     embedders = {name: import_module("agentmesh.rag.embedders").embedder(name) for name in names}
     for one in embedders.values():
         assert one.d
@@ -92,7 +92,7 @@ def _embedders(names: Sequence[str]) -> dict[str, Any]:
 def _workers(config: Config, path: str, crew: Crew, processes: int, reports: str) -> Supervisor:
     supervisor = Supervisor(
         worker_commands(config, {path: crew}, processes=processes, suspects="exclude"), drain_s=config.drain_s,
-        spares=standby_workers(config, {path: crew}), on_death=release_on_death(config, consumed_queues([crew])),
+        standby=standby_workers(config, {path: crew}), on_death=release_on_death(config, consumed_queues([crew])),
         env={STATUS_FOLDER_ENV: reports},
     )  # fmt: skip
     supervisor.start()

@@ -1,4 +1,4 @@
-"""`agentmesh worker`: supervised worker processes for one or more crews; what a dead one held is given back at once."""
+"""`agentmesh worker`: supervised worker processes for one or more crews; a dead worker's leases are released at once."""
 
 import asyncio
 import tempfile
@@ -28,29 +28,29 @@ from agentmesh.worker.health_server import Health, HealthServer, parse_address
 from agentmesh.worker.standby import standby_workers
 from agentmesh.worker.supervisor import Supervisor
 
-RETRY_S = 0.2
-STOPPED = -15  # killed by our own SIGTERM before it could answer it
-REPLY_TIMEOUT_S = 2.0  # how long a probe or a scrape waits for the journal
+RELEASE_RETRY_S = 0.2
+STOPPED = -15  # killed by our own SIGTERM before its handler was there
+REPLY_TIMEOUT_S = 2.0  # how long a health check or a scrape waits for the journal
 
 
 def release_on_death(config: Config, queues: list[str]) -> Callable[[str, int], None]:
-    """Gives back what a dead worker held: its leases at once, and what it had taken from the broker at the next sweep.
+    """A function that releases what a dead worker held: its leases at once, messages it had not begun at the next sweep.
 
-    A store that is away as well is asked again for as long as the leases may run.
+    While the journal does not respond it is retried, for as long as the leases may last.
     """
 
-    def give_back(worker: str, code: int) -> None:
+    def release(worker: str, code: int) -> None:
         until = time.monotonic() + config.lease_s
         while True:
             try:
-                _give_back(worker, code)
+                _release(worker, code)
                 return
             except (ServiceDown, OSError):
                 if time.monotonic() > until:
                     raise
-                time.sleep(RETRY_S)
+                time.sleep(RELEASE_RETRY_S)
 
-    def _give_back(worker: str, code: int) -> None:
+    def _release(worker: str, code: int) -> None:
         _, journal, valkey = open_journal(config)
         try:
             run_sync(journal.release(worker, crashed=code not in (0, STOPPED), queues=queues, below=True))
@@ -59,7 +59,7 @@ def release_on_death(config: Config, queues: list[str]) -> Callable[[str, int], 
             if valkey is not None:
                 valkey.leave()
 
-    return give_back
+    return release
 
 
 def run_workers(
@@ -70,34 +70,34 @@ def run_workers(
     form = _log_form(log)
     set_up_logging(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
-    loaded = {path: load_crew(path) for path in crews}  # what is wrong with a file is said once, here
-    for here in {c.queues[q].model for c in loaded.values() for q in c.queues_of_pool("device", queues)}:
-        ModelRegistry().check(f"local:{here}")
+    loaded = {path: load_crew(path) for path in crews}  # here, so that an error in a file is reported once
+    for model_name in {q.model for c in loaded.values() for q in c.device_queues(queues)}:
+        ModelRegistry().check(f"local:{model_name}")
     served = consumed_queues(loaded.values(), queues)
     config, valkey = resolve_servers(config)
-    at_place = where(config, valkey)
+    servers = where(config, valkey)
     commands = worker_commands(
         config, loaded, queues=queues, concurrency=concurrency, processes=processes, log=form, beat=beat, events=events,
         suspects="exclude",
     )  # fmt: skip
-    spares = standby_workers(config, loaded, queues=queues, concurrency=concurrency, log=form, events=events)
+    standby = standby_workers(config, loaded, queues=queues, concurrency=concurrency, log=form, events=events)
     with ExitStack() as stack:
         if valkey is not None:
             stack.callback(valkey.leave)
-        counts_in = stack.enter_context(status_folder()) if metrics else ""
+        folder = stack.enter_context(status_folder()) if metrics else ""
         supervisor = Supervisor(
-            commands, spares=spares, on_death=release_on_death(config, served), drain_s=config.drain_s + 2,
-            env={METRICS_FOLDER_ENV: counts_in, STATUS_FOLDER_ENV: counts_in} if metrics else {},
+            commands, standby=standby, on_death=release_on_death(config, served), drain_s=config.drain_s + 2,
+            env={METRICS_FOLDER_ENV: folder, STATUS_FOLDER_ENV: folder} if metrics else {},
         )  # fmt: skip
-        at = serve_metrics(stack, metrics, config, supervisor, counts_in) if metrics else ""
-        hands = f"{processes} × {concurrency or 'as declared'}"
-        print(f"crews {', '.join(c.name for c in loaded.values())} · queues {', '.join(served)} · {hands} "
-              f"· {at_place} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{at}", flush=True)  # fmt: skip
+        endpoint = serve_metrics(stack, metrics, config, supervisor, folder) if metrics else ""
+        size = f"{processes} × {concurrency or 'as declared'}"
+        print(f"crews {', '.join(c.name for c in loaded.values())} · queues {', '.join(served)} · {size} "
+              f"· {servers} · lease {config.lease_s:g} s · drain {config.drain_s:g} s{endpoint}", flush=True)  # fmt: skip
         return supervisor.run()
 
 
 def where(config: Config, valkey: EmbeddedValkey | None) -> str:
-    """Where messages and journal are, without passwords."""
+    """Where broker and journal are, without passwords."""
     if valkey is not None and config.broker == valkey.broker_url:
         return "broker and journal the embedded Valkey"
     broker = f"broker {maybe_sanitize_url(config.broker)}"
@@ -108,20 +108,20 @@ def where(config: Config, valkey: EmbeddedValkey | None) -> str:
 
 def _log_form(log: str) -> Form | Literal[""]:
     if log not in ("", "text", "json"):
-        raise ConfigError(f"--log {log!r} is not a log format", hint="use `text` or `json`")
+        raise ConfigError(f"unknown log format in --log {log!r}", hint="use one of: text, json")
     return cast("Form", log)
 
 
 def status_folder() -> "tempfile.TemporaryDirectory[str]":
-    """Where worker processes count and report, while their supervisor lives."""
+    """The folder that worker processes write their counts and status to, while their supervisor lives."""
     return tempfile.TemporaryDirectory(prefix="agentmesh-metrics-", ignore_cleanup_errors=True)
 
 
-def serve_metrics(stack: ExitStack, metrics: str, config: Config, supervisor: Supervisor, counts_in: str) -> str:
-    """The endpoint for as long as the stack lives; what to print about it.
+def serve_metrics(stack: ExitStack, metrics: str, config: Config, supervisor: Supervisor, folder: str) -> str:
+    """Serve the endpoint until the stack is closed; returns what to print about it.
 
     Args:
-        counts_in: the folder that the workers count and report in.
+        folder: what the workers write their counts and status to.
     """
     _, journal, valkey = open_journal(config)
     if valkey is not None:
@@ -132,13 +132,13 @@ def serve_metrics(stack: ExitStack, metrics: str, config: Config, supervisor: Su
         return run_sync(_counts(journal))
 
     def engines() -> list[EngineStatus]:
-        return read_statuses(counts_in, supervisor.names)
+        return read_statuses(folder, supervisor.names)
 
     def health() -> Health:
         return Health(*supervisor.health, journal=counts() is not None, engines=engines())
 
     host, port = parse_address(metrics)
-    page = metrics_page(counts_in, counts, lambda: supervisor.health, engines)
+    page = metrics_page(folder, counts, lambda: supervisor.health, engines)
     endpoint = HealthServer((host, port), page=page, health=health)
     stack.callback(endpoint.close)
     return f" · metrics http://{host}:{endpoint.port}/metrics"

@@ -16,7 +16,17 @@ from typing_extensions import TypeVar
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.limits import Limits
 from agentmesh.definitions.passthrough import Passthrough
-from agentmesh.definitions.queue import EMBED_QUEUE, LANES, Queue, Servers, Suspects
+from agentmesh.definitions.queue import (
+    EMBED_QUEUE,
+    LANES,
+    BaseQueue,
+    DeviceQueue,
+    Queue,
+    ServerQueue,
+    Servers,
+    Suspects,
+    WorkerKind,
+)
 from agentmesh.definitions.schedule import Schedule
 from agentmesh.definitions.tool import Tool
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
@@ -48,7 +58,7 @@ class Crew(Generic[Out_co]):
     """
 
     def __init__(
-        self, lead: Agent[Out_co, Any], *agents: Agent[Any, Any], name: str = "", model: Any = None, queues: Sequence[Queue] = (),
+        self, lead: Agent[Out_co, Any], *agents: Agent[Any, Any], name: str = "", model: Any = None, queues: Sequence[BaseQueue] = (),
         limits: Limits | None = None, schedules: Sequence[Schedule] = (), version: str = "", deps: Any = None, extensible: bool = False,
     ) -> None:  # fmt: skip
         self.lead: Agent[Out_co, Any] = lead
@@ -61,7 +71,7 @@ class Crew(Generic[Out_co]):
                 f"crew name {self.name!r} is not allowed",
                 hint="use letters, digits, `_` and `-`, at most 64 characters",
             )
-        self.queues = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
+        self.queues: dict[str, BaseQueue] = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
         if len(self.queues) < len(queues):
             raise NameTaken(
                 f"crew {self.name!r} has several queues with the same name: {', '.join(q.name for q in queues)}"
@@ -120,11 +130,11 @@ class Crew(Generic[Out_co]):
         Raises:
             DefinitionError: two of them contradict each other.
         """
-        first: dict[str, Queue] = {}
-        encoders: dict[str, Queue] = {}
-        for queue in self.queues.values():
+        first: dict[str, DeviceQueue] = {}
+        encoders: dict[str, DeviceQueue] = {}
+        for queue in self.device_queues():
             other = first.setdefault(queue.model, queue)
-            if queue.on_device and other.on_device and queue.devices != other.devices:
+            if queue.devices != other.devices:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
                     f"{other.devices!r} and {queue.devices!r}",
@@ -137,13 +147,13 @@ class Crew(Generic[Out_co]):
                     f"{beside.embed!r} and {queue.embed!r}",
                     hint="name one encoder: the same processes serve both",
                 )
-        for one, two in combinations([q for q in self.queues.values() if q.url], 2):
-            shared = sorted({*one.url} & {*two.url})
-            if shared and {*one.url} != {*two.url} and one.lane != two.lane:
+        for one, two in combinations([q for q in self.queues.values() if isinstance(q, ServerQueue)], 2):
+            shared = sorted({*one.urls} & {*two.urls})
+            if shared and {*one.urls} != {*two.urls} and one.lane != two.lane:
                 raise DefinitionError(
                     f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
                     f"{', '.join(shared)}, but not all servers",
-                    hint="write the same url in each: lanes share their places",
+                    hint="write the same urls in each: lanes share their places",
                 )
 
     def _check_queue(self, who: str, queue: str) -> None:
@@ -211,7 +221,7 @@ class Crew(Generic[Out_co]):
         own: str = step.policy().queue
         if own in self.queues:
             return own
-        if own == EMBED_QUEUE and (embed_queues := [q for q in self.queues.values() if q.embed]):
+        if own == EMBED_QUEUE and (embed_queues := [q for q in self.device_queues() if q.embed]):
             return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # the least urgent
         model = getattr(step, "model", None) or self.model or default
         if step.target == "model" and isinstance(model, str):
@@ -227,11 +237,10 @@ class Crew(Generic[Out_co]):
             default: the model of agents that name none, in a crew that names none.
         """
         model = getattr(step, "model", None) or self.model
-        return (
-            None
-            if step.target != "model" or hasattr(model, "ask")
-            else self.queues[self.queue_of(step, default)].servers
-        )
+        if step.target != "model" or hasattr(model, "ask"):
+            return None
+        queue = self.queues[self.queue_of(step, default)]
+        return queue.servers if isinstance(queue, ServerQueue) else None
 
     @property
     def names_every_model(self) -> bool:
@@ -245,13 +254,15 @@ class Crew(Generic[Out_co]):
             names.append(default)
         return list(dict.fromkeys(names))
 
-    def queues_of_pool(self, pool: str, only: Iterable[str] = ()) -> list[str]:
-        """Of these queues, or of all, those that a worker of this pool serves; `device` is the pool of those with a model."""
+    def queues_served_by(self, worker: WorkerKind, only: Iterable[str] = ()) -> list[str]:
+        """Of these queues, or of all, the names of those that this kind of worker process serves."""
         selected = list(only) or self.queues
-        pools = {
-            name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in selected
-        }
-        return [name for name, of in pools.items() if of == pool]
+        return [name for name, queue in self.queues.items() if name in selected and queue.worker_kind == worker]
+
+    def device_queues(self, only: Iterable[str] = ()) -> list[DeviceQueue]:
+        """Of these queues, or of all, those whose workers load a model."""
+        selected = list(only) or self.queues
+        return [q for name, q in self.queues.items() if name in selected and isinstance(q, DeviceQueue)]
 
     def worker_groups(self, only: Iterable[str] = ()) -> list[list[str]]:
         """These queues, or all, grouped by the places in a worker that they share: queues of the same servers share theirs.
@@ -263,7 +274,7 @@ class Crew(Generic[Out_co]):
         for name in list(only) or self.queues:
             self._check_queue(f"crew {self.name!r}: --queue", name)
             queue = self.queues[name]
-            groups.setdefault((frozenset(queue.url), queue.model) if queue.url else None, []).append(name)
+            groups.setdefault(queue.shared_places if isinstance(queue, ServerQueue) else None, []).append(name)
         return list(groups.values())
 
     def broker_queue(self, queue: str) -> str:
@@ -271,8 +282,8 @@ class Crew(Generic[Out_co]):
         return f"agentmesh.{self.name}.{queue}"
 
     def isolates_suspects(self, queue: str) -> bool:
-        """Whether this queue's suspects run in a separate process; not where that process would load a model again."""
-        return queue in self.queues and not self.queues[queue].on_device
+        """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
+        return queue in self.queues and self.queues[queue].isolates_suspects
 
     def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "include") -> list[str]:
         """The broker's names of these queues, or of all, each with the queue of its suspects.

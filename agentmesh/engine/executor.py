@@ -103,7 +103,7 @@ class LocalExecutor:
             prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
             answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
         except RetryLater as e:
-            if e.away and servers and sum(at.away_ms) < 1000 * servers.away_s:
+            if e.away and servers and sum(at.away_ms) < 1000 * servers.unavailable_timeout_s:
                 return self._retry_when_available(at, e.error), {}
             return self._retry_or_fail(step, at, e.error, step.retries, e.after_s), {}
         except TimeoutError:

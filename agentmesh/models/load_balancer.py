@@ -48,7 +48,7 @@ class LoadBalancer(Model):
     def __init__(self, servers: Servers) -> None:
         super().__init__()
         self._urls, self._key = servers.urls, key_of_servers(servers.key_env, servers.urls)
-        self._set_by = "the queue's url", servers.key_env or "the queue's key_env"
+        self._set_by = "the queue's urls", servers.key_env or "the queue's key_env"
         self._views: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopView] = WeakKeyDictionary()
 
     async def ask(self, prompt: Prompt, on_token: Callable[[str], None] | None = None) -> Answer:

@@ -147,7 +147,7 @@ class LocalModel(Model):
         except (MemoryError, ValueError) as e:
             raise ConfigError(
                 f"not enough memory for model {self.name!r} and its prompts ({e})",
-                hint="lower max_batch_tokens, raise gpu_memory, or use a smaller model",
+                hint="lower max_batch_tokens, raise gpu_memory_fraction, or use a smaller model",
             ) from None
         engine.submit(Request((0,), 1)).result()
         return engine

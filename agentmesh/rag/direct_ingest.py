@@ -38,7 +38,9 @@ def add_directly(store: VectorStore, embedder: Embedder, request: IngestRequest,
     if request.sync:
         below = tuple(f"{label}/" for label in listing.roots)
         vanished = [
-            s for s in store.sources() if s.startswith(below) and s not in listing.documents and s not in listing.unreadable
+            s
+            for s in store.sources()
+            if s.startswith(below) and s not in listing.documents and s not in listing.unreadable
         ]
         store.remove(vanished)
         added.removed = len(vanished)

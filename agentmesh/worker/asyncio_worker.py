@@ -1,7 +1,7 @@
 """A worker process as the supervisor starts it: `python -m agentmesh.worker.asyncio_worker --worker-name N --ready-fd FD`.
 
-What it shall do stands as JSON in the environment, where no other user can read the broker's password: crews (files),
-queues (names), concurrency, config (settings), log (its form), suspects (queue.Suspects).
+What it does is a JSON object in the environment, where no other user can read the broker's password: crews (files),
+queues (names), concurrency, config (settings), log (its format), suspects (queue.Suspects).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.queue import POOLS, Suspects
+from agentmesh.definitions.queue import POOLS, Suspects, WorkerKind
 from agentmesh.errors import MeshError
 from agentmesh.mesh import make_runtime
 from agentmesh.models.registry import ModelRegistry
@@ -35,29 +35,29 @@ from agentmesh.worker.gpus import device_env, devices_of
 from agentmesh.worker.process import Command, announce_ready, exit_with_parent
 
 SPEC_ENV = "AGENTMESH_WORKER_SPEC"
-IDLE_EXIT_S = 10.0  # a worker for suspects leaves when for so long there was none
-POLL_S = 1.0
+IDLE_EXIT_S = 10.0  # a worker for suspects exits when there was none for so long
+IDLE_POLL_S = 1.0
 
 
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
-    """Work until told to stop: SIGTERM drains, a second signal leaves at once."""
+    """Work until stopped: SIGTERM drains, a second signal exits at once."""
     set_up_logging(spec.get("log", ""), worker=name)
     config = Config(**spec["config"])
     exit_with_parent(config.drain_s)
     over = stop_event()
     models = ModelRegistry()
     workers: list[InProcessWorker] = []
-    watched: list[tuple[MeshRuntime, list[str]]] = []
+    suspects_of: list[tuple[MeshRuntime, list[str]]] = []
     suspects: Suspects = spec.get("suspects", "include")
     crews = [load_crew(path) for path in spec["crews"]]
-    set_up_tracing()  # after the crews: one that sets the SDK up itself has its way
-    sights = [LogObserver(), *metrics_observers()]
+    set_up_tracing()  # after the crews: the SDK setup of a crew file comes first
+    observers = [LogObserver(), *metrics_observers()]
     for crew in crews:
-        runtime = make_runtime(crew, config=config, models=models, worker=name, observers=sights, suspects=suspects)
+        runtime = make_runtime(crew, config=config, models=models, worker=name, observers=observers, suspects=suspects)
         runtime.app.conf.worker_send_task_events = bool(spec.get("events"))
-        served = crew.queues_of_pool("asyncio", spec["queues"])
+        served = crew.queues_served_by("asyncio", spec["queues"])
         if served and (suspect_queues := crew.broker_queues(served, suspects=suspects)):
-            watched.append((runtime, suspect_queues))
+            suspects_of.append((runtime, suspect_queues))
             workers.append(in_process_worker(runtime, queues=served, concurrency=spec["concurrency"]).start())
         if spec.get("beat") and crew.schedules:
             start_beat(runtime.app)
@@ -67,7 +67,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     if suspects == "only":
         wait_until_idle(
             over,
-            lambda: any(runtime.engine.leases or has_waiting_steps(runtime, queues) for runtime, queues in watched),
+            lambda: any(runtime.engine.leases or has_waiting_steps(runtime, queues) for runtime, queues in suspects_of),
         )
     else:
         over.wait()
@@ -78,21 +78,21 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
 
 
 def stop_event() -> threading.Event:
-    """Set by the first SIGTERM; the second leaves at once."""
+    """Set by the first SIGTERM; the second exits at once."""
     over = threading.Event()
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if over.is_set():
             sys.exit(128 + number)
         over.set()
 
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's: it drains us with SIGTERM
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, which drains us with SIGTERM
     return over
 
 
 def tune_garbage_collector() -> None:
-    """What is loaded by now stays, and is not looked through again; what comes is looked at more rarely.
+    """Exempt what is loaded by now from collection, and collect new objects less often.
 
     A thousand requests in flight are many live objects and few cycles: with the defaults the collector took a third of
     a worker's CPU (`bench/fanout.py`).
@@ -102,28 +102,34 @@ def tune_garbage_collector() -> None:
     gc.enable()
 
 
-def wait_until_idle(over: threading.Event, wanted: Callable[[], object]) -> None:
-    """Come back when told to stop, or when nobody wanted this worker for ten seconds."""
-    last = time.monotonic()
-    while not over.wait(POLL_S) and time.monotonic() - last < IDLE_EXIT_S:
-        if wanted():
-            last = time.monotonic()
+def wait_until_idle(over: threading.Event, is_busy: Callable[[], object]) -> None:
+    """Return when `over` is set, or when this worker was idle for ten seconds."""
+    busy_s = time.monotonic()
+    while not over.wait(IDLE_POLL_S) and time.monotonic() - busy_s < IDLE_EXIT_S:
+        if is_busy():
+            busy_s = time.monotonic()
 
 
 def has_waiting_steps(runtime: MeshRuntime, queues: Sequence[str]) -> bool:
-    """Whether an entry waits in these broker queues; also when the journal does not say."""
+    """Whether an entry waits in these broker queues; True also when the journal does not respond."""
     try:
-        return run_sync(asyncio.wait_for(runtime.journal.queued(queues), POLL_S)) > 0
+        return run_sync(asyncio.wait_for(runtime.journal.queued(queues), IDLE_POLL_S)) > 0
     except (TimeoutError, OSError, MeshError):
         return True
 
 
 def worker_command(
     config: Config, *, crews: list[str], queues: list[str], concurrency: int, beat: bool = False,
-    log: Form | Literal[""] = "", events: bool = False, suspects: Suspects = "include", pool: str = "asyncio",
+    log: Form | Literal[""] = "", events: bool = False, suspects: Suspects = "include", pool: WorkerKind = "asyncio",
     model: str = "", env: Mapping[str, str] | None = None,
 ) -> Command:  # fmt: skip
-    """The command that starts a worker for this pool's queues among these, or among all."""
+    """The command that starts one worker process.
+
+    Args:
+        queues: names of queues, of which it serves those of its kind; [] is all.
+        pool: the kind of worker.
+        model: of a device worker: what it loads.
+    """
     spec = {
         "crews": crews,
         "queues": queues,
@@ -144,14 +150,15 @@ def worker_commands(
     config: Config, crews: Mapping[str, Crew], *, queues: Sequence[str] = (), concurrency: int = 0, processes: int = 1,
     beat: bool = False, log: Form | Literal[""] = "", events: bool = False, suspects: Suspects = "include",
 ) -> list[Command]:  # fmt: skip
-    """The commands of the workers for these crews, by the paths of their files: one for each pool their queues name, and
-    one for each model and device.
+    """The commands of the workers for these crews: one for each pool that their queues name, and one for each model and
+    device.
 
     Args:
+        crews: by the path of their file.
         concurrency: of the asyncio workers; of the prefork worker where there is no other.
         processes: how many asyncio workers.
     """
-    pools = [p for p in POOLS if any(crew.queues_of_pool(p, queues) for crew in crews.values())]
+    pools = [p for p in POOLS if any(crew.queues_served_by(p, queues) for crew in crews.values())]
     commands: list[Command] = []
     for pool in pools:
         command = worker_command(
@@ -159,7 +166,7 @@ def worker_commands(
             concurrency=concurrency if pool == pools[0] else 0, suspects=suspects, pool=pool,
         )  # fmt: skip
         commands += [command] * (processes if pool == "asyncio" else 1)
-    for (model, device), paths in _on_devices(crews, queues).items():
+    for (model, device), paths in _crews_by_device(crews, queues).items():
         commands.append(worker_command(
             config, crews=paths, queues=list(queues), beat=beat and not commands, log=log, events=events,
             concurrency=0 if pools else concurrency, suspects=suspects, pool="device", model=model, env=device_env(device),
@@ -167,25 +174,25 @@ def worker_commands(
     return commands
 
 
-def _on_devices(crews: Mapping[str, Crew], queues: Sequence[str]) -> dict[tuple[str, str], list[str]]:
-    """Which crews' files want a worker for which model on which device."""
+def _crews_by_device(crews: Mapping[str, Crew], queues: Sequence[str]) -> dict[tuple[str, str], list[str]]:
+    """The files of the crews that need a worker, by its model and device."""
     by_device: dict[tuple[str, str], list[str]] = {}
     for path, crew in crews.items():
-        for name in crew.queues_of_pool("device", queues):
-            for device in devices_of(crew.queues[name]):
-                paths = by_device.setdefault((crew.queues[name].model, device), [])
+        for queue in crew.device_queues(queues):
+            for device in devices_of(queue):
+                paths = by_device.setdefault((queue.model, device), [])
                 paths += [path] if path not in paths else []
     return by_device
 
 
 def take_spec() -> dict[str, Any]:
-    """What this process was started to do; from here on not in its environment, which what it starts inherits."""
+    """What this process was started to do; removed from the environment, which child processes inherit."""
     spec: dict[str, Any] = json.loads(os.environ.pop(SPEC_ENV))
     return spec
 
 
 def run_as_program(work: Callable[..., int]) -> int:
-    """Run a worker's `main` with the arguments of its command; its exit code."""
+    """Run a worker's `main` with the arguments of its command line; returns its exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--worker-name", default="")
     parser.add_argument("--ready-fd", type=int)

@@ -1,4 +1,7 @@
-"""What a device's worker tells of its engine: each second in a file for its supervisor, each ten in the log."""
+"""The worker process of one model on one device, and the status of its engine that it reports.
+
+The status goes to a file for the supervisor every second, and to the log every ten.
+"""
 
 import gc
 import logging
@@ -18,7 +21,7 @@ from agentmesh.celery.lanes import Lanes
 from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.queue import EMBED_QUEUE, Queue
+from agentmesh.definitions.queue import EMBED_QUEUE, DeviceQueue, Suspects
 from agentmesh.inference.request import Gauge
 from agentmesh.mesh import make_runtime
 from agentmesh.models.registry import ModelRegistry
@@ -32,75 +35,75 @@ from agentmesh.worker.process import announce_ready, exit_with_parent
 
 log = logging.getLogger("agentmesh.gpu")
 
-STATUS_S = 1.0
-LOG_S = 10.0  # also how far back the means look
+STATUS_INTERVAL_S = 1.0
+LOG_INTERVAL_S = 10.0  # also the window of the means
 
 
 class StatusReporter:
-    """Tells from a thread of its own; where STATUS_FOLDER_ENV names no folder, only the log.
+    """Reports from a thread of its own; only to the log where STATUS_FOLDER_ENV names no folder.
 
     Args:
-        engine: a inference.engine.Engine.
+        engine: an inference.engine.Engine.
         worker: the process's name under its supervisor.
-        in_hand: how many steps this process has; `places` is how many it may have.
+        in_flight: returns how many steps this process has; `places` is how many it may have.
     """
 
-    def __init__(self, engine: Any, *, model: str, worker: str, in_hand: Callable[[], int], places: int) -> None:
+    def __init__(self, engine: Any, *, model: str, worker: str, in_flight: Callable[[], int], places: int) -> None:
         self._engine, self._model, self._worker = engine, model, worker
-        self._in_hand, self._places = in_hand, places
+        self._in_flight, self._places = in_flight, places
         self._folder, self._written = os.environ.get(STATUS_FOLDER_ENV, ""), True
-        self._looks: deque[tuple[float, Gauge]] = deque([(time.monotonic(), engine.gauge)])
+        self._samples: deque[tuple[float, Gauge]] = deque([(time.monotonic(), engine.gauge)])
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._tell, name="agentmesh-report", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="agentmesh-report", daemon=True)
 
     def start(self) -> None:
-        """Come back when it has told once."""
-        self._look()
+        """Report once, then go on from the thread."""
+        self._sample()
         self._thread.start()
 
     def stop(self) -> None:
-        """Tell no more."""
+        """Stop reporting."""
         self._over.set()
         self._thread.join()
 
-    def _tell(self) -> None:
+    def _run(self) -> None:
         logged_s = time.monotonic()
-        while not self._over.wait(STATUS_S):
-            report = self._look()
-            if report.at_s - logged_s >= LOG_S:
-                logged_s = report.at_s
-                if self._looks[-1][1].steps > self._looks[0][1].steps:
+        while not self._over.wait(STATUS_INTERVAL_S):
+            status = self._sample()
+            if status.at_s - logged_s >= LOG_INTERVAL_S:
+                logged_s = status.at_s
+                if self._samples[-1][1].steps > self._samples[0][1].steps:
                     log.info(
                         "%s: %.1f requests a step, %.0f new tokens/s, %.0f %% of prompts cached, %d of %d pages free",
-                        report.model, report.batch_requests, report.new_tokens_per_s, 100 * report.cached_share,
-                        report.free_pages, report.pages,
+                        status.model, status.batch_requests, status.new_tokens_per_s, 100 * status.cached_share,
+                        status.free_pages, status.pages,
                     )  # fmt: skip
 
-    def _look(self) -> EngineStatus:
-        self._looks.append((time.monotonic(), self._engine.gauge))
-        while len(self._looks) > 2 and self._looks[1][0] <= self._looks[-1][0] - LOG_S:
-            self._looks.popleft()
-        report = self._report(self._looks[0], self._looks[-1])
+    def _sample(self) -> EngineStatus:
+        self._samples.append((time.monotonic(), self._engine.gauge))
+        while len(self._samples) > 2 and self._samples[1][0] <= self._samples[-1][0] - LOG_INTERVAL_S:
+            self._samples.popleft()
+        status = self._status(self._samples[0], self._samples[-1])
         if self._folder:
             try:
-                write_status(self._folder, report)
+                write_status(self._folder, status)
                 self._written = True
-            except OSError as e:  # the supervisor sees that the file grows old
+            except OSError as e:  # the supervisor sees the age of the file
                 if self._written:
-                    log.warning("cannot report the status of %s to the supervisor: %s", self._model, e)
+                    log.warning("cannot write the status of %s for the supervisor: %s", self._model, e)
                 self._written = False
-        return report
+        return status
 
-    def _report(self, earlier: tuple[float, Gauge], later: tuple[float, Gauge]) -> EngineStatus:
+    def _status(self, earlier: tuple[float, Gauge], later: tuple[float, Gauge]) -> EngineStatus:
         (then_s, then), (now_s, now) = earlier, later
         on_cpu, memory = self._engine.on_cpu, self._engine.memory
         return EngineStatus(
             worker=self._worker, pid=os.getpid(), model=self._model, at_s=now_s,
             device="cpu" if on_cpu else f"cuda:{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}",
-            in_hand=self._in_hand(), places=self._places,
+            in_hand=self._in_flight(), places=self._places,
             running=0 if now.idle else now.running, waiting=now.waiting,
             batch_requests=(now.new_tokens - then.new_tokens) / max(1, now.steps - then.steps),
-            new_tokens_per_s=(now.new_tokens - then.new_tokens) / max(STATUS_S, now_s - then_s),
+            new_tokens_per_s=(now.new_tokens - then.new_tokens) / max(STATUS_INTERVAL_S, now_s - then_s),
             cached_share=(now.cached_tokens - then.cached_tokens) / max(1, now.prompt_tokens - then.prompt_tokens),
             free_pages=now.free_pages, pages=now.pages,
             used_bytes=memory.used, free_bytes=memory.free, all_bytes=memory.all,
@@ -112,13 +115,13 @@ class StatusReporter:
 # ---- The worker process of one model on one device ----------------------------------------------
 
 RESTART_EXIT_CODE = 70  # sysexits' "internal software error"; the supervisor starts another
-HUNG_AFTER_S = 60.0  # with work in hand and no step: renewing leases alone would keep its steps for ever
-POLL_S = 1.0
-CANCELLED_S = 1.0  # how long a cancelled run's answer may go on to be computed
+HUNG_AFTER_S = 60.0  # with work and no progress: renewed leases would hold its steps for ever
+HUNG_POLL_S = 1.0
+CANCEL_WITHIN_S = 1.0  # how long the answer of a cancelled run may still be computed
 
 
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
-    """Work until told to stop: SIGTERM drains."""
+    """Work until stopped: SIGTERM drains."""
     set_up_logging(spec.get("log", ""), worker=name)
     config = Config(**spec["config"])
     exit_with_parent(config.drain_s)
@@ -126,33 +129,31 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     crews = [load_crew(path) for path in spec["crews"]]
     set_up_tracing()
     served = {c.name: _served(c, spec) for c in crews}
-    queues = [crew.queues[q] for crew in crews for q in served[crew.name]]
+    queues = [queue for crew in crews for queue in served[crew.name]]
     concurrency = spec["concurrency"] or max(q.concurrency for q in queues)
-    embeds = prepare_encoder(queues, _exit_for_restart)  # before the engine, which takes what it leaves
+    ingest_crews = prepare_encoder(queues, _exit_for_restart)  # before the engine, which takes the memory that is left
     engine = _prepare_engine(models, spec["model"], queues, concurrency)
-    sights, app = [LogObserver(), *metrics_observers()], make_app(config.broker)
+    observers, app = [LogObserver(), *metrics_observers()], make_app(config.broker)
     app.conf.worker_send_task_events = bool(spec.get("events"))
     runtimes = [
-        make_runtime(c, app=app, config=config, models=models, worker=name, observers=sights, suspects=spec["suspects"])
-        for c in (*crews, *embeds)
+        make_runtime(
+            c, app=app, config=config, models=models, worker=name, observers=observers, suspects=spec["suspects"]
+        )
+        for c in (*crews, *ingest_crews)
     ]
     crew_runtimes = runtimes[: len(crews)]
-    names = [n for c in crews if served[c.name] for n in c.broker_queues(served[c.name], suspects=spec["suspects"])]
-    lanes = {c.broker_queue(q): c.queues[q].lane for c in crews for q in served[c.name]}
-    admits = Lanes(lanes, engine.admits)
-    # one for all crews: what there is room for, and whose turn it is, is the engine's and not a crew's
-    workers = [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]
-    for crew in embeds:
+    workers = [_worker(app, crews, served, spec["suspects"], engine, concurrency)]
+    for crew in ingest_crews:
         workers += make_workers(app, crew, [EMBED_QUEUE], suspects=spec["suspects"])
     worker = InProcessWorker(runtimes, workers).start()
     for runtime in crew_runtimes:
         if runtime.process_state.housekeeper is not None:
-            runtime.process_state.housekeeper.renew_most_s = CANCELLED_S
+            runtime.process_state.housekeeper.renew_most_s = CANCEL_WITHIN_S
     if spec.get("beat") and any(crew.schedules for crew in crews):
         start_beat(app)
     tune_garbage_collector()
     report = StatusReporter(
-        engine, model=spec["model"], worker=name, in_hand=lambda: _in_flight(crew_runtimes), places=concurrency
+        engine, model=spec["model"], worker=name, in_flight=lambda: _in_flight(crew_runtimes), places=concurrency
     )
     report.start()
     if ready_fd is not None:
@@ -164,32 +165,44 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     return 0
 
 
-def _served(crew: Crew, spec: dict[str, Any]) -> list[str]:
-    """The crew's queues whose model this process has loaded."""
-    return [q for q in crew.queues_of_pool("device", spec["queues"]) if crew.queues[q].model == spec["model"]]
+def _served(crew: Crew, spec: dict[str, Any]) -> list[DeviceQueue]:
+    """The crew's queues whose model this process loads."""
+    return [queue for queue in crew.device_queues(spec["queues"]) if queue.model == spec["model"]]
 
 
-def _prepare_engine(models: ModelRegistry, model: str, queues: list[Queue], requests: int) -> Any:
-    """The engine, loaded and warm; where two queues of a model differ, the smaller wish counts."""
-    gc.disable()  # until spare_collector: it would look again and again through what stays, a seventh of torch's import
+def _worker(
+    app: Any, crews: list[Crew], served: dict[str, list[DeviceQueue]], suspects: Suspects, engine: Any, concurrency: int
+) -> EmbeddedWorker:
+    """One for all crews: room and turns are counted for the engine, not for a crew."""
+    queues: list[str] = []
+    for crew in crews:
+        if names := [queue.name for queue in served[crew.name]]:
+            queues += crew.broker_queues(names, suspects=suspects)
+    lanes = {crew.broker_queue(q.name): q.lane for crew in crews for q in served[crew.name]}
+    return EmbeddedWorker(app, queues=queues, concurrency=concurrency, admits=Lanes(lanes, engine.admits))
+
+
+def _prepare_engine(models: ModelRegistry, model: str, queues: list[DeviceQueue], requests: int) -> Any:
+    """The engine, loaded and warm; where two queues of a model differ, the smaller number counts."""
+    gc.disable()  # until tune_garbage_collector: collecting takes a seventh of the time that torch's import takes
     local: Any = models(f"local:{model}")[0]
-    wishes = [q.max_batch_tokens for q in queues if q.max_batch_tokens]
-    began = time.monotonic()
+    batch_tokens = [q.max_batch_tokens for q in queues if q.max_batch_tokens]
+    started_s = time.monotonic()
     engine = local.prepare(
-        memory=min(q.gpu_memory for q in queues),
-        batch_tokens=min(wishes, default=0),
+        memory=min(q.gpu_memory_fraction for q in queues),
+        batch_tokens=min(batch_tokens, default=0),
         requests=requests,
         on_fatal=_exit_for_restart,
     )
-    room, took = engine.room, time.monotonic() - began
-    log.info("%s is loaded in %.1f s; its cache holds %d tokens", model, took, room.cache_tokens)
+    room, took_s = engine.room, time.monotonic() - started_s
+    log.info("%s is loaded in %.1f s; its cache holds %d tokens", model, took_s, room.cache_tokens)
     return engine
 
 
 def _exit_for_restart(error: Exception) -> None:
     log.error("this worker restarts: %s: %s", type(error).__name__, error)
     logging.shutdown()
-    os._exit(RESTART_EXIT_CODE)  # whatever is in the device's hands cannot be waited for
+    os._exit(RESTART_EXIT_CODE)  # a call on the device cannot be waited for
 
 
 def _in_flight(runtimes: list[MeshRuntime]) -> int:
@@ -197,10 +210,10 @@ def _in_flight(runtimes: list[MeshRuntime]) -> int:
 
 
 def _exit_when_hung(engine: Any, model: str, over: threading.Event) -> None:
-    """Until told to stop: leave when the engine hangs."""
-    while not over.wait(POLL_S):
-        if (hung := engine.hung_s) > HUNG_AFTER_S:
-            _exit_for_restart(TimeoutError(f"the engine of {model!r} has made no progress for {hung:.0f} s"))
+    """Return when `over` is set; exit the process when the engine hangs."""
+    while not over.wait(HUNG_POLL_S):
+        if (hung_s := engine.hung_s) > HUNG_AFTER_S:
+            _exit_for_restart(TimeoutError(f"the engine of {model!r} has made no progress for {hung_s:.0f} s"))
 
 
 if __name__ == "__main__":

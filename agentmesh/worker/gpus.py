@@ -1,10 +1,10 @@
-"""Which GPUs there are and how a process is given one; asks the driver, loads no torch."""
+"""The GPUs of this machine, and how a process gets one; asks the driver, loads no torch."""
 
 import os
 import shutil
 import subprocess
 
-from agentmesh.definitions.queue import Queue
+from agentmesh.definitions.queue import DeviceQueue
 from agentmesh.errors import ConfigError
 
 CPU = ""
@@ -12,7 +12,7 @@ DRIVER_TIMEOUT_S = 10.0
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use: of CUDA_VISIBLE_DEVICES, else all that the driver knows; [] without any."""
+    """The GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all of the driver's; [] without any."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
@@ -21,7 +21,7 @@ def visible_gpus() -> list[str]:
 
 
 def nvidia_smi(*args: str) -> "subprocess.CompletedProcess[str] | None":
-    """What nvidia-smi says; None where there is none, code 1 where it does not answer."""
+    """The output of nvidia-smi; None where it is not installed, code 1 where it does not respond."""
     if shutil.which("nvidia-smi") is None:
         return None
     argv = ["nvidia-smi", *args]
@@ -31,11 +31,11 @@ def nvidia_smi(*args: str) -> "subprocess.CompletedProcess[str] | None":
         return subprocess.CompletedProcess(argv, 1, "", str(e))
 
 
-def devices_of(queue: Queue) -> list[str]:
+def devices_of(queue: DeviceQueue) -> list[str]:
     """The devices of a queue's workers, one each; CPU where there is no GPU.
 
     Raises:
-        ConfigError: it names a GPU that is not here.
+        ConfigError: the queue names a GPU that this machine does not have.
     """
     gpus = visible_gpus()
     if queue.devices == "all":
@@ -44,11 +44,11 @@ def devices_of(queue: Queue) -> list[str]:
         if int(requested) >= len(gpus):
             raise ConfigError(
                 f"queue {queue.name!r} wants GPU {requested} and this machine has {len(gpus) or 'none'}",
-                hint="name those it has, or devices='all'",
+                hint="name GPUs of this machine, or write devices='all'",
             )
     return [gpus[int(requested)] for requested in queue.devices]
 
 
 def device_env(device: str) -> dict[str, str]:
-    """What gives a process one GPU and hides the others."""
+    """The environment that gives a process one GPU and hides the others."""
     return {} if device == CPU else {"CUDA_VISIBLE_DEVICES": device}

@@ -1,6 +1,6 @@
 """The worker process for prefork queues: `python -m agentmesh.worker.prefork_worker --worker-name N --ready-fd FD`.
 
-What it shall do is said as to `child.py`. One Celery worker serves the prefork queues of all its crews.
+What it does is in its environment, as for `asyncio_worker.py`. One Celery worker serves the prefork queues of all crews.
 """
 
 import os
@@ -28,20 +28,20 @@ from agentmesh.worker.process import announce_ready, exit_with_parent
 
 
 def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -> int:
-    """Work until told to stop: SIGTERM drains."""
+    """Work until stopped: SIGTERM drains."""
     set_up_logging(spec.get("log", ""), worker=name)
     config = Config(**spec["config"])
     exit_with_parent(config.drain_s)
     crews = [load_crew(path) for path in spec["crews"]]
     set_up_tracing()
-    sights, models, app = [LogObserver(), *metrics_observers()], ModelRegistry(), make_app(config.broker)
+    observers, models, app = [LogObserver(), *metrics_observers()], ModelRegistry(), make_app(config.broker)
     app.conf.worker_send_task_events = bool(spec.get("events"))
     served: list[str] = []
     processes, suspects = 0, spec.get("suspects", "include")
     for crew in crews:
-        names = crew.queues_of_pool("prefork", spec["queues"])
+        names = crew.queues_served_by("prefork", spec["queues"])
         runtime = make_runtime(
-            crew, app=app, config=config, models=models, worker=name, observers=sights, suspects=suspects
+            crew, app=app, config=config, models=models, worker=name, observers=observers, suspects=suspects
         )
         if names:
             runtime.check()
@@ -55,7 +55,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
             announce_ready(ready_fd)
         if suspects == "only":
             threading.Thread(
-                target=_exit_when_idle, args=(runtime, served), name="agentmesh-unwanted", daemon=True
+                target=_exit_when_idle, args=(runtime, served), name="agentmesh-idle-exit", daemon=True
             ).start()
 
     worker_ready.connect(ready)

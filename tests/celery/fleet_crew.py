@@ -2,7 +2,7 @@
 
 import os
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, Queue, ServerQueue
 
 
 class Asker(Agent):
@@ -16,5 +16,5 @@ class Many(Agent[list[str]]):
         return ctx.gather([Asker().on(f"w{i}") for i in range(task)])
 
 
-gpu = Queue("gpu", model="big", url=os.environ["FLEET"].split(), concurrency=64)
+gpu = ServerQueue("gpu", model="big", urls=os.environ["FLEET"].split(), concurrency=64)
 crew = Crew(Many(), Asker(), name="fleet", queues=[Queue("main"), gpu])

@@ -2,7 +2,7 @@
 
 import os
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, Queue, ServerQueue
 from agentmesh.message import user
 
 PLACES = 4
@@ -33,7 +33,7 @@ crew = Crew(
     Patient(), Urgent(), name="lanes",
     queues=[
         Queue("main"),
-        Queue("night", model="m", url=URLS, lane="low", concurrency=PLACES),
-        Queue("talk", model="m", url=URLS[::-1], lane="realtime", concurrency=1),
+        ServerQueue("night", model="m", urls=URLS, lane="low", concurrency=PLACES),
+        ServerQueue("talk", model="m", urls=URLS[::-1], lane="realtime", concurrency=1),
     ],
 )  # fmt: skip

@@ -93,7 +93,7 @@ def test_ctrl_c_leaves_the_run_resumable(shell: Any, eventually: Any) -> None:
 
 def keepers_in(folder: Path) -> list[str]:
     """The processes that `--detach` left in this folder."""
-    found = subprocess.run(["pgrep", "-f", "agentmesh.cli.detached"], capture_output=True, text=True, check=False)
+    found = subprocess.run(["pgrep", "-f", "agentmesh.cli.run"], capture_output=True, text=True, check=False)
     here = []
     for pid in found.stdout.split():
         with suppress(OSError):  # it has left meanwhile

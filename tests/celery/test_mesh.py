@@ -9,7 +9,19 @@ import pytest
 import redis
 from celery import chord
 
-from agentmesh import Agent, ConfigError, Context, Crew, DefinitionError, Queue, RunError, ServiceDown, Sleep, tool
+from agentmesh import (
+    Agent,
+    ConfigError,
+    Context,
+    Crew,
+    DefinitionError,
+    DeviceQueue,
+    Queue,
+    RunError,
+    ServiceDown,
+    Sleep,
+    tool,
+)
 from agentmesh.celery.dispatch import Gather
 from agentmesh.celery.event_loop import run_sync
 from agentmesh.celery.registry import runtime_of
@@ -161,7 +173,7 @@ def test_a_broker_that_is_away_is_named() -> None:
 
 
 def test_the_model_of_the_settings_is_asked_where_its_queue_is(valkey: Any) -> None:
-    crew = Crew(Echo(), name="settings", queues=[Queue("main"), Queue("gpu", model="m")])
+    crew = Crew(Echo(), name="settings", queues=[Queue("main"), DeviceQueue("gpu", model="m")])
     config = Config(broker=valkey.broker_url, journal=valkey.url, model="local:m")
     mesh = Mesh(crew, config=config, models=lambda wanted: (model(), "m"))
     with mesh.worker(queues=["gpu"]):  # nobody serves `main`
@@ -205,7 +217,7 @@ def test_two_workers_of_one_mesh_leave_no_thread_behind(valkey: Any) -> None:
     before = set(threading.enumerate())
 
     def tenders() -> list[threading.Thread]:
-        return [t for t in threading.enumerate() if t not in before and t.name == "agentmesh-tender"]
+        return [t for t in threading.enumerate() if t not in before and t.name == "agentmesh-housekeeping"]
 
     with mesh.worker(queues=["main"]), mesh.worker(queues=["beside"]):
         assert mesh.run(Echo(), "hello", timeout_s=10) == "hello"

@@ -58,7 +58,8 @@ def test_never_twice(
         show_run("r0", broker=valkey.broker_url, as_json=False, file=None)
         shown = capsys.readouterr().out
         assert (
-            "waiting: a decision: it was interrupted and may have happened: agentmesh runs resolve r0 1 done" in shown
+            "waiting: a decision, because it was interrupted and may have happened: agentmesh runs resolve r0 1 done"
+            in shown
         )
         assert "(run r0, step 1, blind" in shown
         for run in runs:  # a person looks into the book

@@ -38,7 +38,7 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
         give_back(name, code)
 
     supervisor = Supervisor(
-        worker_commands(config, {CREW: crew}, suspects="exclude"), spares=standby_workers(config, {CREW: crew}), drain_s=5,
+        worker_commands(config, {CREW: crew}, suspects="exclude"), standby=standby_workers(config, {CREW: crew}), drain_s=5,
         output=subprocess.DEVNULL, on_death=on_death, env={"POISON_LOG": str(log)},
     )  # fmt: skip
     supervisor.start()
@@ -55,9 +55,9 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
         assert [e.crashes for e in run.events() if isinstance(e, StepQuarantined)] == [3]
         assert [other.result(timeout_s=20) for other in others] == [20] * 10
         # After the second death suspects have a process of their own, and nobody else shares it.
-        poisoned, (ordinary,) = pids("7"), [pid for name, pid in supervisor.pids.items() if "spare" not in name]
+        poisoned, (ordinary,) = pids("7"), [pid for name, pid in supervisor.pids.items() if "standby" not in name]
         assert len(poisoned) == len(deaths) <= 10
-        assert [name for name in deaths if "spare" not in name] == deaths[:2]
+        assert [name for name in deaths if "standby" not in name] == deaths[:2]
         assert {pid for i in range(5) for pid in pids(f"late{i}")} == {str(ordinary)}
         assert supervisor.health == (1, 1)
         run.resolve(item, "failed", by="ana")
@@ -69,7 +69,7 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
 
 
 def test_a_worker_for_suspects_leaves_when_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asyncio_worker, "POLL_S", 0.01)
+    monkeypatch.setattr(asyncio_worker, "IDLE_POLL_S", 0.01)
     monkeypatch.setattr(asyncio_worker, "IDLE_EXIT_S", 0.1)
     wanted = [True, False] * 20  # never unwanted for long
     asyncio_worker.wait_until_idle(threading.Event(), lambda: bool(wanted) and wanted.pop())

@@ -201,7 +201,7 @@ def test_from_the_command_line(rabbitmq: RabbitServer, tmp_path: Path) -> None:
         told = shell("doctor", "crew.py")
         assert told.returncode == 0, told.stdout
         assert "broker: RabbitMQ " in told.stdout
-        assert "queue agentmesh.crew.main: 0 messages wait; quorum" in told.stdout
+        assert "queue agentmesh.crew.main: 0 messages wait, a quorum queue" in told.stdout
         argv = [sys.executable, "-m", "agentmesh.cli.main", "worker", "crew.py", "--broker", rabbitmq.url]
         with subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as worker:
             assert worker.stdout is not None

@@ -63,7 +63,7 @@ def test_retry_on_the_command_line(tmp_path: Path) -> None:
         (tmp_path / "broken").unlink()
         out, err = shell("runs", "retry", "t")
         assert out == "THE END: TEA 0, TEA 1, TEA 2, HERE FIRST here, THERE FIRST there\n"
-        assert "t goes on as t~2" in err
+        assert "run t is retried as t~2" in err
         assert asked() == ["here first", "tea 0", "tea 1", "tea 2", "the end", "there first"]
         assert "nothing to retry" in shell("runs", "retry", "t", code=2)[1]
         (tmp_path / "broken").touch()

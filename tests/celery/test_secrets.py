@@ -58,7 +58,7 @@ def test_no_command_line_holds_the_password(valkey: Any, tmp_path: Path, eventua
         with redis.Redis.from_url(valkey.url, decode_responses=True) as client:
             eventually(lambda: client.zcard("agentmesh:held"))
             (told,) = [line for line in client.lrange("agentmesh:ev:s1", 0, -1) if '"StepDone"' in line]
-            assert "agentmesh.cli.detached" in command_lines(tmp_path)
+            assert "agentmesh.cli.run" in command_lines(tmp_path)
             assert "agentmesh.worker.asyncio_worker" in command_lines()
             assert SECRET not in command_lines()
             assert "AGENTMESH_WORKER_SPEC" not in told

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from kombu.transport.pyamqp import Message as BrokerMessage
 
-from agentmesh import Agent, Crew, DefinitionError, Queue
+from agentmesh import Agent, Crew, DefinitionError, Queue, ServerQueue
 from agentmesh.celery import rabbitmq_consumer
 from agentmesh.celery.embedded import EmbeddedWorker, InProcessWorker
 from agentmesh.celery.rabbitmq import inspect_broker
@@ -103,7 +103,7 @@ def test_workers_killed_with_steps_in_hand_lose_none(lanes: Lanes, eventually: E
     for server in lanes.servers.both:
         server.faults.clear()
     assert run.result(timeout_s=30) == many
-    assert any("spare" in name for name in lanes.host.pids)
+    assert any("standby" in name for name in lanes.host.pids)
     ends = [e.n for e in run.events() if isinstance(e, StepDone)]
     assert sorted(ends) == list(range(1, many + 1))
 
@@ -237,8 +237,8 @@ A, B, C = "http://a:1/v1", "http://b:1/v1", "http://c:1/v1"
 
 def test_queues_in_front_of_the_same_servers_share_their_places() -> None:
     queues = [
-        Queue("main"), Queue("a", model="m", url=[A, B]), Queue("b", model="m", url=[B, A], lane="low"),
-        Queue("c", model="n", url=[A, B]), Queue("d"),
+        Queue("main"), ServerQueue("a", model="m", urls=[A, B]), ServerQueue("b", model="m", urls=[B, A], lane="low"),
+        ServerQueue("c", model="n", urls=[A, B]), Queue("d"),
     ]  # fmt: skip
     crew = Crew(Anyone(), queues=queues)
     assert crew.worker_groups() == [["main", "d"], ["a", "b"], ["c"]]
@@ -246,7 +246,7 @@ def test_queues_in_front_of_the_same_servers_share_their_places() -> None:
 
 
 def test_lanes_share_all_of_their_servers_or_none() -> None:
-    talk = Queue("talk", url=[A, B], lane="realtime")
+    talk = ServerQueue("talk", urls=[A, B], lane="realtime")
     with pytest.raises(DefinitionError, match=r"are lanes \(realtime, low\) that share http://b:1/v1, but not all"):
-        Crew(Anyone(), queues=[talk, Queue("night", url=[B, C], lane="low")])
-    assert Crew(Anyone(), queues=[talk, Queue("night", url=[C], lane="low")])
+        Crew(Anyone(), queues=[talk, ServerQueue("night", urls=[B, C], lane="low")])
+    assert Crew(Anyone(), queues=[talk, ServerQueue("night", urls=[C], lane="low")])

@@ -284,14 +284,14 @@ def test_a_spare_worker_is_there_only_while_it_is_wanted(supervised, tmp_path, e
     monkeypatch.setattr(supervise, "STANDBY_POLL_S", 0.05)
     spare, deaths = Wanted(tmp_path), []
     supervisor = supervised(
-        GENTLE, folder=tmp_path, spares=[spare], on_death=lambda name, code: deaths.append((name, code))
+        GENTLE, folder=tmp_path, standby=[spare], on_death=lambda name, code: deaths.append((name, code))
     )
     assert supervisor.wait_ready(20)
     (kept,) = supervisor.names
     spare.now = True
     eventually(lambda: len(supervisor.names) == 2)
     (first,) = set(supervisor.names) - {kept}
-    assert first.endswith("-spare")
+    assert first.endswith("-standby")
     assert supervisor.health == (1, 1)
     os.kill(supervisor.pids[first], signal.SIGKILL)  # it is still wanted
     eventually(lambda: len(supervisor.names) == 2 and first not in supervisor.names)

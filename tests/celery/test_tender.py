@@ -33,7 +33,7 @@ def journal() -> Watched:
 
 @pytest.fixture
 def tender(journal: Watched, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(housekeeping, "IDLE_TURNS", 3_000)
+    monkeypatch.setattr(housekeeping, "IDLE_FACTOR", 3_000)
     monkeypatch.setattr("agentmesh.journal.maintenance.MAX_IDLE_MS", 90_000)
     made = Housekeeper(engines=[], journal=journal, worker="w", queues=["q"], lengths=None, ttl_s=600.0, sweep_s=0.02)
     yield made

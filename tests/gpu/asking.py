@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
 from agentmesh.message import user
 
 FAULT, LOG = os.environ.get("ASKING_FAULT", ""), Path(os.environ.get("ASKING_LOG", "asking"))
@@ -56,7 +56,7 @@ def break_the_model() -> None:
     from transformers import LlamaForCausalLM
 
     forward, once = LlamaForCausalLM.forward, LOG.with_suffix(".fault")
-    sys.modules["__main__"].HUNG_S = float(os.environ.get("ASKING_HUNG_S", "1"))  # type: ignore[attr-defined]  # of agentmesh.worker.gpu_worker
+    sys.modules["__main__"].HUNG_AFTER_S = float(os.environ.get("ASKING_HUNG_S", "1"))  # type: ignore[attr-defined]  # of agentmesh.worker.gpu_worker
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
         if FAULT in ("poison", "death"):
@@ -82,5 +82,5 @@ if FAULT and "agentmesh.worker.gpu_worker" in " ".join(sys.orig_argv):
 
 crew = Crew(
     Many(), Asker(), Long(), Sixty(), name="asking",
-    queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)],
+    queues=[Queue("main"), DeviceQueue("gpu", model="tiny", gpu_memory_fraction=0.05)],
 )  # fmt: skip

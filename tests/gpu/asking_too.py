@@ -1,6 +1,6 @@
 """Another crew, whose queue `gpu` has the same model as that of `asking.py`."""
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
 
 
 class Asking(Agent):
@@ -18,4 +18,4 @@ class AskingMany(Agent[list[str]]):
         return ctx.gather([Asking().on(t) for t in task.split()])
 
 
-crew = Crew(AskingMany(), Asking(), name="asking-too", queues=[Queue("main"), Queue("gpu", model="tiny")])
+crew = Crew(AskingMany(), Asking(), name="asking-too", queues=[Queue("main"), DeviceQueue("gpu", model="tiny")])

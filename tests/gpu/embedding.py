@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
 from agentmesh.message import user
 from agentmesh.rag.ingest import Ingest
 
@@ -48,5 +48,5 @@ if "agentmesh.worker.gpu_worker" in " ".join(sys.orig_argv):
 
 crew = Crew(
     Teller(), Ingest(), name="embedding",
-    queues=[Queue("main"), Queue("gpu", model="tiny", embed=f"local:{ENCODER}")],
+    queues=[Queue("main"), DeviceQueue("gpu", model="tiny", embed=f"local:{ENCODER}")],
 )  # fmt: skip

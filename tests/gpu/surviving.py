@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agentmesh import Agent, Context, Crew, Queue
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
 from agentmesh.message import user
 
 PLACE, ENGINE = Path(os.environ.get("SURVIVING", "surviving")), os.environ.get("SURVIVING_ENGINE", "")
@@ -83,4 +83,9 @@ def prepare_the_worker() -> None:
 if "agentmesh.worker.gpu_worker" in " ".join(sys.orig_argv):
     prepare_the_worker()
 
-crew = Crew(Batch(), Long(), name="surviving", queues=[Queue("main"), Queue("gpu", model="tiny", gpu_memory=0.05)])
+crew = Crew(
+    Batch(),
+    Long(),
+    name="surviving",
+    queues=[Queue("main"), DeviceQueue("gpu", model="tiny", gpu_memory_fraction=0.05)],
+)

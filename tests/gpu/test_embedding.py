@@ -1,4 +1,4 @@
-"""`Queue("gpu", model=…, embed=…)`: the device's worker takes the embed steps of ingests too, and may be killed at them."""
+"""`DeviceQueue("gpu", model=…, embed=…)`: the device's worker takes the embed steps of ingests too, and may be killed at them."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from agentmesh import ConfigError, Crew, DefinitionError, Queue
+from agentmesh import ConfigError, Crew, DefinitionError, DeviceQueue
 from agentmesh.celery.broker import consumer_count
 from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
@@ -143,7 +143,7 @@ def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest
         return str(made._device)
 
     assert device_of(f"local:{tmp_path / 'earlier'}") == "cuda"
-    (served,) = prepare_encoder([Queue("gpu", model="m", embed=encoder)], lambda error: None)
+    (served,) = prepare_encoder([DeviceQueue("gpu", model="m", embed=encoder)], lambda error: None)
     assert served.name == "rag"
     assert device_of(f"local:{tmp_path / 'later'}") == "cpu"
     assert device_of(encoder) == "cuda"
@@ -152,28 +152,26 @@ def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest
 def test_an_encoder_that_is_not_here_is_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed, "_single_process", False)
     with pytest.raises(ConfigError, match="'local:no-such/encoder' cannot be loaded .* `agentmesh models pull"):
-        prepare_encoder([Queue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
-    assert prepare_encoder([Queue("gpu", model="m")], lambda error: None) == []
+        prepare_encoder([DeviceQueue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
+    assert prepare_encoder([DeviceQueue("gpu", model="m")], lambda error: None) == []
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"embed": "local:e"}, "embed='local:e' is for a queue whose workers load a model: add model='NAME'"),
-        ({"embed": "local:e", "model": "m", "url": "http://a"}, "is for a queue whose workers load a model"),
-        ({"embed": "openai:e", "model": "m"}, "must be an encoder of this machine, such as 'local:intfloat"),
-        ({"embed": "wordllama", "model": "m"}, "others need no device"),
-        ({"embed": "local:", "model": "m"}, "must be an encoder of this machine"),
+        ({"embed": "openai:e"}, "embed='openai:e' is not an encoder of this machine; write it like 'local:intfloat"),
+        ({"embed": "wordllama"}, "is not an encoder of this machine"),
+        ({"embed": "local:"}, "is not an encoder of this machine"),
     ],
 )
 def test_what_embeds_is_checked(options: dict[str, Any], told: str) -> None:
     with pytest.raises(DefinitionError, match=told):
-        Queue("gpu", **options)
+        DeviceQueue("gpu", model="m", **options)
 
 
 def test_queues_of_one_model_name_one_encoder(encoder: str) -> None:
-    lead, plain = load_crew(CREW).lead, Queue("gpu", model="tiny")
-    first, second = Queue("a", model="tiny", embed="local:e"), Queue("b", model="tiny", embed="local:f")
+    lead, plain = load_crew(CREW).lead, DeviceQueue("gpu", model="tiny")
+    first, second = DeviceQueue("a", model="tiny", embed="local:e"), DeviceQueue("b", model="tiny", embed="local:f")
     assert encoder_name(Crew(lead, queues=[plain, first]).queues.values()) == "local:e"
     with pytest.raises(DefinitionError, match="queues 'a' and 'b' of model 'tiny' have embed='local:e' and 'local:f'"):
         Crew(lead, queues=[plain, first, second])

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Crew, Queue
+from agentmesh import Crew, DeviceQueue, Queue
+from agentmesh.definitions.queue import BaseQueue
 from agentmesh.mesh import Mesh
 from agentmesh.rag.ingest import Ingest
 from agentmesh.rag.ingestion.steps import check_embedder, embed_batch, index_batch, parse_pack
@@ -41,14 +42,14 @@ def test_the_device_embeds_for_an_ingest_of_its_own_crew(
 
 
 def test_embed_steps_go_where_somebody_embeds() -> None:
-    def embeds(name: str, **more: Any) -> Queue:
-        return Queue(name, model="m", embed="local:e", **more)
+    def embeds(name: str, **more: Any) -> DeviceQueue:
+        return DeviceQueue(name, model="m", embed="local:e", **more)
 
-    def queue_of(step: Any, *queues: Queue) -> str:
+    def queue_of(step: Any, *queues: BaseQueue) -> str:
         return Crew(Ingest(), queues=[Queue("main"), *queues]).queue_of(step)
 
     embed, check = embed_batch.on("s", "p", "b", "local:e"), check_embedder.on("s", "local:e")
-    assert queue_of(embed) == queue_of(embed, Queue("gpu", model="m")) == "main"
+    assert queue_of(embed) == queue_of(embed, DeviceQueue("gpu", model="m")) == "main"
     assert queue_of(embed, embeds("gpu")) == queue_of(check, embeds("gpu")) == "gpu"
     assert queue_of(embed, embeds("talk", lane="realtime"), embeds("gpu"), embeds("high")) == "gpu"
     assert queue_of(embed, embeds("talk", lane="realtime"), embeds("gpu"), embeds("night", lane="low")) == "night"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from agentmesh import Agent, Context, Crew, Queue
-from agentmesh.celery.lanes import RECENT_S, TURNS, Lanes
+from agentmesh import Agent, Context, Crew, DeviceQueue, Queue
+from agentmesh.celery.lanes import REALTIME_POLL_S, TURNS, Lanes
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.message import Message, user
@@ -34,13 +34,13 @@ def test_realtime_comes_first_and_nobody_is_starved() -> None:
 
 def test_the_last_places_are_for_the_realtime_lane_alone() -> None:
     lanes = with_places(THREE, 40)
-    assert lanes.order(["a", "b", "b.suspects", "c"], 2, 1.0, 0) == (["b", "b.suspects"], 2, RECENT_S)
+    assert lanes.order(["a", "b", "b.suspects", "c"], 2, 1.0, 0) == (["b", "b.suspects"], 2, REALTIME_POLL_S)
 
 
 def test_a_realtime_lane_that_has_what_is_kept_for_it_waits_for_its_turn() -> None:
     """Or a flood of urgent steps would take every place that becomes free, one by one."""
     lanes = with_places(THREE, 40)
-    assert lanes.order(["a", "b", "c"], 1, 1.0, 1) == (["b"], 1, RECENT_S)
+    assert lanes.order(["a", "b", "c"], 1, 1.0, 1) == (["b"], 1, REALTIME_POLL_S)
     assert [lanes.order(["a", "b", "c"], 1, 1.0, 39)[0][0] for _ in range(TURNS)].count("b") == TURNS - 2
 
 
@@ -67,14 +67,14 @@ def test_a_lane_whose_message_had_nothing_to_do_has_its_turn_again_but_not_for_e
     def first() -> str:
         return lanes.order(["a", "b", "c"], 30, 1.0, 0)[0][0]
 
-    lanes.not_begun("a")
+    lanes.give_turn_back("a")
     assert [first(), first()] == ["a", "b"]
-    lanes.not_begun("a.suspects")
+    lanes.give_turn_back("a.suspects")
     lanes.order(["b", "c"], 30, 1.0, 0)  # nothing of it is there to be asked: it keeps its turn
     assert first() == "a"
     seen = []
     for _ in range(3 * (TURNS + 1)):
-        lanes.not_begun("a")
+        lanes.give_turn_back("a")
         seen.append(first())
     assert seen.count("b") + seen.count("c") == 3
 
@@ -130,7 +130,11 @@ class Flood(Urgent):
 @contextmanager
 def two_lanes(valkey: Any, *agents: Agent[Any, Any]) -> Iterator[tuple[Mesh, Slow, Lanes]]:
     """A mesh with a worker of two lanes before a slow model, and one for the rest."""
-    queues = [Queue("main"), Queue("night", model="m", lane="low"), Queue("talk", model="m", lane="realtime")]
+    queues = [
+        Queue("main"),
+        DeviceQueue("night", model="m", lane="low"),
+        DeviceQueue("talk", model="m", lane="realtime"),
+    ]
     crew = Crew(*agents, name="lanes", model="local:m", queues=queues)
     model = Slow()
     mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))

@@ -131,18 +131,18 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eventually: Any
 ) -> None:
     monkeypatch.setenv(STATUS_FOLDER_ENV, str(tmp_path / "gone"))
-    monkeypatch.setattr("agentmesh.worker.gpu_worker.STATUS_S", 0.01)
-    report = StatusReporter(engine, model="m", worker="w", in_hand=lambda: 3, places=8)
+    monkeypatch.setattr("agentmesh.worker.gpu_worker.STATUS_INTERVAL_S", 0.01)
+    report = StatusReporter(engine, model="m", worker="w", in_flight=lambda: 3, places=8)
     report.start()
-    looked = len(report._looks)
-    eventually(lambda: len(report._looks) > looked + 5)
+    looked = len(report._samples)
+    eventually(lambda: len(report._samples) > looked + 5)
     (tmp_path / "gone").mkdir()
     eventually(lambda: read_statuses(str(tmp_path / "gone"), ["w"]))
     report.stop()
     (told,) = read_statuses(str(tmp_path / "gone"), ["w"])
     assert (told.pid, told.in_hand, told.places, told.batch_tokens) == (os.getpid(), 3, 8, 64)
-    (warned,) = [r.getMessage() for r in caplog.records if "cannot report the status" in r.getMessage()]
-    assert warned.startswith("cannot report the status of m to the supervisor: ")
+    (warned,) = [r.getMessage() for r in caplog.records if "cannot write the status" in r.getMessage()]
+    assert warned.startswith("cannot write the status of m for the supervisor: ")
 
 
 def test_a_report_of_another_version_is_read(tmp_path: Path) -> None:

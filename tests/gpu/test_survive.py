@@ -24,7 +24,7 @@ from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing.servers import RabbitServer, ValkeyServer, running_server
 from agentmesh.testing.tiny_models import save_model
 from agentmesh.worker.asyncio_worker import worker_commands
-from agentmesh.worker.gpu_worker import CANCELLED_S
+from agentmesh.worker.gpu_worker import CANCEL_WITHIN_S
 from agentmesh.worker.supervisor import Supervisor
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -82,7 +82,7 @@ class Scene:
     @property
     def device_pid(self) -> int:
         """Of the process with the model; 0 while there is none."""
-        seats = self.supervisor._kept
+        seats = self.supervisor._permanent
         return seats[1].process.pid if seats[1].process is not None else 0
 
     def in_flight(self, steps: int = MANY) -> Run[list[str]]:
@@ -196,7 +196,7 @@ def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
 ) -> None:
     monkeypatch.setenv("AGENTMESH_CACHE", str(save_model(tmp_path)))
     monkeypatch.setattr(batching, "CPU_CONTEXTS", 100)  # prompts: the cache holds a thousand
-    monkeypatch.setattr(Housekeeper, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
+    monkeypatch.setattr(Housekeeper, "renew_most_s", CANCEL_WITHIN_S)  # as in a worker process of the device
     many = 1000
     crew = load_crew(CREW)
     models = ModelRegistry()

@@ -14,7 +14,7 @@ from agentmesh.celery.embedded import EmbeddedWorker, InProcessWorker
 from agentmesh.celery.housekeeping import Housekeeper
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
-from agentmesh.definitions.queue import Queue
+from agentmesh.definitions.queue import DeviceQueue, Queue
 from agentmesh.errors import ConfigError, DefinitionError
 from agentmesh.journal.events import RunDone, StepDone
 from agentmesh.mesh import Mesh
@@ -25,7 +25,7 @@ from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing.tiny_models import make_tokenizer, save_model
 from agentmesh.worker import gpus
 from agentmesh.worker.asyncio_worker import worker_commands
-from agentmesh.worker.gpu_worker import CANCELLED_S
+from agentmesh.worker.gpu_worker import CANCEL_WITHIN_S
 
 pytestmark = pytest.mark.usefixtures("device")
 CREW = str(Path(__file__).parent / "asking.py")
@@ -104,7 +104,7 @@ def test_a_cancelled_run_is_no_longer_computed(
     forward = engine._model.forward
     engine._model.forward = lambda *args, **kwargs: time.sleep(0.02) or forward(*args, **kwargs)
     mesh = Mesh(load_crew(CREW), config=Config(broker=valkey.broker_url, journal=valkey.url), models=models)
-    monkeypatch.setattr(Housekeeper, "renew_most_s", CANCELLED_S)  # as in a worker process of the device
+    monkeypatch.setattr(Housekeeper, "renew_most_s", CANCEL_WITHIN_S)  # as in a worker process of the device
     with mesh.worker(admits=engine.admits):
         run = mesh.start(mesh.crew.agents["Long"], "go on")
         eventually(lambda: engine.gauge.new_tokens > 20)
@@ -115,7 +115,7 @@ def test_a_cancelled_run_is_no_longer_computed(
     new_tokens = engine.gauge.new_tokens
     mesh.close()
     assert new_tokens < 800
-    assert more < 2 * CANCELLED_S / 0.02  # each step takes so long at least
+    assert more < 2 * CANCEL_WITHIN_S / 0.02  # each step takes so long at least
     assert took_s < 8  # a second on a machine with time; uncancelled it would be sixteen
 
 
@@ -131,7 +131,7 @@ def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPa
     crew = load_crew(CREW)
 
     def seen(*wanted: int, **all_of: Any) -> list[str | None]:
-        crew.queues["gpu"] = Queue("gpu", model="tiny", **({"devices": wanted} if wanted else all_of))
+        crew.queues["gpu"] = DeviceQueue("gpu", model="tiny", **({"devices": wanted} if wanted else all_of))
         return [c.env.get("CUDA_VISIBLE_DEVICES") for c in worker_commands(config, {CREW: crew}, queues=["gpu"])]
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
@@ -151,31 +151,25 @@ def test_one_process_a_device_and_each_sees_its_own(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (
-            {"model": "m", "pool": "prefork"},
-            "a queue with a model is never prefork: a forked process cannot use the device",
-        ),
-        ({"devices": [0]}, "devices, gpu_memory and max_batch_tokens are for a queue whose workers load a model"),
-        ({"lane": "low"}, "lane='low' is between queues of one model; add model='NAME', or url= of its servers"),
-        ({"model": "m", "devices": []}, r"devices=\(\) must be 'all' or GPU numbers"),
-        ({"model": "m", "devices": [1, 1]}, r"devices=\(1, 1\) must be"),
-        ({"model": "m", "gpu_memory": 85}, "gpu_memory=85 must be a part of the whole, such as 0.85"),
-        ({"model": "m", "lane": "fast"}, "lane='fast' must be one of realtime, high, low"),
-        ({"model": "m", "max_batch_tokens": -1}, "max_batch_tokens=-1 must not be negative"),
+        ({"pool": "prefork"}, "leave out `pool`, which only Queue has: DeviceQueue"),
+        ({"devices": []}, r"devices=\(\) is not a list of different GPU numbers; write them like"),
+        ({"devices": [1, 1]}, r"devices=\(1, 1\) is not a list of different"),
+        ({"gpu_memory_fraction": 85}, r"gpu_memory_fraction=85 is not in \(0, 1\]; write a part of the whole"),
+        ({"lane": "fast"}, "unknown lane 'fast'; use one of: realtime, high, low"),
+        ({"max_batch_tokens": -1}, "max_batch_tokens=-1 is negative"),
     ],
 )
 def test_a_queue_with_a_model_is_checked(options: dict[str, Any], told: str) -> None:
     with pytest.raises(DefinitionError, match=told):
-        Queue("gpu", **options)
+        DeviceQueue("gpu", model="m", **options)
 
 
 def test_queues_of_one_model_name_the_same_devices() -> None:
-    agent, first = load_crew(CREW).lead, Queue("a", model="m", devices=[0])
+    agent, first = load_crew(CREW).lead, DeviceQueue("a", model="m", devices=[0])
     with pytest.raises(DefinitionError, match=r"queues 'a' and 'b' of model 'm' have devices=\(0,\) and 'all'"):
-        Crew(agent, queues=[Queue("main"), Queue("gpu", model="tiny"), first, Queue("b", model="m")])
-    assert Crew(agent, queues=[Queue("gpu", model="tiny"), first, Queue("b", model="m", devices=[0])]).queues_of_pool(
-        "device"
-    )
+        Crew(agent, queues=[Queue("main"), DeviceQueue("gpu", model="tiny"), first, DeviceQueue("b", model="m")])
+    same = DeviceQueue("b", model="m", devices=[0])
+    assert Crew(agent, queues=[DeviceQueue("gpu", model="tiny"), first, same]).device_queues()
 
 
 def test_a_worker_takes_no_more_than_is_admitted(valkey: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from agentmesh import Agent, Crew, DefinitionError, ModelError, Queue, RunFailed
+from agentmesh import Agent, Crew, DefinitionError, ModelError, Queue, RunFailed, ServerQueue
 from agentmesh.engine.run import Run
 from agentmesh.journal.events import Event, StepRetried
 from agentmesh.message import Message
@@ -19,7 +19,7 @@ class Reader(Agent[str]):
     retries = 1
 
 
-def begun(answers: Callable[[int], str], *, away_s: float = 600) -> Run[str]:
+def begun(answers: Callable[[int], str], *, timeout_s: float = 600) -> Run[str]:
     """A run whose servers are `away`, `busy` or say something, by how often they were asked."""
     asked = 0
 
@@ -34,7 +34,7 @@ def begun(answers: Callable[[int], str], *, away_s: float = 600) -> Run[str]:
 
         async def close(self) -> None: ...
 
-    crew = Crew(Reader(), queues=[Queue("gpu", model="m", url=URL, away_s=away_s)])
+    crew = Crew(Reader(), queues=[ServerQueue("gpu", model="m", urls=URL, unavailable_timeout_s=timeout_s)])
     return FakeMesh(crew, model=Servers()).start("read")
 
 
@@ -61,14 +61,14 @@ def test_it_does_not_wait_for_ever() -> None:
 
 
 def test_a_queue_may_have_it_wait_for_nothing() -> None:
-    run = begun(lambda asked: "away", away_s=0)
+    run = begun(lambda asked: "away", timeout_s=0)
     with pytest.raises(RunFailed, match="they are away"):
         run.result(timeout_s=0)
     assert waits_s(run.events()) == [5.0]
 
 
 def test_waiting_for_servers_wants_servers() -> None:
-    with pytest.raises(DefinitionError, match=r"away_s=5.* wait for the servers of url="):
-        Queue("gpu", away_s=5)
-    with pytest.raises(DefinitionError, match="away_s=-1 must be seconds"):
-        Queue("gpu", url=URL, away_s=-1)
+    with pytest.raises(DefinitionError, match=r"write ServerQueue\('gpu', urls=\[.*\], unavailable_timeout_s=5\)"):
+        Queue("gpu", unavailable_timeout_s=5)  # type: ignore[call-arg]  # the mistake
+    with pytest.raises(DefinitionError, match="unavailable_timeout_s=-1 is negative; write seconds"):
+        ServerQueue("gpu", urls=URL, unavailable_timeout_s=-1)

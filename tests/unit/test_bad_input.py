@@ -145,7 +145,7 @@ def test_crews() -> None:
         Crew(another()()).agent("Edtor")
     with pytest.raises(DefinitionError, match="write `Editor\\(\\)`"):
         Crew(another())  # type: ignore[arg-type]
-    with pytest.raises(DefinitionError, match=r"rate='fast' must be like"):
+    with pytest.raises(DefinitionError, match=r"rate='fast' is not a number per"):
         Queue("a", rate="fast")
     with pytest.raises(DefinitionError, match=r"Limits\(turns=0\) must be above 0"):
         Limits(turns=0)

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from agentmesh import __version__
+from agentmesh.cli.main import app
 from agentmesh.hub.cache import build_model_folder
 
 WITHOUT = """
@@ -79,3 +82,35 @@ def test_ctrl_c_before_anything_has_begun_ends_the_command_whoever_swallows_exce
         "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
     )
     assert agentmesh("run", "crew.py", "x", cwd=tmp_path) == (130, "", "")
+
+
+def every_command() -> Iterator[tuple[str, Any]]:
+    """Each command with its words, the groups among them."""
+    waiting: list[tuple[str, Any]] = [("agentmesh", typer.main.get_command(app))]
+    while waiting:
+        words, command = waiting.pop()
+        yield words, command
+        waiting += [(f"{words} {name}", sub) for name, sub in getattr(command, "commands", {}).items()]
+
+
+def test_the_help_of_each_command_ends_with_an_example() -> None:
+    commands = dict(every_command())
+    assert {"agentmesh run", "agentmesh runs resolve", "agentmesh models pull"} <= set(commands)
+    without = [words for words, command in commands.items() if f"  {words}" not in f"{command.epilog or ''} "]
+    assert [words for words in without if not words.startswith("agentmesh rag")] == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "value", "told"),
+    [
+        ("done", "tea", "error: --value 'tea' is not JSON ("),
+        ("maybe", "null", "error: unknown outcome 'maybe'\nhelp: use one of: done, failed, retry\n"),
+    ],
+)
+def test_an_outcome_that_cannot_be_is_refused_before_a_journal_is_opened(
+    outcome: str, value: str, told: str, tmp_path: Path
+) -> None:
+    code, out, err = agentmesh("runs", "resolve", "r", "1", outcome, "--value", value, cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith(told)
+    assert not list(tmp_path.iterdir())

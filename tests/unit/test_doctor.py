@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Agent, Crew, Queue
+from agentmesh import Agent, Crew, DeviceQueue, Queue
 from agentmesh.cli import checks
 from agentmesh.cli.checks import Check, Driver, Gpu, _judge_probe, check_gpus, check_queues, check_torch, query_driver
 from agentmesh.worker import gpus as devices
@@ -46,7 +46,7 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None
 
 def told(findings: Iterable[Check]) -> list[str]:
     """Each finding as it is read."""
-    return [f"{'ok' if f.ok else 'help'} {f.what}{' -> ' + f.fix if f.fix else ''}" for f in findings]
+    return [f"{'ok' if f.ok else 'error'} {f.message}{' -> ' + f.hint if f.hint else ''}" for f in findings]
 
 
 def test_the_cards_as_the_driver_tells_them(smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +54,7 @@ def test_the_cards_as_the_driver_tells_them(smi: Callable[[str], None], monkeypa
     assert told(check_gpus(query_driver())) == [
         "ok GPU driver 550.54.15, which supports CUDA up to 12.4",
         "ok GPU 0: NVIDIA L4, 23.6 GB of 24.2 free, compute capability 8.9",
-        "ok GPU 1: Tesla T4, ? GB of 16.1 free, compute capability 7.5"
-        " -> its hardware has no bfloat16, which the engine uses on GPUs: expect it to be slow",
+        "ok GPU 1: Tesla T4, ? GB of 16.1 free, compute capability 7.5: slow, because it has no bfloat16 in hardware",
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert "CUDA_VISIBLE_DEVICES='1'" in told(check_gpus(query_driver()))[-1]
@@ -69,7 +68,7 @@ def test_an_old_driver_tells_less(smi: Callable[[str], None]) -> None:
 def test_a_driver_that_does_not_answer_is_a_finding(smi: Callable[[str], None]) -> None:
     smi(AWAY)
     (only,) = told(check_gpus(query_driver()))
-    assert only.startswith("help nvidia-smi finds no GPU: NVIDIA-SMI has failed because it couldn't")
+    assert only.startswith("error nvidia-smi finds no GPU: NVIDIA-SMI has failed because it couldn't")
     assert "-> load or reinstall NVIDIA's driver" in only
 
 
@@ -77,18 +76,18 @@ def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert told(check_gpus(query_driver())) == ["ok GPUs: none (nvidia-smi not found); local models run on the CPU"]
     monkeypatch.setattr(checks.subprocess, "run", lambda *args, **kwargs: pytest.fail("torch was loaded for nobody"))
-    assert told(check_torch(None, wanted=False)) == []
+    assert told(check_torch(None, needed=False)) == []
 
 
 def test_what_this_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (only,) = told(check_torch(Driver("550", "12.4", [L4]), wanted=True))
+    (only,) = told(check_torch(Driver("550", "12.4", [L4]), needed=True))
     assert only.endswith("; attention agentmesh_paged")
     assert only.startswith(f"ok torch {importlib.metadata.version('torch')}, for the CPU: weights in ")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr(checks.sys, "executable", "/bin/false")
-    (only,) = told(check_torch(None, wanted=True))
-    assert only.startswith("help torch ")
+    (only,) = told(check_torch(None, needed=True))
+    assert only.startswith("error torch ")
     assert "does not work" in only
 
 
@@ -109,7 +108,7 @@ def said(**other: Any) -> dict[str, Any]:
 def test_a_cpu_build_beside_a_gpu_is_a_finding_that_names_the_index(cuda: str, index: str) -> None:
     (only,) = told(_judge_probe(said(torch="2.13.0+cpu", cuda="", gpus=[]), Driver("550", cuda, [L4])))
     assert only == (
-        "help torch 2.13.0+cpu is a build for CPUs, and there is a GPU here -> pip uninstall torch, then: "
+        "error torch 2.13.0+cpu is a build for CPUs, and there is a GPU here -> pip uninstall torch, then: "
         f"pip install torch --index-url https://download.pytorch.org/whl/{index}"
     )
 
@@ -122,16 +121,16 @@ def test_what_torch_makes_of_the_cards() -> None:
     ]
     (_, none) = told(_judge_probe(said(gpus=[GPU | {"attention": {"agentmesh_paged": "it is off by 1"}}]), at))
     assert none.startswith(
-        "help NVIDIA L4, torch's GPU 0: no attention works (agentmesh_paged: it is off by 1) -> take"
+        "error NVIDIA L4, torch's GPU 0: no attention works (agentmesh_paged: it is off by 1) -> install"
     )
     (blind,) = told(_judge_probe(said(gpus=[], complaint="The NVIDIA driver on your system is too old"), at))
     assert blind.startswith(
-        "help torch 2.13.0, made for CUDA 12.8, sees no GPU: The NVIDIA driver on your system is too"
+        "error torch 2.13.0, made for CUDA 12.8, sees no GPU: The NVIDIA driver on your system is too"
     )
     assert "update the driver to one that supports CUDA 12.8" in blind
     gpu = GPU | {"name": "Tesla K80", "capability": "3.7", "fails": "RuntimeError: no kernel image is available"}
     assert told(_judge_probe(said(gpus=[gpu]), at))[1].startswith(
-        "help torch 2.13.0 cannot compute on Tesla K80, its GPU 0 of compute capability 3.7: RuntimeError: no kernel image"
+        "error torch 2.13.0 cannot compute on Tesla K80, its GPU 0 of compute capability 3.7: RuntimeError: no kernel image"
     )
 
 
@@ -147,23 +146,23 @@ def test_queues_whose_devices_or_models_are_not_here(
         return told(check_queues(Crew(Asker(), queues=[Queue("main"), queue])))
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert of(Queue("gpu", model="m", devices=[3])) == [
-        "help queue 'gpu' wants GPU 3 and this machine has none -> name those it has, or devices='all'"
+    assert of(DeviceQueue("gpu", model="m", devices=[3])) == [
+        "error queue 'gpu' wants GPU 3 and this machine has none -> name GPUs of this machine, or write devices='all'"
     ]
-    missing = "help queue 'gpu': model 'm' is not here -> agentmesh models pull m"
-    assert of(Queue("gpu", model="m")) == [missing, "ok queue 'gpu': a worker with model 'm' on the CPU"]
+    missing = "error queue 'gpu': model 'm' is not here -> agentmesh models pull m"
+    assert of(DeviceQueue("gpu", model="m")) == [missing, "ok queue 'gpu': a worker with model 'm' on the CPU"]
     beside = "ok queue 'gpu': encoder 'e' is not here -> agentmesh models pull e, unless the hub's own cache has it"
-    assert of(Queue("gpu", model="m", embed="local:e"))[1] == beside
+    assert of(DeviceQueue("gpu", model="m", embed="local:e"))[1] == beside
     smi(SMI)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert of(Queue("gpu", model="m"))[1] == "ok queue 'gpu': a worker with model 'm' on each of GPU 0, 1"
+    assert of(DeviceQueue("gpu", model="m"))[1] == "ok queue 'gpu': a worker with model 'm' on each of GPU 0, 1"
 
 
 def test_the_command(smi: Callable[[str], None], tmp_path: Path) -> None:
     smi(SMI)
     (tmp_path / "crew.py").write_text(
         "from agentmesh import *\nclass Asker(Agent):\n    'Asks.'\n    model = 'local:m'\n"
-        "crew = Crew(Asker(), queues=[Queue('main'), Queue('gpu', model='m', devices=[2])])\n"
+        "crew = Crew(Asker(), queues=[Queue('main'), DeviceQueue('gpu', model='m', devices=[2])])\n"
     )
     argv = [sys.executable, "-m", "agentmesh.cli.main", "doctor"]
     env = {**os.environ, "AGENTMESH_HOME": str(tmp_path / "home"), "AGENTMESH_CACHE": str(tmp_path / "cache")}
@@ -172,7 +171,7 @@ def test_the_command(smi: Callable[[str], None], tmp_path: Path) -> None:
     assert done.returncode == 4
     assert "ok    GPU 0: NVIDIA L4" in done.stdout
     assert f"torch {importlib.metadata.version('torch')}" in done.stdout
-    assert "help  queue 'gpu' wants GPU 2 and this machine has 2\n" in done.stdout
+    assert "error queue 'gpu' wants GPU 2 and this machine has 2\n" in done.stdout
     smi(AWAY)
     argv[1:1] = ["-X", "importtime"]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)

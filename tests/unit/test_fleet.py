@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Agent, Crew, Queue
+from agentmesh import Agent, Crew, Queue, ServerQueue
 from agentmesh.config import Config
 from agentmesh.definitions.queue import Servers
 from agentmesh.definitions.step import Ask
@@ -191,8 +191,10 @@ def test_a_queue_in_front_of_servers() -> None:
     class Other(Agent):
         model = "openai:third"
 
-    queue = Queue("gpu", model="big/model", url=["http://a:1", "http://a:1/v1", "https://b/api/"], concurrency=256)
-    assert queue.url == ("http://a:1/v1", "https://b/api")
+    queue = ServerQueue(
+        "gpu", model="big/model", urls=["http://a:1", "http://a:1/v1", "https://b/api/"], concurrency=256
+    )
+    assert queue.urls == ("http://a:1/v1", "https://b/api")
     crew = Crew(Other(), Local(), Named(), queues=[Queue("main"), queue])
     asked = {a.name: Ask(a.name, a.model, queue=a.queue) for a in crew.agents.values()}
     assert {name: crew.queue_of(step) for name, step in asked.items()} == {
@@ -211,7 +213,7 @@ def test_the_model_of_the_settings_has_a_queue_too() -> None:
     class Plain(Agent):
         pass
 
-    queue = Queue("gpu", model="big", url="http://a:1")
+    queue = ServerQueue("gpu", model="big", urls="http://a:1")
     crew, step = Crew(Plain(), queues=[Queue("main"), queue]), Ask("Plain", "")
     assert (crew.queue_of(step), crew.queue_of(step, "local:big")) == ("main", "gpu")
     assert (crew.servers_of(step), crew.servers_of(step, "local:big")) == (None, queue.servers)
@@ -223,12 +225,12 @@ def test_the_model_of_the_settings_has_a_queue_too() -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"url": "gpu1:8000"}, "url has 'gpu1:8000'; write it like"),
-        ({"url": [7]}, "url has 7; write it like"),
-        ({"url": "http://a", "pool": "prefork"}, "leave out one"),
-        ({"key_env": "K"}, "is for the servers of url="),
+        ({"urls": "gpu1:8000"}, "'gpu1:8000' in urls is not the URL of a server; write it like"),
+        ({"urls": [7]}, "7 in urls is not the URL of a server; write it like"),
+        ({"urls": []}, "is not the URL of a server; write it like"),
+        ({"urls": "http://a", "pool": "prefork"}, "no parameter `pool`; leave out `pool`, which only Queue has"),
     ],
 )
 def test_a_wrong_queue(wrong: Any, sentence: str) -> None:
     with pytest.raises(DefinitionError, match=sentence):
-        Queue("gpu", **wrong)
+        ServerQueue("gpu", **wrong)

@@ -59,7 +59,7 @@ def test_an_empty_folder_is_filled_and_nothing_else_is_touched(tmp_path: Path) -
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "/tmp/x", "a\\b", "a\nb", "x" * 256, "it's"])
 def test_a_name_that_is_no_folder_s_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DefinitionError, match=r"is not a valid folder name; use one such as 'shop'") as refused:
+    with pytest.raises(DefinitionError, match=r"is not a valid folder name; use a name such as 'shop'") as refused:
         make_new(name)
     assert repr(name) in refused.value.message
     assert os.listdir(tmp_path) == []

@@ -64,7 +64,8 @@ local function charge(run, usage)
 end
 
 -- entries ---------------------------------------------------------------------------------------
--- What celery/dispatch.py rendered is sent here, or answered for celery/publisher.py to send.
+-- A message is sent here where broker and journal are one server and database (PUSH); else it is answered, and
+-- celery/publisher.py sends it. It was rendered in celery/dispatch.py.
 local function send(wire, seq, queue)
   local home, head, rest = string.match(wire, '^(%Z*)%z(%Z*)%z(%Z*)$')
   queue = queue or home
