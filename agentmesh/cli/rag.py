@@ -118,7 +118,7 @@ def rag_compact(store: Store = None) -> None:
 def rag_reembed(
     embed: Annotated[str, typer.Option(help="The new embedder.", metavar="NAME")], store: Store = None
 ) -> None:
-    """Replace the vectors of the stored passages by those of another embedder; searches go on meanwhile."""
+    """Replace the vectors of the stored passages by those of another embedder; searches continue meanwhile."""
     from agentmesh.cli.rag_query import reembed_store
 
     raise typer.Exit(reembed_store(embed, store=store, file=Options.config))

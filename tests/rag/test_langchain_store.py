@@ -75,8 +75,8 @@ def test_metadata_comes_back_as_it_was(tmp_path: Path) -> None:
     }  # fmt: skip
     store = FaissVectorStore(tmp_path, embedding=FAKE)
     store.add_documents([Document("text", metadata=metadata, id="1")])
-    (found,) = FaissVectorStore(tmp_path, embedding=FAKE).get_by_ids(["1"])
-    assert found == Document("text", metadata=metadata, id="1")
+    (document,) = FaissVectorStore(tmp_path, embedding=FAKE).get_by_ids(["1"])
+    assert document == Document("text", metadata=metadata, id="1")
     with pytest.raises(StoreError, match="document '2' cannot be kept"):
         store.add_documents([Document("text", metadata={"x": object()}, id="2")])
     with pytest.raises(StoreError, match="2 texts came with 1 metadatas"):
@@ -109,8 +109,8 @@ def test_a_passage_of_an_ingest_has_its_source_and_start(tmp_path: Path) -> None
     FaissStore(tmp_path, identity=ours.identity).replace(
         "docs/a.md", chunks, ours.documents([c.text for c in chunks]), digest="x"
     )
-    found = {d.page_content: d.metadata for d in FaissVectorStore(tmp_path).similarity_search("two")}
-    assert found["Two."] == {"source": "docs/a.md", "start_index": 5, "heading": []}
+    metadata = {d.page_content: d.metadata for d in FaissVectorStore(tmp_path).similarity_search("two")}
+    assert metadata["Two."] == {"source": "docs/a.md", "start_index": 5, "heading": []}
 
 
 class Pages(BaseLoader):
@@ -179,8 +179,8 @@ def test_an_old_folder_is_imported(old_folder: Path, tmp_path: Path) -> None:
         old_folder, tmp_path / "kb", embedding=FAKE, trust_pickle=True, progress=lambda *p: progress.append(p)
     )
     assert (store.metric, store.count(), progress) == ("l2", 49, [(49, 49)])
-    found = FaissVectorStore(tmp_path / "kb", embedding=FAKE)
-    best = found.similarity_search("old page 11", k=2, filter={"n": {"$gt": 10}})[0]
+    imported = FaissVectorStore(tmp_path / "kb", embedding=FAKE)
+    best = imported.similarity_search("old page 11", k=2, filter={"n": {"$gt": 10}})[0]
     assert (best.id, best.page_content, best.metadata["n"]) == ("o11", "old page 11", 11)
     assert import_folder(old_folder, tmp_path / "kb", trust_pickle=True).count() == 49
 

@@ -41,8 +41,8 @@ def test_a_late_writer_does_not_overwrite_newer_text(store: FaissStore, samples:
         key="k",
     )
     assert (done.refused, done.added) == (("a",), 1)
-    again = FaissStore(store.path).replace_many([Replacement("b", [], [], "9")], key="k")
-    assert (again.repeated, again.refused, again.version) == (True, ("a",), done.version)
+    repeated = FaissStore(store.path).replace_many([Replacement("b", [], [], "9")], key="k")
+    assert (repeated.repeated, repeated.refused, repeated.version) == (True, ("a",), done.version)
     assert store.remove(["a", "b"], expects={"a": "1"}).refused == ("a",)
     assert set(store.sources()) == {"a"}
 
@@ -53,8 +53,8 @@ def test_a_repeated_key_returns_its_first_commit_after_a_merge_too(store: FaissS
     refused = store.replace_many([Replacement("a", [], [], "x", "no"), Replacement("c", [], [], "1")], key="run/2")
     assert store.compact(everything=True)
     for one in (store, FaissStore(store.path)):
-        again = one.replace("a", [], [], digest="2", key="run/1")
-        assert (again.version, again.added, again.repeated) == (first.version, 2, True)
+        repeated = one.replace("a", [], [], digest="2", key="run/1")
+        assert (repeated.version, repeated.added, repeated.repeated) == (first.version, 2, True)
         assert one.replace_many([], key="run/2").refused == refused.refused == ("a",)
     assert store.count() == 11
 

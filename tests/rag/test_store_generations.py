@@ -42,7 +42,7 @@ def test_a_generation_with_another_embedder_replaces_the_old_one(
         if calls == 3:  # another writer commits meanwhile
             writer.replace("s0", samples.chunks("s0", 1, "newer"), samples.vectors(1), digest="2", expects="1")
             writer.remove(["s2"])
-            writer.set("s3#0", {"n": 1})
+            writer.set_metadata("s3#0", {"n": 1})
             writer.replace("p", samples.chunks("p", 2)[1:], samples.vectors(1), digest="1", part=(2, 2))
             writer.compact(everything=True)
         return np.array([[len(t), 1, 2] for t in texts], np.float32)

@@ -97,7 +97,7 @@ class Oracle:
         elif what == "set" and self.rows:
             i = self.rng.choice(sorted(self.rows))
             c, vector = self.rows.pop(i)
-            store.set(i, {"n": 9, "new": "z"})
+            store.set_metadata(i, {"n": 9, "new": "z"})
             self.rows[i] = (Chunk(c.id, c.text, c.source, c.start, c.heading, {"n": 9, "new": "z"}), vector)
 
     def part(self, store: FaissStore, source: str) -> None:
@@ -106,9 +106,9 @@ class Oracle:
         digest, of, have = self.parts[source]
         number = self.rng.choice([p for p in range(1, of + 1) if p not in have])
         chunks, vectors = self.chunks(source, 2)
-        seen = {c.id for rows in have.values() for c, _ in rows}
-        kept = [i for i, c in enumerate(chunks) if c.id not in seen]
-        chunks, vectors = [chunks[i] for i in kept], vectors[kept]
+        committed = {c.id for rows in have.values() for c, _ in rows}
+        new = [i for i, c in enumerate(chunks) if c.id not in committed]
+        chunks, vectors = [chunks[i] for i in new], vectors[new]
         store.replace(source, chunks, vectors, digest=digest, part=(number, of))
         have[number] = list(zip(chunks, vectors, strict=True))
         if len(have) == of:
@@ -132,8 +132,8 @@ class Oracle:
             try:
                 hits = store.search(query, 5, where=words)
             except FilterInvalid:
-                known = {field for c, _ in self.rows.values() for field in c.metadata}
-                assert {t.field for t in conditions(where)} - known
+                fields = {field for c, _ in self.rows.values() for field in c.metadata}
+                assert {t.field for t in conditions(where)} - fields
                 continue
             best = sorted(scores.values(), reverse=True)[:5]
             assert [h.score for h in hits] == pytest.approx(best, abs=1e-5)

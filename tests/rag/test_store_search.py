@@ -67,7 +67,7 @@ def test_invalid_input_raises_and_changes_nothing(store: FaissStore, samples: An
         ("64 bits", lambda: store.upsert(samples.chunks("s", 1, x=2**63), samples.vectors(1))),
         ("is NaN", lambda: store.upsert(samples.chunks("s", 1, x=float("nan")), samples.vectors(1))),
         ("half a surrogate pair", lambda: store.upsert(samples.chunks("s", 1, "\ud800"), samples.vectors(1))),
-        ("has no chunk 'no'", lambda: store.set("no", {})),
+        ("has no chunk 'no'", lambda: store.set_metadata("no", {})),
         ("has no chunk 'no'", lambda: store.vectors(["no"])),
         ("k is 0", lambda: store.search(samples.vectors(1)[0], 0)),
         ("width 3", lambda: store.search([1, 2, 3], 1)),

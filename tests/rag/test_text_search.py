@@ -178,10 +178,10 @@ def test_merging_writes_an_index_beside_the_segment(tmp_path: Path) -> None:
     assert store.compact(everything=True)
     (folder,) = tmp_path.rglob("*.text")
     assert TextIndex.open(folder).n == 5999
-    again = FaissStore(tmp_path)
-    assert search_ids(again, "word8") == ["c00008"]
-    assert search_ids(again, "word7") == []
-    assert [h.id for h in again.search_text("all", 6000)] == [h.id for h in before]
+    reopened = FaissStore(tmp_path)
+    assert search_ids(reopened, "word8") == ["c00008"]
+    assert search_ids(reopened, "word7") == []
+    assert [h.id for h in reopened.search_text("all", 6000)] == [h.id for h in before]
 
 
 def test_a_forked_child_searches(tmp_path: Path) -> None:

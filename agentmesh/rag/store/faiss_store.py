@@ -169,7 +169,7 @@ class FaissStore(StoreReader):
         self._check_writable()
         return self._writer.commit(build, d=0, key=key)
 
-    def set(self, id: str, metadata: Mapping[str, Value], *, key: str = "") -> Commit:
+    def set_metadata(self, chunk_id: str, metadata: Mapping[str, Value], *, key: str = "") -> Commit:
         """Replace the metadata of a chunk; its text and vector stay.
 
         Raises:
@@ -177,9 +177,9 @@ class FaissStore(StoreReader):
         """
 
         def build(state: State) -> Draft | Commit:
-            place = state.find([id]).get(id)
+            place = state.find([chunk_id]).get(chunk_id)
             if place is None:
-                raise StoreError(f"{self.path} has no chunk {id!r}", path=str(self.path))
+                raise StoreError(f"{self.path} has no chunk {chunk_id!r}", path=str(self.path))
             segment, row = state.segment(place)
             c = segment.chunk(row)
             draft = Draft()
@@ -199,7 +199,7 @@ class FaissStore(StoreReader):
         """Merge segments into larger ones, and index those; whether anything was merged.
 
         Writers merge the newest small segments after their commits. This also merges large ones, which can take
-        minutes, and builds IVF,SQ8 above 200,000 chunks. Only one process compacts; searches and commits go on
+        minutes, and builds IVF,SQ8 above 200,000 chunks. Only one process compacts; searches and commits continue
         meanwhile.
 
         Args:
@@ -212,9 +212,9 @@ class FaissStore(StoreReader):
         self, embed: Callable[[Sequence[str]], npt.ArrayLike], *, identity: Identity | None = None, d: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:  # fmt: skip
-        """Make all vectors anew from the stored texts, then replace the old ones atomically; returns the version.
+        """Re-embed the stored texts, then replace the old vectors atomically; returns the version.
 
-        Searches and commits go on with the old vectors meanwhile. After a crash, a second call resumes.
+        Searches and commits continue with the old vectors meanwhile. After a crash, a second call resumes.
 
         Args:
             embed: texts to float32 (len(texts), d), such as an embedder's `documents`.

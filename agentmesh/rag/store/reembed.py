@@ -81,7 +81,7 @@ def reembed(
     store: StoreWriter, embed: Embed, identity: Identity | None, d: int, *,
     progress: Progress | None = None, build_text: BuildText | None = None,
 ) -> int:  # fmt: skip
-    """Make all vectors anew; returns the version at which the new generation replaced the old one.
+    """Re-embed all texts; returns the version at which the new generation replaced the old one.
 
     Raises:
         StoreError: the store is empty, another process is re-embedding it, or it is written faster than it is embedded.

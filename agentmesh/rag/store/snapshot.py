@@ -15,7 +15,7 @@ from agentmesh.rag.store.memtable import Memtable
 from agentmesh.rag.store.segment import Segment
 from agentmesh.rag.store.vector_index import IVF_ROWS, Bits, Floats, Ivf, Rows, flat, packed
 
-# If fewer rows than this pass a filter, they are searched exactly: an index that looks into few lists would miss them.
+# If fewer rows than this pass a filter, they are searched exactly: an index that probes few lists would miss them.
 EXACT_ROWS, EXACT_SHARE = 50_000, 0.25
 
 log = logging.getLogger("agentmesh.rag")
