@@ -271,7 +271,7 @@ class Retriever:
         """
         if self.other_store is not None:
             raise DefinitionError(
-                f"the store {self.path!r} keeps no texts to embed anew", hint="add the documents again"
+                f"the store {self.path!r} is not a folder", hint="add the documents again, with embed="
             )
         other = Retriever(self.path, embed=embed)
         by = other.embedder()

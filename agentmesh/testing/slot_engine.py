@@ -190,7 +190,7 @@ class SlotModel(local.LocalModel):
             if self._loaded is None or not self._loaded.engine.alive:
                 tokenizer = make_tokenizer()
                 engine = Engine(
-                    SimpleNamespace(device=torch.device("cpu")), self._shape, on_fatal=self._hopeless,
+                    SimpleNamespace(device=torch.device("cpu")), self._shape, on_fatal=self._on_fatal,
                     batching=lambda model, shape, sampler: SlotBatching(model, shape, sampler, **self.options),
                 )  # fmt: skip
                 self._loaded = Loaded(

@@ -67,7 +67,9 @@ def test_pdf_that_only_forbids_copying_is_read() -> None:
     data = pdf("Anybody may read this.", owner="boss")
     assert "Anybody may read this." in parse(data, "a.pdf").text
     aes = b"/V 4\n/CF << /StdCF << /CFM /AESV2 /Length 16 >> >>\n/StmF /StdCF\n/StrF /StdCF"
-    with pytest.raises(DocumentError, match="'a.pdf' (is encrypted with AES; run: pip install|cannot be read|has 1 page)"):
+    with pytest.raises(
+        DocumentError, match="'a.pdf' (is encrypted with AES; run: pip install|cannot be read|has 1 page)"
+    ):
         parse(data.replace(b"/V 2", aes).replace(b"/R 3", b"/R 4"), "a.pdf")
 
 

@@ -195,7 +195,9 @@ def test_one_try_is_one_request() -> None:
 def test_a_server_that_hangs_is_given_up() -> None:
     with FakeOpenAI() as server:
         server.faults.append(Fault(hang=True))
-        with pytest.raises(RetryLater, match=r"did not end its answer in 0\.05 s \(1 try\) .*; ask for less, or raise timeout_s"):
+        with pytest.raises(
+            RetryLater, match=r"did not end its answer in 0\.05 s \(1 try\) .*; ask for less, or raise timeout_s"
+        ):
             ask(server, timeout_s=0.05, tries=1)
 
 
