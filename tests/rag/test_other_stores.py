@@ -111,4 +111,5 @@ def test_a_name_is_a_store_a_folder_or_an_error(
     (tmp_path / "notes:2026").mkdir()
     for folder in ("notes:2026", "./jsno:kb", "kb", tmp_path / "x:y", "C:x"):
         assert Retriever.open(folder).other_store is None
-    assert Retriever(store=FaissStore("kb")).path == str(tmp_path / "kb")
+    for ours in (Retriever(store=FaissStore("kb")), Retriever.open("faiss:kb")):
+        assert (ours.path, ours.other_store) == (str(tmp_path / "kb"), None)
