@@ -15,22 +15,23 @@ from agentmesh.errors import ConfigError, did_you_mean
 
 log = logging.getLogger("agentmesh")
 ENV_PREFIX = "AGENTMESH_"
-SIMILARITY = 0.75  # other variables may begin so too, such as one that holds a key: only a slip is told
+SIMILARITY = 0.75  # other variables may begin with ENV_PREFIX too, such as one that holds a key
 
 
 class Config(BaseSettings):
-    """Where things are and how patient agentmesh is. Secrets are not settings: they stay in the environment.
+    """Where broker and journal are, and agentmesh's times. Secrets are not settings: they stay in the environment.
 
     Args:
         broker: Celery's broker URL; empty starts an embedded Valkey.
-        journal: `redis://…` or `unix://…`; empty is the broker when that is Redis or Valkey, else an embedded Valkey.
-        prefix: what each of the journal's keys begins with.
-        home: where the embedded Valkey keeps its files.
-        model: for agents and crews that name none.
-        lease_s: after so long without renewal a step is given to another worker.
-        sweep_s: how often each worker looks for what is due or lost.
-        drain_s: how long a stopping worker lets its steps finish.
-        retain_days: how long an ended run stays.
+        journal: `redis://…`, `unix://…` or the scheme of a plugin; empty is the broker when that is Redis or Valkey,
+            else an embedded Valkey.
+        prefix: of each of the journal's keys.
+        home: the folder of the embedded Valkey.
+        model: `provider:name`, for agents and crews that name none.
+        lease_s: after this time without renewal another worker may claim a step.
+        sweep_s: between two sweeps of a worker for due and lost entries.
+        drain_s: how long the steps of a stopping worker may take to end.
+        retain_days: how long an ended run is kept.
         history_cache_mb: MiB of each worker process for the events of recent runs; less means more reads of the journal.
     """
 
@@ -57,10 +58,10 @@ class Config(BaseSettings):
 
 
 def load(*, file: Path | None = None, **arguments: Any) -> Config:
-    """The configuration in force here; arguments that are None do not count. A variable that looks misspelt is warned of.
+    """The configuration of this folder; arguments that are None are left out. Warns of a variable that looks misspelt.
 
     Raises:
-        ConfigError: a key or value is wrong; it names the nearest known one.
+        ConfigError: a key or value is wrong; the error names the nearest known key.
     """
     for name in os.environ:
         if name.startswith(ENV_PREFIX):
@@ -69,9 +70,12 @@ def load(*, file: Path | None = None, **arguments: Any) -> Config:
     path, from_file = _nearest_file(file or Path.cwd()) if file is None else (file, _read_settings(file) or {})
     unknown = sorted(set(from_file) - set(Config.model_fields))
     if unknown:
-        raise ConfigError(f"{path}: unknown setting {unknown[0]!r}.{did_you_mean(unknown[0], Config.model_fields)}")
+        raise ConfigError(
+            f"{path}: unknown setting {unknown[0]!r}",
+            hint=f"use one of: {', '.join(Config.model_fields)}.{did_you_mean(unknown[0], Config.model_fields)}",
+        )
     try:
-        from_environment = set(Config().model_fields_set)  # what the environment says
+        from_environment = set(Config().model_fields_set)
         return Config(**{**{k: v for k, v in from_file.items() if k not in from_environment}, **settings})
     except ValidationError as e:
         first = e.errors()[0]
@@ -81,7 +85,7 @@ def load(*, file: Path | None = None, **arguments: Any) -> Config:
 
 @lru_cache(maxsize=64)
 def _warn_if_misspelt(variable: str) -> None:
-    """Warn, once, of a variable that is nearly one of ours."""
+    """Warn once of a variable whose name is nearly that of a setting."""
     name = variable.removeprefix(ENV_PREFIX).lower()
     if name not in Config.model_fields and (
         near := get_close_matches(name, Config.model_fields, n=1, cutoff=SIMILARITY)
@@ -94,8 +98,8 @@ def _warn_if_misspelt(variable: str) -> None:
 @lru_cache(maxsize=8)
 def _nearest_file(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The nearest agentmesh.toml or `[tool.agentmesh]` at or above a folder."""
-    for place in (folder, *folder.parents):
-        own, project = place / "agentmesh.toml", place / "pyproject.toml"
+    for above in (folder, *folder.parents):
+        own, project = above / "agentmesh.toml", above / "pyproject.toml"
         if own.is_file():
             return own, _read_settings(own) or {}
         if project.is_file() and (settings := _read_settings(project)) is not None:
@@ -108,8 +112,10 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
     try:
         data = tomllib.loads(path.read_text())
     except OSError as e:
-        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+        raise ConfigError(
+            f"cannot read {path}: {e.strerror}", hint="name a file that is there, with --config"
+        ) from None
     except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{path} is not TOML: {e}") from None
+        raise ConfigError(f"{path} is not TOML: {e}", hint="correct that line") from None
     settings: dict[str, Any] | None = data.get("tool", {}).get("agentmesh") if path.name == "pyproject.toml" else data
     return settings

@@ -83,7 +83,7 @@ class Model(ABC):
         """
 
     async def close(self) -> None:  # noqa: B027  # most keep nothing open
-        """Close what is open on the running loop; another `ask` opens it again. Nothing, where nothing is kept open."""
+        """Close what is open on the running loop; another `ask` opens it again. No request is in flight then."""
 
 
 def model_name(model: Any) -> str:

@@ -73,6 +73,8 @@ class Retriever:
         if isinstance(store, FaissStore):
             path, store = store.path, None
         self._object, self._named = store, "" if store is not None else store_name(path)
+        if self._named == "faiss":
+            path, self._named = str(path).partition(":")[2], ""
         is_folder = store is None and not self._named
         self.path = os.path.abspath(path) if is_folder else str(path or type(store).__name__)
         self._embed, self._bound = embed, tuple(bound)
@@ -293,7 +295,7 @@ class Retriever:
         """
         if self.other_store is not None:
             raise DefinitionError(
-                f"the store {self.path!r} keeps no texts to embed anew", hint="add the documents again"
+                f"the store {self.path!r} is not a folder", hint="add the documents again, with embed="
             )
         other = Retriever(self.path, embed=embed)
         by = other.embedder()

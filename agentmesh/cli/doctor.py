@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from agentmesh import plugins
 from agentmesh.celery.app import is_amqp, make_app
 from agentmesh.celery.broker import check_broker
 from agentmesh.celery.event_loop import run_sync
@@ -20,7 +21,7 @@ from agentmesh.cli.checks import Check, check_gpus, check_queues, check_torch, p
 from agentmesh.config import Config, load
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import ServerQueue
-from agentmesh.errors import MeshError
+from agentmesh.errors import ConfigError, MeshError
 from agentmesh.hub.cache import installed
 from agentmesh.journal.redis import RedisJournal
 from agentmesh.models.load_balancer import LoadBalancer
@@ -54,6 +55,7 @@ def _checks(crew: str, broker: str, file: Path | None) -> Iterator[Check]:
         return
     yield from _servers(config)
     yield from _models(config)
+    yield from _plugins()
     driver = query_driver()
     yield from check_gpus(driver)
     loaded = None
@@ -165,6 +167,21 @@ def _models(config: Config) -> Iterator[Check]:
         f"OPENAI_API_KEY {'is set' if has_key else 'is not set'}",
         "" if has_key else "only `openai:` models need it",
     )
+
+
+def _plugins() -> Iterator[Check]:
+    """What installed packages bring, each imported once."""
+    for group, noun in plugins.NOUNS.items():
+        for entry in plugins.installed(group):
+            label = f"{noun} {entry.name!r} of {plugins.package_of(entry)}"
+            if entry.name in plugins.BUILT_IN[group]:
+                yield Check(False, f"{label} is not used: agentmesh has one of this name", "uninstall the package")
+                continue
+            try:
+                plugins.load(group, entry.name)
+                yield Check(True, f"{label} can be imported")
+            except ConfigError as e:
+                yield Check(False, e.message, e.hint)
 
 
 async def _model_servers(queue: str, fleet: LoadBalancer) -> list[Check]:

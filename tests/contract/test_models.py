@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from langchain_core.language_models import FakeMessagesListChatModel
+from langchain_core.messages import AIMessage
 
 from agentmesh.definitions.queue import Servers
+from agentmesh.langchain import as_model
 from agentmesh.message import Message, Usage, assistant
 from agentmesh.model import Answer, Model, Prompt
 from agentmesh.models.http import HttpModel
@@ -146,3 +149,18 @@ def test_a_model_without_ask_cannot_be_made() -> None:
 
     with pytest.raises(TypeError, match="ask"):
         Silent()  # type: ignore[abstract]
+
+
+class Chat(FakeMessagesListChatModel):
+    """LangChain's fake refuses tools; the real ones bind them."""
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        return self
+
+
+class TestLangChainModel(ModelContract):
+    calls_tools = False
+    counts_usage = False  # the fake counts nothing
+
+    def make(self) -> Model:
+        return as_model(Chat(responses=[AIMessage(content="hello")]))

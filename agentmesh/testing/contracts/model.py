@@ -114,14 +114,23 @@ class ModelContract(Contract):
 
     def test_one_object_serves_several_event_loops(self) -> None:
         """One after another, and two at the same time in two threads."""
-        model = self.make()
-        answers: list[Answer] = [self._on_a_loop(model), self._on_a_loop(model)]
-        threads = [threading.Thread(target=lambda: answers.append(self._on_a_loop(model))) for _ in range(2)]
+        model, both_answered = self.make(), threading.Barrier(2)
+        outcomes: list[Answer | Exception] = [self._on_a_loop(model), self._on_a_loop(model)]
+
+        def ask() -> None:
+            try:
+                outcomes.append(self._on_a_loop(model, lambda: both_answered.wait(self.timeout_s)))
+            except Exception as e:
+                outcomes.append(e)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(self.timeout_s)
-        assert len(answers) == 4, "a request on another thread's event loop failed"
+            thread.join(2 * self.timeout_s)
+        for outcome in outcomes:
+            assert isinstance(outcome, Answer), f"a request on the event loop of another thread raised {outcome!r}"
+        assert len(outcomes) == 4, "a request on the event loop of another thread did not end"
 
     def test_a_cancelled_request_leaves_nothing_open(self) -> None:
         """No task of it runs on after `close`, and the model answers afterwards."""
@@ -173,11 +182,12 @@ class ModelContract(Contract):
     def _ask(self, prompt: Prompt | None = None) -> Answer:
         return self._with_model(lambda model: model.ask(prompt or self.prompt()))
 
-    def _on_a_loop(self, model: Model) -> Answer:
+    def _on_a_loop(self, model: Model, before_close: Callable[[], Any] = lambda: None) -> Answer:
         async def ask() -> Answer:
             try:
                 return await asyncio.wait_for(model.ask(self.prompt()), self.timeout_s)
             finally:
+                before_close()
                 await model.close()
 
         return asyncio.run(ask())
