@@ -16,6 +16,7 @@ from agentmesh.definitions.step import Ask, Delegate, Step
 from agentmesh.definitions.tool import Tool
 from agentmesh.errors import ApprovalDenied, DefinitionError, NameTaken, OutputInvalid, StepError, ToolError
 from agentmesh.message import Message, ToolCall, ToolSpec, system, tool_result, user
+from agentmesh.model import Model
 from agentmesh.schema import canonical, explain, from_json, json_schema, to_json
 
 Out_co = TypeVar("Out_co", default=str, covariant=True)
@@ -46,8 +47,8 @@ class Agent(Generic[Out_co, In_contra]):
         name: the class's own when left out.
     """
 
-    model: ClassVar[Any] = None
-    instructions: ClassVar[Any] = ""
+    model: ClassVar[Model | str | None] = None
+    instructions: ClassVar[Any] = ""  # a str; Any, so that both checkers let a property take its place
     tools: ClassVar[Sequence[Tool[..., Any]]] = ()
     team: ClassVar[Sequence["Agent[Any, Any]"]] = ()
     options: ClassVar[Mapping[str, Any]] = {}

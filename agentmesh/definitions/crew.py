@@ -28,8 +28,10 @@ from agentmesh.definitions.queue import (
     WorkerKind,
 )
 from agentmesh.definitions.schedule import Schedule
+from agentmesh.definitions.step import Step
 from agentmesh.definitions.tool import Tool
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
+from agentmesh.model import Model
 
 CREW_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 DEFAULT_QUEUE = "main"
@@ -58,8 +60,9 @@ class Crew(Generic[Out_co]):
     """
 
     def __init__(
-        self, lead: Agent[Out_co, Any], *agents: Agent[Any, Any], name: str = "", model: Any = None, queues: Sequence[BaseQueue] = (),
-        limits: Limits | None = None, schedules: Sequence[Schedule] = (), version: str = "", deps: Any = None, extensible: bool = False,
+        self, lead: Agent[Out_co, Any], *agents: Agent[Any, Any], name: str = "", model: Model | str | None = None,
+        queues: Sequence[BaseQueue] = (), limits: Limits | None = None, schedules: Sequence[Schedule] = (), version: str = "",
+        deps: Any = None, extensible: bool = False,
     ) -> None:  # fmt: skip
         self.lead: Agent[Out_co, Any] = lead
         self.model, self.version, self.deps, self.extensible = model, version, deps, extensible
@@ -212,7 +215,7 @@ class Crew(Generic[Out_co]):
         agent = self.agents[name]
         return type(agent)(**fields) if fields else agent
 
-    def queue_of(self, step: Any, default: Any = None) -> str:
+    def queue_of(self, step: Step[Any], default: Model | str | None = None) -> str:
         """The crew's queue for a step: its own, its model's, or the first; for embed steps of an ingest one with an encoder.
 
         Args:
@@ -230,7 +233,7 @@ class Crew(Generic[Out_co]):
                     return queue.name
         return self.queue
 
-    def servers_of(self, step: Any, default: Any = None) -> Servers | None:
+    def servers_of(self, step: Step[Any], default: Model | str | None = None) -> Servers | None:
         """The model servers that answer the asks of a step's queue, or None.
 
         Args:

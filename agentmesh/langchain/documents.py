@@ -1,9 +1,9 @@
 """LangChain's loaders, splitters and embeddings as ours, and our embedders as its."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document as LangChainDocument
@@ -12,6 +12,14 @@ from langchain_core.embeddings import Embeddings
 from agentmesh.errors import DefinitionError, DocumentError
 from agentmesh.rag.documents import Chunk, Document, Value, without_surrogates
 from agentmesh.rag.embedders.base import Embedder
+
+
+class TextSplitter(Protocol):
+    """What is needed of a LangChain text splitter."""
+
+    def split_text(self, text: str) -> Sequence[Any]:
+        """The pieces of a text: strings, or Documents."""
+        ...
 
 
 class _Embeddings(Embeddings):
@@ -61,7 +69,7 @@ def load_with(loader: BaseLoader) -> Iterator[tuple[str, Document]]:
         yield name, Document(without_surrogates(document.page_content), metadata=plain(document.metadata))
 
 
-def as_splitter(splitter: Any) -> Callable[..., list[Chunk]]:
+def as_splitter(splitter: TextSplitter) -> Callable[..., list[Chunk]]:
     """A LangChain text splitter as a function in the place of `split`, called with a document and its source.
 
     Raises (when called):

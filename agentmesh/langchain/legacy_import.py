@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from langchain_core.embeddings import Embeddings
 
 from agentmesh.errors import DefinitionError, EmbedderMismatch, StoreError
 from agentmesh.langchain.vectorstore import BATCH, chunk_of
 from agentmesh.rag.embedders import embedder
+from agentmesh.rag.embedders.base import Embedder
 from agentmesh.rag.store.faiss_store import FaissStore
 
 MIN_COSINE = 0.98  # of the first document's vector to the one that the embedder makes of it now
@@ -22,7 +24,7 @@ READER = Path(__file__).with_name("unpickle.py")  # run, never imported
 
 
 def import_folder(
-    folder: str | Path, path: str | Path, *, embedding: Any = None, trust_pickle: bool = False,
+    folder: str | Path, path: str | Path, *, embedding: Embeddings | Embedder | str | None = None, trust_pickle: bool = False,
     index_name: str = "index", progress: Callable[[int, int], None] | None = None,
 ) -> FaissStore:  # fmt: skip
     """A store with everything from an old folder: texts, metadata, ids, vectors, metric. May be repeated.
@@ -63,7 +65,7 @@ def import_folder(
 
 
 def _import_documents(
-    out: Path, about: dict[str, Any], path: Path, embedding: Any, progress: Callable[[int, int], None] | None
+    out: Path, about: dict[str, Any], path: Path, embedding: Embeddings | Embedder | str | None, progress: Callable[[int, int], None] | None
 ) -> FaissStore:  # fmt: skip
     vectors = np.load(out / "vectors.npy", mmap_mode="r")  # (n, d)
     model = None if embedding is None else embedder(embedding)
@@ -82,7 +84,7 @@ def _import_documents(
     return store
 
 
-def _compare(model: Any, text: str, vector: Any) -> None:
+def _compare(model: Embedder, text: str, vector: Any) -> None:
     cosine = float(np.dot(model.documents([text])[0], vector / np.linalg.norm(vector))) if len(vector) == model.d else 0
     if not cosine >= MIN_COSINE:
         raise EmbedderMismatch(

@@ -34,7 +34,9 @@ class FaissVectorStore(VectorStore):
     when the call returns, and other processes find it at once.
     """
 
-    def __init__(self, path: str | Path, *, embedding: Any = "wordllama", metric: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, embedding: Embeddings | Embedder | str = "wordllama", metric: str | None = None
+    ) -> None:
         """A store in a folder, which is made at the first `add_texts`; nothing is read or loaded yet.
 
         Args:
