@@ -52,7 +52,7 @@ def test_k_is_at_least_one_and_at_most_all(handbook: Retriever) -> None:
     assert len(handbook.search("tea", 100, mode="dense")) == handbook.count()
     with pytest.raises(DefinitionError, match=r"search\(k=0\): k must be at least 1"):
         handbook.search("tea", 0)
-    with pytest.raises(DefinitionError, match="there are hybrid, dense, text"):
+    with pytest.raises(DefinitionError, match="mode must be one of hybrid, dense, text"):
         handbook.search("tea", mode="fuzzy")  # type: ignore[arg-type]
     with pytest.raises(DefinitionError, match="diverse=2"):
         handbook.search("tea", diverse=2)
@@ -151,7 +151,7 @@ def test_wrong_arguments_say_what_is_wrong(handbook: Retriever, tmp_path: Path) 
         handbook.add("/nowhere")
     with pytest.raises(DefinitionError, match="is a file; name its folder"):
         check_paths(IngestRequest(paths=[str(tmp_path / "a" / "pay.md")], sync=True))
-    with pytest.raises(MeshError, match="there is no embedder 'wordlama'"):
+    with pytest.raises(MeshError, match="unknown embedder 'wordlama'"):
         Retriever.open(handbook.path, embed="wordlama").search("x")
 
 
