@@ -78,7 +78,7 @@ class Endpoint:
         """Tell waiting clients that the server stops; their runs continue."""
         self._closing.set()
 
-    # ---- lists and health -------------------------------------------------------------------------
+    # ---- lists and health ----------------------------------------------------------------------
     async def health(self, request: Request) -> Response:
         """GET /health."""
         is_ready, report = await asyncio.to_thread(self._health)

@@ -225,3 +225,17 @@ def test_a_retriever_is_awaited(tmp_path: Path) -> None:
         return await retriever.search("x"), await retriever.count(), dict(await retriever.where(year=1).sources())
 
     assert asyncio.run(program()) == ([], 0, {})
+
+
+def test_an_async_tool_does_not_wait_for_a_run_either() -> None:
+    @tool
+    async def nested(question: str) -> str:
+        """Waits."""
+        return str(await other.aio.run(Echo(), question))
+
+    class Desk(Agent):
+        tools = (nested,)
+
+    other = FakeMesh(Echo(), model=[says("never")])
+    with pytest.raises(MeshError, match=r"`run\(\)` inside tool `nested` would block a worker while it waits"):
+        FakeMesh(Desk(), model=[uses("nested", question="x"), says("no")]).run("x")
