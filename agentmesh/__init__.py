@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agentmesh import aio
     from agentmesh.config import Config
     from agentmesh.definitions.agent import Agent
     from agentmesh.definitions.context import Context
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from agentmesh.definitions.schedule import Schedule
     from agentmesh.definitions.step import Approve, Sleep, ToolContext
     from agentmesh.definitions.tool import NotDone, Tool, Unknown, tool
+    from agentmesh.engine.async_run import AsyncRun
     from agentmesh.engine.run import Run
     from agentmesh.errors import (
         ApprovalDenied,
@@ -66,6 +68,7 @@ __all__ = [
     "Agent",
     "ApprovalDenied",
     "Approve",
+    "AsyncRun",
     "Config",
     "ConfigError",
     "Context",
@@ -118,6 +121,7 @@ __all__ = [
     "TryAgain",
     "Unknown",
     "UnknownName",
+    "aio",
     "run",
     "start",
     "tool",
@@ -127,6 +131,7 @@ __all__ = [
 _HOME = {
     "Agent": "definitions.agent",
     "Approve": "definitions.step",
+    "AsyncRun": "engine.async_run",
     "Config": "config",
     "Context": "definitions.context",
     "Crew": "definitions.crew",
@@ -150,10 +155,12 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "aio":  # a module, whose import also sets it here
+        return import_module("agentmesh.aio")
     if name in __all__:
-        found = getattr(import_module(f"agentmesh.{_HOME.get(name, 'errors')}"), name)
-        globals()[name] = found
-        return found
+        value = getattr(import_module(f"agentmesh.{_HOME.get(name, 'errors')}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'agentmesh' has no attribute {name!r}")
 
 

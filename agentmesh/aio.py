@@ -7,6 +7,7 @@ from typing import Any, TypeVar, overload
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.crew import Crew
 from agentmesh.engine.async_run import AsyncRun
+from agentmesh.engine.blocking import refuse_inside_step
 from agentmesh.message import Message
 from agentmesh.runtime.local import local_crew, local_mesh
 
@@ -59,6 +60,7 @@ def run(
     timeout_s: float | None = None,
 ) -> Awaited[Any]:  # fmt: skip
     """The agent's answer; see `agentmesh.run`."""
+    refuse_inside_step("run")
     crew = local_crew(agent)
     return _run(crew, agent.lead if isinstance(agent, Crew) else agent, task, run_id, history, timeout_s)
 

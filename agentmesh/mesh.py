@@ -52,7 +52,8 @@ class AsyncMesh:
         self, agent: Agent[Out, Any], task: Any = "", *, run_id: str = "", history: Sequence[Message] = (),
         timeout_s: float | None = None,
     ) -> Out:  # fmt: skip
-        """`start` and its result."""
+        """`start` and its result; refused inside a step, whose worker it would hold."""
+        refuse_inside_step("run")
         started = await self.start(agent, task, run_id=run_id, history=history)
         return await started.result(timeout_s=timeout_s)
 

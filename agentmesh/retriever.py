@@ -44,7 +44,7 @@ Mode = Literal["hybrid", "dense", "text"]
 Where = Mapping[str, Any]
 Questions = str | Path | Iterable[Mapping[str, Any]]
 MODES = ("hybrid", "dense", "text")
-MMR_OF = 4  # times k: how many of the best maximal marginal relevance chooses among
+MMR_OF = 4  # times k: among how many of the best hits maximal marginal relevance chooses
 
 
 class Passage(BaseModel):
@@ -85,7 +85,7 @@ class Retriever:
 
         Args:
             embed: `wordllama` (offline), `local:NAME`, `openai:NAME`, a server's URL, or an object: LangChain's
-                `Embeddings` or one of your own. Left out, it is the store's own, and in a new store `wordllama`.
+                `Embeddings` or your own. Empty, it is the store's own, and in a new store `wordllama`.
         """
         return cls(path, embed=embed)
 
@@ -146,7 +146,7 @@ class Retriever:
         """The agent and its task that `add` runs, for a flow of your own: `ctx.do(agent.on(task))`. Touches no disk.
 
         Raises:
-            DefinitionError: an argument that is none.
+            DefinitionError: an argument is out of range.
         """
         if self.other_store is not None:
             raise DefinitionError(
@@ -166,8 +166,7 @@ class Retriever:
     def _options(self, size: int, overlap: int, encoding: str, metadata: Mapping[str, Value] | None) -> ChunkOptions:
         if self._bound:
             raise DefinitionError(
-                "a retriever with a filter only searches",
-                hint="add through the one it was made from, with metadata={…}",
+                "a retriever with a filter only searches", hint="add through the one without, with metadata={…}"
             )
         if size < 1 or not 0 <= overlap < size:
             raise DefinitionError(f"size={size}, overlap={overlap}: size must be at least 1, and overlap less than it")
@@ -177,13 +176,13 @@ class Retriever:
     def sync(
         self, paths: Paths, *, run_id: str = "", timeout_s: float | None = None, **options: Unpack[AddOptions]
     ) -> Added:
-        """`add`, and what vanished from these folders leaves the store."""
+        """`add`, and remove documents that vanished from these folders."""
         options["sync"] = True
         return self.add(paths, run_id=run_id, timeout_s=timeout_s, **options)
 
     @waits("retriever")
     def remove(self, sources: str | Iterable[str]) -> int:
-        """Take documents out, by their sources' names; how many passages went."""
+        """Remove documents by their sources' names; the number of passages removed."""
         names = [sources] if isinstance(sources, str) else list(sources)
         removed = self._store().remove(names)
         return removed if isinstance(removed, int) else removed.removed
@@ -198,13 +197,12 @@ class Retriever:
         Args:
             k: at least 1.
             mode: `dense` by meaning, `text` by words, `hybrid` by both.
-            where: Mongo's words over metadata and `source`: `{"year": {"$gte": 2024}}`.
-            diverse: 0 takes the nearest; above it, at most 1, passages that repeat each other stand back
-                (maximal marginal relevance).
+            where: a filter over metadata and `source` in Mongo's operators: `{"year": {"$gte": 2024}}`.
+            diverse: 0 to 1: how strongly passages that repeat each other are demoted (maximal marginal relevance).
 
         Raises:
-            DefinitionError: an argument that is none.
-            StoreError: the store cannot answer: an unknown filter, a damaged file, another embedder.
+            DefinitionError: an argument is out of range.
+            StoreError: an unknown filter, a damaged file, or another embedder than the store's.
         """
         if k < 1:
             raise DefinitionError(f"search(k={k}): k must be at least 1")
@@ -232,7 +230,7 @@ class Retriever:
         return [hits[i] for i in chosen]
 
     def where(self, where: Where | None = None, **equal: Any) -> "Retriever":
-        """The same store seen through a filter, which nobody who is given it sees or widens: `where(tenant="a")`."""
+        """The same store behind a filter that its user can neither see nor widen: `where(tenant="a")`."""
         bound = *self._bound, {**(where or {}), **equal}
         return Retriever(self.path, embed=self._embed, bound=bound, store=self._object)
 
@@ -242,7 +240,7 @@ class Retriever:
         """A tool for agents: a question in, the k best passages out.
 
         Args:
-            about: what the documents are, for the model: "the staff handbook".
+            about: what the documents are, told to the model: "the staff handbook".
         """
 
         def search(query: str) -> list[Passage]:
@@ -256,22 +254,22 @@ class Retriever:
 
     @waits("retriever")
     def get(self, ids: Sequence[str]) -> list[Chunk | None]:
-        """Passages by id; None where there is none."""
+        """Passages by id; None for an unknown id."""
         return self._store().get(ids)
 
     @waits("retriever")
     def count(self, where: Where | None = None) -> int:
-        """How many passages there are."""
+        """The number of passages, or of those that pass the filter."""
         return self._store().count(where)
 
     @waits("retriever")
     def sources(self) -> Mapping[str, Any]:
-        """Each document's digest, its number of passages and what else is known of it."""
+        """By source: a document's digest, its number of passages, its metadata."""
         return self._store().sources()
 
     @waits("retriever")
     def embedder(self) -> Embedder:
-        """What makes the vectors of questions; loaded at its first use."""
+        """What embeds questions; loaded at its first use."""
         if not isinstance(self._embed, str):
             return make_embedder(self._embed)
         if self.other_store is not None:  # which remembers no embedder
@@ -286,12 +284,12 @@ class Retriever:
     # ---- upkeep --------------------------------------------------------------------------------
     @waits("retriever")
     def reembed(self, embed: Any, *, progress: Callable[[int, int], None] | None = None) -> "Retriever":
-        """The same passages with the vectors of another embedder, made in this process; cut off, it goes on where it was.
+        """Give the passages the vectors of another embedder, made in this process; returns the retriever for them.
 
-        Searches and ingests go on with the old vectors until all new ones are there. Answers the retriever for them.
+        Searches and ingests use the old vectors until all new ones are made. A call after an interruption continues.
 
         Args:
-            progress: told how many passages are done, and of how many.
+            progress: called with the number of passages that are done, and of all.
         """
         if self.other_store is not None:
             raise DefinitionError(
@@ -313,15 +311,16 @@ class Retriever:
         Args:
             questions: a file with one JSON object a line, or such objects: `question`, and `source` (or `sources`: any
                 of them), with `contains` where the passage must hold these words.
+            k: ranks to count recall at.
 
         Raises:
-            DefinitionError: a line without these.
+            DefinitionError: a line lacks one of these.
         """
         return evaluate(lambda text, most: self.search(text, most, mode=mode), questions, k)
 
     # ---- parts ---------------------------------------------------------------------------------
     def _embed_name(self) -> str:
-        """What names the embedder to a worker; an object is lent, to workers of this process."""
+        """The embedder's name for a worker; an object is registered for workers of this process."""
         return (
             self._embed
             if isinstance(self._embed, str)

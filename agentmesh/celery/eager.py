@@ -1,6 +1,6 @@
-"""`task_always_eager`: a mesh without broker, store and workers. Runs are done at once, in this process.
+"""`task_always_eager`: a mesh without broker, store and workers. Runs are executed in this process, at once.
 
-Time is skipped: a Sleep and a back-off take no time. A run that waits for a person waits in this process's memory.
+Time skips: a Sleep and a back-off take no time. What waits for a decision waits in this process's memory.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ def eager_process_state(
     crew: Crew, executor: StepExecutor, worker: str, on_run_end: Callable[[History, Event], None]
 ) -> ProcessState:
     """What a mesh of an eager app has in this process."""
-    settling = LocalRunner(crew, executor, start_ms=_now_ms(), on_run_end=on_run_end)
-    one = asyncio.Lock()  # time must not skip while another thread's step is at work
+    runner = LocalRunner(crew, executor, start_ms=_now_ms(), on_run_end=on_run_end)
+    lock = asyncio.Lock()  # time must not skip while another thread's step runs
 
     async def begin(new: NewRun) -> Accepted | Refused:
         inside = RUNNING_INSIDE.get()
@@ -45,28 +45,28 @@ def eager_process_state(
                 f"a run started inside {inside} would wait for itself on an app with task_always_eager",
                 hint="make it an agent's flow",
             )
-        wire = settling.dispatch.advance(new.run_id, new.spec.agent, crew.queue)
-        return await _on_mesh_loop(alone(settling.begin(replace(new, wire=wire))))
+        wire = runner.dispatch.advance(new.run_id, new.spec.agent, crew.queue)
+        return await _on_mesh_loop(exclusive(runner.begin(replace(new, wire=wire))))
 
-    async def moved() -> None:
-        if not RUNNING_INSIDE.get():  # else whoever works on that step goes on with what was told
-            await _on_mesh_loop(alone(settling.run_until_idle()))
+    async def on_change() -> None:
+        if not RUNNING_INSIDE.get():  # else the caller that runs that step continues the run
+            await _on_mesh_loop(exclusive(runner.run_until_idle()))
 
-    async def alone(work: Coroutine[Any, Any, T]) -> T:
-        async with one:
-            settling.now_ms = max(settling.now_ms, _now_ms())
+    async def exclusive(work: Coroutine[Any, Any, T]) -> T:
+        async with lock:
+            runner.now_ms = max(runner.now_ms, _now_ms())
             return await work
 
-    client = RunClient(crew=crew, journal=settling.journal, run_sync=run_sync, on_change=moved)
-    return ProcessState(worker, settling.journal, client, settling.engines[0], settling.dispatch, begin)
+    client = RunClient(crew=crew, journal=runner.journal, run_sync=run_sync, on_change=on_change)
+    return ProcessState(worker, runner.journal, client, runner.engines[0], runner.dispatch, begin)
 
 
 def canvas_value(events: Sequence[Event], run_id: str) -> Any:
-    """What an eager canvas goes on with.
+    """The value that an eager canvas continues with.
 
     Raises:
         RuntimeError: the run failed.
-        RunError: it was cancelled, or is waiting for a decision.
+        RunError: the run was cancelled, or is waiting for a decision.
     """
     for event in reversed(events):
         if isinstance(event, RunDone):

@@ -36,7 +36,7 @@ Status = Literal["open", "done", "failed", "cancelled"]
 Resolution = Literal["done", "failed", "retry"]
 WATCH_S = 30.0  # the longest that the journal is asked to wait at once
 TREE_POLL_S, MAX_TREE_POLL_S = 0.1, 2.0  # how often `follow` reads the tree: a small one, a large one
-QUIET_S = 0.05  # where nothing happens between calls: after so long without news there is none
+QUIET_S = 0.05  # where runs advance only inside calls, a stream that brings nothing for so long has ended
 
 
 @dataclass(frozen=True, slots=True)

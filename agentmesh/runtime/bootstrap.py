@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_models(crew: Crew, config: "Config") -> None:
-    """Look after every model the crew names, so that what is missing is said before a run begins.
+    """Check every model that the crew names, before a run begins.
 
     Raises:
         ConfigError: a provider, a key, a package or a model's files are missing.
@@ -33,13 +33,13 @@ def check_models(crew: Crew, config: "Config") -> None:
 
 
 def _asks_named_model(agent: Agent[Any, Any], crew: Crew) -> bool:
-    """Whether the agent may ask a model that is named by text; a flow of its own may ask none."""
+    """Whether the agent may ask a model that is named by a string; with a flow of its own it may ask none."""
     return type(agent).flow is Agent.flow and not hasattr(agent.model or crew.model, "ask")
 
 
 # ---- meshes ------------------------------------------------------------------------------------
 def resolve_servers(config: "Config") -> "tuple[Config, EmbeddedValkey | None]":
-    """Settings that say where messages and journal are: what is not named is in the embedded Valkey, which is joined."""
+    """Settings that name a broker and a journal: what the given ones leave out is the embedded Valkey, which is joined."""
     from agentmesh.celery.app import is_amqp
 
     if config.broker and (config.journal or not is_amqp(config.broker)):
@@ -53,7 +53,7 @@ def resolve_servers(config: "Config") -> "tuple[Config, EmbeddedValkey | None]":
 
 
 def open_journal(config: "Config") -> "tuple[Config, Journal, EmbeddedValkey | None]":
-    """The journal alone, for whoever only reads and tells; needs no crew."""
+    """The journal alone, for commands that need no crew's code."""
     from agentmesh.celery.app import make_app
     from agentmesh.celery.journal_factory import make_journal
 

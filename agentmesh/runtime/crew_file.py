@@ -1,4 +1,4 @@
-"""A crew out of a Python file or an installed module."""
+"""Load a crew from a Python file or an installed module."""
 
 import importlib
 import importlib.metadata
@@ -6,22 +6,18 @@ import importlib.util
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentmesh.definitions.crew import Crew
 from agentmesh.errors import DefinitionError, MeshError, did_you_mean
 from agentmesh.models.registry import is_importable
 
-if TYPE_CHECKING:
-    pass
 
-
-# ---- crew files --------------------------------------------------------------------------------
 def load_crew(path: str) -> Crew:
-    """The crew of a file, `crew.py`, or of an installed module, `package.module`; with `:name` where it has several.
+    """The crew of a file, `crew.py`, or an installed module, `package.module`; with `:name` where it has several.
 
     Raises:
-        DefinitionError: no file, no crew or two in it, or an exception in it.
+        DefinitionError: there is no file, it raises, or it defines no crew or several.
     """
     file, _, name = path.partition(":")
     source = Path(file)
@@ -45,7 +41,7 @@ def load_crew(path: str) -> Crew:
         raise
     except SyntaxError as e:
         raise DefinitionError(f"{e.filename or file}, line {e.lineno}: {type(e).__name__}: {e.msg}") from e
-    except (Exception, SystemExit) as e:  # a program that ends itself would end ours, with a code of its own
+    except (Exception, SystemExit) as e:  # a file that calls sys.exit() must not end this process
         line = next(
             (f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if Path(f.filename).name == source.name),
             "?",
@@ -59,7 +55,8 @@ def _crew_among(names: dict[str, Any], file: str, name: str) -> Crew:
     if name:
         if name not in crews:
             raise DefinitionError(
-                f"{file} has no Crew {name!r}", hint=f"it has {', '.join(crews) or 'none'}.{did_you_mean(name, crews)}"
+                f"{file} has no Crew {name!r}",
+                hint=f"use one of: {', '.join(crews) or 'none'}.{did_you_mean(name, crews)}",
             )
         return crews[name]
     if not crews:

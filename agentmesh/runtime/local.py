@@ -22,7 +22,7 @@ Out = TypeVar("Out")
 
 
 class _LocalRuntime:
-    """What `run()` and `start()` keep up in this process: one mesh and worker a crew."""
+    """What `run()` and `start()` keep running in this process: a mesh and a worker for each crew."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class _LocalRuntime:
             return mesh
 
     def close(self) -> None:
-        """Stop the workers and leave the embedded Valkey; open runs stay resumable."""
+        """Stop the workers and leave the embedded Valkey; open runs can be resumed."""
         with self._lock:
             for mesh, worker, valkey in self._open.values():
                 worker.stop()
@@ -149,5 +149,5 @@ def run(
 
 
 def stop() -> None:
-    """Stop what `run` and `start` keep up in this process."""
+    """Stop the workers that `run` and `start` keep in this process."""
     _RUNTIME.close()

@@ -1,4 +1,4 @@
-"""What optional extras bring: metrics, traces and the HTTP server. Each is imported when it is asked for."""
+"""What optional extras add: metrics, traces and the HTTP server. Each is imported at its first use."""
 
 import importlib
 import importlib.metadata
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from agentmesh.serve.server import HttpServer
 
 
-# ---- sight -------------------------------------------------------------------------------------
-METRICS_FOLDER_ENV = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name for the folder that processes count in
+# ---- metrics and traces ------------------------------------------------------------------------
+METRICS_FOLDER_ENV = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own name for the folder of its counters
 
 
 def metrics_observers() -> "list[Observer]":
-    """The Sight that counts for Prometheus, where this process was started to count."""
+    """The observer that counts for Prometheus, where this process was started with a folder for it."""
     if not os.environ.get(METRICS_FOLDER_ENV):
         return []
     from agentmesh.observability.metrics import MetricsObserver
@@ -35,7 +35,7 @@ def metrics_page(
     folder: str, counts: "Callable[[], JournalCounts | None]", workers: Callable[[], tuple[int, int]],
     engines: "Callable[[], Sequence[EngineStatus]]",
 ) -> "WSGIApplication":  # fmt: skip
-    """What answers Prometheus, from what workers count in a folder, what the journal holds and engines tell.
+    """The WSGI application that Prometheus scrapes: counters of workers, counts of the journal, status of engines.
 
     Raises:
         ExtraMissing: prometheus_client is not installed.
@@ -44,32 +44,32 @@ def metrics_page(
         from agentmesh.observability.metrics import metrics_app
     except ImportError as e:
         raise ExtraMissing(
-            f"--metrics needs {e.name}, which is not installed: pip install 'agentmesh-celery[metrics]'"
+            f"--metrics needs {e.name}, which is not installed", hint="pip install 'agentmesh-celery[metrics]'"
         ) from None
     return metrics_app(folder, counts, workers, engines)
 
 
 def http_server(host: str, port: int, key_env: str) -> "HttpServer":
-    """What serves a mesh over HTTP at this address.
+    """A server for a mesh, bound to this address.
 
     Raises:
         ExtraMissing: starlette or uvicorn are not installed.
-        ConfigError: the address cannot be had, or needs a key.
+        ConfigError: the address cannot be bound, or needs a key.
     """
     try:
         from agentmesh.serve.server import HttpServer
     except ImportError as e:
         raise ExtraMissing(
-            f"`agentmesh serve` needs {e.name}, which is not installed: pip install 'agentmesh-celery[serve]'"
+            f"`agentmesh serve` needs {e.name}, which is not installed", hint="pip install 'agentmesh-celery[serve]'"
         ) from None
     return HttpServer(host, port, key_env)
 
 
 def set_up_tracing() -> None:
-    """Set OpenTelemetry's SDK up as its own variables say, unless this process has done so or they say nothing.
+    """Set up OpenTelemetry's SDK from its own variables, unless this process did so already or none is set.
 
     Raises:
-        ExtraMissing: traces are asked for and the SDK is not installed.
+        ExtraMissing: a variable names an exporter and the SDK is not installed.
         ConfigError: there is no exporter of that name.
     """
     exporter_names = os.environ.get(
@@ -83,16 +83,16 @@ def set_up_tracing() -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as e:
         raise ExtraMissing(
-            f"OTEL_TRACES_EXPORTER needs {e.name}, which is not installed: pip install 'agentmesh-celery[otel]'"
+            f"OTEL_TRACES_EXPORTER needs {e.name}, which is not installed", hint="pip install 'agentmesh-celery[otel]'"
         ) from None
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return
-    provider = TracerProvider()  # resource, sampler and limits it reads from OTEL_* by itself; it flushes at exit
+    provider = TracerProvider()  # it reads resource, sampler and limits from OTEL_*, and flushes at exit
     for name in exporter_names.split(","):
         exporters = importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=_exporter(name.strip()))
         if not exporters:
             raise ConfigError(
-                f"there is no OpenTelemetry exporter {name!r} here",
+                f"OpenTelemetry exporter {name!r} is not installed",
                 hint="for `otlp` install opentelemetry-exporter-otlp-proto-http",
             )
         provider.add_span_processor(BatchSpanProcessor(next(iter(exporters)).load()()))

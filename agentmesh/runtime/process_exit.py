@@ -1,4 +1,4 @@
-"""How a process of ours ends: exit codes, errors as an `error:` and a `help:` line, and what Ctrl-C does to it."""
+"""How a process ends: exit codes, errors as an `error:` and a `help:` line, and Ctrl-C."""
 
 import atexit
 import gc
@@ -16,7 +16,7 @@ DONE, FAILED, WRONG_USE, WAITING, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 def exit_code(error: BaseException) -> int:
-    """What a command ends with after this error."""
+    """The exit code of a command that ends with this error."""
     if isinstance(error, ConfigError):
         return ENVIRONMENT
     if isinstance(error, DefinitionError):
@@ -36,16 +36,16 @@ def print_error(error: MeshError) -> None:
 
 
 def skip_final_collection() -> None:
-    """Spare this process its last look for cycles through all that lives: 0.3 s in a worker, 2 s with torch."""
+    """Skip the collector's last pass at exit: 0.3 s in a worker, 2 s with torch."""
     atexit.register(gc.freeze)
 
 
 # ---- Ctrl-C ------------------------------------------------------------------------------------
 def exit_at_once(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGINT while there is nothing to take leave of, such as modules being loaded.
+    """The handler of SIGINT while there is nothing to clean up, such as during imports.
 
     Python's own raises KeyboardInterrupt in whatever runs. In the middle of an import that may be the callback of a weak
-    reference, which drops the exception and leaves the import lock held: the command then waits for ever.
+    reference, which drops the exception and leaves the import lock held: the command then never ends.
     """
     with suppress(Exception):
         sys.stdout.flush()
@@ -54,7 +54,7 @@ def exit_at_once(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, Ctrl-C is a KeyboardInterrupt: something is to be said or put back before the end."""
+    """Within, Ctrl-C is a KeyboardInterrupt: there is something to print or to clean up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

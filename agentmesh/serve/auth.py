@@ -1,4 +1,4 @@
-"""Who may ask: the bearer of the key; without a key, programs of this machine that speak to it by its own name."""
+"""Authentication: a bearer key; without a key, only programs of this machine that name it as loopback."""
 
 import hmac
 import ipaddress
@@ -10,7 +10,7 @@ from agentmesh.errors import ConfigError
 from agentmesh.serve.responses import ApiError, HttpResponse, Receive, Scope, Send, headers_of
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-OPEN_PATHS = ("/health",)  # a probe has no key, and learns nothing but numbers
+OPEN_PATHS = ("/health",)  # a probe has no key, and gets only counts
 
 
 def is_loopback(host: str) -> bool:
@@ -22,16 +22,16 @@ def is_loopback(host: str) -> bool:
 
 
 def key_from(name: str, host: str) -> str:
-    """The key that clients must show, from the environment; none is "" on loopback.
+    """The key that clients must send, from the environment; "" for none, on loopback.
 
     Raises:
-        ConfigError: the variable is empty, or there is none for an address that others reach.
+        ConfigError: the variable is empty, or none is named and other machines reach the address.
     """
     if name:
         key = os.environ.get(name, "").strip()
         if not key:
             raise ConfigError(
-                f"--key-env names {name}, which is not set", hint="export it with the key that clients must show"
+                f"--key-env names {name}, which is not set", hint="export it with the key that clients must send"
             )
         return key
     if not is_loopback(host):
@@ -43,7 +43,7 @@ def key_from(name: str, host: str) -> str:
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header; "" where it is none."""
+    """The name in a Host header; "" where it has none."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -51,11 +51,11 @@ def _host_name(host: str) -> str:
 
 
 class AuthMiddleware:
-    """Lets pass to `app` who may ask, and refuses the others.
+    """Passes authorized requests to `app` and refuses the others.
 
     Args:
-        key: that clients must show; "" asks for none and takes only requests to a loopback name: a web page that a
-            browser was tricked into sending here bears another.
+        key: that clients must send; "" takes only requests whose Host is a loopback name: one that a web page makes by
+            DNS rebinding has another.
     """
 
     def __init__(self, app: App, key: str) -> None:

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: texts to vectors, by embedders of this process. No run: nothing in it could be lost or held.
+"""POST /v1/embeddings: texts to vectors, by embedders of this process. No run: the same text gives the same vector.
 
 Source: https://platform.openai.com/docs/api-reference/embeddings/create
 """
@@ -16,14 +16,14 @@ from agentmesh.serve.responses import ApiError, api_error_of
 if TYPE_CHECKING:
     from agentmesh.rag.embedders.base import Embedder, Floats
 
-KNOWN = ("model", "input", "encoding_format", "dimensions", "input_type", "user")
-MOST_TEXTS = 2048
+FIELDS = ("model", "input", "encoding_format", "dimensions", "input_type", "user")
+MAX_TEXTS = 2048
 
 
 class Embeddings:
-    """Answers requests with these embedders, by the names that requests call them by.
+    """Answers requests with these embedders, by the names that requests use.
 
-    One that computes in this process does one request at a time: it has all threads already.
+    One that computes in this process does one request at a time, because it uses all threads.
     """
 
     def __init__(self, embedders: "Mapping[str, Embedder]") -> None:
@@ -34,17 +34,17 @@ class Embeddings:
         """The response to a request's body.
 
         Args:
-            is_left: whether its client is gone, asked when its turn comes: clients that gave up and ask again would
-                else keep the embedder busy with what nobody reads.
+            is_left: whether its client has disconnected, checked when its turn comes: clients that retry after a
+                timeout would otherwise keep the embedder busy with answers that nobody reads.
 
         Raises:
-            Refusal: the request is wrong, or the embedder failed.
-            ConnectionError: its client is gone.
+            ApiError: the request is wrong, or the embedder failed.
+            ConnectionError: its client has disconnected.
         """
         request = parse_object(raw)
         for name in request:
-            if name not in KNOWN:
-                message = f"there is no parameter {name!r} here.{did_you_mean(name, KNOWN)}"
+            if name not in FIELDS:
+                message = f"there is no parameter {name!r} here.{did_you_mean(name, FIELDS)}"
                 raise ApiError(400, message, "unknown_parameter", param=name)
         model = request.get("model")
         if not isinstance(model, str) or model not in self.embedders:
@@ -63,16 +63,14 @@ class Embeddings:
                 refusal = api_error_of(e)
                 raise ApiError(refusal.status, str(e), "embedder_error") from None
         data = [
-            {"object": "embedding", "index": i, "embedding": _written(row, form)} for i, row in enumerate(rows)
+            {"object": "embedding", "index": i, "embedding": _encode(row, form)} for i, row in enumerate(rows)
         ]  # fmt: skip
         return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
     def _unknown(self, name: Any) -> ApiError:
-        known = (
-            f"there are {', '.join(self.embedders)}" if self.embedders else "none is served; start with --embed NAME"
-        )
-        hint = did_you_mean(str(name), self.embedders)
-        return ApiError(404, f"there is no embedder {name!r} here: {known}.{hint}", "model_not_found", param="model")
+        names = f"use one of {', '.join(self.embedders)}" if self.embedders else "start the server with --embed NAME"
+        close = did_you_mean(str(name), self.embedders)
+        return ApiError(404, f"there is no embedder {name!r} here; {names}.{close}", "model_not_found", param="model")
 
 
 def _rows(embedder: "Embedder", texts: list[str], kind: str, d: Any) -> "Floats | list[Floats]":
@@ -83,28 +81,28 @@ def _rows(embedder: "Embedder", texts: list[str], kind: str, d: Any) -> "Floats 
     return rows
 
 
-def _written(row: "Floats", form: str) -> list[float] | str:
+def _encode(row: "Floats", form: str) -> list[float] | str:
     return row.tolist() if form == "float" else base64.b64encode(row.astype("<f4").tobytes()).decode()
 
 
-def _texts(given: Any) -> list[str]:
-    texts = [given] if isinstance(given, str) else given
+def _texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ApiError(
             400, "`input` must be text, or a list of texts; tokens are not taken", "invalid_value", param="input"
         )
     if not all(texts):
         raise ApiError(400, f"input[{texts.index('')}] is empty", "invalid_value", param="input")
-    if len(texts) > MOST_TEXTS:
-        message = f"`input` has {len(texts)} texts; at most {MOST_TEXTS} a request"
+    if len(texts) > MAX_TEXTS:
+        message = f"`input` has {len(texts)} texts; at most {MAX_TEXTS} a request"
         raise ApiError(400, message, "invalid_value", param="input")
     return texts
 
 
-def _one_of(asked: dict[str, Any], name: str, known: tuple[str, ...]) -> str:
-    value = asked.get(name, known[0])
-    if value not in known:
+def _one_of(request: dict[str, Any], name: str, choices: tuple[str, ...]) -> str:
+    value = request.get(name, choices[0])
+    if value not in choices:
         raise ApiError(
-            400, f"{name} is {value!r}; it must be {' or '.join(map(repr, known))}", "invalid_value", param=name
+            400, f"{name} is {value!r}; it must be {' or '.join(map(repr, choices))}", "invalid_value", param=name
         )
     return str(value)

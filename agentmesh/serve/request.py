@@ -1,4 +1,4 @@
-"""A chat request as clients write it, read into our words; what is wrong with it gets its own sentence. Pure.
+"""A chat request as clients write it: parsed, checked, and resolved to an agent and its task. Pure.
 
 Source: https://platform.openai.com/docs/api-reference/chat/create
 """
@@ -10,13 +10,18 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.passthrough import ModelRequest, Passthrough
+from agentmesh.definitions.step import Ask
 from agentmesh.errors import did_you_mean
 from agentmesh.message import Message, ToolCall, ToolSpec
-from agentmesh.schema import explain
+from agentmesh.schema import explain, loads
+from agentmesh.schema import from_json as from_json_value
 from agentmesh.serve.responses import ApiError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# It changes nothing here, and clients send it unasked.
+# Clients send these without being asked, and they change nothing here.
 IGNORED_FIELDS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 })  # fmt: skip
@@ -25,7 +30,7 @@ READ_FIELDS = frozenset({
 })  # fmt: skip
 TOOL_CHOICES = ("none", "auto", "required")
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second pads chunks against who reads their lengths
-# What a model that this project's own engine computes is told; of the rest it takes only what changes nothing.
+# What this project's own engine takes; of all other options only values that change nothing.
 ENGINE_OPTIONS = frozenset({"temperature", "top_p", "top_k", "seed", "stop", "max_tokens", "tool_choice"})
 NEUTRAL_VALUES: Mapping[str, Any] = {
     "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_p": 0, "logit_bias": {},
@@ -35,7 +40,7 @@ Stop = Annotated[str, Field(min_length=1)]
 
 
 class ChatOptions(BaseModel):
-    """What is given to the model as it is."""
+    """Options that are passed to the model unchanged."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -59,7 +64,7 @@ class ChatOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A chat request in our words."""
+    """A chat request, parsed."""
 
     model: str
     messages: Sequence[Message]
@@ -74,7 +79,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object of a body.
 
     Raises:
-        Refusal: it is none.
+        ApiError: it is not one.
     """
     try:
         data = from_json(raw, allow_inf_nan=False)
@@ -89,7 +94,7 @@ def parse_chat(raw: bytes) -> ChatRequest:
     """The request.
 
     Raises:
-        Refusal: with the sentence that says what is wrong.
+        ApiError: the request is wrong; the message says where.
     """
     data = parse_object(raw)
     known_fields = {*READ_FIELDS, *IGNORED_FIELDS, *ChatOptions.model_fields}
@@ -119,11 +124,65 @@ def parse_chat(raw: bytes) -> ChatRequest:
     )  # fmt: skip
 
 
-def check_for_local_engine(chat: ChatRequest) -> ChatRequest:
-    """The same for a model that this project's own engine computes.
+@dataclass(frozen=True, slots=True)
+class ChatTarget:
+    """Which agent answers a chat: its task, and the messages before it."""
+
+    agent: Agent[Any, Any]
+    task: Any
+    history: Sequence[Message] = ()
+
+
+def chat_target(chat: ChatRequest, crew: Crew, models: Sequence[str]) -> ChatTarget:
+    """The agent that a chat names, or Passthrough with the model that it names.
 
     Raises:
-        Refusal: it asks for what the engine does not do.
+        ApiError: there is neither, or the chat asks what that one cannot do.
+    """
+    if chat.model in crew.agents:
+        return _of_agent(crew.agents[chat.model], chat)
+    if chat.model not in models:
+        raise unknown_model(chat.model, [*crew.agents, *models])
+    if chat.model.startswith("local:") and crew.servers_of(Ask(Passthrough.name, chat.model)) is None:
+        chat = check_for_local_engine(chat)
+    request = ModelRequest(
+        model=chat.model,
+        messages=tuple(chat.messages),
+        tools=tuple(chat.tools),
+        output=chat.output,
+        options=chat.options,
+    )
+    return ChatTarget(Passthrough(), request)
+
+
+def unknown_model(name: str, names: Sequence[str]) -> ApiError:
+    """What to answer where there is no model of this name."""
+    message = f"there is no model {name!r} here; use one of {', '.join(names)}.{did_you_mean(name, names)}"
+    return ApiError(404, message, "model_not_found", param="model")
+
+
+def _of_agent(agent: Agent[Any, Any], chat: ChatRequest) -> ChatTarget:
+    for name, value in (("tools", chat.tools), ("response_format", chat.options.get("response_format"))):
+        if value:
+            own = "tools" if name == "tools" else "output type"
+            _invalid(name, f"agent {chat.model!r} has its own {own}; leave out `{name}`")
+    *history, last = chat.messages
+    if last.role != "user":
+        _invalid("messages", f"the last message to an agent is its task: it must be of role 'user', not {last.role!r}")
+    if agent.task_type is str:
+        return ChatTarget(agent, last.text, history)
+    try:
+        return ChatTarget(agent, from_json_value(loads(last.text), agent.task_type), history)
+    except (ValueError, ValidationError) as e:
+        why = explain(e) if isinstance(e, ValidationError) else str(e)
+        _invalid("messages", f"agent {chat.model!r} takes JSON as the last message's text: {why}")
+
+
+def check_for_local_engine(chat: ChatRequest) -> ChatRequest:
+    """The request as this project's own engine takes it.
+
+    Raises:
+        ApiError: it asks for something that the engine cannot do.
     """
     options, output = dict(chat.options), chat.output
     if most := options.pop("max_completion_tokens", None):
@@ -156,27 +215,37 @@ def _options(data: dict[str, Any], tools: Sequence[ToolSpec]) -> dict[str, Any]:
     return parsed.model_dump(exclude_none=True)
 
 
-def _output(wanted: Any, options: dict[str, Any]) -> Mapping[str, Any] | None:
-    kind = wanted.get("type", "text") if isinstance(wanted, dict) else None
+def _output(response_format: Any, options: dict[str, Any]) -> Mapping[str, Any] | None:
+    kind = response_format.get("type", "text") if isinstance(response_format, dict) else None
     if kind == "json_schema":
-        schema = wanted["json_schema"].get("schema") if isinstance(wanted.get("json_schema"), dict) else None
+        schema = (
+            response_format["json_schema"].get("schema")
+            if isinstance(response_format.get("json_schema"), dict)
+            else None
+        )
         if not isinstance(schema, dict):
             _invalid("response_format", "response_format is a json_schema without `json_schema.schema`, a JSON Schema")
         # as it was written, for servers that read its name and strictness
-        options["response_format"] = {**wanted, "json_schema": {"name": "answer", **wanted["json_schema"]}}
+        options["response_format"] = {
+            **response_format,
+            "json_schema": {"name": "answer", **response_format["json_schema"]},
+        }
         return schema
     if kind == "json_object":
         options["response_format"] = {"type": "json_object"}
     elif kind != "text":
-        _invalid("response_format", f"response_format {wanted!r} must have type 'text', 'json_object' or 'json_schema'")
+        _invalid(
+            "response_format",
+            f"response_format {response_format!r} must have type 'text', 'json_object' or 'json_schema'",
+        )
     return None
 
 
-def _tools(given: Any) -> list[ToolSpec]:
-    if not isinstance(given, list):
+def _tools(tools: Any) -> list[ToolSpec]:
+    if not isinstance(tools, list):
         _invalid("tools", "`tools` must be a list")
     specs = []
-    for i, one in enumerate(given):
+    for i, one in enumerate(tools):
         function = one.get("function") if isinstance(one, dict) and one.get("type", "function") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             _invalid(f"tools[{i}]", f"tools[{i}] must be a function with a name: other kinds of tools are not here")
@@ -190,10 +259,10 @@ def _tools(given: Any) -> list[ToolSpec]:
     return specs
 
 
-def _messages(given: Any) -> list[Message]:
-    if not isinstance(given, list) or not given:
+def _messages(messages: Any) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
         _invalid("messages", "`messages` must be a list with at least one message")
-    return [_message(f"messages[{i}]", one) for i, one in enumerate(given)]
+    return [_message(f"messages[{i}]", one) for i, one in enumerate(messages)]
 
 
 def _message(where: str, one: Any) -> Message:
@@ -230,11 +299,11 @@ def _text(where: str, content: Any) -> str:
     return "".join(texts)
 
 
-def _call(where: str, given: Any) -> ToolCall:
-    function = given.get("function") if isinstance(given, dict) else None
+def _call(where: str, call: Any) -> ToolCall:
+    function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         _invalid(where, f"{where} has a tool call without a `function`")
-    parts = [given.get("id"), function.get("name"), function.get("arguments", "")]
+    parts = [call.get("id"), function.get("name"), function.get("arguments", "")]
     texts = [text for text in parts if isinstance(text, str)]
     if len(texts) < len(parts):
         _invalid(where, f"{where} has a tool call whose `id`, `function.name` or `function.arguments` is not text")

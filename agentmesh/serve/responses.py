@@ -9,7 +9,7 @@ from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshErr
 from agentmesh.message import ToolCall, Usage
 from agentmesh.schema import dumps
 
-# What a run failed with -> HTTP status and OpenAI's code for it. Asking again would cost the same and fail the same.
+# What a run failed with -> HTTP status and OpenAI's code for it. The same request would cost the same and fail the same.
 ERROR_CODES = {
     "ContextTooLong": (400, "context_length_exceeded"),
     "GpuOutOfMemory": (400, "context_length_exceeded"),
@@ -26,16 +26,16 @@ class ApiError(Exception):
 
     Args:
         status: the HTTP status.
-        code: for programs; the text is for people.
-        param: which part of the request is wrong.
-        again: whether the same request may succeed later; None leaves that to the status.
+        code: for programs; the message is for people.
+        param: the part of the request that is wrong.
+        retryable: whether the same request may succeed later; None leaves that to the status.
     """
 
     def __init__(
-        self, status: int, message: str, code: str = "", *, param: str = "", again: bool | None = None
+        self, status: int, message: str, code: str = "", *, param: str = "", retryable: bool | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.again = status, message, code, param, again
+        self.status, self.message, self.code, self.param, self.retryable = status, message, code, param, retryable
 
     def to_json(self) -> dict[str, Any]:
         """The body.
@@ -48,31 +48,31 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The official client obeys this word."""
-        return {} if self.again is None else {"x-should-retry": "true" if self.again else "false"}
+        """Tells the official client whether to retry."""
+        return {} if self.retryable is None else {"x-should-retry": "true" if self.retryable else "false"}
 
 
 def api_error_of(error: MeshError) -> ApiError:
-    """What to say of one of our errors."""
+    """One of our errors as a client gets it."""
     if isinstance(error, RunCancelled):
-        return ApiError(409, str(error), "run_cancelled", again=False)
+        return ApiError(409, str(error), "run_cancelled", retryable=False)
     if isinstance(error, RunFailed | LimitReached):
         cause = error.cause or "" if isinstance(error, RunFailed) else "LimitReached"
         status, code = ERROR_CODES.get(cause, (500, "run_failed"))
-        return ApiError(status, str(error), code, again=False)
+        return ApiError(status, str(error), code, retryable=False)
     if isinstance(error, ServiceDown):
-        return ApiError(503, str(error), "service_down", again=True)
+        return ApiError(503, str(error), "service_down", retryable=True)
     if isinstance(error, DefinitionError):
         return ApiError(400, str(error), "invalid_value")
     if isinstance(error, ConfigError):
-        return ApiError(500, str(error), "config", again=False)
-    return ApiError(500, str(error), again=False)
+        return ApiError(500, str(error), "config", retryable=False)
+    return ApiError(500, str(error), retryable=False)
 
 
 # ---- Answers as OpenAI's API writes them --------------------------------------------------------
 
 SSE_DONE = b"data: [DONE]\n\n"
-SSE_PING = b": still at work\n\n"
+SSE_PING = b": still running\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class RunOutcome:
 
 @dataclass(frozen=True, slots=True)
 class ChatResponse:
-    """What every part of one answer says.
+    """One answer in OpenAI's form, whole or in chunks.
 
     Args:
         run_id: of the run.
@@ -112,31 +112,31 @@ class ChatResponse:
         else:
             message["content"] = outcome.text
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": outcome.finish}
-        return {**self._said("chat.completion"), "choices": [choice], "usage": usage_json(outcome.usage)}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage_json(outcome.usage)}
 
     def begins(self) -> bytes:
         """A stream's first chunk."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def piece(self, kind: str, text: str) -> bytes:
-        """A piece of text, or of reasoning, which has the name that vLLM, SGLang and llama-server gave it."""
+        """A piece of text, or of reasoning under the name that vLLM, SGLang and llama-server use."""
         return self._chunk({"reasoning_content" if kind == "thought" else "content": text})
 
     def ends(self, outcome: RunOutcome, *, with_usage: bool) -> Iterable[bytes]:
-        """The tool calls, the reason why it ended, and what it cost where that was asked for."""
+        """The tool calls, the finish reason, and the usage where the request wants it."""
         if outcome.calls:
             yield self._chunk({"tool_calls": [{"index": i, **_tool_call_json(c)} for i, c in enumerate(outcome.calls)]})
         yield self._chunk({}, outcome.finish)
         if with_usage:
             rest = {"choices": [], "usage": usage_json(outcome.usage)}
-            yield sse_event({**self._said("chat.completion.chunk"), **rest})
+            yield sse_event({**self._head("chat.completion.chunk"), **rest})
 
-    def _said(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, Any]:
         return {"id": f"chatcmpl-{self.run_id}", "object": kind, "created": self.created_s, "model": self.model}
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return sse_event({**self._said("chat.completion.chunk"), "choices": [choice]})
+        return sse_event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
 
 def sse_event(value: Any) -> bytes:
@@ -145,7 +145,7 @@ def sse_event(value: Any) -> bytes:
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
-    """What was counted."""
+    """Token counts in OpenAI's form."""
     return {
         "prompt_tokens": usage.input_tokens,
         "completion_tokens": usage.output_tokens,
@@ -178,7 +178,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class HttpResponse:
-    """What one client is told.
+    """The response to one client.
 
     Attributes:
         headers: sent with the first byte.
@@ -209,7 +209,7 @@ class HttpResponse:
         await self._send({"type": "http.response.body", "body": SSE_DONE})
 
     async def refuse(self, refusal: ApiError) -> None:
-        """An error, with its status while that can still be said; nothing after the end."""
+        """Send an error, with its status where no byte was sent yet; nothing after the end."""
         if self._over:
             return
         if self._streams:
@@ -225,16 +225,16 @@ class HttpResponse:
 
 
 def headers_of(scope: Scope) -> dict[str, str]:
-    """A request's headers, by their names in small letters."""
+    """A request's headers, by their lower-case names."""
     return {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
 
 
 async def body_of(headers: Mapping[str, str], receive: Receive) -> bytes:
-    """The request's body, which says that it is JSON: what no web page may send to another's server unasked.
+    """The request's body, if its type is JSON: a web page cannot send that to another origin without a preflight.
 
     Raises:
-        Refusal: it does not, or it is too large.
-        ConnectionError: the client left in the middle of it.
+        ApiError: its type is another, or it is too large.
+        ConnectionError: the client left before its end.
     """
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the request as `Content-Type: application/json`", "not_json")
@@ -251,6 +251,6 @@ async def body_of(headers: Mapping[str, str], receive: Receive) -> bytes:
 
 
 async def client_gone(receive: Receive) -> None:
-    """Comes back when the client is gone; to be asked after the body was read."""
+    """Come back when the client has disconnected; for after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         await asyncio.sleep(0)

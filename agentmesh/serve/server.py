@@ -17,19 +17,19 @@ from agentmesh.serve.auth import key_from
 if TYPE_CHECKING:
     from agentmesh.rag.embedders.base import Embedder
 
-GRACE_S = 5  # for answers that are on their way when the server is told to stop
+GRACE_S = 5  # for answers in flight when the server is told to stop
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class HttpServer:
-    """An address that is taken, and the key that its clients must show.
+    """A bound address, and the key that its clients must send.
 
     Args:
         port: 0 takes a free one.
-        key_env: the variable that holds the key; "" is for loopback alone.
+        key_env: the variable that holds the key; "" for none, on loopback.
 
     Raises:
-        ConfigError: the address cannot be had, the variable is empty, or others reach the address and there is no key.
+        ConfigError: the address cannot be bound, the variable is empty, or other machines reach the address without a key.
     """
 
     def __init__(self, host: str, port: int, key_env: str) -> None:
@@ -59,7 +59,7 @@ class HttpServer:
         def stop(number: int) -> None:
             signals.append(number)
             server.should_exit, server.force_exit = True, len(signals) > 1
-            endpoint.close()  # whoever waits for a run is told so at once
+            endpoint.close()  # clients that wait for a run are told at once
 
         for number in SIGNALS:
             loop.add_signal_handler(number, stop, number)
@@ -78,7 +78,7 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to whoever runs it."""
+    """Leaves signals to HttpServer."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

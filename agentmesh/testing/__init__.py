@@ -1,4 +1,4 @@
-"""The public test kit: scripted models, a mesh without servers, a fake OpenAI server, chaos. Our tests use nothing else."""
+"""The public test kit: scripted models, a mesh without servers, a fake OpenAI server, chaos."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Somebody who takes messages out of a broker's queues beside the workers: some are lost, repeated, late, out of order."""
+"""A consumer beside the workers that loses, repeats, delays and reorders messages of a broker's queues."""
 
 import heapq
 import itertools
@@ -13,17 +13,17 @@ import kombu as _kombu
 
 kombu: Any = _kombu  # untyped, and its names are loaded lazily
 
-WAIT_S = 0.05
+DRAIN_S = 0.05
 
 
 class DisturbMessages:
-    """Consumes like one more worker and sends on what it took: later, so that others overtake it; twice; or not at all.
+    """Consumes like one more worker and publishes what it took: later, so that others overtake it; twice; or not at all.
 
     Args:
         broker: the broker's URL, Redis or RabbitMQ.
         queues: names of its queues: `crew.broker_queues()`.
-        loss, repeat: probabilities.
-        late_s: how long a message is held at most.
+        loss, repeat: probabilities, 0 to 1.
+        late_s: how long a message is held at most, in seconds.
 
     Attributes:
         taken, lost, repeated: how many messages.
@@ -51,7 +51,7 @@ class DisturbMessages:
 
     def _run(self) -> None:
         while not self._over.is_set():
-            with suppress(Exception):  # the broker may be away: what is held then is late, or lost, as is its right
+            with suppress(Exception):  # the broker may be unreachable: what is held then is late, or lost
                 self._disturb()
             self._over.wait(0.1)
 
@@ -64,7 +64,7 @@ class DisturbMessages:
             with kombu.Consumer(connection.channel(), queues, no_ack=True, on_message=self._take, accept=["json"]):
                 while not self._over.is_set():
                     with suppress(TimeoutError):
-                        connection.drain_events(timeout=WAIT_S)
+                        connection.drain_events(timeout=DRAIN_S)
                     self._send(producer, time.monotonic())
             self._send(producer, float("inf"))
 
@@ -73,9 +73,9 @@ class DisturbMessages:
         if self._rng.random() < self._loss:
             self.lost += 1
             return
-        again = self._rng.random() < self._repeat
-        self.repeated += again
-        for _ in range(1 + again):
+        repeats = self._rng.random() < self._repeat
+        self.repeated += repeats
+        for _ in range(1 + repeats):
             at = time.monotonic() + self._rng.uniform(0, self._late_s)
             heapq.heappush(self._held, (at, next(self._order), message))
 

@@ -1,4 +1,4 @@
-"""Faults on a seeded schedule: each kind comes as a Poisson process of its own, so that the same seed strikes alike.
+"""Faults on a seeded schedule: each kind is a Poisson process of its own, so that one seed gives one schedule.
 
     with Chaos([KillWorker(host, every_s=2), KillServer(valkey, every_s=10)], seed=7) as chaos:
         ...
@@ -21,11 +21,11 @@ from agentmesh.testing.hosts import Host
 from agentmesh.testing.proxy import Proxy
 
 Victim = Callable[[str, int], None]
-SETTLE_S = 0.003  # what a stopped process had sent is done by then
+SETTLE_S = 0.003  # the server has handled by then what a stopped process had sent
 
 
 class HasPids(Protocol):
-    """Whatever runs worker processes: a Supervisor, a Host, a WorkerProcess."""
+    """An object that runs worker processes: a Supervisor, a Host, a WorkerProcess."""
 
     @property
     def pids(self) -> dict[str, int]:
@@ -44,7 +44,7 @@ class Server(Protocol):
 
 
 class Fault(Protocol):
-    """Something that goes wrong every so often.
+    """One kind of fault.
 
     Attributes:
         every_s: seconds between two strikes, on average.
@@ -53,11 +53,11 @@ class Fault(Protocol):
     every_s: float
 
     def strike(self, rng: random.Random) -> str:
-        """Do it; says what was done, or nothing when there was nothing to strike."""
+        """Inject the fault; what was done, or "" where there was nothing to strike."""
         ...
 
     def heal(self) -> None:
-        """Undo what lasts."""
+        """Undo what lasts beyond a strike."""
 
 
 def _workers(places: Sequence[HasPids]) -> list[tuple[str, int]]:
@@ -65,21 +65,22 @@ def _workers(places: Sequence[HasPids]) -> list[tuple[str, int]]:
 
 
 class _OnWorkers:
-    """Chooses a worker process among those that run.
+    """Chooses a running worker process.
 
     Args:
-        victim: called with its name and pid while it stands still, before it is struck: to note what it holds.
+        every_s: seconds between two strikes, on average.
+        victim: called with its name and pid while it is stopped, before the strike: to record which leases it holds.
     """
 
     def __init__(self, *places: HasPids, every_s: float, victim: Victim | None = None) -> None:
         self._places, self.every_s, self._victim = places, every_s, victim
 
     def _chosen(self, rng: random.Random) -> tuple[str, int] | None:
-        """A worker that stands still, or None."""
-        found = _workers(self._places)
-        if not found:
+        """A worker, stopped; None where none runs."""
+        running = _workers(self._places)
+        if not running:
             return None
-        name, pid = rng.choice(found)
+        name, pid = rng.choice(running)
         try:
             os.kill(pid, signal.SIGSTOP)
         except ProcessLookupError:
@@ -107,10 +108,10 @@ class KillWorker(_OnWorkers):
 
 
 class StopWorker(_OnWorkers):
-    """SIGSTOP of a worker process, and SIGCONT later: it wakes as a zombie when that is longer than its lease.
+    """SIGSTOP of a worker process, and SIGCONT later; past its lease it resumes with stale work.
 
     Args:
-        for_s: how long it stands still.
+        for_s: how long it is stopped, in seconds.
     """
 
     def __init__(self, *places: HasPids, every_s: float, for_s: float, victim: Victim | None = None) -> None:
@@ -123,28 +124,28 @@ class StopWorker(_OnWorkers):
         chosen = self._chosen(rng)
         if chosen is None:
             return ""
-        timer = self._stopped[chosen[1]] = threading.Timer(self._for_s, self._go_on, [chosen[1]])
+        timer = self._stopped[chosen[1]] = threading.Timer(self._for_s, self._resume, [chosen[1]])
         timer.daemon = True
         timer.start()
         return f"stopped worker {chosen[0]} for {self._for_s:g} s"
 
-    def _go_on(self, pid: int) -> None:
+    def _resume(self, pid: int) -> None:
         self._stopped.pop(pid, None)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 
     def heal(self) -> None:
-        """Wake all who stand still."""
+        """Resume all stopped workers."""
         for pid, timer in list(self._stopped.items()):
             timer.cancel()
-            self._go_on(pid)
+            self._resume(pid)
 
 
 class KillHost:
-    """A host goes with everything on it, and boots again.
+    """SIGKILL of a host and everything on it, and a restart.
 
     Args:
-        down_s: how long it is away.
+        down_s: how long it is down, in seconds.
         victim: called with each worker's name and pid, just before.
     """
 
@@ -157,9 +158,9 @@ class KillHost:
         pid, workers = host.pid, host.pids
         if not pid:
             return ""
-        for who in (pid, *workers.values()):  # all stand still, so that what is noted is what dies
+        for process in (pid, *workers.values()):  # all are stopped, so that what `victim` records is what dies
             with suppress(ProcessLookupError):
-                os.kill(who, signal.SIGSTOP)
+                os.kill(process, signal.SIGSTOP)
         time.sleep(SETTLE_S)
         for name, worker in workers.items():
             if self._victim is not None:
@@ -170,17 +171,17 @@ class KillHost:
         return f"killed host {pid} with {len(workers)} workers"
 
     def heal(self) -> None:
-        """Boot those that are down."""
+        """Start those that are down."""
         for host in self._hosts:
             if not host.pid:
                 host.start()
 
 
 class KillServer:
-    """SIGKILL of a store or broker, which comes back over its data.
+    """SIGKILL of a store or broker, and a restart over its data.
 
     Args:
-        down_s: how long it is away.
+        down_s: how long it is down, in seconds.
     """
 
     def __init__(self, server: Server, *, every_s: float, down_s: float = 0.5) -> None:
@@ -194,15 +195,15 @@ class KillServer:
         return f"killed {type(self._server).__name__} for {self._down_s:g} s"
 
     def heal(self) -> None:
-        """It is back when `strike` is."""
+        """`strike` has restarted it."""
 
 
 class DisturbLinks:
-    """One of a proxy's faults by turns: a reset of all links, half-open links, silence, latency.
+    """One of a proxy's faults, chosen at random: a reset of all links, half-open links, silence, latency.
 
     Args:
-        for_s: how long silence and latency last.
-        latency_s: added to each piece meanwhile.
+        for_s: how long silence and latency last, in seconds.
+        latency_s: added to each piece, in seconds.
     """
 
     def __init__(self, proxy: Proxy, *, every_s: float, for_s: float = 1.0, latency_s: float = 0.05) -> None:
@@ -224,14 +225,14 @@ class DisturbLinks:
         return f"{how} for {self._for_s:g} s"
 
     def heal(self) -> None:
-        """No latency, no silence."""
+        """End latency and silence."""
         self._proxy.latency_s = 0.0
         self._proxy.heal()
 
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """What a schedule did, and when (`time.time`) it began to."""
+    """One strike, and when it began (`time.time`)."""
 
     at_s: float
     fault: str
@@ -240,10 +241,10 @@ class Struck:
 
 @dataclass
 class Chaos:
-    """Plays faults until it is left, each on a thread of its own.
+    """Injects faults while its `with` lasts, each on a thread of its own.
 
     Args:
-        seed: the gaps and the choices of victim come of it; which process that is depends on what runs.
+        seed: of the gaps and the choices; which process is chosen depends on what runs.
         most: strikes of each fault, at most; 0 is no bound.
 
     Attributes:
@@ -272,10 +273,10 @@ class Chaos:
         self.stop()
 
     def stop(self) -> None:
-        """No more strikes; what lasts is undone.
+        """End the strikes and undo what lasts.
 
         Raises:
-            RuntimeError: a fault could not be done, which would look like good weather.
+            RuntimeError: a fault could not be injected; a test that passed would prove nothing.
         """
         self._over.set()
         for thread in self._threads:
@@ -288,7 +289,7 @@ class Chaos:
 
     @property
     def over(self) -> bool:
-        """Whether it strikes no more: it was stopped, or a fault could not be done."""
+        """Whether it has ended: it was stopped, or a fault could not be injected."""
         return self._over.is_set()
 
     def struck(self, kind: type[Fault] | type[object]) -> int:

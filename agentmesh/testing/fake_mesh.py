@@ -77,6 +77,7 @@ class AsyncFakeMesh:
         timeout_s: float | None = None,
     ) -> Any:
         """`start` and its result."""
+        refuse_inside_step("run")
         started = await self.start(agent, task, run_id=run_id, history=history)
         return await started.result(timeout_s=timeout_s)
 

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server writes: completions, the chunks of a stream, errors; pure translation.
+"""A fake OpenAI-compatible server: scripted completions, streams, errors and faults.
 
 Source: https://platform.openai.com/docs/api-reference/chat
 """
@@ -19,7 +19,7 @@ from agentmesh.testing.scripted import Reply, says, uses
 
 
 def error_text(message: str) -> str:
-    """The body of a refusal."""
+    """The body of an error."""
     return json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": None}})
 
 
@@ -36,12 +36,12 @@ def scripted(lines: Iterable[str]) -> list[Reply]:
 
 
 def tool_loop(body: dict[str, Any], rounds: int) -> Reply:
-    """Call the first tool until it has answered `rounds` times, then say so."""
+    """Call the first tool until it has answered `rounds` times, then answer "done"."""
     done = sum(m["role"] == "tool" for m in body["messages"])
     if body.get("tools") and done < rounds:
         function = body["tools"][0]["function"]
-        wanted = function["parameters"].get("properties", {})
-        return uses(function["name"], **{name: _example(schema) for name, schema in wanted.items()})
+        properties = function["parameters"].get("properties", {})
+        return uses(function["name"], **{name: _example(schema) for name, schema in properties.items()})
     return says("done")
 
 
@@ -50,9 +50,9 @@ def _example(schema: dict[str, Any]) -> Any:
 
 
 def _usage(body: dict[str, Any], reply: Reply) -> dict[str, int]:
-    asked = sum(len(str(m.get("content") or "")) for m in body["messages"]) // 4 + 1
-    said = len(reply.text) // 4 + 1
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    prompt = sum(len(str(m.get("content") or "")) for m in body["messages"]) // 4 + 1
+    answer = len(reply.text) // 4 + 1
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 def _head(body: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _head(body: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _call(body: dict[str, Any], i: int, name: str, arguments: str) -> dict[str, Any]:
-    """A tool call; its id is met once in a conversation."""
+    """A tool call; its id is unique in a conversation."""
     call_id = f"call_{len(body['messages'])}_{i}"
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -106,11 +106,11 @@ class Fault:
     """What the server does instead of answering, once.
 
     Args:
-        status: answer with this HTTP status and `body`; 0 answers, but in a broken way.
+        status: answer with this HTTP status and `body`; 0 answers, but with one of the other faults.
         cut_after: bytes of the stream after which the connection is closed.
         drip_s: seconds between two pieces of a stream.
         hang: never answer.
-        malformed: answer 200 with what is no JSON.
+        malformed: answer 200 with a body that is not JSON.
     """
 
     status: int = 0
@@ -125,7 +125,7 @@ class Fault:
 
 @dataclass(slots=True)
 class Request:
-    """A request as it came."""
+    """A request, and when it arrived."""
 
     body: dict[str, Any]
     at_s: float = field(default_factory=time.time)
@@ -140,7 +140,7 @@ class FakeOpenAI(LoopbackServer):
 
     Attributes:
         url: its base URL, with /v1.
-        requests: everything that was asked.
+        requests: every chat request.
     """
 
     def __init__(
@@ -157,12 +157,12 @@ class FakeOpenAI(LoopbackServer):
         self._open: set[_Connection] = set()
 
     def fail_next(self, status: int, *, retry_after: float | str = "", times: int = 1, body: str = "") -> None:
-        """The next answers are this HTTP error."""
+        """Answer the next requests with this HTTP error."""
         self.faults.extend(Fault(status=status, retry_after=str(retry_after), body=body) for _ in range(times))
 
     @property
     def in_flight(self) -> int:
-        """Requests that came and have no answer yet."""
+        """Requests without an answer yet."""
         return self.served - self.answered
 
     async def _listen(self) -> asyncio.Server:
@@ -170,24 +170,24 @@ class FakeOpenAI(LoopbackServer):
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         return server
 
-    def _hang_up(self) -> None:
+    def _close_links(self) -> None:
         for connection in list(self._open):
             connection.drop()
 
     def reply(self, body: dict[str, Any]) -> Reply | Fault:
-        """What to answer to a request; a question without an answer is a bad request that says so."""
+        """The answer to a request; one that the script does not have is a 400 that says so."""
         try:
-            said = self._answer(body)
+            answer = self._answer(body)
         except StopIteration:
             last = str(body["messages"][-1].get("content"))[:200] if body.get("messages") else ""
             return _bad(f"request {self.served} is not in the script: {last!r}; add a reply for it")
         except Exception as e:
             return _bad(f"the answer to request {self.served} raised {type(e).__name__}: {e}")
-        return says(said) if isinstance(said, str) else said
+        return says(answer) if isinstance(answer, str) else answer
 
 
 class _Connection(asyncio.Protocol):
-    """One keep-alive HTTP/1.1 connection, parsed by hand: a framework would cost more than what is measured with it."""
+    """One keep-alive HTTP/1.1 connection, parsed by hand: a framework would cost more than what benchmarks measure."""
 
     def __init__(self, server: FakeOpenAI) -> None:
         self._server, self._data = server, b""
@@ -231,7 +231,7 @@ class _Connection(asyncio.Protocol):
             body = json.loads(content)
             body["messages"][0]["role"]
         except (ValueError, LookupError, TypeError):
-            self._refuse(_bad("this is no request for a chat completion"))
+            self._refuse(_bad("this is not a request for a chat completion"))
             return
         if server._keep:
             server.requests.append(Request(body))
@@ -255,7 +255,7 @@ class _Connection(asyncio.Protocol):
         if fault and fault.status:
             self._refuse(fault)
         elif fault and fault.malformed:
-            self._write(b"<html>no json</html>")
+            self._write(b"<html>not JSON</html>")
         elif isinstance(reply := self._server.reply(body), Fault):
             self._refuse(reply)
         else:
@@ -321,9 +321,9 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--script", type=Path, help="a file of replies, one a line")
-    given = parser.parse_args()
-    script = scripted(given.script.read_text().splitlines()) if given.script else None
-    with FakeOpenAI(script, latency_s=given.latency, rounds=given.rounds, keep=False, port=given.port) as server:
+    options = parser.parse_args()
+    script = scripted(options.script.read_text().splitlines()) if options.script else None
+    with FakeOpenAI(script, latency_s=options.latency, rounds=options.rounds, keep=False, port=options.port) as server:
         print(server.url, flush=True)
         threading.Event().wait()
 

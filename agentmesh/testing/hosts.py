@@ -1,4 +1,4 @@
-"""Worker processes to be killed: a whole host under a real supervisor, and cheap single workers by the hundred. Linux."""
+"""Worker processes for tests that kill them: a host under a real supervisor, and single workers by the hundred. Linux only."""
 
 import importlib
 import json
@@ -18,11 +18,11 @@ from typing import IO, Any
 from agentmesh.config import Config
 
 READY_S = 30.0
-WORKER = "agentmesh.worker.asyncio_worker"  # started by its name, as the command line does: the rooms above are not imported here
+WORKER = "agentmesh.worker.asyncio_worker"  # by name, as the command line starts it: packages above this one are not imported
 
 
 class Host:
-    """A machine's worth of workers: `agentmesh worker CREW --processes N` as a process of its own.
+    """The workers of one machine: `agentmesh worker CREW --processes N` as a process of its own.
 
     Args:
         crew: the crew file.
@@ -39,8 +39,8 @@ class Host:
         output: "int | IO[Any] | None" = None,
     ) -> None:  # fmt: skip
         self._argv = [sys.executable, "-m", "agentmesh.cli.main", "worker", crew, "--processes", str(processes)]
-        said = {f"AGENTMESH_{name.upper()}": str(value) for name, value in config.model_dump(mode="json").items()}
-        self._env = {**os.environ, **said, **(env or {})}
+        settings = {f"AGENTMESH_{name.upper()}": str(value) for name, value in config.model_dump(mode="json").items()}
+        self._env = {**os.environ, **settings, **(env or {})}
         self._output = subprocess.DEVNULL if output is None else output
         self._processes = processes
         self._supervisor: subprocess.Popen[bytes] | None = None
@@ -52,11 +52,11 @@ class Host:
 
     @property
     def pids(self) -> dict[str, int]:
-        """The process ids of the workers, by the names that their leases bear."""
+        """The process ids of the workers, by their names in leases."""
         return children(self.pid) if self.pid else {}
 
     def start(self) -> "Host":
-        """Boot it; its workers come by themselves."""
+        """Start the supervisor, which starts the workers."""
         self._supervisor = subprocess.Popen(self._argv, env=self._env, stdout=self._output, stderr=self._output)
         return self
 
@@ -64,19 +64,19 @@ class Host:
         """Come back when every worker consumes.
 
         Raises:
-            TimeoutError: it was not in time.
+            TimeoutError: not within `timeout_s`, or the host ended.
         """
         until = time.monotonic() + timeout_s
-        while (ready := sum(_told(self.pid, pid) for pid in self.pids.values())) < self._processes:
+        while (ready := sum(_is_ready(self.pid, pid) for pid in self.pids.values())) < self._processes:
             if time.monotonic() > until or not self.pid:
                 raise TimeoutError(f"the host has {ready} of {self._processes} workers after {timeout_s} s")
             time.sleep(0.01)
 
     def kill(self) -> None:
-        """The power goes: supervisor and workers are killed at once, and nobody gives anything back."""
+        """SIGKILL to supervisor and workers at once, as when the power fails: no lease is released."""
         if self._supervisor is not None:
             workers = self.pids
-            self._supervisor.kill()  # first, or it would see its workers die and give back what they held
+            self._supervisor.kill()  # first, or it would see its workers die and release their leases
             for pid in workers.values():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -103,18 +103,18 @@ class Host:
 
 def children(pid: int) -> dict[str, int]:
     """The worker processes that a supervisor has now, by name."""
-    found = {}
+    pids = {}
     with suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
             for child in (thread / "children").read_text().split():
                 with suppress(OSError, ValueError):
                     argv = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-                    found[argv[argv.index("--worker-name") + 1]] = int(child)
-    return found
+                    pids[argv[argv.index("--worker-name") + 1]] = int(child)
+    return pids
 
 
-def _told(supervisor: int, pid: int) -> bool:
-    """Whether a worker has told its supervisor that it is ready: then the pipe between them is closed."""
+def _is_ready(supervisor: int, pid: int) -> bool:
+    """Whether a worker has told its supervisor that it consumes, after which it closes the pipe between them."""
     with suppress(OSError, ValueError):
         argv = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         number = argv[argv.index("--ready-fd") + 1]
@@ -128,13 +128,13 @@ def _told(supervisor: int, pid: int) -> bool:
 
 
 class WorkerProcess:
-    """One worker process without a supervisor, forked from one that has everything imported: ready in a moment.
+    """One worker process without a supervisor, forked from one that has imported everything: ready in milliseconds.
 
     Args:
         env: set in the process before it begins.
 
     Attributes:
-        name: what its leases bear.
+        name: its name in leases.
     """
 
     def __init__(
@@ -145,9 +145,9 @@ class WorkerProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([WORKER, "agentmesh.models.http"])
         self._stdin, self._alive = context.Pipe(duplex=False)
-        self._ready, self._tell = context.Pipe(duplex=False)
-        given = (json.dumps(spec), self.name, self._stdin, self._tell, dict(env or {}))
-        self._process = context.Process(target=_work, args=given, daemon=True)
+        self._ready, self._ready_writer = context.Pipe(duplex=False)
+        arguments = (json.dumps(spec), self.name, self._stdin, self._ready_writer, dict(env or {}))
+        self._process = context.Process(target=_work, args=arguments, daemon=True)
 
     @property
     def pid(self) -> int:
@@ -156,7 +156,7 @@ class WorkerProcess:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Itself while it lives, as hosts and supervisors say it."""
+        """Its own process id by its name while it runs, in the form of Host and Supervisor."""
         return {self.name: self.pid} if self._process.is_alive() else {}
 
     def start(self, *, wait: bool = True) -> "WorkerProcess":
@@ -167,13 +167,13 @@ class WorkerProcess:
         """
         self._process.start()
         self._stdin.close()
-        self._tell.close()
+        self._ready_writer.close()
         if wait and not (self._ready.poll(READY_S) and _byte(self._ready)):
             raise TimeoutError(f"worker {self.name} is not ready")
         return self
 
     def kill(self) -> None:
-        """SIGKILL; what it held is yours to give back, or runs out."""
+        """SIGKILL; its leases expire, unless the test releases them."""
         if self.pid:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -192,12 +192,12 @@ class WorkerProcess:
 
 
 def _byte(ready: Connection) -> bytes:
-    return os.read(ready.fileno(), 1)  # a bare byte, as a supervisor is told; nothing when the process ended
+    return os.read(ready.fileno(), 1)  # one byte, as a supervisor gets it; nothing when the process has ended
 
 
-def _work(spec: str, name: str, stdin: Connection, tell: Connection, env: dict[str, str]) -> None:
-    """The worker as the command line starts it; its stdin breaks when whoever made it is gone."""
+def _work(spec: str, name: str, stdin: Connection, ready: Connection, env: dict[str, str]) -> None:
+    """The worker as the command line starts it; its stdin closes when the process that made it ends."""
     os.environ.update(env)
     os.dup2(stdin.fileno(), 0)
     worker = importlib.import_module(WORKER)
-    sys.exit(worker.main(json.loads(spec), name=name, ready_fd=os.dup(tell.fileno())))
+    sys.exit(worker.main(json.loads(spec), name=name, ready_fd=os.dup(ready.fileno())))

@@ -1,4 +1,4 @@
-"""A server of ours that listens on loopback, on an event loop in a thread of its own."""
+"""A server that listens on loopback, on an event loop in a thread of its own."""
 
 import asyncio
 import threading
@@ -6,7 +6,7 @@ from typing import Self
 
 
 class LoopbackServer:
-    """Made in a `with`; a kind gives `_listen` and `_hang_up`."""
+    """Made in a `with`; a kind gives `_listen` and `_close_links`."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -26,7 +26,7 @@ class LoopbackServer:
         """Begin; on the loop."""
         raise NotImplementedError
 
-    def _hang_up(self) -> None:
+    def _close_links(self) -> None:
         """End every connection that is open."""
         raise NotImplementedError
 
@@ -38,7 +38,7 @@ class LoopbackServer:
             self._loop.run_forever()
         finally:
             server.close()
-            self._hang_up()
+            self._close_links()
             pending = asyncio.all_tasks(self._loop)
             for task in pending:
                 task.cancel()

@@ -1,4 +1,4 @@
-"""Random flows for the simulation, and what a replay of one would plan next."""
+"""Random flows for the simulation, what a replay of one would plan next, and the oracle that checks the store."""
 
 import json
 import random
@@ -12,7 +12,7 @@ Stage = tuple[Any, ...]
 
 
 def random_program(rng: random.Random, depth: int = 0) -> list[Stage]:
-    """A random flow: what it asks for, one after the other."""
+    """A random flow: its stages in order."""
     stages: list[Stage] = []
     for _ in range(rng.randint(1, 3)):
         kind = rng.choice(["step", "step", "gather", "gather", "sleep", "approve", "child"])
@@ -82,11 +82,11 @@ def _plan(run: str, stage: Stage, n: int) -> dict[str, Any]:
 
 
 def message(unit: str) -> str:
-    """A rendered message that says only what it is for."""
+    """A rendered message that holds nothing but its unit."""
     return f"q\0{unit}#\0"
 
 
-# ---- What stands outside a simulated store ------------------------------------------------------
+# ---- The oracle, outside the simulated store ----------------------------------------------------
 
 
 class Violation(AssertionError):
@@ -94,10 +94,10 @@ class Violation(AssertionError):
 
 
 class Oracle:
-    """Holds what a protocol did to the tables against what it promises.
+    """Checks what a protocol did to the tables against what it promises.
 
     Args:
-        program_of: what a run is to do, stage by stage.
+        program_of: a run's flow, stage by stage.
 
     Raises:
         Violation: from `look` and `check_end`.
@@ -107,10 +107,10 @@ class Oracle:
         self._tables, self._program_of = tables, program_of
         self.executed: Counter[str] = Counter()
         self.excuses: Counter[str] = Counter()  # crashes and retries
-        self._seen: dict[str, int] = {}  # how many events of each run were there at the last look
+        self._seen: dict[str, int] = {}  # how many events of each run there were at the last look
 
     def look(self) -> None:
-        """After a verb: no run or step went two ways, or on past what has not ended; an open run has an entry."""
+        """After a verb: no step or run ended twice, no run continued past an open step, every open run has an entry."""
         for run in [k[3:] for k in self._tables.lists if k.startswith("ev:")]:
             lines = self._tables.lists[f"ev:{run}"]
             if len(lines) != self._seen.get(run):
@@ -138,7 +138,7 @@ class Oracle:
             width = stage[1] if stage[0] == "gather" else 1
             through = at in closed if stage[0] == "gather" else at in ends
             if not through and max(planned, default=0) >= at + width:
-                raise Violation(f"run {run} went on past step {at}, which has not ended")
+                raise Violation(f"run {run} continued past step {at}, which has not ended")
             at += width
         for e in events:
             if e["e"] == "GatherClosed" and e["why"] in ("all", "need"):
@@ -164,7 +164,7 @@ class Oracle:
         return waits or any(run == c or run.startswith(f"{c}/") for c in self._tables.sets["cancelled"])
 
     def check_end(self, runs: Iterable[str], cancelled: str, now: int) -> None:
-        """When nothing is left to happen: each run has ended as it should, and nothing was executed again without cause."""
+        """When nothing is left to do: each run has ended as it should, and nothing was executed again without a cause."""
         for run in runs:
             status = self._tables.hget(f"run:{run}", "status")
             if status not in ("done", "cancelled") or (status == "cancelled" and run != cancelled):

@@ -4,7 +4,7 @@
         Mesh(crew, broker=proxy.url)
         proxy.reset()
 
-It knows bytes and where a Redis command ends; nothing of agentmesh.
+It knows nothing of agentmesh, only bytes and where a Redis command ends.
 """
 
 import asyncio
@@ -18,13 +18,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from agentmesh.testing.loopback import LoopbackServer
 
 PIECE_BYTES = 65536
-GONE_S = 1.0  # how long a server may take to close a link that was cut after its command
+CLOSE_S = 1.0  # how long a server may take to close a link that was cut after its command
 PORTS = {"amqp": 5672, "amqps": 5671}
 T = TypeVar("T")
 
 
 class Commands:
-    """Finds where commands end in what a Redis client says, however it is torn into pieces.
+    """Finds where commands end in a Redis client's bytes, however they are cut into pieces.
 
     >>> Commands().ends(b"*1\\r\\n$4\\r\\nPING\\r\\n*2\\r\\n$3\\r\\nGET")
     [14]
@@ -35,7 +35,7 @@ class Commands:
 
     def ends(self, data: bytes) -> list[int]:
         """The offset behind each command that ends in this piece."""
-        found, at = [], 0
+        offsets, at = [], 0
         while at < len(data):
             if self._skip:
                 took = min(self._skip, len(data) - at)
@@ -44,7 +44,7 @@ class Commands:
                 if not self._skip:
                     self._left -= 1
                     if not self._left:
-                        found.append(at)
+                        offsets.append(at)
                 continue
             end = data.find(b"\n", at) + 1
             if not end:
@@ -56,12 +56,12 @@ class Commands:
             elif line[:1] == b"$":
                 self._skip = int(line[1:]) + 2
             else:
-                found.append(at)  # an inline command
-        return found
+                offsets.append(at)  # an inline command
+        return offsets
 
 
 class _Link:
-    """One client's connection and the one made for it."""
+    """One client's connection, and the one to the server made for it."""
 
     def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter) -> None:
         self.client, self.server = client, server
@@ -79,11 +79,11 @@ class Proxy(LoopbackServer):
 
     Args:
         target: the server's URL: `redis://…`, `unix://…`, `redis+socket://…`, `amqp://…`; no TLS.
-        latency_s: added to each piece that goes through, either way.
+        latency_s: added to each piece in either direction, in seconds.
 
     Attributes:
         url: the target's URL through the proxy, on loopback.
-        commands: how many Redis commands went through.
+        commands: how many Redis commands passed.
         links: how many connections were made.
     """
 
@@ -100,15 +100,15 @@ class Proxy(LoopbackServer):
 
     # ---- faults --------------------------------------------------------------------------------
     def reset(self) -> int:
-        """Every link ends with a TCP reset; answers how many. New ones are let through."""
+        """End every link with a TCP reset; how many there were. New ones pass."""
         return self._do(self._reset())
 
     def half_open(self) -> int:
-        """The server loses every link and no client is told: what they say is swallowed. New links are let through."""
+        """Close every link on the server's side alone: what clients send is dropped. New links pass; how many there were."""
         return self._do(self._half_open())
 
     def silence(self, *ways: Literal["up", "down"]) -> None:
-        """Nothing goes through, to the server (`up`), to the clients (`down`), or either way, until `heal`."""
+        """Hold back everything to the server (`up`), to the clients (`down`), or in both directions, until `heal`."""
         self._do(self._set_passing(set(ways or ("up", "down")), False))
 
     def refuse(self) -> None:
@@ -117,7 +117,7 @@ class Proxy(LoopbackServer):
         self.reset()
 
     def heal(self) -> None:
-        """What is silenced goes on, links are let through, no cut waits; half-open ones stay as they are."""
+        """End silence, refusal and a pending cut; half-open links stay as they are."""
         self._refusing, self._cut_at = False, 0
         self._do(self._set_passing({"up", "down"}, True))
 
@@ -128,8 +128,8 @@ class Proxy(LoopbackServer):
 
         Args:
             k: at least 1.
-            lose: `reply`: the server has done the command and nobody hears of it; `command`: it never came.
-            then: called in the moment of the cut, on the proxy's thread.
+            lose: `reply`: the server has executed the command and its reply is lost; `command`: it never arrived.
+            then: called at the cut, on the proxy's thread.
         """
         self._lose, self._then = lose, then or (lambda: None)
         self.commands = 0
@@ -139,7 +139,7 @@ class Proxy(LoopbackServer):
     def _do(self, coro: Coroutine[Any, Any, T]) -> T:
         if not self._thread.is_alive():
             coro.close()
-            raise RuntimeError("the proxy is not running; use it in a `with`")
+            raise RuntimeError("the proxy is not running: use it in a `with`")
         return asyncio.run_coroutine_threadsafe(coro, self._loop).result(10)
 
     async def _listen(self) -> asyncio.Server:
@@ -149,7 +149,7 @@ class Proxy(LoopbackServer):
             passing.set()
         return server
 
-    def _hang_up(self) -> None:
+    def _close_links(self) -> None:
         for link in list(self._open):
             link.reset()
 
@@ -183,7 +183,7 @@ class Proxy(LoopbackServer):
             asyncio.ensure_future(self._pump_down(link, from_server)),
         ]
         try:
-            with suppress(asyncio.CancelledError):  # the proxy ends; asyncio's streams would report it as a failure
+            with suppress(asyncio.CancelledError):  # the proxy ends, which asyncio's streams would report as a failure
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for pump in pumps:
@@ -203,7 +203,7 @@ class Proxy(LoopbackServer):
                 whole = self._cut_at - before - (self._lose == "command")
                 await self._cut(link, data[: ends[whole - 1]] if whole else b"")
                 return
-            await self._held("up")
+            await self._delay("up")
             if not link.half_open:
                 link.server.write(data)
                 await link.server.drain()
@@ -214,7 +214,7 @@ class Proxy(LoopbackServer):
     async def _pump_down(self, link: _Link, from_server: asyncio.StreamReader) -> None:
         try:
             while data := await from_server.read(PIECE_BYTES):
-                await self._held("down")
+                await self._delay("down")
                 if not link.half_open and not self._refusing:
                     link.client.write(data)
                     await link.client.drain()
@@ -224,7 +224,7 @@ class Proxy(LoopbackServer):
         if not link.half_open and not self._refusing:
             raise ConnectionError("the server has gone")
 
-    async def _held(self, way: str) -> None:
+    async def _delay(self, way: str) -> None:
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
         await self._passing[way].wait()
@@ -233,9 +233,9 @@ class Proxy(LoopbackServer):
         self._refusing, self._cut_at = True, 0
         if last:
             link.server.write(last)
-            link.server.write_eof()  # the server does what it has read, then sees the end and closes
+            link.server.write_eof()  # the server executes what it has read, then sees the end and closes
             with suppress(TimeoutError):
-                await asyncio.wait_for(link.server_ended.wait(), GONE_S)
+                await asyncio.wait_for(link.server_ended.wait(), CLOSE_S)
         self._then()
         await self._reset()
 
@@ -259,7 +259,7 @@ class Proxy(LoopbackServer):
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with a reset instead of a goodbye."""
+    """Close with a TCP reset instead of an orderly end."""
     sock = writer.get_extra_info("socket")
     if sock is not None and sock.family != socket.AF_UNIX and sock.fileno() >= 0:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,4 +1,4 @@
-"""A model that says what it was told to: for tests and examples. An unscripted question is an error."""
+"""A model that answers from a script: for tests and examples. A prompt without a reply is an error."""
 
 import json
 import re
@@ -16,7 +16,7 @@ WORD = re.compile(r"\s*\S+|\s+")  # every character is in one of them
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a scripted model answers once; `uses(...) & uses(...)` asks for both together."""
+    """One answer of a scripted model; `uses(...) & uses(...)` is one with both tool calls."""
 
     text: str = ""
     calls: tuple[tuple[str, str], ...] = ()  # name, arguments as JSON text
@@ -26,12 +26,12 @@ class Reply:
 
 
 def says(text: Any) -> Reply:
-    """A text; anything but a str is said as JSON."""
+    """An answer of text; anything but a str is written as JSON."""
     return Reply(text if isinstance(text, str) else json.dumps(text, default=lambda o: o.model_dump(mode="json")))
 
 
 def uses(tool_name: str, /, **arguments: Any) -> Reply:
-    """A tool call."""
+    """An answer that calls a tool."""
     return Reply("", ((tool_name, json.dumps(arguments)),))
 
 
@@ -45,7 +45,7 @@ class ScriptedModel(Model):
         name: what it is called in metrics, spans and logs.
 
     Attributes:
-        prompts: every question so far.
+        prompts: every Prompt so far.
     """
 
     def __init__(self, script: Script = (), *, name: str = "") -> None:
@@ -62,7 +62,7 @@ class ScriptedModel(Model):
             reply = self._script(prompt) if callable(self._script) else next(self._script, None)
         if reply is None:
             last = prompt.messages[-1].text if prompt.messages else ""
-            raise ModelError(f"question {count} is not in the script: {last[:200]!r}", hint="add a reply for it")
+            raise ModelError(f"prompt {count} is not in the script: {last[:200]!r}", hint="add a reply for it")
         if isinstance(reply, Exception):
             raise reply
         if isinstance(reply, str):

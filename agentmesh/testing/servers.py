@@ -1,4 +1,4 @@
-"""Real servers for tests and benchmarks, on this machine alone: a Valkey and a RabbitMQ that can be killed and come back."""
+"""Real servers for tests and benchmarks, on loopback: a Valkey and a RabbitMQ that can be killed and restarted."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from agentmesh.celery.consumer import broker_error
 from agentmesh.runtime.valkey import server_binary
 
 READY_S = 10.0
-RABBIT_READY_S = 60.0  # it takes 4 s alone, and many times that on a busy machine
+RABBIT_READY_S = 60.0  # it takes 4 s on an idle machine, and many times that on a busy one
 RABBIT = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one in PATH changes the user
 ERL_CALL = Path("/usr/lib/erlang/bin/erl_call")
 
@@ -43,7 +43,7 @@ class _Process:
 
 
 class ValkeyServer(_Process):
-    """A Valkey on a unix socket, with an append-only file that outlives `kill`.
+    """A Valkey on a Unix socket, with an append-only file that outlives `kill`.
 
     Attributes:
         url: for redis-py and the journal.
@@ -57,10 +57,10 @@ class ValkeyServer(_Process):
         self.broker_url = f"redis+socket://{self.socket}?virtual_host=0"
 
     def restart(self) -> None:
-        """Start it, over the data it had; come back when it answers."""
+        """Start it over the data it had; come back when it answers."""
         argv = [str(server_binary()), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder)]
         # `no`: every write is in the file before its answer, and a SIGKILL loses none. Under `everysec` a slow fsync holds
-        # writes back in the server's memory for up to 2 s, and what a kill then loses depends on the disk of the day.
+        # writes back in the server's memory for up to 2 s, and what a kill then loses depends on the disk.
         argv += [
             "--save",
             "",
@@ -92,7 +92,7 @@ class ValkeyServer(_Process):
             self.process.wait()
 
     def flush(self) -> None:
-        """An empty server, alive."""
+        """Empty the server; start it if it does not run."""
         if not self.alive:
             self.restart()
         with redis.Redis.from_url(self.url) as client:
@@ -100,7 +100,7 @@ class ValkeyServer(_Process):
 
 
 class RabbitServer(_Process):
-    """A RabbitMQ node of one's own on free loopback ports; its data outlives `kill`.
+    """A private RabbitMQ node on free loopback ports; its data outlives `kill`.
 
     Attributes:
         url: for Celery; `broker_url` is the same.
@@ -119,13 +119,13 @@ class RabbitServer(_Process):
 
     @staticmethod
     def missing() -> str:
-        """What is not installed here; empty when all is."""
+        """What is not installed; "" when all is."""
         lacking = [str(p) for p in (RABBIT, ERL_CALL) if not p.exists()] + ([] if shutil.which("epmd") else ["epmd"])
-        return f"{', '.join(lacking)} is not here: apt-get install rabbitmq-server" if lacking else ""
+        return f"{', '.join(lacking)} is not installed: apt-get install rabbitmq-server" if lacking else ""
 
     def restart(self) -> None:
-        """Start it, over the data it had; come back when it speaks AMQP."""
-        if self._epmd is None:  # ours, or Erlang starts one that stays for ever
+        """Start it over the data it had; come back when it speaks AMQP."""
+        if self._epmd is None:  # a private one, or Erlang starts one that never ends
             argv = ["epmd", "-port", str(self._epmd_port), "-address", "127.0.0.1"]
             self._epmd = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
         with (self.folder / "out.log").open("ab") as log:
@@ -148,11 +148,11 @@ class RabbitServer(_Process):
             self.process.wait()
 
     def settle(self) -> None:
-        """Let it write the names of its queues, which it keeps back for 3 s: a younger quorum queue does not survive `kill`."""
+        """Make it write the names of its queues, which it delays by 3 s: a younger quorum queue does not survive `kill`."""
         self.evaluate("[dets:sync(T) || T <- dets:all()], ok.")
 
     def close(self) -> None:
-        """Kill it for good."""
+        """Kill it, and its port mapper."""
         self.kill()
         if self._epmd is not None:
             self._epmd.kill()
@@ -160,7 +160,7 @@ class RabbitServer(_Process):
             self._epmd = None
 
     def flush(self) -> None:
-        """A server without queues, alive."""
+        """Delete all queues; start the server if it does not run."""
         if not self.alive:
             self.restart()
         self.evaluate(
@@ -168,7 +168,7 @@ class RabbitServer(_Process):
         )
 
     def queues(self) -> list[str]:
-        """The names of the queues that are there, sorted."""
+        """The names of its queues, sorted."""
         names = "[binary_to_list(element(4, element(2, Q))) || Q <- rabbit_amqqueue:list()]"
         return sorted(json.loads(self.evaluate(f"{names}.").replace("\n", "")))
 
@@ -178,7 +178,7 @@ class RabbitServer(_Process):
             self.evaluate(f"application:set_env(rabbit, {name}, {value}).")
 
     def evaluate(self, erlang: str) -> str:
-        """What an Erlang expression is in the server: limits, policies, closed connections, without its own tools' second."""
+        """The value of an Erlang expression in the server, without the second that its own tools take."""
         cookie = (self.folder / ".erlang.cookie").read_text()
         argv = [str(ERL_CALL), "-c", cookie, "-name", self.node, "-h", f"ask{os.getpid()}", "-e"]
         env = {**os.environ, "ERL_EPMD_PORT": str(self._epmd_port), "HOME": str(self.folder)}
@@ -212,7 +212,7 @@ class RabbitServer(_Process):
 
 @contextlib.contextmanager
 def running_server(kind: Any) -> Iterator[Any]:
-    """A ValkeyServer or RabbitServer that runs, in a folder that goes away with it."""
+    """A running ValkeyServer or RabbitServer, in a folder that is deleted with it."""
     folder = Path(tempfile.mkdtemp(prefix="mesh-"))  # short: a socket's path may have about 100 bytes
     server = kind(folder)
     try:
@@ -225,7 +225,7 @@ def running_server(kind: Any) -> Iterator[Any]:
 
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
             one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in found]
+        return [one.getsockname()[1] for one in sockets]

@@ -1,6 +1,6 @@
 """A seeded world around the protocol: clients, workers that die at any line, a broker that loses, repeats and reorders.
 
-`simulate(seed)` raises Violation with what went wrong; the same seed goes the same way.
+`simulate(seed)` raises Violation with what went wrong; one seed gives one course of events.
 """
 
 import heapq
@@ -16,12 +16,12 @@ from agentmesh.journal.transaction import Tables, Transaction
 from agentmesh.testing.oracle import Oracle, Stage, Violation, message, next_plan, random_program
 
 TTL, SWEEP, PATIENCE = 2_000, 400, 600_000
-POISON_MOST = 12  # quartered to one, then three alone; the first two deaths change nothing
+POISON_MOST = 12  # deaths until a step is quarantined: two, then with a quarter as many at each, then three alone
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """How bad the weather is; probabilities."""
+    """Probabilities of faults, 0 to 1."""
 
     loss: float = 0.08
     repeat: float = 0.08
@@ -34,7 +34,7 @@ class Faults:
 
 @dataclass
 class World:
-    """One simulated afternoon."""
+    """One simulated deployment: its runs, workers, messages and clock, in milliseconds."""
 
     seed: int
     faults: Faults = Faults()
@@ -48,7 +48,7 @@ class World:
         self._order = itertools.count()
         self._tokens = itertools.count()
         self._programs: dict[str, list[Stage]] = {}
-        self._workers = {f"w{i}": 0 for i in range(3)}  # name -> generation: a death makes older work void
+        self._workers = {f"w{i}": 0 for i in range(3)}  # name -> generation: a death voids the work of older ones
         self._cancel: str = ""
         self._poison = ""  # this unit kills every process that executes it
         self._poisoned = self.rng.random() < 0.15
@@ -56,15 +56,15 @@ class World:
 
     # ---- time ----------------------------------------------------------------------------------
     def at(self, delay: int, what: Callable[[], None]) -> None:
-        """Something to happen later."""
+        """Call `what` after so many milliseconds."""
         heapq.heappush(self._agenda, (self.now + delay, next(self._order), what))
 
     def run(self) -> None:
-        """Until every run has ended and nothing is left to happen."""
+        """Run until every run has ended and nothing is left to do."""
         for i in range(self.rng.randint(1, 3)):
             self._programs[f"r{i}"] = random_program(self.rng)
             self.at(self.rng.randint(0, 500), lambda run=f"r{i}": self._begin(run))  # type: ignore[misc]
-            for _ in range(self.rng.randint(0, 8)):  # somebody speaks while it works
+            for _ in range(self.rng.randint(0, 8)):  # a decision arrives while it runs
                 self.at(self.rng.randint(100, 9_000), lambda run=f"r{i}": self._raise(run))  # type: ignore[misc]
         if self.rng.random() < 0.2:
             self._cancel = "r0"
@@ -83,7 +83,7 @@ class World:
 
     # ---- verbs ---------------------------------------------------------------------------------
     def verb(self, name: str, **args: Any) -> tuple[dict[str, Any], list[str]]:
-        """One atomic verb; its messages go to the broker, and the oracle looks."""
+        """One atomic verb; its messages go to the broker, and the oracle checks the store."""
         store = Transaction(self.tables, self.now)
         reply = maintenance.ALL_VERBS[name](store, args)
         for _, head, _, _ in store.sent:
@@ -132,12 +132,12 @@ class World:
         run = unit.split("|")[1]
         args = {"unit": unit, "worker": name, "token": token, "version": 0, "crew": "c", "crew_version": "", "ttl": TTL}
         head, lines = self.verb("claim", **args)
-        if self.rng.random() < self.faults.reply_lost:  # the client library asks again
+        if self.rng.random() < self.faults.reply_lost:  # the client library retries
             if not self.faults.tokens:
                 args["token"] = f"t{next(self._tokens)}"
             head, lines = self.verb("claim", **args)
             if head.get("no") == "busy" and not self.faults.tokens:
-                return  # it holds the lease and does not know it
+                return  # it holds the lease without knowing it
         if head.get("no") == "room":  # it waits in the worker
             self.at(100, lambda: self._deliver(unit))
         if "no" in head:
@@ -155,7 +155,7 @@ class World:
         needs = self.rng.choice([50, 200, 900, 3_000])
         if self.rng.random() < self.faults.zombie:
             self.oracle.excuses[unit] += 1
-            needs += 3 * TTL  # it sleeps through its lease, without renewing
+            needs += 3 * TTL  # it is stopped for longer than its lease, without renewing
         elif self.faults.renewing:
             for step in range(TTL // 3, needs, TTL // 3):
                 self.at(step, lambda: self._renew(worker, generation, unit, fence))
@@ -211,14 +211,14 @@ class World:
             self.verb("plan", **args)
 
     def _dies(self, worker: str, unit: str) -> bool:
-        """The process goes, with everything it had in hand."""
+        """Whether the process dies now, with everything it had in flight."""
         dies = self.rng.random() < self.faults.crash
         if dies:
             self._end(worker, unit)
         return dies
 
     def _kills(self, worker: str, unit: str) -> bool:
-        """Whether this unit is the poison: then its process goes."""
+        """Whether this unit is the poison pill: then its process dies."""
         if self._poisoned and not self._poison and unit[0] == "s":
             self._poison = unit
         if unit != self._poison:
@@ -236,11 +236,11 @@ class World:
         for held in self.tables.smembers(f"wl:{name}"):
             self.oracle.excuses[held] += 1
         self.oracle.excuses[unit] += 1
-        if self.rng.random() < 0.5:  # a supervisor sees it; else the lease runs out
+        if self.rng.random() < 0.5:  # a supervisor sees it; else the lease expires
             self.at(20, lambda: self._release(name))
 
     def _name(self, worker: str) -> str:
-        """A process started again bears another name."""
+        """A restarted process has another name."""
         return f"{worker}.{self._workers[worker]}"
 
     def _release(self, worker: str) -> None:
@@ -254,7 +254,7 @@ class World:
             self._answer(unit)
 
     def _answer(self, unit: str) -> None:
-        """A person: approves what asks, revives what is quarantined, and gives up the poison."""
+        """A person: approves what waits, revives what is quarantined, and resolves the poison pill."""
         _, run, *rest = unit.split("|")
         n = int(rest[0]) if rest else 0
         if self.tables.hget(f"st:{run}", str(n) if n else "a")["why"] != "quarantined":

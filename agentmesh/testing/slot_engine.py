@@ -1,4 +1,4 @@
-"""A loop of slots and a clock in place of the engine's, for whatever stands around it: no weights, no computing.
+"""A loop of slots and a clock in the engine's place, to test what surrounds the engine: no weights, no computing.
 
 Everything else is real: tokenizer, engine, dispatcher, streams. Each step takes a fixed time and adds one token to each request
 that has a slot; the rest waits. Token ids are bytes, as of `testing.tiny`.
@@ -52,18 +52,18 @@ class _SlotRequest:
     size: int  # of prompt and answer
     steps: int
     signal: bool
-    said: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
 
 
 class SlotBatching:
-    """Stands where inference.batching.Batching does.
+    """Takes the place of inference.batching.Batching.
 
     Args:
         slots: requests of one step.
         step_s: how long a step takes.
         spread: an answer has (1 - spread) to (1 + spread) times the tokens it asked for, by its name.
-        stamps: each step says the milliseconds of `time.monotonic()` and a space, instead of one token.
-        note: a file that gets a line a step: when it ended, how many slots were taken, how many requests waited.
+        stamps: each step generates the milliseconds of `time.monotonic()` and a space, instead of one token.
+        note: a file that gets a line for each step: when it ended, how many slots were taken, how many requests waited.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SlotBatching:
         self._thread.start()
 
     def is_running(self) -> bool:
-        """Whether it lives."""
+        """Whether its thread runs."""
         return self._thread.is_alive()
 
     def room(self) -> Room:
@@ -111,7 +111,7 @@ class SlotBatching:
         self._wake.set()
 
     def outputs(self, timeout_s: float) -> list[Output]:
-        """What was said since the last call."""
+        """What was generated since the last call."""
         arrived: list[Output] = []
         with contextlib.suppress(queue.Empty):
             arrived.append(self._outputs.get(timeout=timeout_s))
@@ -120,7 +120,7 @@ class SlotBatching:
         return arrived
 
     def gauge(self, deaths: int) -> Gauge:
-        """How it stands."""
+        """Its state for status reports."""
         taken = sum(-(-a.size // PAGE_TOKENS) for a in list(self._running.values()))
         return self._sampler.gauge(
             pages=self.shape.pages, free_pages=self.shape.pages - taken, waiting=len(self._new), stepped_s=self.stepped_s,
@@ -170,17 +170,17 @@ class SlotBatching:
         sampler.new_tokens += sampler.running
         piece = [ZERO + int(c) for c in str(int(now * 1000))] + [SPACE] if self._stamps else [ZERO]
         for one in list(self._running.values()):
-            one.said += piece
+            one.generated += piece
             one.steps -= 1
             if not one.steps:
                 del self._running[one.name]
             if one.signal or not one.steps:
-                self._outputs.put(Output(one.name, list(one.said), over=not one.steps))
+                self._outputs.put(Output(one.name, list(one.generated), over=not one.steps))
         self.stepped_s = time.monotonic()
 
 
 class SlotModel(local.LocalModel):
-    """A LocalModel on such a loop."""
+    """A LocalModel on SlotBatching."""
 
     options: dict[str, Any] = {}
 
@@ -200,6 +200,6 @@ class SlotModel(local.LocalModel):
 
 
 def install(**options: Any) -> None:
-    """From here on every `local:` model of this process is such a loop; the options are SlotBatching's."""
+    """Make every `local:` model of this process a SlotModel; the options are SlotBatching's."""
     SlotModel.options = options
     local.LocalModel = SlotModel  # type: ignore[misc]  # models.named looks it up when a model is first named

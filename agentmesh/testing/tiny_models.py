@@ -1,4 +1,4 @@
-"""Made models of two layers and random weights, made in no time: a Llama whose tokens are bytes, a BERT whose are letters."""
+"""Models of two layers with random weights, made in milliseconds: a Llama whose tokens are bytes, a BERT whose are letters."""
 
 from pathlib import Path
 from typing import Any
@@ -24,39 +24,39 @@ def make_model(seed: int = 7, dtype: torch.dtype = torch.float32) -> Any:
             num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, initializer_range=0.5,
             bos_token_id=1, eos_token_id=END,
         )  # fmt: skip
-        made: Any = LlamaForCausalLM(config)
-        return made.to(dtype).eval()
+        model: Any = LlamaForCausalLM(config)
+        return model.to(dtype).eval()
 
 
 def make_tokenizer(template: str = CHATML, more: tuple[str, ...] = (), *, words: int = 0) -> Any:
     """Tokens of single bytes; `more` are added tokens that are not special, as Qwen has its tags.
 
     Args:
-        words: so many tokens more that no text is read as, and that a model of a larger vocabulary may say.
+        words: how many further tokens, which no text is encoded as and a model of a larger vocabulary may generate.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|end|>": 0, "<|im_start|>": 1, "<|im_end|>": END}
     vocabulary |= {c: i for i, c in enumerate(alphabet, 3)}
     vocabulary |= {f"\u0120word{i}": i + len(alphabet) + 3 for i in range(words)}
-    made = Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<|end|>", "<|im_start|>", "<|im_end|>"])
-    made.add_tokens([AddedToken(m, special=False, normalized=False) for m in more])
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken(m, special=False, normalized=False) for m in more])
     fast: Any = PreTrainedTokenizerFast
-    out = fast(tokenizer_object=made, eos_token="<|im_end|>", clean_up_tokenization_spaces=False)
+    out = fast(tokenizer_object=tokenizer, eos_token="<|im_end|>", clean_up_tokenization_spaces=False)
     out.chat_template = template
     return out
 
 
 def greedy_decode(model: Any, tokens: list[int], most_tokens: int) -> list[int]:
-    """What plain greedy decoding says, without a cache or a batch."""
-    said: list[int] = []
+    """The tokens of plain greedy decoding, without a cache or a batch."""
+    generated: list[int] = []
     with torch.inference_mode():
         for _ in range(most_tokens):
-            logits = model(torch.tensor([tokens + said], device=model.device)).logits[0, -1].float()
-            said.append(int(logits.argmax()))
-    return said
+            logits = model(torch.tensor([tokens + generated], device=model.device)).logits[0, -1].float()
+            generated.append(int(logits.argmax()))
+    return generated
 
 
 def save_model(folder: Path, template: str = CHATML, more: tuple[str, ...] = ()) -> Path:
@@ -78,8 +78,8 @@ def save_encoder(folder: Path) -> Path:
             vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
             max_position_embeddings=64,
         )  # fmt: skip
-        made: Any = BertModel(config)
-        made.eval().save_pretrained(folder)
+        model: Any = BertModel(config)
+        model.eval().save_pretrained(folder)
     tokenizer: Any = BertTokenizer(vocab={w: i for i, w in enumerate(words)})
     tokenizer.save_pretrained(folder)
     return folder

@@ -16,16 +16,20 @@ from agentmesh import (
     Crew,
     DefinitionError,
     DeviceQueue,
+    MeshError,
     Queue,
     RunError,
     ServiceDown,
     Sleep,
     tool,
 )
+from agentmesh.celery.app import make_app
 from agentmesh.celery.dispatch import Gather
 from agentmesh.celery.event_loop import run_sync
+from agentmesh.celery.publisher import publisher_for
 from agentmesh.celery.registry import runtime_of
 from agentmesh.config import Config
+from agentmesh.journal.memory import MemoryJournal
 from agentmesh.mesh import Mesh
 from agentmesh.testing import ScriptedModel, says
 
@@ -223,4 +227,39 @@ def test_two_workers_of_one_mesh_leave_no_thread_behind(valkey: Any) -> None:
         assert mesh.run(Echo(), "hello", timeout_s=10) == "hello"
         assert len(tenders()) == 2
     assert not tenders()
+    mesh.close()
+
+
+def test_a_journal_object_in_the_place_of_a_url(valkey: Any) -> None:
+    crew = Crew(Wide(), Sleeper(), Echo(), name="own", model=model())
+    app = make_app(valkey.broker_url)
+    journal = MemoryJournal(send=publisher_for(app))
+    mesh = Mesh(crew, app=app, journal=journal)
+    with mesh.worker():
+        assert mesh.run(Wide(), 12, timeout_s=20) == 12
+        run = mesh.start(Sleeper(), "x")
+        assert run.result(timeout_s=20) == "awake"
+    assert [head.id for head in asyncio.run(journal.runs())][:1] == [run.run_id]
+    with redis.Redis.from_url(valkey.url) as client:
+        assert not client.keys("agentmesh:*")  # nothing of the journal is on the broker's server
+    mesh.close()
+
+
+def test_a_program_on_an_event_loop_awaits_everything(valkey: Any) -> None:
+    mesh = make(valkey, Echo(), Sleeper())
+
+    async def program() -> list[Any]:
+        await mesh.aio.check()
+        async with mesh.worker():
+            run = await mesh.begin(Echo(), "one two", stream=True)
+            texts = [text async for text in run.tokens()]
+            with pytest.raises(MeshError, match=r"write `await mesh\.begin\(…\)`"):
+                mesh.start(Echo(), "x")
+            answers = await asyncio.gather(*[mesh.aio.run(Sleeper(), "x") for _ in range(3)])
+            heads = await mesh.aio.runs()
+            same = await mesh.aio.get(run.run_id).result()
+        await mesh.aio.close()
+        return [texts, answers, len(heads), same]
+
+    assert asyncio.run(program()) == [["one", " two"], ["awake"] * 3, 4, "one two"]
     mesh.close()

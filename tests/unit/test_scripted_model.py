@@ -60,7 +60,7 @@ def test_a_function_answers_from_the_prompt() -> None:
 def test_a_question_that_is_not_in_the_script_is_named() -> None:
     model = ScriptedModel(["one"])
     ask(model)
-    with pytest.raises(ModelError, match="question 2 is not in the script: 'and now\\?'; add a reply"):
+    with pytest.raises(ModelError, match="prompt 2 is not in the script: 'and now\\?'; add a reply"):
         ask(model, "and now?")
 
 

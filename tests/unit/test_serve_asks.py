@@ -10,9 +10,9 @@ import pytest
 from agentmesh.message import Message
 from agentmesh.model import Prompt
 from agentmesh.models.openai_format import request_body
-from agentmesh.serve.app import keyed_run
 from agentmesh.serve.embeddings import Embeddings
 from agentmesh.serve.request import ChatRequest, check_for_local_engine, parse_chat
+from agentmesh.serve.request_run import keyed_run
 from agentmesh.serve.responses import ApiError
 
 HI = [{"role": "user", "content": "hi"}]

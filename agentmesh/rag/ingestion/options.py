@@ -39,15 +39,15 @@ class AddOptions(TypedDict, total=False):
 
 
 def check_paths(request: IngestRequest) -> None:
-    """Nothing, where all paths of an ingest are there.
+    """Check that all paths of an ingest exist.
 
     Raises:
-        DefinitionError: one is not, or a file is to be synced.
+        DefinitionError: one does not, or a file is to be synced.
     """
     for path in request.paths:
         if not os.path.exists(path):
             raise DefinitionError(
-                f"there is no folder or file {path!r}", hint="name one that is there, for the workers too"
+                f"there is no folder or file {path!r}", hint="name one that exists, on the workers' machines as well"
             )
         if request.sync and not os.path.isdir(path):
             raise DefinitionError(

@@ -1,6 +1,6 @@
 """What any Journal must do: coroutines of a journal, and the class that runs them.
 
-Each wants a journal of its own, empty, with leases of LEASE_MS. A broken promise is an AssertionError.
+Each needs an empty journal of its own with leases of LEASE_MS, and raises AssertionError where a promise is broken.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from agentmesh.journal.types import (
 from agentmesh.testing.contracts.base import Contract, check
 
 LEASE_MS = 300
-LARGE = 100_000  # characters: more than any message may have
+LARGE = 100_000  # characters: more than a message may hold
 Promise = Callable[[Journal], Awaitable[None]]
 
 
@@ -59,7 +59,7 @@ async def _kinds(journal: Journal, run_id: str) -> list[str]:
 
 
 async def a_run_from_begin_to_end(journal: Journal) -> None:
-    """Begin, claim, commit with the end; the head and the list of runs tell of it."""
+    """Begin, claim, commit with the end; the head and the list of runs show it."""
     assert isinstance(await journal.begin(_run("r"), _steps("r", 1)), Accepted)
     claimed = await _claimed(journal, step_unit("r", 1))
     done, end = StepDone(n=1, value="v"), NextSteps(end=RunDone(value="v"))
@@ -77,9 +77,9 @@ async def begin_is_repeatable(journal: Journal) -> None:
     """The same spec again changes nothing; another under the same id is refused."""
     await journal.begin(_run("r"), _steps("r", 1))
     before = await _kinds(journal, "r")
-    again = await journal.begin(_run("r"), _steps("r", 1))
-    assert isinstance(again, Accepted)
-    assert again.is_repeat
+    repeated = await journal.begin(_run("r"), _steps("r", 1))
+    assert isinstance(repeated, Accepted)
+    assert repeated.is_repeat
     other = await journal.begin(_run("r", "another"), _steps("r", 1))
     assert isinstance(other, Refused)
     assert other.why == "exists"
@@ -96,7 +96,7 @@ async def one_claim_at_a_time(journal: Journal) -> None:
 
 
 async def commit_is_repeatable_and_fenced(journal: Journal) -> None:
-    """Said twice it counts once; under an old fence it is refused."""
+    """Sent twice it counts once; under an old fence it is refused."""
     await journal.begin(_run("r"), _steps("r", 1))
     unit, done = step_unit("r", 1), StepDone(n=1, value=1)
     old = await _claimed(journal, unit, worker="dead", token="a")
@@ -110,7 +110,7 @@ async def commit_is_repeatable_and_fenced(journal: Journal) -> None:
 
 
 async def a_retry_is_claimed_again(journal: Journal) -> None:
-    """A turn that failed is told once and goes out again under a new fence."""
+    """A failed attempt is recorded once and claimed again under a new fence."""
     await journal.begin(_run("r"), _steps("r", 1))
     unit = step_unit("r", 1)
     first = await _claimed(journal, unit, token="a")
@@ -122,7 +122,7 @@ async def a_retry_is_claimed_again(journal: Journal) -> None:
 
 
 async def a_lease_runs_out_unless_renewed(journal: Journal) -> None:
-    """A sweep gives an expired one to somebody else; the old holder hears of it at its next renewal."""
+    """After a sweep another worker claims an expired one; the old holder learns it at its next renewal."""
     await journal.begin(_run("r"), _steps("r", 1))
     unit = step_unit("r", 1)
     await journal.sweep("w")
@@ -139,7 +139,7 @@ async def a_lease_runs_out_unless_renewed(journal: Journal) -> None:
 
 
 async def a_gather_joins_once(journal: Journal) -> None:
-    """Its members end in any order; the advance comes when the last one has, and plans what follows once."""
+    """Its members end in any order; the advance is claimable when the last one has, and plans what follows once."""
     gather = GatherPlan(first=1, last=3, need=3)
     await journal.begin(_run("r"), _steps("r", 1, 2, 3, gather=gather))
     for n in (3, 1, 2):
@@ -157,7 +157,7 @@ async def a_gather_joins_once(journal: Journal) -> None:
 
 
 async def a_cancelled_run_takes_no_more(journal: Journal) -> None:
-    """After a person's word and a sweep the run has ended, and a commit of what was in hand is refused."""
+    """After a cancellation and a sweep the run has ended, and a commit of a leased step is refused."""
     await journal.begin(_run("r"), _steps("r", 1))
     held = await _claimed(journal, step_unit("r", 1))
     assert isinstance(await journal.signal("r", RunCancelled(by="me")), Accepted)
@@ -232,7 +232,7 @@ async def large_values_come_back_whole(journal: Journal) -> None:
 
 
 async def watch_and_stream_end_with_the_run(journal: Journal) -> None:
-    """Who watches is called when the run ends; the live stream is read from its beginning."""
+    """`watch` returns when the run ends; the live stream is read from its beginning."""
     await journal.begin(_run("r"), _steps("r", 1))
     claimed = await _claimed(journal, step_unit("r", 1))
     await journal.stream("r", [Token("r", 1, 1, "text", word) for word in ("one ", "two")])

@@ -81,7 +81,7 @@ def test_embeddings(served: Any) -> None:
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError, match=sentence):
             served.client.embeddings.create(**{"model": "wordllama", "input": "x", **wrong})
-    with pytest.raises(openai.NotFoundError, match="there are wordllama"):
+    with pytest.raises(openai.NotFoundError, match="use one of wordllama"):
         served.client.embeddings.create(model="other", input="x")
 
 
