@@ -161,9 +161,9 @@ class Mesh:
 
         Without a task it takes what the canvas gives it: text as it is, anything else as JSON text.
         """
-        args = () if task is None else (agent.task_json(task),)
+        args = () if task is None else (agent._task_json(task),)
         signature: Signature = self.app.tasks[canvas.AgentTask.name].s(
-            *args, agent=agent.name, crew=self.crew.name, fields=agent.fields_json()
+            *args, agent=agent.name, crew=self.crew.name, fields=agent._fields_json()
         )
         return signature
 
@@ -220,7 +220,7 @@ def make_runtime(
 
     def make_executor() -> ObservedExecutor:
         executor = LocalExecutor(
-            model_of=model_of, servers_of=lambda step: crew.servers_of(step, model), model=model, deps=crew.deps,
+            model_of=model_of, servers_of=lambda step: crew.queues.servers_of(step, model), model=model, deps=crew.deps,
             executor=blocking_executor(64),
         )  # fmt: skip
         return ObservedExecutor(executor, watchers, model)

@@ -51,7 +51,7 @@ class Bench:
         """As its supervisor would."""
         crew = self.mesh.crew
         journal = runtime_of(self.mesh.app, crew.name).journal
-        run_sync(journal.release(worker.name, crashed=True, queues=crew.broker_queues()))
+        run_sync(journal.release(worker.name, crashed=True, queues=crew.queues.broker_names()))
 
 
 def kth(given: argparse.Namespace) -> list[str]:

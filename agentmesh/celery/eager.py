@@ -45,7 +45,7 @@ def eager_process_state(
                 f"a run started inside {inside} would wait for itself on an app with task_always_eager",
                 hint="make it an agent's flow",
             )
-        wire = runner.dispatch.advance(new.run_id, new.spec.agent, crew.queue)
+        wire = runner.dispatch.advance(new.run_id, new.spec.agent, crew.queues.first)
         return await _on_mesh_loop(exclusive(runner.begin(replace(new, wire=wire))))
 
     async def on_change() -> None:

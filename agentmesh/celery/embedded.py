@@ -251,13 +251,13 @@ def make_workers(
         admits: room that all of them share; then it is one worker.
     """
     workers = []
-    for group in [list(queues)] if admits is not None else crew.worker_groups(queues):
+    for group in [list(queues)] if admits is not None else crew.queues.worker_groups(queues):
         declared = [crew.queues[name] for name in group or crew.queues]
         server_queues = [q for q in declared if admits is None and isinstance(q, ServerQueue)]
         places = concurrency or (max if server_queues else sum)(q.concurrency for q in declared)
-        broker_queues = crew.broker_queues(group, suspects=suspects)
+        broker_queues = crew.queues.broker_names(group, suspects=suspects)
         if broker_queues:
-            lanes = {crew.broker_queue(q.name): q.lane for q in server_queues}
+            lanes = {crew.queues.broker_name(q.name): q.lane for q in server_queues}
             room = _lanes(lanes, places) if len({*lanes.values()}) > 1 else admits
             workers.append(EmbeddedWorker(app, queues=broker_queues, concurrency=places, admits=room))
     return workers

@@ -120,7 +120,7 @@ class MeshRuntime:
 
     def broker_queues(self) -> list[str]:
         """The broker's names of the crew's queues."""
-        return self.crew.broker_queues()
+        return self.crew.queues.broker_names()
 
     # ---- new runs ------------------------------------------------------------------------------
     def new_run(
@@ -137,11 +137,11 @@ class MeshRuntime:
         if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
             raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
         self.crew.agent(agent.name)
-        queue = self.crew.broker_queue(self.crew.queue)
+        queue = self.crew.queues.broker_name(self.crew.queues.first)
         spec = RunSpec(
-            crew=self.crew.name, version=self.crew.version, agent=agent.name, task=agent.task_json(task),
-            fields=agent.fields_json(), history=[m.to_json() for m in history], limits=self.crew.limits.to_json(),
-            origin=origin or self.crew.file, stream=stream, trace=self._traceparent(),
+            crew=self.crew.name, version=self.crew.version, agent=agent.name, task=agent._task_json(task),
+            fields=agent._fields_json(), history=[m.to_json() for m in history], limits=self.crew.limits.to_json(),
+            origin=origin or self.crew._file, stream=stream, trace=self._traceparent(),
         )  # fmt: skip
         return NewRun(run_id, spec, self.process_state.dispatch.advance(run_id, agent.name, queue))
 
@@ -171,7 +171,7 @@ class MeshRuntime:
         if is_eager(self.app):
             run_sync(self.begin(new))
             return run_sync(self.journal.events(run_id))
-        finish = self.dispatch.finish(run_id, agent, self.crew.broker_queue(self.crew.queue))
+        finish = self.dispatch.finish(run_id, agent, self.crew.queues.broker_name(self.crew.queues.first))
         run_sync(self.begin(replace(new, spec=replace(new.spec, canvas=saved), finish=finish)))
         return ()
 
@@ -193,7 +193,7 @@ class MeshRuntime:
 
     def start_housekeeping(self, *, queues: Sequence[str] = ()) -> Housekeeper:
         """Renew leases and sweep in a thread of this process."""
-        return self._start_housekeeping(queues or self.crew.broker_queues(), self.config.sweep_s)
+        return self._start_housekeeping(queues or self.crew.queues.broker_names(), self.config.sweep_s)
 
     def _start_housekeeping(self, queues: Sequence[str], sweep_s: float) -> Housekeeper:
         state = self.process_state
@@ -218,7 +218,7 @@ class MeshRuntime:
     async def release_processes(self, pids: Sequence[int]) -> None:
         """Give back what these processes hold."""
         for pid in pids:
-            await self.journal.release(self.lease_name(pid), crashed=False, queues=self.crew.broker_queues())
+            await self.journal.release(self.lease_name(pid), crashed=False, queues=self.crew.queues.broker_names())
 
     def release_dead(self, pid: int) -> None:
         """A child of this process died: its leases are given back soon."""

@@ -207,7 +207,7 @@ def _torch_index(cuda: str) -> str:
 # ---- queues ------------------------------------------------------------------------------------
 def check_queues(crew: Crew) -> Iterator[Check]:
     """Whether the models of device queues are here, and where their workers would run."""
-    for queue in crew.device_queues():
+    for queue in crew.queues.on_devices():
         try:
             devices = devices_of(queue)
         except ConfigError as e:

@@ -19,7 +19,7 @@ from agentmesh.celery.publish_connection import CONNECTION_ERRORS
 from agentmesh.celery.rabbitmq import DELIVERY_LIMIT, BrokerFacts, inspect_broker, on_rabbit
 from agentmesh.cli.checks import Check, check_gpus, check_queues, check_torch, print_checks, query_driver
 from agentmesh.config import Config, load
-from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.crew import Crew, models_of
 from agentmesh.definitions.queue import ServerQueue
 from agentmesh.errors import ConfigError, MeshError
 from agentmesh.hub.cache import installed
@@ -64,7 +64,7 @@ def _checks(crew: str, broker: str, file: Path | None) -> Iterator[Check]:
             loaded = load_crew(crew)
         except MeshError as e:
             yield Check.of_error(e, where=f"crew {crew}")
-    local = loaded is not None and any(m.startswith("local:") for m in loaded.models(config.model))
+    local = loaded is not None and any(m.startswith("local:") for m in models_of(loaded, config.model))
     yield from check_torch(driver, needed=local)
     if loaded is not None:
         yield from _crew(crew, loaded, config)
@@ -195,7 +195,9 @@ async def _model_servers(queue: str, fleet: LoadBalancer) -> list[Check]:
 
 
 def _crew(path: str, crew: Crew, config: Config) -> Iterator[Check]:
-    yield Check(True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.broker_queues())}")
+    yield Check(
+        True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.queues.broker_names())}"
+    )
     yield from check_queues(crew)
     try:
         check_models(crew, config)
@@ -205,6 +207,6 @@ def _crew(path: str, crew: Crew, config: Config) -> Iterator[Check]:
         yield Check(True, "its models can be reached from here")
         if is_amqp(config.broker):
             with suppress(*CONNECTION_ERRORS):  # _servers has reported it
-                yield from _queues(inspect_broker(make_app(config.broker), crew.broker_queues()))
+                yield from _queues(inspect_broker(make_app(config.broker), crew.queues.broker_names()))
     except MeshError as e:
         yield Check.of_error(e, where=f"crew {path}")

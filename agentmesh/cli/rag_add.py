@@ -44,7 +44,7 @@ def add_documents(
         queues: those that this command's workers serve; the steps of the others wait for other workers.
     """
     crew = load_crew(CREW)
-    crew.broker_queues(queues)
+    crew.queues.broker_names(queues)
     retriever = open_retriever(store, embed, file)
     if retriever.other_store is not None:
         return print_added(retriever.add(

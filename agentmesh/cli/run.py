@@ -148,7 +148,7 @@ def follow_run(
     supervisor.start()
     view = view or make_view(as_json=as_json)
     try:
-        ready_timeout_s = MODEL_READY_TIMEOUT_S if mesh.crew.device_queues() else READY_TIMEOUT_S
+        ready_timeout_s = MODEL_READY_TIMEOUT_S if mesh.crew.queues.on_devices() else READY_TIMEOUT_S
         if run.status() == "open" and not supervisor.wait_ready(ready_timeout_s):
             raise ServiceDown(
                 f"the worker was not ready within {ready_timeout_s:.0f} s",

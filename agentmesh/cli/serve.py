@@ -13,7 +13,7 @@ from agentmesh.celery.event_loop import run_sync
 from agentmesh.cli.run import origin_of
 from agentmesh.cli.worker import REPLY_TIMEOUT_S, release_on_death, status_folder, where
 from agentmesh.config import Config, load
-from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.crew import Crew, models_of
 from agentmesh.errors import MeshError
 from agentmesh.mesh import Mesh
 from agentmesh.models.registry import ModelRegistry
@@ -57,7 +57,7 @@ def serve_crew(
             now = Health(expected, ready, journal=_journal_answers(mesh), engines=engines)
             return now.good, now.numbers
 
-        models = crew.models(config.model)
+        models = models_of(crew, config.model)
         key = f"key from {key_env}" if server.key else "no key, only for this machine"
         line = (f"crew {crew.name} · {server.url}/v1 · models {', '.join([*crew.agents, *models, *vectors])} · {key} · "
                 f"workers {supervisor.health[0] if supervisor is not None else 'elsewhere'} · {where(config, valkey)}")  # fmt: skip

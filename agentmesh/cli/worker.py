@@ -71,7 +71,7 @@ def run_workers(
     set_up_logging(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
     loaded = {path: load_crew(path) for path in crews}  # here, so that an error in a file is reported once
-    for model_name in {q.model for c in loaded.values() for q in c.device_queues(queues)}:
+    for model_name in {q.model for c in loaded.values() for q in c.queues.on_devices(queues)}:
         ModelRegistry().check(f"local:{model_name}")
     served = consumed_queues(loaded.values(), queues)
     config, valkey = resolve_servers(config)

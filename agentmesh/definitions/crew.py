@@ -5,8 +5,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic
@@ -14,27 +13,16 @@ from typing import Any, Generic
 from typing_extensions import TypeVar
 
 from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.crew_queues import CrewQueues
 from agentmesh.definitions.limits import Limits
 from agentmesh.definitions.passthrough import Passthrough
-from agentmesh.definitions.queue import (
-    EMBED_QUEUE,
-    LANES,
-    BaseQueue,
-    DeviceQueue,
-    Queue,
-    ServerQueue,
-    Servers,
-    Suspects,
-    WorkerKind,
-)
+from agentmesh.definitions.queue import BaseQueue
 from agentmesh.definitions.schedule import Schedule
-from agentmesh.definitions.step import Step
 from agentmesh.definitions.tool import Tool
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
 from agentmesh.model import Model
 
 CREW_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-DEFAULT_QUEUE = "main"
 Out_co = TypeVar("Out_co", default=Any, covariant=True)
 
 
@@ -65,23 +53,18 @@ class Crew(Generic[Out_co]):
         deps: Any = None, extensible: bool = False,
     ) -> None:  # fmt: skip
         self.lead: Agent[Out_co, Any] = lead
-        self.model, self.version, self.deps, self.extensible = model, version, deps, extensible
+        self.model, self.version, self.deps, self._extensible = model, version, deps, extensible
         self.limits = limits or Limits()
-        self.file = _caller_file(inspect.currentframe())
-        self.name = name or _default_name(self.file)
+        self._file = _caller_file(inspect.currentframe())
+        self.name = name or _default_name(self._file)
         if not CREW_NAME.fullmatch(self.name):
             raise DefinitionError(
                 f"crew name {self.name!r} is not allowed",
                 hint="use letters, digits, `_` and `-`, at most 64 characters",
             )
-        self.queues: dict[str, BaseQueue] = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
-        if len(self.queues) < len(queues):
-            raise NameTaken(
-                f"crew {self.name!r} has several queues with the same name: {', '.join(q.name for q in queues)}"
-            )
-        self._check_devices()
+        self.queues = CrewQueues(self.name, queues, model)
         self.agents: dict[str, Agent[Any, Any]] = {}
-        self.tools: dict[str, Tool[..., Any]] = {}
+        self._tools: dict[str, Tool[..., Any]] = {}
         for agent in (lead, *agents, *(s.agent for s in schedules)):
             self._add(agent)
         self.schedules = {s.name: s for s in schedules}
@@ -89,11 +72,6 @@ class Crew(Generic[Out_co]):
             raise NameTaken(
                 f"crew {self.name!r} has several schedules with the same name", hint="set `name` in one of them"
             )
-
-    @property
-    def queue(self) -> str:
-        """The first queue: where steps go that name none."""
-        return next(iter(self.queues))
 
     def _add(self, agent: Agent[Any, Any]) -> None:
         if isinstance(agent, type):
@@ -115,62 +93,17 @@ class Crew(Generic[Out_co]):
         self.agents[agent.name] = agent
         if existing is not None and type(existing) is type(agent):
             return
-        self._check_queue(f"agent `{agent.name}`", agent.queue)
+        self.queues.check(f"agent `{agent.name}`", agent.queue)
         self._check_model(agent)
         for tool in agent.tools:
-            same = self.tools.setdefault(tool.name, tool)
+            same = self._tools.setdefault(tool.name, tool)
             if same is not tool and same.func.__qualname__ != tool.func.__qualname__:
                 raise NameTaken(
                     f"two tools are named {tool.name!r}", hint="give one of them another with `@tool(name=…)`"
                 )
-            self._check_queue(f"tool `{tool.name}`", tool.queue)
+            self.queues.check(f"tool `{tool.name}`", tool.queue)
         for member in agent.team:
             self._add(member)
-
-    def _check_devices(self) -> None:
-        """Nothing, where the queues that the same processes or servers serve agree.
-
-        Raises:
-            DefinitionError: two of them contradict each other.
-        """
-        first: dict[str, DeviceQueue] = {}
-        encoders: dict[str, DeviceQueue] = {}
-        for queue in self.device_queues():
-            other = first.setdefault(queue.model, queue)
-            if queue.devices != other.devices:
-                raise DefinitionError(
-                    f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
-                    f"{other.devices!r} and {queue.devices!r}",
-                    hint="write the same in each: the same processes serve both",
-                )
-            beside = encoders.setdefault(queue.model, queue) if queue.embed else queue
-            if queue.embed != beside.embed:
-                raise DefinitionError(
-                    f"crew {self.name!r}: queues {beside.name!r} and {queue.name!r} of model {queue.model!r} have embed="
-                    f"{beside.embed!r} and {queue.embed!r}",
-                    hint="name one encoder: the same processes serve both",
-                )
-        for one, two in combinations([q for q in self.queues.values() if isinstance(q, ServerQueue)], 2):
-            shared = sorted({*one.urls} & {*two.urls})
-            if shared and {*one.urls} != {*two.urls} and one.lane != two.lane:
-                raise DefinitionError(
-                    f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
-                    f"{', '.join(shared)}, but not all servers",
-                    hint="write the same urls in each: lanes share their places",
-                )
-
-    def _check_queue(self, who: str, queue: str) -> None:
-        """Nothing, where there is such a queue, or `queue` is "".
-
-        Raises:
-            UnknownName: there is none.
-        """
-        if queue and queue not in self.queues:
-            names = ", ".join(repr(q) for q in self.queues)
-            raise UnknownName(
-                f"{who} names the unknown queue {queue!r}",
-                hint=f"use one of: {names}.{did_you_mean(queue, self.queues)}",
-            )
 
     def _check_model(self, agent: Agent[Any, Any]) -> None:
         model = agent.model or self.model
@@ -188,14 +121,14 @@ class Crew(Generic[Out_co]):
                 else "give it an `async def ask(prompt, on_token)`",
             )
 
-    def absorb(self, other: "Crew[Any]") -> None:
+    def _absorb(self, other: "Crew[Any]") -> None:
         """Add another crew's agents; of two classes of one name the newer one stays (a notebook's cell that was run again)."""
         self.agents.update(other.agents)
-        self.tools.update(other.tools)
+        self._tools.update(other._tools)
 
-    def register_delegate(self, agent: Agent[Any, Any]) -> None:
+    def _register_delegate(self, agent: Agent[Any, Any]) -> None:
         """Add an agent that a flow delegates to, where the crew is extensible."""
-        if self.extensible and agent.name not in self.agents:
+        if self._extensible and agent.name not in self.agents:
             self._add(agent)
 
     def agent(self, name: str, fields: Mapping[str, Any] | None = None) -> Agent[Any, Any]:
@@ -215,94 +148,18 @@ class Crew(Generic[Out_co]):
         agent = self.agents[name]
         return type(agent)(**fields) if fields else agent
 
-    def queue_of(self, step: Step[Any], default: Model | str | None = None) -> str:
-        """The crew's queue for a step: its own, its model's, or the first; for embed steps of an ingest one with an encoder.
-
-        Args:
-            default: the model of agents that name none, in a crew that names none.
-        """
-        own: str = step.policy().queue
-        if own in self.queues:
-            return own
-        if own == EMBED_QUEUE and (embed_queues := [q for q in self.device_queues() if q.embed]):
-            return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # the least urgent
-        model = getattr(step, "model", None) or self.model or default
-        if step.target == "model" and isinstance(model, str):
-            for queue in self.queues.values():
-                if queue.serves_model(model):
-                    return queue.name
-        return self.queue
-
-    def servers_of(self, step: Step[Any], default: Model | str | None = None) -> Servers | None:
-        """The model servers that answer the asks of a step's queue, or None.
-
-        Args:
-            default: the model of agents that name none, in a crew that names none.
-        """
-        model = getattr(step, "model", None) or self.model
-        if step.target != "model" or hasattr(model, "ask"):
-            return None
-        queue = self.queues[self.queue_of(step, default)]
-        return queue.servers if isinstance(queue, ServerQueue) else None
-
     @property
     def names_every_model(self) -> bool:
         """Whether no agent is left that would ask the settings' model."""
         return self.model is not None or all(agent.model for agent in self.agents.values())
 
-    def models(self, default: str) -> list[str]:
-        """The names of the models that the crew or its agents name; `default` stands for those of agents that name none."""
-        names = [m for m in (self.model, *(a.model for a in self.agents.values())) if isinstance(m, str)]
-        if self.model is None and any(a.model is None and type(a).flow is Agent.flow for a in self.agents.values()):
-            names.append(default)
-        return list(dict.fromkeys(names))
 
-    def queues_served_by(self, worker: WorkerKind, only: Iterable[str] = ()) -> list[str]:
-        """Of these queues, or of all, the names of those that this kind of worker process serves."""
-        selected = list(only) or self.queues
-        return [name for name, queue in self.queues.items() if name in selected and queue.worker_kind == worker]
-
-    def device_queues(self, only: Iterable[str] = ()) -> list[DeviceQueue]:
-        """Of these queues, or of all, those whose workers load a model."""
-        selected = list(only) or self.queues
-        return [q for name, q in self.queues.items() if name in selected and isinstance(q, DeviceQueue)]
-
-    def worker_groups(self, only: Iterable[str] = ()) -> list[list[str]]:
-        """These queues, or all, grouped by the places in a worker that they share: queues of the same servers share theirs.
-
-        Raises:
-            UnknownName: the crew has no such queue.
-        """
-        groups: dict[Any, list[str]] = {}
-        for name in list(only) or self.queues:
-            self._check_queue(f"crew {self.name!r}: --queue", name)
-            queue = self.queues[name]
-            groups.setdefault(queue.shared_places if isinstance(queue, ServerQueue) else None, []).append(name)
-        return list(groups.values())
-
-    def broker_queue(self, queue: str) -> str:
-        """The broker's name of a queue."""
-        return f"agentmesh.{self.name}.{queue}"
-
-    def isolates_suspects(self, queue: str) -> bool:
-        """Whether this queue's suspects have a process of their own: not where that would load a model once more."""
-        return queue in self.queues and self.queues[queue].isolates_suspects
-
-    def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "include") -> list[str]:
-        """The broker's names of these queues, or of all, each with the queue of its suspects.
-
-        Args:
-            suspects: `exclude` leaves out the suspects that run in a separate process, `only` all but those.
-
-        Raises:
-            UnknownName: the crew has no such queue.
-        """
-        for queue in only:
-            self._check_queue(f"crew {self.name!r}: --queue", queue)
-        selected = list(only) or list(self.queues)
-        names = [self.broker_queue(q) for q in selected if suspects != "only"]
-        isolated = [q for q in selected if suspects == "include" or self.isolates_suspects(q) == (suspects == "only")]
-        return [*names, *[f"{self.broker_queue(q)}.suspects" for q in isolated]]
+def models_of(crew: "Crew[Any]", default: str) -> list[str]:
+    """The names of the models that the crew or its agents name; `default` stands for those of agents that name none."""
+    names = [m for m in (crew.model, *(a.model for a in crew.agents.values())) if isinstance(m, str)]
+    if crew.model is None and any(a.model is None and type(a).flow is Agent.flow for a in crew.agents.values()):
+        names.append(default)
+    return list(dict.fromkeys(names))
 
 
 def _caller_file(frame: FrameType | None) -> str:

@@ -188,7 +188,7 @@ class Delegate(Step[T_co]):
 
     def digest(self) -> str:
         """Name, fields and task."""
-        return digest(self.kind, self.name, self.agent.fields_json(), self.task)
+        return digest(self.kind, self.name, self.agent._fields_json(), self.task)
 
     def child(self) -> tuple[Any, Any]:
         """The agent and its task."""

@@ -199,6 +199,10 @@ class AsyncRun(Generic[Out]):
         """The journal so far."""
         return await self._journal.events(self.run_id)
 
+    async def tree(self) -> "list[AsyncRun[Any]]":
+        """The run and every run below it, parents before children."""
+        return [self.client.get(run_id) for run_id in await self._journal.tree(self.run_id)]
+
     async def tree_events(self) -> list[tuple[str, Event]]:
         """The journal so far of the run and every run below it, each event with its run's id: the run's own first, then by depth."""
         return await tree_events(self._journal, self.run_id)

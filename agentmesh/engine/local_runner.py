@@ -98,7 +98,7 @@ class LocalRunner:
         letter, run_id, *rest = unit.split("|")
         engine = next(self._turn)
         if letter == "s":
-            await engine.step(run_id, int(rest[0]), self.crew.queue)
+            await engine.step(run_id, int(rest[0]), self.crew.queues.first)
         elif letter == "a":
             await engine.advance(run_id)
 

@@ -44,10 +44,12 @@ class Planner:
         policies = {n: step.policy() for n, step in new.items()}
         queues = {n: self._queue(step) for n, step in new.items()}
         members = [
-            MessageSpec(n, s.kind, s.lane, s.name, self.crew.broker_queue(queues[n]), _kill_after_s(s, policies[n]))
+            MessageSpec(
+                n, s.kind, s.lane, s.name, self.crew.queues.broker_name(queues[n]), _kill_after_s(s, policies[n])
+            )
             for n, s in new.items()
         ]
-        home = self.crew.broker_queue(self.crew.queue)
+        home = self.crew.queues.broker_name(self.crew.queues.first)
         wires = dict(zip(new, self.dispatch.steps(history.run_id, members, waiting.gather, home), strict=True))
         first = waiting.gather.first if waiting.gather else 0
         plans = []
@@ -60,7 +62,7 @@ class Planner:
         return NextSteps(plans, waiting.gather)
 
     def _queue(self, step: Step[Any]) -> str:
-        return self.crew.queue_of(step, self.model) if step.lane == "queued" else self.crew.queue
+        return self.crew.queues.of(step, self.model) if step.lane == "queued" else self.crew.queues.first
 
     def _plan(
         self, history: History, planned: StepPlanned, step: Step[Any], policy: StepPolicy, wire: TaskMessage
@@ -78,7 +80,7 @@ class Planner:
         started = history.started
         assert started is not None
         agent, task = step.child()
-        self.crew.register_delegate(agent)
+        self.crew._register_delegate(agent)
         depth = history.run_id.count("/") + 1
         allowed = started.limits.get("depth", self.crew.limits.depth)
         if depth >= allowed:
@@ -88,7 +90,7 @@ class Planner:
             )
             return StepPlan(planned, "ended", wire, end=StepFailed(n=planned.n, error=error_to_json(why)))
         spec = started.child(
-            agent=step.name, task=task, fields=agent.fields_json(), parent=history.run_id, parent_n=planned.n
+            agent=step.name, task=task, fields=agent._fields_json(), parent=history.run_id, parent_n=planned.n
         )
         return StepPlan(planned, "child", child=NewRun(f"{history.run_id}/{planned.n}", spec, wire))
 

@@ -99,7 +99,7 @@ async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal
     assert isinstance(was, RunStarted)
     crew.agent(was.agent, was.fields)
     started = was.retry(version=crew.version, limits=crew.limits.to_json())
-    wire = dispatch.advance(new, was.agent, crew.broker_queue(crew.queue))
+    wire = dispatch.advance(new, was.agent, crew.queues.broker_name(crew.queues.first))
     answer = await journal.begin(
         NewRun(new, started, wire), NextSteps(), await _retained_tree(journal, old, new, events, started)
     )

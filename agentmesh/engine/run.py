@@ -57,6 +57,10 @@ class Run(Generic[Out]):
         """The journal so far."""
         return self._call(self.aio.events)
 
+    def tree(self) -> "list[Run[Any]]":
+        """The run and every run below it, parents before children."""
+        return [Run(member) for member in self._call(self.aio.tree)]
+
     def tree_events(self) -> list[tuple[str, Event]]:
         """The journal so far of the run and every run below it, each event with its run's id: the run's own first, then by depth."""
         return self._call(self.aio.tree_events)

@@ -143,7 +143,7 @@ def chat_target(chat: ChatRequest, crew: Crew, models: Sequence[str]) -> ChatTar
         return _of_agent(crew.agents[chat.model], chat)
     if chat.model not in models:
         raise unknown_model(chat.model, [*crew.agents, *models])
-    if chat.model.startswith("local:") and crew.servers_of(Ask(Passthrough.name, chat.model)) is None:
+    if chat.model.startswith("local:") and crew.queues.servers_of(Ask(Passthrough.name, chat.model)) is None:
         chat = check_for_local_engine(chat)
     request = ModelRequest(
         model=chat.model,

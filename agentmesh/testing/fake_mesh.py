@@ -50,7 +50,7 @@ class AsyncFakeMesh:
         lead, task = (agent, task) if isinstance(agent, Agent) else (crew.lead, agent)
         run_id = run_id or f"r{next(self._numbers)}"
         spec = RunSpec(
-            crew=crew.name, version=crew.version, agent=lead.name, task=lead.task_json(task), fields=lead.fields_json(),
+            crew=crew.name, version=crew.version, agent=lead.name, task=lead._task_json(task), fields=lead._fields_json(),
             history=[m.to_json() for m in history], limits=crew.limits.to_json(), origin=origin, stream=stream,
         )  # fmt: skip
         new = NewRun(run_id, spec, self._runner.dispatch.advance(run_id, lead.name, ""))
@@ -119,7 +119,7 @@ class FakeMesh:
         self.crew = crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
         executor = LocalExecutor(
-            model_of=lambda name: (self.model, model_name(name)), servers_of=crew.servers_of, model=crew.model, deps=crew.deps,
+            model_of=lambda name: (self.model, model_name(name)), servers_of=crew.queues.servers_of, model=crew.model, deps=crew.deps,
             threads=4,
         )  # fmt: skip
         self.runner = LocalRunner(crew, executor, start_ms=start_ms, workers=workers)

@@ -55,8 +55,8 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     for crew in crews:
         runtime = make_runtime(crew, config=config, models=models, worker=name, observers=observers, suspects=suspects)
         runtime.app.conf.worker_send_task_events = bool(spec.get("events"))
-        served = crew.queues_served_by("asyncio", spec["queues"])
-        if served and (suspect_queues := crew.broker_queues(served, suspects=suspects)):
+        served = crew.queues.served_by("asyncio", spec["queues"])
+        if served and (suspect_queues := crew.queues.broker_names(served, suspects=suspects)):
             suspects_of.append((runtime, suspect_queues))
             workers.append(in_process_worker(runtime, queues=served, concurrency=spec["concurrency"]).start())
         if spec.get("beat") and crew.schedules:
@@ -158,7 +158,7 @@ def worker_commands(
         concurrency: of the asyncio workers; of the prefork worker where there is no other.
         processes: how many asyncio workers.
     """
-    pools = [p for p in POOLS if any(crew.queues_served_by(p, queues) for crew in crews.values())]
+    pools = [p for p in POOLS if any(crew.queues.served_by(p, queues) for crew in crews.values())]
     commands: list[Command] = []
     for pool in pools:
         command = worker_command(
@@ -178,7 +178,7 @@ def _crews_by_device(crews: Mapping[str, Crew], queues: Sequence[str]) -> dict[t
     """The files of the crews that need a worker, by its model and device."""
     by_device: dict[tuple[str, str], list[str]] = {}
     for path, crew in crews.items():
-        for queue in crew.device_queues(queues):
+        for queue in crew.queues.on_devices(queues):
             for device in devices_of(queue):
                 paths = by_device.setdefault((queue.model, device), [])
                 paths += [path] if path not in paths else []

@@ -34,13 +34,13 @@ def encoder_name(queues: Iterable[DeviceQueue]) -> str:
 def consumed_queues(crews: Iterable[Crew], only: Sequence[str] = ()) -> list[str]:
     """The broker queues that the workers of these crews consume: their own, and that of ingests' embed steps."""
     every_crew = list(crews)
-    return [q for crew in every_crew for q in crew.broker_queues(only)] + embed_queues(every_crew, only)
+    return [q for crew in every_crew for q in crew.queues.broker_names(only)] + embed_queues(every_crew, only)
 
 
 def embed_queues(crews: Iterable[Crew], only: Sequence[str] = (), *, suspects: Suspects = "include") -> list[str]:
     """The broker queue of embed steps and that of its suspects, where a queue of these crews names an encoder; else []."""
-    embeds = any(queue.embed for crew in crews for queue in crew.device_queues(only))
-    return load_crew(RAG).broker_queues([EMBED_QUEUE], suspects=suspects) if embeds else []
+    embeds = any(queue.embed for crew in crews for queue in crew.queues.on_devices(only))
+    return load_crew(RAG).queues.broker_names([EMBED_QUEUE], suspects=suspects) if embeds else []
 
 
 def prepare_encoder(queues: Iterable[DeviceQueue], on_fatal: Callable[[Exception], None]) -> list[Crew]:

@@ -167,7 +167,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
 
 def _served(crew: Crew, spec: dict[str, Any]) -> list[DeviceQueue]:
     """The crew's queues whose model this process loads."""
-    return [queue for queue in crew.device_queues(spec["queues"]) if queue.model == spec["model"]]
+    return [queue for queue in crew.queues.on_devices(spec["queues"]) if queue.model == spec["model"]]
 
 
 def _worker(
@@ -177,8 +177,8 @@ def _worker(
     queues: list[str] = []
     for crew in crews:
         if names := [queue.name for queue in served[crew.name]]:
-            queues += crew.broker_queues(names, suspects=suspects)
-    lanes = {crew.broker_queue(q.name): q.lane for crew in crews for q in served[crew.name]}
+            queues += crew.queues.broker_names(names, suspects=suspects)
+    lanes = {crew.queues.broker_name(q.name): q.lane for crew in crews for q in served[crew.name]}
     return EmbeddedWorker(app, queues=queues, concurrency=concurrency, admits=Lanes(lanes, engine.admits))
 
 

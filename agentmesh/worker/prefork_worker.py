@@ -39,13 +39,13 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     served: list[str] = []
     processes, suspects = 0, spec.get("suspects", "include")
     for crew in crews:
-        names = crew.queues_served_by("prefork", spec["queues"])
+        names = crew.queues.served_by("prefork", spec["queues"])
         runtime = make_runtime(
             crew, app=app, config=config, models=models, worker=name, observers=observers, suspects=suspects
         )
         if names:
             runtime.check()
-            served += crew.broker_queues(names, suspects=suspects)
+            served += crew.queues.broker_names(names, suspects=suspects)
             processes += sum(crew.queues[queue].concurrency for queue in names)
     if spec.get("beat") and any(crew.schedules for crew in crews):
         start_beat(app)

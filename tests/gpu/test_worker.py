@@ -169,7 +169,7 @@ def test_queues_of_one_model_name_the_same_devices() -> None:
     with pytest.raises(DefinitionError, match=r"queues 'a' and 'b' of model 'm' have devices=\(0,\) and 'all'"):
         Crew(agent, queues=[Queue("main"), DeviceQueue("gpu", model="tiny"), first, DeviceQueue("b", model="m")])
     same = DeviceQueue("b", model="m", devices=[0])
-    assert Crew(agent, queues=[DeviceQueue("gpu", model="tiny"), first, same]).device_queues()
+    assert Crew(agent, queues=[DeviceQueue("gpu", model="tiny"), first, same]).queues.on_devices()
 
 
 def test_a_worker_takes_no_more_than_is_admitted(valkey: Any, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_crews_of_one_device_worker_count_together(valkey: Any) -> None:
     model = _Counting(most)
     loaded = [load_crew(CREW), load_crew(str(OTHER))]
     meshes = [Mesh(crew, app=app, config=config, models=lambda wanted: (model, "tiny")) for crew in loaded]
-    gpu = [name for crew in loaded for name in crew.broker_queues(["gpu"])]
+    gpu = [name for crew in loaded for name in crew.queues.broker_names(["gpu"])]
     shared = EmbeddedWorker(app, queues=gpu, admits=lambda in_hand: 3 - in_hand)
     with meshes[0].worker(queues=["main"]), meshes[1].worker(queues=["main"]), InProcessWorker(meshes, [shared]):
         runs = [mesh.start(mesh.crew.lead, words(20)) for mesh in meshes]

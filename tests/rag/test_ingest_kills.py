@@ -75,7 +75,7 @@ def test_after_kills_of_workers_the_store_is_the_same_as_without(
     log = (tmp_path / "workers.log").open("wb")
     supervisor = Supervisor(
         worker_commands(config, {CREW: mesh.crew}, log="text"), drain_s=5, output=log, env={"PYTHONFAULTHANDLER": "1"},
-        on_death=release_on_death(config, mesh.crew.broker_queues()),
+        on_death=release_on_death(config, mesh.crew.queues.broker_names()),
     )  # fmt: skip
     retriever = Retriever.open(tmp_path / "store", embed=embeddings.embedder)
     agent, request = retriever.ingest(docs, size=160, overlap=0, window=2)

@@ -213,10 +213,10 @@ def test_an_object_is_called_by_its_name_everywhere(model: Any, name: str, caplo
 def test_a_queue_takes_the_steps_of_its_model() -> None:
     queues = [Queue("main"), Queue("slow", model="echo:any", rate="5/s"), Queue("gpu", model="local:tiny")]
     crew = Crew(Parrot(), model="echo:any", queues=queues)
-    assert crew.queue_of(Ask("Parrot", "")) == "slow"
-    assert crew.queue_of(Ask("Parrot", "echo:other")) == "main"
-    assert crew.queue_of(Ask("Parrot", "local:tiny")) == "gpu"
-    assert crew.queues_of_pool("device") == ["gpu"]
+    assert crew.queues.of(Ask("Parrot", "")) == "slow"
+    assert crew.queues.of(Ask("Parrot", "echo:other")) == "main"
+    assert crew.queues.of(Ask("Parrot", "local:tiny")) == "gpu"
+    assert crew.queues.of_pool("device") == ["gpu"]
     assert not crew.queues["slow"].on_device
     with pytest.raises(DefinitionError, match="lane='low' is between queues of one model"):
         Queue("slow", model="echo:any", lane="low")

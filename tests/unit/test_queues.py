@@ -105,5 +105,5 @@ def test_steps_on_a_model_go_to_its_queue() -> None:
     paid, crew_queues = Queue("paid", model="openai:big", rate="5/s"), [Queue("main")]
     crew = Crew(Paid(), Cheap(), queues=[*crew_queues, paid, DeviceQueue("gpu", model="local:m")])
     asks = {name: Ask(name, agent.model) for name, agent in crew.agents.items()}
-    assert {name: crew.queue_of(ask) for name, ask in asks.items()} == {"Paid": "paid", "Cheap": "main"}
-    assert crew.queue_of(Ask("Any", "local:m")) == "gpu"
+    assert {name: crew.queues.of(ask) for name, ask in asks.items()} == {"Paid": "paid", "Cheap": "main"}
+    assert crew.queues.of(Ask("Any", "local:m")) == "gpu"

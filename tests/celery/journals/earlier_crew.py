@@ -83,7 +83,7 @@ class Child(Agent[str]):
         return f"{task}: {ctx.do(add.on(20, 22))}"
 
 
-class Every(Agent[Any]):
+class Every(Agent[Any, Any]):
     team = (Talk(), Child())
     tools = (add, refund, pay, fragile, broken)
 
