@@ -109,7 +109,7 @@ class Crew(Generic[Out_co]):
         self._check_model(agent)
         for tool in agent.tools:
             same = self.tools.setdefault(tool.name, tool)
-            if same is not tool and same.func.__qualname__ != tool.func.__qualname__:
+            if same is not tool and _qualified_name(same) != _qualified_name(tool):
                 raise NameTaken(
                     f"two tools are named {tool.name!r}", hint="give one of them another with `@tool(name=…)`"
                 )
@@ -302,6 +302,11 @@ def _default_name(file: str) -> str:
 
 def _defined_at(agent: Agent[Any, Any]) -> str:
     return f"{type(agent).__module__}.{type(agent).__qualname__}"
+
+
+def _qualified_name(tool: Tool[..., Any]) -> str:
+    function: Any = tool.func
+    return str(getattr(function, "__qualname__", type(function).__qualname__))  # of an object that can be called
 
 
 def _is_redefinition(old: Agent[Any, Any], new: Agent[Any, Any]) -> bool:

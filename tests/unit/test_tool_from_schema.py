@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from agentmesh import Agent, Context, RunFailed, Tool, ToolContext, ToolSignatureError
+from agentmesh import Agent, Context, Crew, NameTaken, RunFailed, Tool, ToolContext, ToolSignatureError
 from agentmesh.journal.events import StepDone, StepPlanned
 from agentmesh.testing import FakeMesh, says, uses
 
@@ -110,6 +110,26 @@ def test_anything_that_can_be_called_will_do(call: Any) -> None:
             return ctx.do(tool.on(city=task, days=1))  # type: ignore[no-any-return]
 
     assert FakeMesh(Desk()).run("Lima") == ["city", "days"]
+
+
+class Client:
+    def __init__(self, server: str) -> None:
+        self.server = server
+
+    def __call__(self, **arguments: Any) -> str:
+        return self.server
+
+
+def test_two_tools_of_one_name_in_a_crew() -> None:
+    schema = {"type": "object", "properties": {}}
+
+    def desk(call: Any, name: str) -> Agent:
+        return type(name, (Agent,), {"tools": (made(call, schema),)})()
+
+    one = made(Client("one"), schema)
+    assert Crew(desk(one.func, "A"), desk(one.func, "B")).lead.name == "A"
+    with pytest.raises(NameTaken, match="two tools are named 'forecast'"):
+        Crew(desk(Client("one"), "A"), desk(forecast, "B"))
 
 
 def test_the_arguments_are_the_tools_own() -> None:
