@@ -119,7 +119,7 @@ class Mesh:
         origin: str = "",
     ) -> Run[Out]:  # fmt: skip
         """`start`, for code on an event loop."""
-        spec = self._spec(agent, task, id or uuid.uuid4().hex[:12], history, stream, origin or self.crew.file)
+        spec = self._spec(agent, task, id or uuid.uuid4().hex[:12], history, stream, origin or self.crew._file)
         answer = await self.process_state.begin(spec)
         if isinstance(answer, Refused):
             raise RunError(
@@ -134,9 +134,9 @@ class Mesh:
 
         Without a task it takes what the canvas gives it: text as it is, anything else as JSON text.
         """
-        args = () if task is None else (agent.task_json(task),)
+        args = () if task is None else (agent._task_json(task),)
         signature: Signature = self.app.tasks[canvas.AgentTask.name].s(
-            *args, agent=agent.name, crew=self.crew.name, fields=agent.fields_json()
+            *args, agent=agent.name, crew=self.crew.name, fields=agent._fields_json()
         )
         return signature
 
@@ -153,9 +153,9 @@ class Mesh:
         who = self.crew.agent(agent, fields)
         if who.task_type is str and not isinstance(task, str):
             task = canonical(task)
-        spec = self._spec(who, task, run_id, (), False, self.crew.file)
+        spec = self._spec(who, task, run_id, (), False, self.crew._file)
         if not is_eager(self.app):
-            home = self.crew.broker_queue(self.crew.queue)
+            home = self.crew.queues.broker_name(self.crew.queues.first)
             spec = replace(spec, canvas=saved, finish=self.dispatch.finish(run_id, agent, home))
         if isinstance(run_sync(_begun(self.process_state, spec)), Refused):
             raise RunError(f"run {run_id!r} exists with another agent or task", run_id=run_id)
@@ -198,7 +198,7 @@ class Mesh:
     def _make_process_state(self, pid: int, eager: bool) -> ProcessState:
         model, name = self.crew.model or self.config.model, self.lease_name(pid)
         doer = LocalExecutor(
-            model_of=self._models, servers_of=lambda step: self.crew.servers_of(step, model), model=model,
+            model_of=self._models, servers_of=lambda step: self.crew.queues.servers_of(step, model), model=model,
             deps=self.crew.deps, executor=blocking_executor(64),
         )  # fmt: skip
         watched = ObservedExecutor(doer, self._observers, model)
@@ -233,7 +233,7 @@ class Mesh:
 
     def broker_queues(self) -> list[str]:
         """See MeshRuntime."""
-        return self.crew.broker_queues()
+        return self.crew.queues.broker_names()
 
     def active_engine(self) -> Engine:
         """See MeshRuntime."""
@@ -245,7 +245,7 @@ class Mesh:
 
     def start_housekeeping(self, *, queues: Sequence[str] = ()) -> Housekeeper:
         """Start renewing leases and sweeping in a thread of this process."""
-        return self._start_housekeeping(queues or self.crew.broker_queues(), self.config.sweep_s)
+        return self._start_housekeeping(queues or self.crew.queues.broker_names(), self.config.sweep_s)
 
     def _start_housekeeping(self, queues: Sequence[str], sweep_s: float) -> Housekeeper:
         site = self.process_state
@@ -269,7 +269,7 @@ class Mesh:
     async def release_processes(self, pids: Sequence[int]) -> None:
         """See MeshRuntime."""
         for pid in pids:
-            await self.journal.release(self.lease_name(pid), crashed=False, queues=self.crew.broker_queues())
+            await self.journal.release(self.lease_name(pid), crashed=False, queues=self.crew.queues.broker_names())
 
     def release_dead(self, pid: int) -> None:
         """See MeshRuntime."""
@@ -304,9 +304,9 @@ class Mesh:
         if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
             raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
         self.crew.agent(agent.name)
-        home = self.crew.broker_queue(self.crew.queue)
+        home = self.crew.queues.broker_name(self.crew.queues.first)
         return RunSpec(
-            run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
+            run_id, self.crew.name, self.crew.version, agent.name, agent._task_json(task), agent._fields_json(),
             [m.to_json() for m in history], limits=self.crew.limits.to_json(),
             wire=self.process_state.dispatch.advance(run_id, agent.name, home), origin=origin, stream=stream,
             trace=current_traceparent(),

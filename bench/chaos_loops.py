@@ -48,7 +48,7 @@ class Bench:
 
     def give_back(self, worker: WorkerProcess) -> None:
         """As its supervisor would."""
-        run_sync(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.broker_queues()))
+        run_sync(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.queues.broker_names()))
 
 
 def kth(given: argparse.Namespace) -> list[str]:

@@ -141,7 +141,7 @@ def mesh_row(given: argparse.Namespace) -> tuple[Tally, Chaos]:
         oracle = Oracle(store.url, server, log)
         chaos = Chaos(schedule(given, hosts, servers, oracle.victim), seed=given.seed)
         if "messages" in given.faults:
-            stack.enter_context(DisturbMessages(broker.broker_url, mesh.crew.broker_queues(), seed=given.seed))
+            stack.enter_context(DisturbMessages(broker.broker_url, mesh.crew.queues.broker_names(), seed=given.seed))
         tally, began = Tally(), time.monotonic()
         lead = mesh.crew.agent("Lead")
 

@@ -100,7 +100,7 @@ class Ingesting:
         self.mesh = Mesh(load_crew(CREW), config=config)
         self._supervisor = Supervisor(
             worker_commands(config, {CREW: self.mesh.crew}), drain_s=2, output=subprocess.DEVNULL,
-            on_death=release_on_death(config, self.mesh.crew.broker_queues()),
+            on_death=release_on_death(config, self.mesh.crew.queues.broker_names()),
         )  # fmt: skip
 
     def __enter__(self) -> "Ingesting":

@@ -44,7 +44,7 @@ def eager_process_state(
             raise MeshError(
                 f"a run started inside {inside} would wait for itself on an app with task_always_eager: make it an agent's flow"
             )
-        wire = settling.dispatch.advance(spec.id, spec.agent, crew.queue)
+        wire = settling.dispatch.advance(spec.id, spec.agent, crew.queues.first)
         return await _on_mesh_loop(alone(settling.begin(replace(spec, wire=wire))))
 
     async def moved() -> None:

@@ -231,13 +231,13 @@ def make_workers(
         admits: what all of them share; then it is one worker.
     """
     workers = []
-    for group in [list(queues)] if admits is not None else crew.worker_groups(queues):
+    for group in [list(queues)] if admits is not None else crew.queues.worker_groups(queues):
         declared = [crew.queues[name] for name in group or crew.queues]
         of_servers = admits is None and bool(declared[0].url)
         most = concurrency or (max if of_servers else sum)(q.concurrency for q in declared)
-        broker_queues = crew.broker_queues(group, suspects=suspects)
+        broker_queues = crew.queues.broker_names(group, suspects=suspects)
         if broker_queues:
-            lanes = {crew.broker_queue(q.name): q.lane for q in declared}
+            lanes = {crew.queues.broker_name(q.name): q.lane for q in declared}
             room = _lanes(lanes, most) if of_servers and len({*lanes.values()}) > 1 else admits
             workers.append(EmbeddedWorker(app, queues=broker_queues, concurrency=most, admits=room))
     return workers

@@ -18,7 +18,7 @@ from agentmesh.celery.rabbitmq import DELIVERY_LIMIT, BrokerFacts, on_rabbit
 from agentmesh.celery.rabbitmq import inspect_broker as rabbit_facts
 from agentmesh.cli.checks import Check, check_gpus, check_queues, check_torch, print_checks, query_driver
 from agentmesh.config import Config, load
-from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.crew import Crew, models_of
 from agentmesh.errors import MeshError
 from agentmesh.hub.cache import installed
 from agentmesh.journal.redis import RedisJournal
@@ -61,7 +61,7 @@ def _checks(crew: str, broker: str, file: Path | None) -> Iterator[Check]:
             loaded = load_crew(crew)
         except MeshError as e:
             yield Check(False, f"crew {crew}", str(e))
-    local = loaded is not None and any(m.startswith("local:") for m in loaded.models(config.model))
+    local = loaded is not None and any(m.startswith("local:") for m in models_of(loaded, config.model))
     yield from check_torch(at, wanted=local)
     if loaded is not None:
         yield from _crew(crew, loaded, config)
@@ -171,7 +171,9 @@ async def _model_servers(queue: str, fleet: LoadBalancer) -> list[Check]:
 
 
 def _crew(path: str, crew: Crew, config: Config) -> Iterator[Check]:
-    yield Check(True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.broker_queues())}")
+    yield Check(
+        True, f"crew {crew.name!r}: agents {', '.join(crew.agents)}; queues {', '.join(crew.queues.broker_names())}"
+    )
     yield from check_queues(crew)
     try:
         check_models(crew, config)
@@ -181,6 +183,6 @@ def _crew(path: str, crew: Crew, config: Config) -> Iterator[Check]:
         yield Check(True, "its models can be reached from here")
         if is_amqp(config.broker):
             with suppress(*CONNECTION_ERRORS):  # that it does not answer is said above
-                yield from _queues(rabbit_facts(make_app(config.broker), crew.broker_queues()))
+                yield from _queues(rabbit_facts(make_app(config.broker), crew.queues.broker_names()))
     except MeshError as e:
         yield Check(False, f"crew {path}", str(e))

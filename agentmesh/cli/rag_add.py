@@ -44,7 +44,7 @@ def add_documents(
         queues: those that workers of this command serve; the others' steps wait for workers elsewhere.
     """
     crew = load_crew(CREW)
-    crew.broker_queues(queues)
+    crew.queues.broker_names(queues)
     retriever_ = retriever(store, embed, file)
     agent, request = retriever_.ingest(
         paths, glob=glob, label=label, size=size, overlap=overlap, metadata=_metadata(meta), sync=sync, force=force

@@ -132,7 +132,7 @@ def follow_run(
     supervisor.start()
     view = view or make_view(as_json=as_json)
     try:
-        ready_s = MODEL_READY_S if mesh.crew.queues_of_pool("device") else READY_S
+        ready_s = MODEL_READY_S if mesh.crew.queues.of_pool("device") else READY_S
         if run_sync(run.head()).status == "open" and not supervisor.wait_ready(ready_s):
             raise ServiceDown(
                 f"the worker was not ready within {ready_s:.0f} s", hint=f"find out why with: agentmesh worker {path}"

@@ -12,7 +12,7 @@ from typing import Any
 from agentmesh.cli.run import origin_of
 from agentmesh.cli.worker import journal_answers, release_on_death, status_folder, where
 from agentmesh.config import Config, load
-from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.crew import Crew, models_of
 from agentmesh.mesh import Mesh
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.observability.engine_status import STATUS_FOLDER_ENV, read_statuses
@@ -55,7 +55,7 @@ def serve_crew(
             now = Health(wanted, ready, journal=journal_answers(mesh.journal), engines=engines)
             return now.good, now.numbers
 
-        models = crew.models(config.model)
+        models = models_of(crew, config.model)
         key = f"key from {key_env}" if at.key else "no key, for this machine alone"
         line = (f"crew {crew.name} · {at.url}/v1 · models {', '.join([*crew.agents, *models, *vectors])} · {key} · "
                 f"workers {supervisor.health[0] if supervisor is not None else 'elsewhere'} · {where(config, valkey)}")  # fmt: skip

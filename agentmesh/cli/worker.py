@@ -71,7 +71,7 @@ def run_workers(
     set_up_logging(form or "text")
     config = load(file=file, broker=broker or None, model=model or None)
     loaded = {path: load_crew(path) for path in crews}  # what is wrong with a file is said once, here
-    for here in {c.queues[q].model for c in loaded.values() for q in c.queues_of_pool("device", queues)}:
+    for here in {c.queues[q].model for c in loaded.values() for q in c.queues.of_pool("device", queues)}:
         ModelRegistry().check(f"local:{here}")
     served = consumed_queues(loaded.values(), queues)
     config, valkey = resolve_servers(config)

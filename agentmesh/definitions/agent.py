@@ -92,7 +92,7 @@ class Agent(Generic[Out_co, In_contra]):
             f"agent `{self.name}` has no state: make another with {name}={value!r}, or keep it in a tool"
         )
 
-    def fields_json(self) -> dict[str, Any]:
+    def _fields_json(self) -> dict[str, Any]:
         """The typed fields as JSON."""
         return self._values.model_dump(mode="json")
 
@@ -106,9 +106,9 @@ class Agent(Generic[Out_co, In_contra]):
         Raises:
             DefinitionError: the task is not of the type that the agent takes.
         """
-        return Delegate(self.name, self, self.task_json(task))
+        return Delegate(self.name, self, self._task_json(task))
 
-    def task_json(self, task: Any) -> Any:
+    def _task_json(self, task: Any) -> Any:
         """A task as JSON.
 
         Raises:
@@ -138,7 +138,7 @@ class Agent(Generic[Out_co, In_contra]):
                 messages += self.call_tools(reply.tool_calls, ctx)
                 continue
             try:
-                return self.parse_output(reply.text)
+                return self._parse_output(reply.text)
             except OutputInvalid as e:
                 if corrected:
                     raise
@@ -152,27 +152,27 @@ class Agent(Generic[Out_co, In_contra]):
             plain: the answer is free text; else it has to meet the JSON Schema of the agent's output.
         """
         head = (system(self.instructions),) if self.instructions else ()
-        schema = None if plain else self.schema()
+        schema = None if plain else self._output_schema()
         return Ask(
-            self.name, self.model or "", (*head, *messages), self.tool_specs(), schema, dict(self.options),
+            self.name, self.model or "", (*head, *messages), self._tool_specs(), schema, dict(self.options),
             self.queue, self.retries, self.timeout_s,
         )  # fmt: skip
 
-    def tool_specs(self) -> list[ToolSpec]:
+    def _tool_specs(self) -> list[ToolSpec]:
         """The tools and the team as the model sees them, made once."""
         cached: list[ToolSpec] | None = self.__dict__.get("_specs")
         if cached is None:
-            cached = self.__dict__["_specs"] = [t.spec for t in self.tools] + [a.as_tool() for a in self.team]
+            cached = self.__dict__["_specs"] = [t.spec for t in self.tools] + [a._as_tool_spec() for a in self.team]
         return cached
 
-    def schema(self) -> dict[str, Any] | None:
+    def _output_schema(self) -> dict[str, Any] | None:
         """The JSON Schema of the answer's text; None for plain text. A type that is not an object is wrapped as `value`."""
         if self.output is str:
             return None
         schema = json_schema(self.output)
         return schema if _is_object(schema) else _wrap_schema(schema)
 
-    def as_tool(self) -> ToolSpec:
+    def _as_tool_spec(self) -> ToolSpec:
         """This agent as its team's leader sees it."""
         about = read_docstring(inspect.getdoc(type(self)) or "")[0] if type(self).__doc__ else ""
         task = {"type": "string", "description": "what to do, with all it needs to know"}
@@ -188,12 +188,12 @@ class Agent(Generic[Out_co, In_contra]):
 
     def call_tools(self, calls: Sequence[ToolCall], ctx: Context) -> list[Message]:
         """The results of the calls that a model asked for together: one message each, in order."""
-        steps = [self.step_for(call) for call in calls]
+        steps = [self._step_for(call) for call in calls]
         outcomes = iter(ctx.gather([s for s in steps if isinstance(s, Step)], errors=True))
         texts = [_outcome_text(next(outcomes)) if isinstance(s, Step) else s for s in steps]
         return [tool_result(call, text) for call, text in zip(calls, texts, strict=True)]
 
-    def step_for(self, call: ToolCall) -> Step[Any] | str:
+    def _step_for(self, call: ToolCall) -> Step[Any] | str:
         """The step that a model's call asks for, or the error text for the model."""
         try:
             for tool in self.tools:
@@ -208,10 +208,10 @@ class Agent(Generic[Out_co, In_contra]):
         except (ValueError, TypeError, KeyError, DefinitionError) as e:
             missing = "it needs `task`" if isinstance(e, KeyError) else str(e)
             return f"error: {missing}; call {call.name} again"
-        names = ", ".join(s.name for s in self.tool_specs())
+        names = ", ".join(s.name for s in self._tool_specs())
         return f"error: unknown tool {call.name!r}; use one of: {names or 'none'}"
 
-    def parse_output(self, text: str) -> Out_co:
+    def _parse_output(self, text: str) -> Out_co:
         """The model's last text as the agent's output type.
 
         Raises:

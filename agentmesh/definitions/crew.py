@@ -5,8 +5,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic
@@ -14,17 +13,16 @@ from typing import Any, Generic
 from typing_extensions import TypeVar
 
 from agentmesh.definitions.agent import Agent
+from agentmesh.definitions.crew_queues import CrewQueues
 from agentmesh.definitions.limits import Limits
 from agentmesh.definitions.passthrough import Passthrough
-from agentmesh.definitions.queue import EMBED_QUEUE, LANES, Queue, Servers, Suspects
+from agentmesh.definitions.queue import Queue
 from agentmesh.definitions.schedule import Schedule
-from agentmesh.definitions.step import Step
 from agentmesh.definitions.tool import Tool
 from agentmesh.errors import DefinitionError, NameTaken, UnknownName, did_you_mean
 from agentmesh.model import Model
 
 CREW_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-DEFAULT_QUEUE = "main"
 Out_co = TypeVar("Out_co", default=Any, covariant=True)
 
 
@@ -55,23 +53,18 @@ class Crew(Generic[Out_co]):
         deps: Any = None, extensible: bool = False,
     ) -> None:  # fmt: skip
         self.lead: Agent[Out_co, Any] = lead
-        self.model, self.version, self.deps, self.extensible = model, version, deps, extensible
+        self.model, self.version, self.deps, self._extensible = model, version, deps, extensible
         self.limits = limits or Limits()
-        self.file = _caller_file(inspect.currentframe())
-        self.name = name or _default_name(self.file)
+        self._file = _caller_file(inspect.currentframe())
+        self.name = name or _default_name(self._file)
         if not CREW_NAME.fullmatch(self.name):
             raise DefinitionError(
                 f"crew name {self.name!r} is not allowed",
                 hint="use letters, digits, `_` and `-`, at most 64 characters",
             )
-        self.queues = {q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
-        if len(self.queues) < len(queues):
-            raise NameTaken(
-                f"crew {self.name!r} has several queues with the same name: {', '.join(q.name for q in queues)}"
-            )
-        self._check_devices()
+        self.queues = CrewQueues(self.name, queues, model)
         self.agents: dict[str, Agent[Any, Any]] = {}
-        self.tools: dict[str, Tool[..., Any]] = {}
+        self._tools: dict[str, Tool[..., Any]] = {}
         for agent in (lead, *agents, *(s.agent for s in schedules)):
             self._add(agent)
         self.schedules = {s.name: s for s in schedules}
@@ -79,11 +72,6 @@ class Crew(Generic[Out_co]):
             raise NameTaken(
                 f"crew {self.name!r} has several schedules with the same name", hint="set `name` in one of them"
             )
-
-    @property
-    def queue(self) -> str:
-        """The first queue: where steps go that name none."""
-        return next(iter(self.queues))
 
     def _add(self, agent: Agent[Any, Any]) -> None:
         if isinstance(agent, type):
@@ -105,62 +93,17 @@ class Crew(Generic[Out_co]):
         self.agents[agent.name] = agent
         if existing is not None and type(existing) is type(agent):
             return
-        self._check_queue(f"agent `{agent.name}`", agent.queue)
+        self.queues.check(f"agent `{agent.name}`", agent.queue)
         self._check_model(agent)
         for tool in agent.tools:
-            same = self.tools.setdefault(tool.name, tool)
+            same = self._tools.setdefault(tool.name, tool)
             if same is not tool and _qualified_name(same) != _qualified_name(tool):
                 raise NameTaken(
                     f"two tools are named {tool.name!r}", hint="give one of them another with `@tool(name=…)`"
                 )
-            self._check_queue(f"tool `{tool.name}`", tool.queue)
+            self.queues.check(f"tool `{tool.name}`", tool.queue)
         for member in agent.team:
             self._add(member)
-
-    def _check_devices(self) -> None:
-        """Nothing, where the queues that the same processes or servers serve agree.
-
-        Raises:
-            DefinitionError: two of them contradict each other.
-        """
-        first: dict[str, Queue] = {}
-        encoders: dict[str, Queue] = {}
-        for queue in self.queues.values():
-            other = first.setdefault(queue.model, queue)
-            if queue.on_device and other.on_device and queue.devices != other.devices:
-                raise DefinitionError(
-                    f"crew {self.name!r}: queues {other.name!r} and {queue.name!r} of model {queue.model!r} have devices="
-                    f"{other.devices!r} and {queue.devices!r}",
-                    hint="write the same in each: the same processes serve both",
-                )
-            beside = encoders.setdefault(queue.model, queue) if queue.embed else queue
-            if queue.embed != beside.embed:
-                raise DefinitionError(
-                    f"crew {self.name!r}: queues {beside.name!r} and {queue.name!r} of model {queue.model!r} have embed="
-                    f"{beside.embed!r} and {queue.embed!r}",
-                    hint="name one encoder: the same processes serve both",
-                )
-        for one, two in combinations([q for q in self.queues.values() if q.url], 2):
-            shared = sorted({*one.url} & {*two.url})
-            if shared and {*one.url} != {*two.url} and one.lane != two.lane:
-                raise DefinitionError(
-                    f"crew {self.name!r}: queues {one.name!r} and {two.name!r} are lanes ({one.lane}, {two.lane}) that share "
-                    f"{', '.join(shared)}, but not all servers",
-                    hint="write the same url in each: lanes share their places",
-                )
-
-    def _check_queue(self, who: str, queue: str) -> None:
-        """Nothing, where there is such a queue, or `queue` is "".
-
-        Raises:
-            UnknownName: there is none.
-        """
-        if queue and queue not in self.queues:
-            names = ", ".join(repr(q) for q in self.queues)
-            raise UnknownName(
-                f"{who} names the unknown queue {queue!r}",
-                hint=f"use one of: {names}.{did_you_mean(queue, self.queues)}",
-            )
 
     def _check_model(self, agent: Agent[Any, Any]) -> None:
         model = agent.model or self.model
@@ -178,14 +121,14 @@ class Crew(Generic[Out_co]):
                 else "give it an `async def ask(prompt, on_token)`",
             )
 
-    def absorb(self, other: "Crew[Any]") -> None:
+    def _absorb(self, other: "Crew[Any]") -> None:
         """Add another crew's agents; of two classes of one name the newer one stays (a notebook's cell that was run again)."""
         self.agents.update(other.agents)
-        self.tools.update(other.tools)
+        self._tools.update(other._tools)
 
-    def register_delegate(self, agent: Agent[Any, Any]) -> None:
+    def _register_delegate(self, agent: Agent[Any, Any]) -> None:
         """Add an agent that a flow delegates to, where the crew is extensible."""
-        if self.extensible and agent.name not in self.agents:
+        if self._extensible and agent.name not in self.agents:
             self._add(agent)
 
     def agent(self, name: str, fields: Mapping[str, Any] | None = None) -> Agent[Any, Any]:
@@ -205,86 +148,13 @@ class Crew(Generic[Out_co]):
         agent = self.agents[name]
         return type(agent)(**fields) if fields else agent
 
-    def queue_of(self, step: Step[Any], default: Model | str | None = None) -> str:
-        """The crew's queue for a step: its own, its model's, or the first; for embed steps of an ingest one with an encoder.
 
-        Args:
-            default: the model of agents that name none, in a crew that names none.
-        """
-        own: str = getattr(step, "queue", "") or getattr(getattr(step, "tool", None), "queue", "")
-        if own in self.queues:
-            return own
-        if own == EMBED_QUEUE and (embed_queues := [q for q in self.queues.values() if q.embed]):
-            return max(embed_queues, key=lambda q: LANES.index(q.lane)).name  # the least urgent
-        model = getattr(step, "model", None) or self.model or default
-        if step.kind == "Ask" and isinstance(model, str) and model.startswith("local:"):
-            for queue in self.queues.values():
-                if queue.model == model.partition(":")[2]:
-                    return queue.name
-        return self.queue
-
-    def servers_of(self, step: Step[Any], default: Model | str | None = None) -> Servers | None:
-        """The model servers that answer the asks of a step's queue, or None.
-
-        Args:
-            default: the model of agents that name none, in a crew that names none.
-        """
-        model = getattr(step, "model", None) or self.model
-        return (
-            None if step.kind != "Ask" or hasattr(model, "ask") else self.queues[self.queue_of(step, default)].servers
-        )
-
-    def models(self, default: str) -> list[str]:
-        """The names of the models that the crew or its agents name; `default` stands for those of agents that name none."""
-        names = [m for m in (self.model, *(a.model for a in self.agents.values())) if isinstance(m, str)]
-        if self.model is None and any(a.model is None and type(a).flow is Agent.flow for a in self.agents.values()):
-            names.append(default)
-        return list(dict.fromkeys(names))
-
-    def queues_of_pool(self, pool: str, only: Iterable[str] = ()) -> list[str]:
-        """Of these queues, or of all, those that a worker of this pool serves; `device` is the pool of those with a model."""
-        selected = list(only) or self.queues
-        pools = {
-            name: "device" if queue.on_device else queue.pool for name, queue in self.queues.items() if name in selected
-        }
-        return [name for name, of in pools.items() if of == pool]
-
-    def worker_groups(self, only: Iterable[str] = ()) -> list[list[str]]:
-        """These queues, or all, grouped by the places in a worker that they share: queues of the same servers share theirs.
-
-        Raises:
-            UnknownName: the crew has no such queue.
-        """
-        groups: dict[Any, list[str]] = {}
-        for name in list(only) or self.queues:
-            self._check_queue(f"crew {self.name!r}: --queue", name)
-            queue = self.queues[name]
-            groups.setdefault((frozenset(queue.url), queue.model) if queue.url else None, []).append(name)
-        return list(groups.values())
-
-    def broker_queue(self, queue: str) -> str:
-        """The broker's name of a queue."""
-        return f"agentmesh.{self.name}.{queue}"
-
-    def isolates_suspects(self, queue: str) -> bool:
-        """Whether this queue's suspects run in a separate process; not where that process would load a model again."""
-        return queue in self.queues and not self.queues[queue].on_device
-
-    def broker_queues(self, only: Iterable[str] = (), *, suspects: Suspects = "include") -> list[str]:
-        """The broker's names of these queues, or of all, each with the queue of its suspects.
-
-        Args:
-            suspects: `exclude` leaves out the suspects that run in a separate process, `only` all but those.
-
-        Raises:
-            UnknownName: the crew has no such queue.
-        """
-        for queue in only:
-            self._check_queue(f"crew {self.name!r}: --queue", queue)
-        selected = list(only) or list(self.queues)
-        names = [self.broker_queue(q) for q in selected if suspects != "only"]
-        isolated = [q for q in selected if suspects == "include" or self.isolates_suspects(q) == (suspects == "only")]
-        return [*names, *[f"{self.broker_queue(q)}.suspects" for q in isolated]]
+def models_of(crew: "Crew[Any]", default: str) -> list[str]:
+    """The names of the models that the crew or its agents name; `default` stands for those of agents that name none."""
+    names = [m for m in (crew.model, *(a.model for a in crew.agents.values())) if isinstance(m, str)]
+    if crew.model is None and any(a.model is None and type(a).flow is Agent.flow for a in crew.agents.values()):
+        names.append(default)
+    return list(dict.fromkeys(names))
 
 
 def _caller_file(frame: FrameType | None) -> str:

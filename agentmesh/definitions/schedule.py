@@ -127,7 +127,7 @@ class Schedule:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not hasattr(self.agent, "task_json") or isinstance(self.agent, type):
+        if not hasattr(self.agent, "_task_json") or isinstance(self.agent, type):
             raise DefinitionError(f"schedule {self.when!r} was given {self.agent!r}, which is not an agent")
         try:
             ZoneInfo(self.timezone)
@@ -137,7 +137,7 @@ class Schedule:
             raise DefinitionError(f"schedule {self.when!r}: an interval is at least 1 second")
         self.times.next(datetime(2000, 1, 1, tzinfo=UTC))
         if not self.name:
-            text = repr((self.when, self.agent.name, self.agent.task_json(self.task), self.timezone))
+            text = repr((self.when, self.agent.name, self.agent._task_json(self.task), self.timezone))
             mark = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
             object.__setattr__(self, "name", f"{self.agent.name[:24]}-{mark}")
         if not SCHEDULE_NAME.fullmatch(self.name):

@@ -94,7 +94,7 @@ class Delegate(Step[T_co]):
 
     def digest(self) -> str:
         """Name, fields and task."""
-        return digest(self.kind, self.name, self.agent.fields_json(), self.task)
+        return digest(self.kind, self.name, self.agent._fields_json(), self.task)
 
     def decode(self, value: Any) -> T_co:
         """The sub-agent's value."""

@@ -154,7 +154,7 @@ class Engine:
             claimed = await self.journal.claim(
                 unit, worker=self.worker, token=f"{self.worker}#{next(self._tokens)}", version=version,
                 crew=self.crew.name, crew_version=self.crew.version, ask=ask, rate=rate,
-                apart=self._isolates_suspects and self.crew.isolates_suspects(queue or self.crew.queue),
+                apart=self._isolates_suspects and self.crew.queues.isolates_suspects(queue or self.crew.queues.first),
             )  # fmt: skip
             if not (isinstance(claimed, Refused) and claimed.why == "room") or time.monotonic() > until_s:
                 break

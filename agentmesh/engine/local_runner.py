@@ -95,7 +95,7 @@ class LocalRunner:
         letter, run_id, *rest = unit.split("|")
         engine = next(self._turn)
         if letter == "s":
-            await engine.step(run_id, int(rest[0]), rest[1], self.crew.queue)
+            await engine.step(run_id, int(rest[0]), rest[1], self.crew.queues.first)
         elif letter == "a":
             await engine.advance(run_id)
 

@@ -46,12 +46,12 @@ class Planner:
                 n,
                 s.kind,
                 s.name,
-                self.crew.broker_queue(self._queue(s)),
+                self.crew.queues.broker_name(self._queue(s)),
                 s.tool.timeout_s if isinstance(s, Call) else None,
             )
             for n, s in new.items()
         ]
-        home = self.crew.broker_queue(self.crew.queue)
+        home = self.crew.queues.broker_name(self.crew.queues.first)
         wires = dict(zip(new, self.dispatch.steps(history.run_id, members, waiting.gather, home), strict=True))
         first = waiting.gather.first if waiting.gather else 0
         plans = [self._plan(history, n, step, first, wires[n]) for n, step in new.items()]
@@ -59,8 +59,8 @@ class Planner:
 
     def _queue(self, step: Step[Any]) -> str:
         if isinstance(step, Delegate | Approve | Sleep):
-            return self.crew.queue
-        return self.crew.queue_of(step, self.model)
+            return self.crew.queues.first
+        return self.crew.queues.of(step, self.model)
 
     def _plan(self, history: History, n: int, step: Step[Any], first: int, wire: Any) -> StepPlan:
         detail = step.detail() if isinstance(step, Approve) or (isinstance(step, Call) and step.tool.approve) else None
@@ -90,7 +90,7 @@ class Planner:
     def _child(self, history: History, planned: StepPlanned, step: Delegate[Any], wire: Any) -> StepPlan:
         started = history.started
         assert started is not None
-        self.crew.register_delegate(step.agent)
+        self.crew._register_delegate(step.agent)
         depth = history.run_id.count("/") + 1
         allowed = started.limits.get("depth", self.crew.limits.depth)
         if depth >= allowed:
@@ -101,7 +101,7 @@ class Planner:
             return StepPlan(planned, "ended", wire, end=StepFailed(n=planned.n, error=error_to_json(why)))
         spec = RunSpec(
             f"{history.run_id}/{planned.n}", self.crew.name, started.version, step.name, step.task,
-            step.agent.fields_json(), (), history.run_id, planned.n, started.limits, wire, origin=started.origin, stream=started.stream,
+            step.agent._fields_json(), (), history.run_id, planned.n, started.limits, wire, origin=started.origin, stream=started.stream,
             trace=started.trace,
         )  # fmt: skip
         return StepPlan(planned, "child", child=spec)

@@ -100,7 +100,7 @@ async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal
     started = replace(was, version=crew.version, limits=crew.limits.to_json(), canvas=None)
     spec = RunSpec(
         new, crew.name, crew.version, was.agent, was.task, was.fields, was.history, limits=started.limits,
-        wire=dispatch.advance(new, was.agent, crew.broker_queue(crew.queue)), origin=was.origin, stream=was.stream,
+        wire=dispatch.advance(new, was.agent, crew.queues.broker_name(crew.queues.first)), origin=was.origin, stream=was.stream,
         trace=was.trace,
     )  # fmt: skip
     answer = await journal.begin(spec, NextSteps(), await _retained_tree(journal, old, new, events, started))

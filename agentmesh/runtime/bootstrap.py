@@ -22,7 +22,7 @@ def check_models(crew: Crew, config: "Config") -> None:
     """
     models = ModelRegistry()
     asking = [
-        (a, crew.servers_of(Ask(a.name, a.model or "", queue=a.queue), config.model))
+        (a, crew.queues.servers_of(Ask(a.name, a.model or "", queue=a.queue), config.model))
         for a in crew.agents.values()
         if _asks_named_model(a, crew)
     ]

@@ -39,7 +39,7 @@ class _LocalRuntime:
                 self._open, self._pid = {}, os.getpid()
             if crew.name in self._open:
                 mesh = self._open[crew.name][0]
-                mesh.crew.absorb(crew)
+                mesh.crew._absorb(crew)
                 return mesh
             config = load()
             check_models(crew, config)

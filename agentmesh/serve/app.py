@@ -216,7 +216,10 @@ class Endpoint:
             return _to_agent(self.mesh.crew, chat)
         if chat.model not in self.models:
             raise self._unknown(chat.model)
-        if chat.model.startswith("local:") and self.mesh.crew.servers_of(Ask(Passthrough.name, chat.model)) is None:
+        if (
+            chat.model.startswith("local:")
+            and self.mesh.crew.queues.servers_of(Ask(Passthrough.name, chat.model)) is None
+        ):
             chat = check_for_local_engine(chat)
         question = ModelRequest(
             model=chat.model,

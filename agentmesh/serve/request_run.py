@@ -73,7 +73,7 @@ class RequestRun:
         """What this key has begun before, here or at another server."""
         started = (await self._journal.events(self._line))[0]
         assert isinstance(started, RunStarted)
-        request_key = self._agent.name, self._agent.task_json(self._task), [m.to_json() for m in self._history]
+        request_key = self._agent.name, self._agent._task_json(self._task), [m.to_json() for m in self._history]
         if request_key != (started.agent, started.task, started.history):
             raise self._other(None)
         self._heard = not await self._go_on()

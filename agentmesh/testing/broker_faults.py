@@ -21,7 +21,7 @@ class DisturbMessages:
 
     Args:
         broker: the broker's URL, Redis or RabbitMQ.
-        queues: names of its queues: `crew.broker_queues()`.
+        queues: names of its queues: `crew.queues.broker_names()`.
         loss, repeat: probabilities.
         late_s: how long a message is held at most.
 

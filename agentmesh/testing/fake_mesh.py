@@ -35,7 +35,7 @@ class FakeMesh(LocalRunner):
         crew = agent if isinstance(agent, Crew) else Crew(agent)
         self.model: Model = model if hasattr(model, "ask") else ScriptedModel(model)
         doer = LocalExecutor(
-            model_of=lambda name: (self.model, str(name)), servers_of=crew.servers_of, model=crew.model, deps=crew.deps,
+            model_of=lambda name: (self.model, str(name)), servers_of=crew.queues.servers_of, model=crew.model, deps=crew.deps,
             threads=4,
         )  # fmt: skip
         super().__init__(crew, doer, start_ms=start_ms, workers=workers)
@@ -68,7 +68,7 @@ class FakeMesh(LocalRunner):
     ) -> RunSpec:
         """What a run of this agent is begun with."""
         return RunSpec(
-            run_id, self.crew.name, self.crew.version, agent.name, agent.task_json(task), agent.fields_json(),
+            run_id, self.crew.name, self.crew.version, agent.name, agent._task_json(task), agent._fields_json(),
             [m.to_json() for m in history], limits=self.crew.limits.to_json(),
             wire=LocalDispatch().advance(run_id, agent.name, ""), stream=stream,
         )  # fmt: skip

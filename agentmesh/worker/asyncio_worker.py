@@ -54,8 +54,8 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     for crew in crews:
         mesh = Mesh(crew, config=config, models=models, worker=name, observers=sights, suspects=suspects)
         mesh.app.conf.worker_send_task_events = bool(spec.get("events"))
-        served = crew.queues_of_pool("asyncio", spec["queues"])
-        if served and (suspect_queues := crew.broker_queues(served, suspects=suspects)):
+        served = crew.queues.of_pool("asyncio", spec["queues"])
+        if served and (suspect_queues := crew.queues.broker_names(served, suspects=suspects)):
             watched.append((mesh, suspect_queues))
             workers.append(mesh.worker(queues=served, concurrency=spec["concurrency"]).start())
         if spec.get("beat") and mesh.crew.schedules:
@@ -149,7 +149,7 @@ def worker_commands(
         concurrency: of the asyncio workers; of the prefork worker where there is no other.
         processes: how many asyncio workers.
     """
-    pools = [p for p in POOLS if any(crew.queues_of_pool(p, queues) for crew in crews.values())]
+    pools = [p for p in POOLS if any(crew.queues.of_pool(p, queues) for crew in crews.values())]
     commands: list[Command] = []
     for pool in pools:
         command = worker_command(
@@ -169,7 +169,7 @@ def _on_devices(crews: Mapping[str, Crew], queues: Sequence[str]) -> dict[tuple[
     """Which crews' files want a worker for which model on which device."""
     by_device: dict[tuple[str, str], list[str]] = {}
     for path, crew in crews.items():
-        for name in crew.queues_of_pool("device", queues):
+        for name in crew.queues.of_pool("device", queues):
             for device in devices_of(crew.queues[name]):
                 paths = by_device.setdefault((crew.queues[name].model, device), [])
                 paths += [path] if path not in paths else []

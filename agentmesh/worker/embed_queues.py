@@ -34,13 +34,13 @@ def encoder_name(queues: Iterable[Queue]) -> str:
 def consumed_queues(crews: Iterable[Crew], only: Sequence[str] = ()) -> list[str]:
     """The broker's queues that the workers of these crews' queues take from: their own, and that of ingests' embed steps."""
     crews_ = list(crews)
-    return [q for crew in crews_ for q in crew.broker_queues(only)] + embed_queues(crews_, only)
+    return [q for crew in crews_ for q in crew.queues.broker_names(only)] + embed_queues(crews_, only)
 
 
 def embed_queues(crews: Iterable[Crew], only: Sequence[str] = (), *, suspects: Suspects = "include") -> list[str]:
     """The broker's queue of embed steps, and the one of its suspects, where a queue of these crews names an encoder."""
-    served = [crew.queues[q] for crew in crews for q in crew.queues_of_pool("device", only)]
-    return load_crew(RAG).broker_queues([EMBED_QUEUE], suspects=suspects) if any(q.embed for q in served) else []
+    served = [crew.queues[q] for crew in crews for q in crew.queues.of_pool("device", only)]
+    return load_crew(RAG).queues.broker_names([EMBED_QUEUE], suspects=suspects) if any(q.embed for q in served) else []
 
 
 def prepare_encoder(queues: Iterable[Queue], on_fatal: Callable[[Exception], None]) -> list[Crew]:

@@ -136,8 +136,8 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
         for c in (*crews, *embeds)
     ]
     meshes = homes[: len(crews)]
-    names = [n for c in crews if served[c.name] for n in c.broker_queues(served[c.name], suspects=spec["suspects"])]
-    lanes = {c.broker_queue(q): c.queues[q].lane for c in crews for q in served[c.name]}
+    names = [n for c in crews if (own := served[c.name]) for n in c.queues.broker_names(own, suspects=spec["suspects"])]
+    lanes = {c.queues.broker_name(q): c.queues[q].lane for c in crews for q in served[c.name]}
     admits = Lanes(lanes, engine.admits)
     # one for all crews: what there is room for, and whose turn it is, is the engine's and not a crew's
     workers = [EmbeddedWorker(app, queues=names, concurrency=concurrency, admits=admits)]
@@ -165,7 +165,7 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
 
 def _served(crew: Crew, spec: dict[str, Any]) -> list[str]:
     """The crew's queues whose model this process has loaded."""
-    return [q for q in crew.queues_of_pool("device", spec["queues"]) if crew.queues[q].model == spec["model"]]
+    return [q for q in crew.queues.of_pool("device", spec["queues"]) if crew.queues[q].model == spec["model"]]
 
 
 def _prepare_engine(models: ModelRegistry, model: str, queues: list[Queue], requests: int) -> Any:

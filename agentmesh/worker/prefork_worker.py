@@ -38,11 +38,11 @@ def main(spec: dict[str, Any], *, name: str = "", ready_fd: int | None = None) -
     served: list[str] = []
     processes, suspects = 0, spec.get("suspects", "include")
     for crew in crews:
-        names = crew.queues_of_pool("prefork", spec["queues"])
+        names = crew.queues.of_pool("prefork", spec["queues"])
         mesh = Mesh(crew, app=app, config=config, models=models, worker=name, observers=sights, suspects=suspects)
         if names:
             mesh.check()
-            served += crew.broker_queues(names, suspects=suspects)
+            served += crew.queues.broker_names(names, suspects=suspects)
             processes += sum(crew.queues[queue].concurrency for queue in names)
     if spec.get("beat") and any(crew.schedules for crew in crews):
         start_beat(app)

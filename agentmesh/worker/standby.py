@@ -64,8 +64,8 @@ def standby_workers(
     for pool in POOLS:
         suspect_queues: list[str] = []
         for crew in crews.values():
-            if served := crew.queues_of_pool(pool, queues):
-                suspect_queues += crew.broker_queues(served, suspects="only")
+            if served := crew.queues.of_pool(pool, queues):
+                suspect_queues += crew.queues.broker_names(served, suspects="only")
         if suspect_queues:
             command = worker_command(
                 config, crews=list(crews), queues=list(queues), log=log, events=events, suspects="only", pool=pool,
@@ -94,7 +94,7 @@ def queues_left_to_others(config: Config, path: str, crew: Crew, named: Sequence
     """
     if named:
         return [queue for queue in crew.queues if queue not in named]
-    if path != RAG or not consumer_count(make_app(config.broker), crew.broker_queue(EMBED_QUEUE)):
+    if path != RAG or not consumer_count(make_app(config.broker), crew.queues.broker_name(EMBED_QUEUE)):
         return []
     everything = " ".join(f"--queue {queue}" for queue in crew.queues)
     _warn(f"embed steps run on the worker that serves them; to run them here too: {everything}")
@@ -122,7 +122,7 @@ class FallbackWorker(OnDemandWorker):
             config, crews=[path], queues=[queue], concurrency=0, env={"CUDA_VISIBLE_DEVICES": ""},
             pool=crew.queues[queue].pool,
         )  # fmt: skip
-        super().__init__(command, crew.broker_queues([queue]), lambda: open_journal(config)[1])
+        super().__init__(command, crew.queues.broker_names([queue]), lambda: open_journal(config)[1])
         self._app, self._path, self._queue, self._start_s = make_app(config.broker), path, queue, start_s
         self._since_s, self._said = math.inf, False
 

@@ -74,7 +74,7 @@ class Scene:
                 time.sleep(0.02)
 
     def give_back(self, worker: WorkerProcess) -> None:
-        run_sync(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.broker_queues()))
+        run_sync(self.mesh.journal.release(worker.name, crashed=True, queues=self.mesh.crew.queues.broker_names()))
 
     def asked_again(self) -> int:
         """LLM calls beyond one a step."""
@@ -202,7 +202,7 @@ def test_messages_lost_repeated_and_out_of_order(scene: Any, valkey: Any) -> Non
     it = scene()
     worker = it.worker()
     try:
-        with DisturbMessages(valkey.broker_url, it.mesh.crew.broker_queues(), seed=3) as disturbed:
+        with DisturbMessages(valkey.broker_url, it.mesh.crew.queues.broker_names(), seed=3) as disturbed:
             tasks = [f"t{i}" for i in range(6)]
             for task in tasks:
                 it.start("Lead", task)

@@ -32,7 +32,7 @@ class Scene:
         self.mesh = Mesh(self.crew, config=config)
         self.supervisor = Supervisor(
             [worker_command(config, crews=[oracle.crew], queues=[], concurrency=0)] * 2, drain_s=drain_s, output=subprocess.DEVNULL,
-            on_death=release_on_death(config, self.crew.broker_queues()),
+            on_death=release_on_death(config, self.crew.queues.broker_names()),
             env=oracle.env(server),
         )  # fmt: skip
         self.runs: list[Run[str]] = []

@@ -28,7 +28,7 @@ def test_never_twice(
     config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=60.0, sweep_s=0.2)
     crew = load_crew(CREW)
     mesh = Mesh(crew, config=config)
-    bury = release_on_death(config, crew.broker_queues())
+    bury = release_on_death(config, crew.queues.broker_names())
     env = {"ONCE_LEDGER": str(book)}
 
     def worker() -> WorkerProcess:

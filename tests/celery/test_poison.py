@@ -31,7 +31,7 @@ def test_a_poison_among_500(valkey: Any, tmp_path: Path, eventually: Any) -> Non
     crew = load_crew(CREW)
     mesh = Mesh(crew, config=config)
     deaths: list[str] = []
-    give_back = release_on_death(config, crew.broker_queues())
+    give_back = release_on_death(config, crew.queues.broker_names())
 
     def on_death(name: str, code: int) -> None:
         deaths.append(name)

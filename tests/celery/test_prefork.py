@@ -53,7 +53,7 @@ def working(valkey: Any, folder: Path, *, lease_s: float = 30.0, drain_s: float 
     with (folder / "worker.log").open("wb") as out:
         supervisor = Supervisor(
             worker_commands(config, {CREW: crew}, events=True), drain_s=drain_s + 1, output=out, env={"COMPUTING_LOG": str(log)},
-            on_death=release_on_death(config, crew.broker_queues()),
+            on_death=release_on_death(config, crew.queues.broker_names()),
         )  # fmt: skip
         supervisor.start()
         try:

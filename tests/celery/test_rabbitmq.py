@@ -69,10 +69,12 @@ def test_a_run_with_everything_in_it(rabbitmq: RabbitServer, valkey: ValkeyServe
         eventually(lambda: run.waiting_for)
         run.approve(run.waiting_for[0], by="ana")
         assert run.result(timeout_s=20) == "40 tea39"
-        facts = rabbit.inspect_broker(mesh.app, mesh.crew.broker_queues())
+        facts = rabbit.inspect_broker(mesh.app, mesh.crew.queues.broker_names())
         assert facts.version.startswith(("3.", "4."))
         assert facts.other == {}  # quorum, with our delivery limit
-        eventually(lambda: set(rabbit.inspect_broker(mesh.app, mesh.crew.broker_queues()).messages.values()) == {0})
+        eventually(
+            lambda: set(rabbit.inspect_broker(mesh.app, mesh.crew.queues.broker_names()).messages.values()) == {0}
+        )
         began = time.monotonic()
     assert time.monotonic() - began < 2.0
     mesh.close()
@@ -86,7 +88,7 @@ def test_an_app_of_ones_own_keeps_its_settings(rabbitmq: RabbitServer, valkey: V
     with mesh.worker():
         assert mesh.run(Echo(), "tea", timeout_s=20) == "tea"
     assert dict(app.conf) == before
-    assert [q for q in rabbitmq.queues() if q.startswith(("agentmesh", "shop"))] == mesh.crew.broker_queues()
+    assert [q for q in rabbitmq.queues() if q.startswith(("agentmesh", "shop"))] == mesh.crew.queues.broker_names()
     mesh.close()
 
 
@@ -95,7 +97,7 @@ def test_a_message_dropped_at_its_delivery_limit_is_sent_again(
 ) -> None:
     monkeypatch.setitem(rabbit.ARGUMENTS, "x-delivery-limit", 2)
     mesh = mesh_on(rabbitmq, valkey, Everything())
-    queue = mesh.crew.broker_queue("main")
+    queue = mesh.crew.queues.broker_name("main")
     run = mesh.start(Echo(), "tea")
     eventually(lambda: rabbit.inspect_broker(mesh.app, [queue]).messages == {queue: 1})
     deliveries = 0

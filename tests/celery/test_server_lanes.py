@@ -130,7 +130,7 @@ def test_on_rabbitmq_what_there_is_no_room_for_waits_in_the_broker(
     crew = load_crew(CREW)
     config = Config(broker=rabbitmq.url, journal=valkey.url)
     mesh, other = (Mesh(crew, config=config, models=lambda wanted: (model, "m")) for _ in range(2))
-    night = [crew.broker_queue("night")]
+    night = [crew.queues.broker_name("night")]
     admitted = mesh.worker(queues=["night"], concurrency=many, admits=lambda in_hand: room[0] - in_hand)
     with mesh.worker(queues=["main"]), admitted:
         run = mesh.start(crew.lead, many)
@@ -209,7 +209,7 @@ def test_on_rabbitmq_a_worker_that_leaves_begins_nothing_more(
 ) -> None:
     crew, model, many = load_crew(CREW), Holding(), 8
     mesh = Mesh(crew, config=Config(broker=rabbitmq.url, journal=valkey.url), models=lambda wanted: (model, "m"))
-    night = crew.broker_queue("night")
+    night = crew.queues.broker_name("night")
     leaving = InProcessWorker([mesh], [EmbeddedWorker(mesh.app, queues=[night], concurrency=2, admits=admits)])
     with mesh.worker(queues=["main"]):
         leaving.start()
@@ -241,8 +241,8 @@ def test_queues_in_front_of_the_same_servers_share_their_places() -> None:
         Queue("c", model="n", url=[A, B]), Queue("d"),
     ]  # fmt: skip
     crew = Crew(Anyone(), queues=queues)
-    assert crew.worker_groups() == [["main", "d"], ["a", "b"], ["c"]]
-    assert crew.worker_groups(["b", "d"]) == [["b"], ["d"]]
+    assert crew.queues.worker_groups() == [["main", "d"], ["a", "b"], ["c"]]
+    assert crew.queues.worker_groups(["b", "d"]) == [["b"], ["d"]]
 
 
 def test_lanes_share_all_of_their_servers_or_none() -> None:

@@ -30,7 +30,7 @@ def test_strange_messages_end_no_worker(broker: str, valkey: Any, caplog: pytest
     model = ScriptedModel(lambda prompt: says(prompt.messages[-1].text))
     crew = Crew(Echo(), name="strange", model=model)
     mesh = Mesh(crew, config=Config(broker=broker, journal=valkey.url))
-    (queue,) = [q for q in crew.broker_queues() if not q.endswith(".suspects")]
+    (queue,) = [q for q in crew.queues.broker_names() if not q.endswith(".suspects")]
     worker = mesh.worker()
     with worker:
         consumer = worker._workers[0]._worker

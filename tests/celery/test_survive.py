@@ -39,7 +39,7 @@ class Scene:
         self.crew = load_crew(oracle.crew)
         self.mesh = Mesh(self.crew, config=self.config)
         argv = worker_command(self.config, crews=[oracle.crew], queues=[], concurrency=0)
-        death = release_on_death(self.config, self.crew.broker_queues()) if supervised else None
+        death = release_on_death(self.config, self.crew.queues.broker_names()) if supervised else None
         self.supervisor = Supervisor(
             [argv] * processes, on_death=death, drain_s=5, output=subprocess.DEVNULL,
             env=oracle.env(server),

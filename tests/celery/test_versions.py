@@ -94,7 +94,7 @@ def test_a_flow_that_asks_for_other_steps_is_held_with_the_step_named(
         eventually(lambda: len(run.events()) >= 6)  # the third step is planned
         first.kill()
         first.join()
-        release_on_death(config, meshes["1"].crew.broker_queues())(first.name, -9)
+        release_on_death(config, meshes["1"].crew.queues.broker_names())(first.name, -9)
     with worker(config, "1", flow="other"):
         eventually(lambda: run.waiting_for, timeout_s=20)
         (item,) = run.waiting_for

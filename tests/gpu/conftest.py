@@ -134,7 +134,7 @@ def _working(valkey: Any, folder: Path, fault: str = "", crews: Sequence[str] = 
     with (folder / "worker.log").open("wb") as out:
         supervisor = Supervisor(
             worker_commands(config, {c: load_crew(c) for c in crews}, suspects="exclude", log="text"), drain_s=4, output=out, env=env,
-            on_death=release_on_death(config, crew.broker_queues()),
+            on_death=release_on_death(config, crew.queues.broker_names()),
         )  # fmt: skip
         supervisor.start()
         try:

@@ -45,7 +45,7 @@ def test_embed_steps_go_where_somebody_embeds() -> None:
         return Queue(name, model="m", embed="local:e", **more)
 
     def queue_of(step: Any, *queues: Queue) -> str:
-        return Crew(Ingest(), queues=[Queue("main"), *queues]).queue_of(step)
+        return Crew(Ingest(), queues=[Queue("main"), *queues]).queues.of(step)
 
     embed, check = embed_batch.on("s", "p", "b", "local:e"), check_embedder.on("s", "local:e")
     assert queue_of(embed) == queue_of(embed, Queue("gpu", model="m")) == "main"

@@ -134,7 +134,7 @@ def two_lanes(valkey: Any, *agents: Agent[Any, Any]) -> Iterator[tuple[Mesh, Slo
     crew = Crew(*agents, name="lanes", model="local:m", queues=queues)
     model = Slow()
     mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))
-    lanes = Lanes({crew.broker_queue(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand)
+    lanes = Lanes({crew.queues.broker_name(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand)
     with mesh.worker(queues=["main"]), mesh.worker(queues=["night", "talk"], admits=lanes):
         yield mesh, model, lanes
     mesh.close()

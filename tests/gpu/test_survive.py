@@ -75,7 +75,7 @@ class Scene:
         commands += commands[-1:] * (1 + processes - len(commands))  # on one device, where there are no more
         self.supervisor = Supervisor(
             commands, drain_s=4, output=self.out,
-            on_death=release_on_death(self.config, self.crew.broker_queues()),
+            on_death=release_on_death(self.config, self.crew.queues.broker_names()),
             env={"AGENTMESH_CACHE": str(save_model(folder / "cache")), "SURVIVING": str(folder / "it"),
                  "SURVIVING_ENGINE": engine, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip

@@ -174,7 +174,7 @@ def test_queues_of_one_model_name_the_same_devices() -> None:
     agent, first = load_crew(CREW).lead, Queue("a", model="m", devices=[0])
     with pytest.raises(DefinitionError, match=r"queues 'a' and 'b' of model 'm' have devices=\(0,\) and 'all'"):
         Crew(agent, queues=[Queue("main"), Queue("gpu", model="tiny"), first, Queue("b", model="m")])
-    assert Crew(agent, queues=[Queue("gpu", model="tiny"), first, Queue("b", model="m", devices=[0])]).queues_of_pool(
+    assert Crew(agent, queues=[Queue("gpu", model="tiny"), first, Queue("b", model="m", devices=[0])]).queues.of_pool(
         "device"
     )
 
@@ -198,7 +198,7 @@ def test_crews_of_one_device_worker_count_together(valkey: Any) -> None:
     model = _Counting(most)
     loaded = [load_crew(CREW), load_crew(str(OTHER))]
     meshes = [Mesh(crew, app=app, config=config, models=lambda wanted: (model, "tiny")) for crew in loaded]
-    gpu = [name for crew in loaded for name in crew.broker_queues(["gpu"])]
+    gpu = [name for crew in loaded for name in crew.queues.broker_names(["gpu"])]
     shared = EmbeddedWorker(app, queues=gpu, admits=lambda in_hand: 3 - in_hand)
     with meshes[0].worker(queues=["main"]), meshes[1].worker(queues=["main"]), InProcessWorker(meshes, [shared]):
         runs = [mesh.start(mesh.crew.lead, words(20)) for mesh in meshes]

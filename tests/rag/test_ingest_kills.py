@@ -113,7 +113,7 @@ def test_whoever_is_killed_the_store_is_as_if_nobody_had_been(
     log = (tmp_path / "workers.log").open("wb")
     supervisor = Supervisor(
         worker_commands(config, {CREW: mesh.crew}, log="text"), drain_s=5, output=log, env={"PYTHONFAULTHANDLER": "1"},
-        on_death=release_on_death(config, mesh.crew.broker_queues()),
+        on_death=release_on_death(config, mesh.crew.queues.broker_names()),
     )  # fmt: skip
     agent, asked = Retriever.open(tmp_path / "store", embed=embed).ingest(docs, size=160, overlap=0, window=2)
     rng = random.Random(5)

@@ -195,14 +195,14 @@ def test_a_queue_in_front_of_servers() -> None:
     assert queue.url == ("http://a:1/v1", "https://b/api")
     crew = Crew(Other(), Local(), Named(), queues=[Queue("main"), queue])
     asked = {a.name: Ask(a.name, a.model, queue=a.queue) for a in crew.agents.values()}
-    assert {name: crew.queue_of(step) for name, step in asked.items()} == {
+    assert {name: crew.queues.of(step) for name, step in asked.items()} == {
         "Local": "gpu",
         "Named": "gpu",
         "Other": "main",
     }
-    assert crew.servers_of(asked["Local"]) == crew.servers_of(asked["Named"]) == queue.servers
-    assert crew.servers_of(asked["Other"]) is None
-    assert crew.isolates_suspects("gpu")
+    assert crew.queues.servers_of(asked["Local"]) == crew.queues.servers_of(asked["Named"]) == queue.servers
+    assert crew.queues.servers_of(asked["Other"]) is None
+    assert crew.queues.isolates_suspects("gpu")
     assert isinstance(ModelRegistry()(queue.servers)[0], LoadBalancer)
     check_models(Crew(Local(), queues=[queue]), Config())  # no such local model is looked for
 
@@ -213,10 +213,10 @@ def test_the_model_of_the_settings_has_a_queue_too() -> None:
 
     queue = Queue("gpu", model="big", url="http://a:1")
     crew, step = Crew(Plain(), queues=[Queue("main"), queue]), Ask("Plain", "")
-    assert (crew.queue_of(step), crew.queue_of(step, "local:big")) == ("main", "gpu")
-    assert (crew.servers_of(step), crew.servers_of(step, "local:big")) == (None, queue.servers)
+    assert (crew.queues.of(step), crew.queues.of(step, "local:big")) == ("main", "gpu")
+    assert (crew.queues.servers_of(step), crew.queues.servers_of(step, "local:big")) == (None, queue.servers)
     named = Crew(Plain(), model="openai:third", queues=[Queue("main"), queue])
-    assert named.queue_of(step, "local:big") == "main"
+    assert named.queues.of(step, "local:big") == "main"
     check_models(crew, Config(model="local:big"))  # no such local model is looked for
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Crew
+from agentmesh.definitions.crew import models_of
 from agentmesh.definitions.passthrough import ModelRequest, Passthrough
 from agentmesh.errors import ConfigError, NameTaken, RunFailed, ServiceDown
 from agentmesh.journal.events import StepDone
@@ -185,6 +186,6 @@ def test_the_models_of_a_crew() -> None:
     class Own(Agent):
         model = "openai:own"
 
-    assert Crew(Plain(), Own()).models("local:d") == ["openai:own", "local:d"]
-    assert Crew(Plain(), Own(), model="openai:c").models("local:d") == ["openai:c", "openai:own"]
-    assert Crew(Plain(), model=ScriptedModel()).models("local:d") == []
+    assert models_of(Crew(Plain(), Own()), "local:d") == ["openai:own", "local:d"]
+    assert models_of(Crew(Plain(), Own(), model="openai:c"), "local:d") == ["openai:c", "openai:own"]
+    assert models_of(Crew(Plain(), model=ScriptedModel()), "local:d") == []
