@@ -20,7 +20,9 @@ from agentmesh.model import Model
 from agentmesh.schema import canonical, explain, from_json, json_schema, to_json
 
 Out_co = TypeVar("Out_co", default=str, covariant=True)
-In_contra = TypeVar("In_contra", default=Annotated[str, Undeclared], contravariant=True)  # text, where nothing is declared
+In_contra = TypeVar(
+    "In_contra", default=Annotated[str, Undeclared], contravariant=True
+)  # text, where nothing is declared
 AGENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 CODE_FENCE = re.compile(r"^\s*```[a-z]*\n(.*?)\n?```\s*$", re.DOTALL)
 
