@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from typing_extensions import TypeVar
 
 from agentmesh.definitions.context import Context
-from agentmesh.definitions.declaration import Unsaid, check_type, fields_model, task_type, type_arguments, type_name
+from agentmesh.definitions.declaration import Undeclared, check_type, fields_model, task_type, type_arguments, type_name
 from agentmesh.definitions.parameters import read_docstring
 from agentmesh.definitions.step import Ask, Delegate, Step
 from agentmesh.definitions.tool import Tool
@@ -20,7 +20,9 @@ from agentmesh.model import Model
 from agentmesh.schema import canonical, explain, from_json, json_schema, to_json
 
 Out_co = TypeVar("Out_co", default=str, covariant=True)
-In_contra = TypeVar("In_contra", default=Annotated[str, Unsaid], contravariant=True)  # text, where nothing is said
+In_contra = TypeVar(
+    "In_contra", default=Annotated[str, Undeclared], contravariant=True
+)  # text, where nothing is declared
 AGENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 CODE_FENCE = re.compile(r"^\s*```[a-z]*\n(.*?)\n?```\s*$", re.DOTALL)
 
@@ -59,7 +61,7 @@ class Agent(Generic[Out_co, In_contra]):
 
     output: ClassVar[Any] = str
     task_type: ClassVar[Any] = str
-    _types: ClassVar[tuple[Any, Any]] = (str, Unsaid)  # output and task, as the class and its bases give them
+    _types: ClassVar[tuple[Any, Any]] = (str, Undeclared)  # output and task, as the class and its bases give them
     _fields: ClassVar[type[BaseModel]]
     _values: BaseModel
 

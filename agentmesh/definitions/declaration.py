@@ -12,7 +12,7 @@ from agentmesh.errors import DefinitionError
 from agentmesh.schema import json_schema
 
 
-class Unsaid:
+class Undeclared:
     """Marks a type that a class does not give, so that it is told from one that it gives and is the default."""
 
 
@@ -29,8 +29,8 @@ def type_arguments(cls: type, root: type, inherited: tuple[Any, Any]) -> tuple[A
         arguments = typing.get_args(base)
         if origin is root:
             output, *rest = arguments
-            is_said = rest and Unsaid not in getattr(rest[0], "__metadata__", ())
-            return output, rest[0] if is_said else Unsaid
+            is_declared = rest and Undeclared not in getattr(rest[0], "__metadata__", ())
+            return output, rest[0] if is_declared else Undeclared
         filled = dict(zip(getattr(origin, "__parameters__", ()), arguments, strict=False))
         return _substitute(inherited[0], filled), _substitute(inherited[1], filled)
     return inherited
@@ -44,13 +44,13 @@ def task_type(cls: type, flow: Callable[..., Any] | None, given: Any) -> Any:
         given: as `type_arguments` answers it.
 
     Raises:
-        DefinitionError: both are said, and the flow does not take what the class gives.
+        DefinitionError: both are declared, and the flow does not take what the class gives.
     """
-    is_said = given is not Unsaid and not _is_open(given)
-    annotated = Unsaid if flow is None else _flow_parameter(cls, flow)
-    if annotated is Unsaid or (is_said and _is_open(annotated)):
-        return given if is_said else str
-    if not is_said or given is Any:
+    is_declared = given is not Undeclared and not _is_open(given)
+    annotated = Undeclared if flow is None else _flow_parameter(cls, flow)
+    if annotated is Undeclared or (is_declared and _is_open(annotated)):
+        return given if is_declared else str
+    if not is_declared or given is Any:
         return annotated
     if not _accepts(annotated, given):
         raise DefinitionError(
@@ -124,7 +124,7 @@ def _flow_parameter(cls: type, flow: Callable[..., Any]) -> Any:
             f"agent `{cls.__name__}`: its flow is not a plain `def`", hint="wait with ctx.do and ctx.gather instead"
         )
     try:
-        return typing.get_type_hints(flow).get(parameters[1], Unsaid)
+        return typing.get_type_hints(flow).get(parameters[1], Undeclared)
     except NameError as e:
         raise DefinitionError(f"agent `{cls.__name__}`, flow: {e}") from None
 

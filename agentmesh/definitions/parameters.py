@@ -85,15 +85,18 @@ class FunctionParameters:
 def read_docstring(doc: str) -> tuple[str, dict[str, str]]:
     """What a docstring says of the whole, and of each parameter: (description, by name).
 
-    The style is recognised: Google, NumPy, reST or Epydoc.
+    The style is recognised: Google, NumPy, reST or Epydoc. Examples belong to the description.
 
     >>> read_docstring("Add.\\n\\nArgs:\\n    a: one number.\\n    b: another,\\n        or the same.")
     ('Add.', {'a': 'one number.', 'b': 'another, or the same.'})
     """
     parsed = parse_docstring(doc)
     docs = {p.arg_name.strip("`*"): " ".join((p.description or "").split()) for p in parsed.params}
-    about = (parsed.description or "").strip()
-    return about.partition("\nSource:\n")[0].strip(), docs  # our own section, which no style knows
+    about = (parsed.description or "").partition("\nSource:\n")[0]  # our own section, which no style knows
+    examples = [part.strip() for e in parsed.examples for part in (e.snippet, e.description) if part]
+    if examples:
+        about = "\n".join([about.strip(), "\nExample:", *examples])
+    return about.strip(), docs
 
 
 def _field(p: inspect.Parameter, hint: Any, doc: str | None) -> Any:

@@ -82,6 +82,12 @@ def test_a_docstring_describes_the_tool_and_its_parameters(doc: str) -> None:
         ("Adds.", "Adds.", {}),
         ("Adds: two numbers\n\nto one.", "Adds: two numbers\n\nto one.", {}),
         ("Adds.\n\nArguments:\n    a: one\n    `b`: two", "Adds.", {"a": "one", "b": "two"}),
+        ("Adds.\n\nExample:\n    add(1, 2)\n\nArgs:\n    a: one", "Adds.\n\nExample:\nadd(1, 2)", {"a": "one"}),
+        (
+            "Adds.\n\nExamples\n--------\nIt is easy.\n\n>>> add(1, 2)\n3",
+            "Adds.\n\nExample:\nIt is easy.\n>>> add(1, 2)\n3",
+            {},
+        ),
         ("Adds.\n\nSource:\n    A book, page 3.", "Adds.", {}),
         ("Adds.\n\nArgs:\n    a: at 12:30: noon\n\nMore text.", "Adds.", {"a": "at 12:30: noon"}),
     ],
