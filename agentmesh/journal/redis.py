@@ -1,13 +1,11 @@
 """The journal in Redis 7 or Valkey: one Lua script a verb, over one pipelined connection a loop. No Redis Cluster."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError
 
 from agentmesh.errors import JournalError
 from agentmesh.journal.codec import (
@@ -20,9 +18,11 @@ from agentmesh.journal.codec import (
     restore,
 )
 from agentmesh.journal.events import Event
-from agentmesh.journal.redis_connection import CONNECTION_LOST, RedisConnection, cancel_and_wait, clean_url
+from agentmesh.journal.redis_connection import RedisConnection, clean_url
 from agentmesh.journal.redis_tree import fill_missing_plans, read_new_events, read_open_entries
+from agentmesh.journal.run_end_listener import RunEndListener
 from agentmesh.journal.scripts import script
+from agentmesh.journal.streams import StreamListener
 from agentmesh.journal.tree import entries_from_lines
 from agentmesh.journal.types import JournalCounts, OpenEntries, OutboxMessage, RunHead, Token
 from agentmesh.schema import dumps, loads
@@ -50,7 +50,8 @@ class RedisJournal(VerbJournal):
         self.url, self.prefix, self._push, self._send, self._clock = clean_url(url), prefix, push, send, clock
         self._patience_s = patience_s
         self._pipes: WeakKeyDictionary[asyncio.AbstractEventLoop, RedisConnection] = WeakKeyDictionary()
-        self._ends: WeakKeyDictionary[asyncio.AbstractEventLoop, _RunEndListener] = WeakKeyDictionary()
+        self._ends: WeakKeyDictionary[asyncio.AbstractEventLoop, RunEndListener] = WeakKeyDictionary()
+        self._listeners: WeakKeyDictionary[asyncio.AbstractEventLoop, StreamListener] = WeakKeyDictionary()
 
     # ---- verbs ---------------------------------------------------------------------------------
     @property
@@ -180,6 +181,20 @@ class RedisJournal(VerbJournal):
         expired, overslept = await asyncio.gather(*late)
         return JournalCounts(runs, leased, due, held, depth, expired, overslept, sum(await asyncio.gather(*lost)))
 
+    @property
+    def _run_ends(self) -> RunEndListener:
+        loop = asyncio.get_running_loop()
+        if loop not in self._ends:
+            self._ends[loop] = RunEndListener(self.url, f"{self.prefix}ended")
+        return self._ends[loop]
+
+    @property
+    def _streams(self) -> StreamListener:
+        loop = asyncio.get_running_loop()
+        if loop not in self._listeners:
+            self._listeners[loop] = StreamListener(self.url, self.pipe)
+        return self._listeners[loop]
+
     # ---- live ----------------------------------------------------------------------------------
     async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
         """See Journal."""
@@ -190,33 +205,28 @@ class RedisJournal(VerbJournal):
     async def tokens(self, run_id: str) -> AsyncIterator[Token]:
         """See Journal."""
         root = run_id.partition("/")[0]
-        at = "0"
-        client: Redis = Redis.from_url(self.url, decode_responses=True)
+        listener, ends = self._streams, self._run_ends
+        reader = listener.join(self._key("live", root))
         try:
-            while True:
-                head = await self.head(root)  # before the read: what was said before the end is then read after it
-                # redis-py types both protocols' answers at once; RESP3 gives {key: [entries]}, RESP2 [[key, entries]]
-                try:
-                    block = None if _is_over(head) else 250
-                    found: Any = await _cancellable(client.xread({self._key("live", root): at}, block=block))
-                except CONNECTION_LOST:  # `head` waits for the server, and says when it stays away
-                    continue
-                entries: Any = [] if not found else found.popitem()[1][0] if isinstance(found, dict) else found[0][1]
-                for entry_id, fields in entries:
-                    at = entry_id
-                    for token in loads(fields["t"]):
-                        yield Token(*token)
-                if not entries and _is_over(head):
-                    return
+            ended = await ends.of(root)
+            try:
+                while not _is_over(await self.head(root)):
+                    while texts := await listener.next(reader, ended):
+                        for token in _tokens(texts):
+                            yield token
+                    if ended.done():  # listened to again before the look: it may be heard when a connection was lost
+                        ended = await ends.of(root)
+            finally:
+                ends.leave(root, ended)
+            for token in _tokens(await listener.rest(reader)):
+                yield token
         finally:
-            await client.aclose()
+            listener.leave(reader)
 
     async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
         """See Journal."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._ends:
-            self._ends[loop] = _RunEndListener(self.url, f"{self.prefix}ended")
-        ended = await self._ends[loop].of(run_id)
+        loop, ends = asyncio.get_running_loop(), self._run_ends
+        ended = await ends.of(run_id)
         deadline, pause = loop.time() + timeout_s, 0.005
         try:
             while (remaining_s := deadline - loop.time()) > 0:
@@ -232,91 +242,26 @@ class RedisJournal(VerbJournal):
                 if done:
                     return
         finally:
-            self._ends[loop].leave(run_id, ended)
+            ends.leave(run_id, ended)
 
     async def close(self) -> None:
         """See Journal."""
         loop = asyncio.get_running_loop()
-        if (pipe := self._pipes.pop(loop, None)) is not None:
-            await pipe.close()
-        if (ends := self._ends.pop(loop, None)) is not None:
-            await ends.close()
+        for by_loop in (self._listeners, self._ends, self._pipes):  # what uses another first
+            if (closing := by_loop.pop(loop, None)) is not None:
+                await closing.close()
         if (flush := getattr(self._send, "close", None)) is not None:
             await asyncio.to_thread(flush)  # what it was given and has not sent yet
-
-
-class _RunEndListener:
-    """Hears of ended runs: one subscription an event loop, whoever waits."""
-
-    def __init__(self, url: str, channel: str) -> None:
-        self._url, self._channel = url, channel
-        self._waiting: dict[str, list[asyncio.Future[None]]] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._heard = asyncio.Event()
-
-    async def of(self, run_id: str) -> "asyncio.Future[None]":
-        """Done when the run ends; it is being listened for when this returns."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(run_id, []).append(future)
-        if self._task is None or self._task.done():
-            self._heard.clear()
-            self._task = asyncio.create_task(self._listen())
-        if not self._heard.is_set():
-            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
-            with suppress(TimeoutError):  # the server is away; the asker looks for itself every few seconds
-                async with asyncio.timeout(5):
-                    await self._heard.wait()
-        return future
-
-    def leave(self, run_id: str, future: "asyncio.Future[None]") -> None:
-        """Nobody waits on this future any more."""
-        futures = self._waiting.get(run_id, [])
-        if future in futures:
-            futures.remove(future)
-        if not futures:
-            self._waiting.pop(run_id, None)
-
-    async def _listen(self) -> None:
-        while True:
-            client: Redis = Redis.from_url(self._url, decode_responses=True)
-            try:
-                async with client.pubsub() as subscription:
-                    await subscription.subscribe(self._channel)
-                    async for message in subscription.listen():
-                        if message["type"] == "subscribe":
-                            self._heard.set()
-                        elif message["type"] == "message":
-                            self._tell(message["data"])
-            except (*CONNECTION_LOST, RedisError):
-                await asyncio.sleep(0.1)
-                for run_id in list(self._waiting):  # whoever waits looks again: ends may have gone unheard
-                    self._tell(run_id)
-            finally:
-                await client.aclose()
-
-    def _tell(self, run_id: str) -> None:
-        for future in self._waiting.pop(run_id, []):
-            if not future.done():
-                future.set_result(None)
-
-    async def close(self) -> None:
-        await cancel_and_wait(self._task)
 
 
 def _pairs(reply: Any) -> dict[str, str]:
     return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
 
 
-async def _cancellable(reading: Awaitable[Any]) -> Any:
-    """What redis-py reads, unless the task was told to end meanwhile: while it connects it swallows that."""
-    task = asyncio.current_task()
-    assert task is not None
-    cancellations = task.cancelling()
-    try:
-        return await reading
-    finally:
-        if task.cancelling() > cancellations:
-            raise asyncio.CancelledError
+def _tokens(texts: Iterable[str]) -> Iterator[Token]:
+    for text in texts:
+        for token in loads(text):
+            yield Token(*token)
 
 
 def _is_over(head: RunHead | None) -> bool:

@@ -6,6 +6,7 @@ Every command given here must be repeatable: one whose reply was lost is sent ag
 import asyncio
 import re
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from hiredis import pack_command
@@ -40,6 +41,36 @@ async def cancel_and_wait(task: "asyncio.Task[None] | None") -> None:
     while task is not None and not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=0.05)
+
+
+async def cancellable(reading: Awaitable[Any]) -> Any:
+    """What redis-py answers. A cancellation that comes meanwhile is raised: while it connects, redis-py swallows it."""
+    task = asyncio.current_task()
+    assert task is not None
+    cancellations = task.cancelling()
+    try:
+        return await reading
+    finally:
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError
+
+
+async def open_connection(url: str) -> Any:
+    """A connection of redis-py, ready for commands; replies are text.
+
+    Raises:
+        CONNECTION_LOST: nobody answers there.
+    """
+    options: Any = parse_url(clean_url(url))
+    kind: Any = options.pop("connection_class", Connection)
+    options.setdefault("socket_timeout", REPLY_TIMEOUT_S)
+    connection = kind(**options, decode_responses=True, socket_connect_timeout=5)
+    try:
+        await cancellable(connection.connect())
+    except BaseException:  # a server that dies during the handshake, or a caller that is cancelled
+        await connection.disconnect(nowait=True)
+        raise
+    return connection
 
 
 class RedisConnection:
@@ -107,20 +138,11 @@ class RedisConnection:
                 raise
             except Exception as e:  # whatever it is, nobody may wait forever for a reply that will not come
                 await self._drop()
-                _fail(batch, _explained(e))
+                _fail(batch, explain_error(e))
 
     async def _connect(self) -> None:
         if self._connection is None:
-            options: Any = parse_url(self.url)
-            kind: Any = options.pop("connection_class", Connection)
-            options.setdefault("socket_timeout", REPLY_TIMEOUT_S)
-            connection = kind(**options, decode_responses=True, socket_connect_timeout=5)
-            try:
-                await connection.connect()
-            except BaseException:  # a server that dies while we shake hands, or a pipe that is closed meanwhile
-                await connection.disconnect(nowait=True)
-                raise
-            self._connection = connection
+            self._connection = await open_connection(self.url)
             self.connected += 1
 
     async def _drop(self) -> None:
@@ -149,7 +171,7 @@ class RedisConnection:
             if isinstance(reply, Exception) and str(reply).startswith("MISCONF") and time.monotonic() < until:
                 unwritten.append(pending)
             elif isinstance(reply, Exception):
-                future.set_exception(_explained(reply))
+                future.set_exception(explain_error(reply))
             else:
                 future.set_result(reply)
         return unwritten
@@ -161,7 +183,7 @@ def _fail(batch: list[Pending], error: Exception) -> None:
             future.set_exception(error)
 
 
-def _explained(error: Exception) -> Exception:
+def explain_error(error: Exception) -> Exception:
     """A server's error, with what to do about it."""
     text = str(error)
     if isinstance(error, NoScriptError):
