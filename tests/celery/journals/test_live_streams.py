@@ -131,7 +131,7 @@ def test_a_stream_that_is_left_and_joined_again_is_read_from_its_beginning(valke
             second.cancel()
 
     async def _all(journal: RedisJournal) -> Any:
-        for _, fields in await journal.pipe.ask("XRANGE", "agentmesh:live:r", "-", "+"):
+        for _, fields in await journal.connection.ask("XRANGE", "agentmesh:live:r", "-", "+"):
             for said in json.loads(fields[1]):
                 yield said[-1]
 
