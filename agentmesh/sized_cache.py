@@ -72,7 +72,8 @@ class SizedCache(Generic[K, V]):
             self._values[key], self._sizes[key] = value, size
             self.bytes += size
             while self.bytes > self.max_bytes and len(self._values) > 1:
-                self._remove(next(iter(self._values)))
+                oldest, _ = self._values.popitem(last=False)  # atomic; an iterator would see the moves of `get`
+                self.bytes -= self._sizes.pop(oldest)
                 self.evictions += 1
 
     def pop(self, key: K) -> V | None:

@@ -122,7 +122,7 @@ def _servers(config: Config) -> Iterator[Check]:
 
 
 async def _journal(journal: RedisJournal) -> list[Check]:
-    info: Any = await journal.pipe.ask("INFO", "everything")
+    info: Any = await journal.connection.ask("INFO", "everything")
     facts = dict(line.split(":", 1) for line in str(info).splitlines() if ":" in line and not line.startswith("#"))
     await journal.close()
     aof = facts.get("aof_enabled") == "1"

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+from contextlib import suppress
 from typing import Literal
 from weakref import WeakSet
 
@@ -36,8 +37,9 @@ class TokenBuffer:
         self._lock = threading.Lock()
         self._loop = asyncio.get_running_loop()
         self._flushing: asyncio.Task[None] | None = None
-        self._ended = asyncio.Event()  # from then on nothing waits for the next send's time
-        self._failed = False
+        self._has_ended = False
+        self._ended: asyncio.Event | None = None  # of an attempt that streams: nothing waits for the next tick any more
+        self._has_failed = False
 
     def text(self, piece: str) -> None:
         """A piece of the model's text, or of its reasoning."""
@@ -63,8 +65,12 @@ class TokenBuffer:
             self._flushing = self._loop.create_task(self._flush_until_empty())
 
     async def _flush_until_empty(self) -> None:
-        if self not in _STREAMING and not self._ended.is_set():
-            _STREAMING.add(self)
+        if self._ended is None:
+            self._ended = asyncio.Event()
+            if self._has_ended:
+                self._ended.set()
+            else:
+                _STREAMING.add(self)
             await self._send()
         # Also what was added during a send: it has started no task of its own, since this one was running.
         while self._pending:
@@ -73,12 +79,11 @@ class TokenBuffer:
 
     async def _wait_for_tick(self) -> None:
         """All attempts of the process send at the same times, so that it is one exchange with the server."""
+        assert self._ended is not None
         interval_s = flush_interval_s()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(interval_s - self._loop.time() % interval_s):
                 await self._ended.wait()
-        except TimeoutError:
-            pass
 
     async def _send(self) -> None:
         with self._lock:
@@ -88,14 +93,16 @@ class TokenBuffer:
         try:
             await self._journal.stream(self._run_id, tokens)
         except Exception as e:
-            if not self._failed:
+            if not self._has_failed:
                 log.warning("run %s step %d: live tokens could not be sent: %s", self._run_id, self._n, e)
-            self._failed = True
+            self._has_failed = True
 
     async def flush(self) -> None:
         """Send what is left, after the send that is under way. The attempt has ended."""
-        _STREAMING.discard(self)
-        self._ended.set()
+        self._has_ended = True
+        if self._ended is not None:
+            _STREAMING.discard(self)
+            self._ended.set()
         if self._flushing is not None:
             await asyncio.shield(self._flushing)  # who cancels this must not cut off a send that is half done
         if self._pending:

@@ -1,13 +1,14 @@
-"""The journal in Redis 7 or Valkey: one Lua script a verb, over one pipelined connection a loop. No Redis Cluster."""
+"""The journal in Redis 7 or Valkey: a Lua script for each verb, over one pipelined connection of each event loop.
+
+Redis Cluster is not supported: a script touches keys of many runs.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError
 
 from agentmesh.errors import JournalError
 from agentmesh.journal.codec import (
@@ -20,15 +21,18 @@ from agentmesh.journal.codec import (
     restore,
 )
 from agentmesh.journal.events import Event
-from agentmesh.journal.redis_connection import CONNECTION_LOST, RedisConnection, cancel_and_wait, clean_url
+from agentmesh.journal.redis_connection import RedisConnection, clean_url
 from agentmesh.journal.redis_tree import fill_missing_plans, read_new_events, read_open_entries
+from agentmesh.journal.run_end_listener import RunEndListener
 from agentmesh.journal.scripts import script
+from agentmesh.journal.streams import StreamListener
 from agentmesh.journal.tree import entries_from_lines
 from agentmesh.journal.types import JournalCounts, OpenEntries, OutboxMessage, RunHead, Token
 from agentmesh.schema import dumps, loads
 
-LIVE_ENTRIES = 10_000
-POLL_S = 0.25
+LIVE_ENTRIES = 10_000  # of a tree's live stream; older ones are dropped
+MIN_WATCH_S, MAX_WATCH_S = 0.005, 0.25  # between two looks whether a run has new events
+END_LOOK_S = 5.0  # between two looks whether a run has ended, in case its end was not heard
 
 
 class RedisJournal(VerbJournal):
@@ -36,10 +40,11 @@ class RedisJournal(VerbJournal):
 
     Args:
         url: redis://, rediss:// or unix://.
-        push: the broker is this very server and database, so the scripts push messages themselves.
-        send: where messages go that are not pushed.
+        prefix: of every key.
+        push: the broker is this server and database, so the scripts push the messages themselves.
+        send: gets the messages that are not pushed.
         clock: for tests: milliseconds instead of the server's time.
-        patience_s: how long a verb waits for a server that went away.
+        patience_s: how long a verb waits for an unreachable server before it fails.
     """
 
     def __init__(
@@ -49,74 +54,96 @@ class RedisJournal(VerbJournal):
         super().__init__(**options)
         self.url, self.prefix, self._push, self._send, self._clock = clean_url(url), prefix, push, send, clock
         self._patience_s = patience_s
-        self._pipes: WeakKeyDictionary[asyncio.AbstractEventLoop, RedisConnection] = WeakKeyDictionary()
-        self._ends: WeakKeyDictionary[asyncio.AbstractEventLoop, _RunEndListener] = WeakKeyDictionary()
+        self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, RedisConnection] = WeakKeyDictionary()
+        self._end_listeners: WeakKeyDictionary[asyncio.AbstractEventLoop, RunEndListener] = WeakKeyDictionary()
+        self._stream_listeners: WeakKeyDictionary[asyncio.AbstractEventLoop, StreamListener] = WeakKeyDictionary()
 
     # ---- verbs ---------------------------------------------------------------------------------
     @property
-    def pipe(self) -> RedisConnection:
+    def connection(self) -> RedisConnection:
         """The running loop's connection."""
         loop = asyncio.get_running_loop()
-        if loop not in self._pipes:
-            self._pipes[loop] = RedisConnection(self.url, patience_s=self._patience_s)
-        return self._pipes[loop]
+        if loop not in self._connections:
+            self._connections[loop] = RedisConnection(self.url, patience_s=self._patience_s)
+        return self._connections[loop]
+
+    @property
+    def _run_ends(self) -> RunEndListener:
+        loop = asyncio.get_running_loop()
+        if loop not in self._end_listeners:
+            self._end_listeners[loop] = RunEndListener(self.url, f"{self.prefix}ended")
+        return self._end_listeners[loop]
+
+    @property
+    def _streams(self) -> StreamListener:
+        loop = asyncio.get_running_loop()
+        if loop not in self._stream_listeners:
+            self._stream_listeners[loop] = StreamListener(self.url, self.connection)
+        return self._stream_listeners[loop]
 
     @property
     def pushes(self) -> bool:
-        """Whether the broker's lists are in this very database, and the scripts write them."""
+        """Whether the broker's lists are in this database, so that the scripts write them."""
         return self._push
 
     @property
     def epoch(self) -> int:
         """How often the running loop's connection was made: a server that restarted is a new one."""
-        return self.pipe.connected
+        return self.connection.connected
 
     async def _execute(self, verb: str, args: dict[str, Any]) -> Reply:
         run_id = args.get("run") or str(args.get("unit", "||")).split("|")[1]
-        said = dumps(args)
-        if len(said) * 4 > LARGE_BYTES:  # most verbs are small and need no looking through
-            for fingerprint, text in list(extract_large(args)):
-                await self._keep(run_id, fingerprint, text)
-            said = dumps(args)
+        text = dumps(args)
+        if len(text) * 4 > LARGE_BYTES:  # most verbs are small and need no search for large values
+            for fingerprint, large in list(extract_large(args)):
+                await self._store_blob(run_id, fingerprint, large)
+            text = dumps(args)
         now = str(self._clock()) if self._clock else ""
-        reply = await self._evaluate(verb, said, now, "1" if self._push else "0")
+        reply = await self._evaluate(verb, text, now, "1" if self._push else "0")
         head, count = loads(reply[0]), reply[1]
         if self._send is not None:
             for queue, body in zip(reply[2 + count :: 2], reply[3 + count :: 2], strict=True):
                 self._send(OutboxMessage(queue, body))
         lines = reply[2 : 2 + count]
-        return head, await self._whole(lines, run_id) if verb in ("claim", "plan") else lines
+        return head, await self._restore_blobs(lines, run_id) if verb in ("claim", "plan") else lines
 
     async def _evaluate(self, name: str, *arguments: Any) -> Any:
         """The reply of a script."""
         text, sha = script(name)
         try:
-            return await self.pipe.ask("EVALSHA", sha, 1, self.prefix, *arguments)
+            return await self.connection.ask("EVALSHA", sha, 1, self.prefix, *arguments)
         except NoScriptError:
-            return await self.pipe.ask("EVAL", text, 1, self.prefix, *arguments)
+            return await self.connection.ask("EVAL", text, 1, self.prefix, *arguments)
 
     # ---- blobs ---------------------------------------------------------------------------------
     def _key(self, *parts: str) -> str:
         return self.prefix + ":".join(parts)
 
-    async def _keep(self, run_id: str, fingerprint: str, text: str) -> None:
-        """Before the event that names it; one that no event comes to name dies with its tree."""
+    async def _store_blob(self, run_id: str, fingerprint: str, text: str) -> None:
+        """Store a large value before the event that names it. Without such an event it is deleted with its tree."""
         root = run_id.partition("/")[0]
         key = self._key("blob", root, fingerprint)
-        await asyncio.gather(self.pipe.ask("SET", key, text), self.pipe.ask("SADD", self._key("blobs", root), key))
+        await asyncio.gather(
+            self.connection.ask("SET", key, text), self.connection.ask("SADD", self._key("blobs", root), key)
+        )
 
-    async def _whole(self, lines: list[str], run_id: str) -> list[str]:
-        """Lines with their blobs put back."""
+    async def _restore_blobs(self, lines: list[str], run_id: str) -> list[str]:
+        """The lines with their large values in place.
+
+        Raises:
+            JournalError: a large value is missing.
+        """
         marks = {i: mark for i, line in enumerate(lines) if (mark := fingerprint_of(line))}
         if not marks:
             return lines
         root = run_id.partition("/")[0]
-        texts = await self.pipe.ask("MGET", *[self._key("blob", root, mark) for mark in marks.values()])
+        texts = await self.connection.ask("MGET", *[self._key("blob", root, mark) for mark in marks.values()])
         whole = list(lines)
         for i, text in zip(marks, texts, strict=True):
             if text is None:
                 raise JournalError(
-                    f"a large value of run {run_id} is missing from the journal's server: was a key deleted by hand?"
+                    f"a large value of run {run_id} is missing from the journal's server",
+                    hint="restore the keys that were deleted by hand, or cancel the run",
                 )
             whole[i] = restore(lines[i], text)
         return whole
@@ -124,57 +151,60 @@ class RedisJournal(VerbJournal):
     # ---- reads ---------------------------------------------------------------------------------
     async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
         """See Journal."""
-        return [decode_event(line) for line in await self._whole(await self._lines(run_id, after), run_id)]
+        return [decode_event(line) for line in await self._restore_blobs(await self._lines(run_id, after), run_id)]
 
     async def _lines(self, run_id: str, after: int = 0) -> list[str]:
-        lines: list[str] = await self.pipe.ask("LRANGE", self._key("ev", run_id), after, -1)
+        lines: list[str] = await self.connection.ask("LRANGE", self._key("ev", run_id), after, -1)
         return lines
 
     async def head(self, run_id: str) -> RunHead | None:
         """See Journal."""
-        head = _pairs(await self.pipe.ask("HGETALL", self._key("run", run_id)))
+        head = _pairs(await self.connection.ask("HGETALL", self._key("run", run_id)))
         return RunHead.of(run_id, head) if head.get("status") else None
 
     async def runs(self, *, limit: int = 50) -> list[RunHead]:
         """See Journal."""
-        newest = await self.pipe.ask("ZRANGE", self._key("runs"), 0, limit - 1, "REV")
+        newest = await self.connection.ask("ZRANGE", self._key("runs"), 0, limit - 1, "REV")
         heads = await asyncio.gather(*[self.head(run) for run in newest])
         return [h for h in heads if h is not None]
 
     async def tree(self, run_id: str) -> list[str]:
         """See Journal."""
-        members = await self.pipe.ask("SMEMBERS", self._key("tree", run_id.partition("/")[0]))
+        members = await self.connection.ask("SMEMBERS", self._key("tree", run_id.partition("/")[0]))
         return sorted(m for m in members if m == run_id or m.startswith(f"{run_id}/"))
 
     async def open_entries(self, run_id: str) -> OpenEntries:
         """See Journal."""
         moving, waiting = await read_open_entries(self._evaluate, run_id)
         waiting = await fill_missing_plans(waiting, self._lines)
-        lines = await self._whole([line for *_, line in waiting], run_id)
+        lines = await self._restore_blobs([line for *_, line in waiting], run_id)
         entries = [(run, key, why, line) for (run, key, why, _), line in zip(waiting, lines, strict=True)]
         return entries_from_lines(moving, entries)
 
     async def new_events(self, known: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
         """See Journal."""
-        async for found in read_new_events(self._evaluate, known):
-            for run, lines in found:
-                yield run, [decode_event(line) for line in await self._whole(lines, run)]
+        async for runs in read_new_events(self._evaluate, known):
+            # all at once, so that what they lack is one exchange with the server
+            restored = await asyncio.gather(*[self._restore_blobs(lines, run) for run, lines in runs])
+            for (run, _), lines in zip(runs, restored, strict=True):
+                yield run, [decode_event(line) for line in lines]
 
     async def queued(self, queues: Sequence[str]) -> int:
         """See Journal."""
-        return sum(await asyncio.gather(*[self.pipe.ask("ZCARD", self._key("q", queue)) for queue in queues]))
+        return sum(await asyncio.gather(*[self.connection.ask("ZCARD", self._key("q", queue)) for queue in queues]))
 
     async def counts(self) -> JournalCounts:
         """See Journal."""
-        ask, key = self.pipe.ask, self._key
+        ask, key = self.connection.ask, self._key
         queues, snaps, (seconds, micros) = await asyncio.gather(
             ask("SMEMBERS", key("queues")), ask("HGETALL", key("qsnap")), ask("TIME")
         )
-        now, found = int(seconds) * 1000 + int(micros) // 1000, {q: s.split()[0] for q, s in _pairs(snaps).items()}
+        now = int(seconds) * 1000 + int(micros) // 1000
+        claimed = {queue: snapshot.split()[0] for queue, snapshot in _pairs(snaps).items()}
         sizes = [ask("ZCARD", key(name)) for name in ("open", "leased", "due", "held")]
         late = [ask("ZCOUNT", key(name), "-inf", now) for name in ("leased", "due")]
         waiting = [ask("ZCARD", key("q", queue)) for queue in queues]
-        lost = [ask("ZCOUNT", key("q", q), "-inf", f"({found.get(q, 0)}") for q in queues]
+        lost = [ask("ZCOUNT", key("q", q), "-inf", f"({claimed.get(q, 0)}") for q in queues]
         runs, leased, due, held = await asyncio.gather(*sizes)
         depth = dict(zip(queues, await asyncio.gather(*waiting), strict=True))
         expired, overslept = await asyncio.gather(*late)
@@ -185,138 +215,67 @@ class RedisJournal(VerbJournal):
         """See Journal."""
         key = self._key("live", run_id.partition("/")[0])
         text = dumps([[t.run_id, t.n, t.attempt, t.kind, t.text] for t in tokens])
-        await self.pipe.ask("XADD", key, "MAXLEN", "~", LIVE_ENTRIES, "*", "t", text)
+        await self.connection.ask("XADD", key, "MAXLEN", "~", LIVE_ENTRIES, "*", "t", text)
 
     async def tokens(self, run_id: str) -> AsyncIterator[Token]:
         """See Journal."""
         root = run_id.partition("/")[0]
-        at = "0"
-        client: Redis = Redis.from_url(self.url, decode_responses=True)
+        listener, ends = self._streams, self._run_ends
+        reader = listener.join(self._key("live", root))
         try:
-            while True:
-                head = await self.head(root)  # before the read: what was said before the end is then read after it
-                # redis-py types both protocols' answers at once; RESP3 gives {key: [entries]}, RESP2 [[key, entries]]
-                try:
-                    block = None if _is_over(head) else 250
-                    found: Any = await _cancellable(client.xread({self._key("live", root): at}, block=block))
-                except CONNECTION_LOST:  # `head` waits for the server, and says when it stays away
-                    continue
-                entries: Any = [] if not found else found.popitem()[1][0] if isinstance(found, dict) else found[0][1]
-                for entry_id, fields in entries:
-                    at = entry_id
-                    for token in loads(fields["t"]):
-                        yield Token(*token)
-                if not entries and _is_over(head):
-                    return
+            ended = await ends.subscribe(root)
+            try:
+                while not _is_over(await self.head(root)):
+                    while texts := await listener.next(reader, ended):
+                        for token in _tokens(texts):
+                            yield token
+                    if ended.done():  # perhaps only because ends may have been missed: subscribe before the next look
+                        ended = await ends.subscribe(root)
+            finally:
+                ends.leave(root, ended)
+            for token in _tokens(await listener.rest(reader)):
+                yield token
         finally:
-            await client.aclose()
+            listener.leave(reader)
 
     async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
         """See Journal."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._ends:
-            self._ends[loop] = _RunEndListener(self.url, f"{self.prefix}ended")
-        ended = await self._ends[loop].of(run_id)
-        deadline, pause = loop.time() + timeout_s, 0.005
+        loop, ends = asyncio.get_running_loop(), self._run_ends
+        ended = await ends.subscribe(run_id)
+        deadline, pause_s = loop.time() + timeout_s, MIN_WATCH_S
         try:
             while (remaining_s := deadline - loop.time()) > 0:
                 if version is None:
-                    head = await self.head(run_id)  # it may have ended before we listened
-                    if _is_over(head):
+                    if _is_over(await self.head(run_id)):  # it may have ended before the subscription
                         return
-                elif await self.pipe.ask("LLEN", self._key("ev", run_id)) > version:
+                elif await self.connection.ask("LLEN", self._key("ev", run_id)) > version:
                     return
-                wait_s = min(remaining_s, 5.0 if version is None else pause)
-                pause = min(POLL_S, pause * 1.5)
+                wait_s = min(remaining_s, END_LOOK_S if version is None else pause_s)
+                pause_s = min(MAX_WATCH_S, pause_s * 1.5)
                 done, _ = await asyncio.wait([ended], timeout=wait_s)
                 if done:
                     return
         finally:
-            self._ends[loop].leave(run_id, ended)
+            ends.leave(run_id, ended)
 
     async def close(self) -> None:
         """See Journal."""
         loop = asyncio.get_running_loop()
-        if (pipe := self._pipes.pop(loop, None)) is not None:
-            await pipe.close()
-        if (ends := self._ends.pop(loop, None)) is not None:
-            await ends.close()
+        for by_loop in (self._stream_listeners, self._end_listeners, self._connections):
+            if (closing := by_loop.pop(loop, None)) is not None:
+                await closing.close()
         if (flush := getattr(self._send, "close", None)) is not None:
-            await asyncio.to_thread(flush)  # what it was given and has not sent yet
-
-
-class _RunEndListener:
-    """Hears of ended runs: one subscription an event loop, whoever waits."""
-
-    def __init__(self, url: str, channel: str) -> None:
-        self._url, self._channel = url, channel
-        self._waiting: dict[str, list[asyncio.Future[None]]] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._heard = asyncio.Event()
-
-    async def of(self, run_id: str) -> "asyncio.Future[None]":
-        """Done when the run ends; it is being listened for when this returns."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(run_id, []).append(future)
-        if self._task is None or self._task.done():
-            self._heard.clear()
-            self._task = asyncio.create_task(self._listen())
-        if not self._heard.is_set():
-            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
-            with suppress(TimeoutError):  # the server is away; the asker looks for itself every few seconds
-                async with asyncio.timeout(5):
-                    await self._heard.wait()
-        return future
-
-    def leave(self, run_id: str, future: "asyncio.Future[None]") -> None:
-        """Nobody waits on this future any more."""
-        futures = self._waiting.get(run_id, [])
-        if future in futures:
-            futures.remove(future)
-        if not futures:
-            self._waiting.pop(run_id, None)
-
-    async def _listen(self) -> None:
-        while True:
-            client: Redis = Redis.from_url(self._url, decode_responses=True)
-            try:
-                async with client.pubsub() as subscription:
-                    await subscription.subscribe(self._channel)
-                    async for message in subscription.listen():
-                        if message["type"] == "subscribe":
-                            self._heard.set()
-                        elif message["type"] == "message":
-                            self._tell(message["data"])
-            except (*CONNECTION_LOST, RedisError):
-                await asyncio.sleep(0.1)
-                for run_id in list(self._waiting):  # whoever waits looks again: ends may have gone unheard
-                    self._tell(run_id)
-            finally:
-                await client.aclose()
-
-    def _tell(self, run_id: str) -> None:
-        for future in self._waiting.pop(run_id, []):
-            if not future.done():
-                future.set_result(None)
-
-    async def close(self) -> None:
-        await cancel_and_wait(self._task)
+            await asyncio.to_thread(flush)  # messages that it has not sent yet
 
 
 def _pairs(reply: Any) -> dict[str, str]:
     return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
 
 
-async def _cancellable(reading: Awaitable[Any]) -> Any:
-    """What redis-py reads, unless the task was told to end meanwhile: while it connects it swallows that."""
-    task = asyncio.current_task()
-    assert task is not None
-    cancellations = task.cancelling()
-    try:
-        return await reading
-    finally:
-        if task.cancelling() > cancellations:
-            raise asyncio.CancelledError
+def _tokens(texts: Iterable[str]) -> Iterator[Token]:
+    for text in texts:
+        for token in loads(text):
+            yield Token(*token)
 
 
 def _is_over(head: RunHead | None) -> bool:

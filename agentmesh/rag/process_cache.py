@@ -1,4 +1,4 @@
-"""What a process has of embedders and stores: each is opened once, by name, and again after a fork."""
+"""The embedders and stores of a process: each is opened once, by name, and again after a fork."""
 
 import os
 import threading
@@ -13,10 +13,10 @@ from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.rag.vector_store import VectorStore
 from agentmesh.sized_cache import MIB, SizedCache
 
-LOCAL_PREFIX = "here:"  # an embedder that was given as an object: other processes do not have it
+LOCAL_PREFIX = "here:"  # of the name of an embedder that was passed as an object: other processes do not have it
 _LOCK = threading.Lock()
 _REGISTERED: dict[str, Any] = {}
-_BATCHERS: dict[tuple[int, int], EmbeddingBatcher] = {}  # embedders are never let go, so that an id is one's own
+_BATCHERS: dict[tuple[int, int], EmbeddingBatcher] = {}  # by process and id: embedders live as long as the process
 _NAMED_STORES: dict[tuple[int, str], VectorStore] = {}
 
 
@@ -27,10 +27,10 @@ def _store_bytes(_: tuple[int, str, Any], store: FaissStore) -> int:
 _STORES: SizedCache[tuple[int, str, Any], FaissStore] = SizedCache("stores", 256 * MIB, _store_bytes)
 
 
-def register_embedder(given: Any) -> str:
-    """A name for an embedder object, good in this process alone."""
-    name = f"{LOCAL_PREFIX}{os.getpid()}-{id(given)}"
-    _REGISTERED[name] = embedder(given)
+def register_embedder(source: Any) -> str:
+    """A name for an embedder object, which is valid in this process alone."""
+    name = f"{LOCAL_PREFIX}{os.getpid()}-{id(source)}"
+    _REGISTERED[name] = embedder(source)
     return name
 
 
@@ -38,29 +38,29 @@ def embedder_of(name: str) -> Embedder:
     """The embedder of a name.
 
     Raises:
-        ConfigError: it was lent by a process that is not this one.
+        ConfigError: it is the name of an object in another process.
     """
     if not name.startswith(LOCAL_PREFIX):
         return embedder(name)
     if name not in _REGISTERED:
         raise ConfigError(
-            "the embedder was given as an object, which another process does not have",
-            hint="add the documents again, or name it: 'wordllama', 'local:NAME', 'openai:NAME'",
+            "the embedder was passed as an object, which this process does not have",
+            hint="pass its name: 'wordllama', 'local:NAME', 'openai:NAME'; or add the documents again",
         )
-    found: Embedder = _REGISTERED[name]
-    return found
+    registered: Embedder = _REGISTERED[name]
+    return registered
 
 
 def embedder_for(store: str, name: str) -> Embedder:
     """The embedder of a name; without one the store's own, and for a new store the default."""
     if name:
         return embedder_of(name)
-    known = store_of(store).identity
-    return embedder_of(known.name if known is not None else DEFAULT_EMBEDDER)
+    identity = store_of(store).identity
+    return embedder_of(identity.name if identity is not None else DEFAULT_EMBEDDER)
 
 
 def batcher_for(by: Embedder) -> EmbeddingBatcher:
-    """An embedder, as this process's steps share it."""
+    """The batcher through which this process's steps share an embedder."""
     key = os.getpid(), id(by)
     with _LOCK:
         if key not in _BATCHERS:

@@ -32,7 +32,7 @@ def test_a_watch_is_left_as_soon_as_the_channel_is_heard(valkey: Any, turns: int
     async def leaves() -> bool:
         journal = await begun(valkey.url)
         watching = asyncio.create_task(journal.watch("r", version=None, timeout_s=30))
-        while not (ends := list(journal._ends.values())) or not ends[0]._heard.is_set():
+        while not (ends := list(journal._end_listeners.values())) or not ends[0]._subscribed.is_set():
             await asyncio.sleep(0)
         for _ in range(turns):
             await asyncio.sleep(0)

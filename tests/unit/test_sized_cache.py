@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import sys
 import threading
 import tracemalloc
 from typing import Any
@@ -91,10 +92,15 @@ def test_threads_leave_it_whole() -> None:
             errors.append(e)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval_s)
     assert errors == []
     assert cache.bytes == sum(len(v) for v in cache._values.values()) <= 100
 

@@ -154,12 +154,12 @@ def test_a_closed_journal_leaves_nobody_waiting() -> None:
 
 def test_a_command_that_cannot_be_sent_fails_and_the_next_one_works(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> None:
-        good = journal.pipe.ask("PING")
+        good = journal.connection.ask("PING")
         with pytest.raises(TypeError):
-            journal.pipe.ask("GET", object())
+            journal.connection.ask("GET", object())
         assert await good == "PONG"
         with pytest.raises(JournalError, match="wrong number of arguments"):
-            await journal.pipe.ask("GET")
+            await journal.connection.ask("GET")
         await journals.whole_run(journal, "r")
 
     journals.on(valkey, story)
