@@ -19,7 +19,7 @@ from agentmesh.journal.types import Accepted, GatherPlan, NewRun, OutboxMessage,
 
 
 class LocalDispatch:
-    """Messages that say only what they are for; one queue."""
+    """Messages that name only their unit, in one queue."""
 
     def steps(
         self, run_id: str, members: Sequence[MessageSpec], gather: GatherPlan | None, queue: str
@@ -40,11 +40,11 @@ class LocalDispatch:
 
 
 class LocalRunner:
-    """A journal, the messages it sends, and the engines that work them off.
+    """A journal, the messages that it sends, and the engines that consume them.
 
     Args:
         workers: how many engines share the work, each with a cache of its own.
-        ended: is told of each run that ends.
+        on_run_end: called with each run that ends.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LocalRunner:
         self.crew, self.now_ms = crew, start_ms
         self.dispatch = LocalDispatch()
         self.messages: deque[str] = deque()
-        self.paused = False  # True: nothing is worked off until it is False again
+        self.paused = False  # True: no message is consumed
         self.journal = MemoryJournal(clock=lambda: self.now_ms, send=self._sent)
         self.engines = [
             Engine(
@@ -65,14 +65,14 @@ class LocalRunner:
         self._turn = itertools.cycle(self.engines)
 
     async def begin(self, new: NewRun) -> Accepted | Refused:
-        """Begin a run and go on until it ends or is waiting for a decision."""
+        """Begin a run and go on until it ends or waits for a decision."""
         answer = await self.engines[0].begin(new)
         if not isinstance(answer, Refused):
             await self.run_until_idle()
         return answer
 
     async def run_until_idle(self) -> None:
-        """Work off every message; then let time skip to the next timer, until nothing is left to happen."""
+        """Consume every message, then skip to the time of the next timer, until nothing is left to happen."""
         while not self.paused:
             while self.messages:
                 await self.process_messages()
@@ -83,10 +83,10 @@ class LocalRunner:
             if due and not cancelled:
                 self.now_ms = max(self.now_ms, min(due.values()))
             if not (await self.journal.sweep("sweeper")).count:
-                self.now_ms += 1_000  # another sweeper's turn, or a lease that must run out first
+                self.now_ms += 1_000  # another sweeper's turn, or a lease that must expire first
 
     async def process_messages(self) -> None:
-        """Work off the messages that are there now, side by side."""
+        """Consume the messages that are there now, concurrently."""
         await asyncio.gather(*[self._work(self.messages.popleft()) for _ in range(len(self.messages))])
 
     async def _work(self, unit: str) -> None:
