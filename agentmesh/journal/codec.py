@@ -93,8 +93,9 @@ def encode_next(nxt: NextSteps) -> dict[str, Any]:
 def encode_plan(p: StepPlan) -> dict[str, Any]:
     """One step to plan."""
     planned = p.event
-    out: dict[str, Any] = {"n": planned.n, "kind": planned.kind, "lane": planned.lane, "state": p.state,
-                           "event": encode_event(planned)}  # fmt: skip
+    out: dict[str, Any] = {"n": planned.n, "state": p.state, "event": encode_event(planned)}
+    if planned.lane != "queued":
+        out |= {"lane": planned.lane, "kind": planned.kind}  # workers of earlier versions know the lane by the kind
     if p.wire:
         out["wire"] = p.wire.packed()
     if p.state == "due":

@@ -269,13 +269,13 @@ def apply_next(s: Transaction, run: str, nxt: Args) -> None:
 def plan_step(s: Transaction, run: str, p: Args, g: Args | None) -> None:
     """Plan one step: its event, its record and its entry."""
     n = p["n"]
-    rec: Record = {"kind": p["kind"], "st": "new", "g": g["first"] if g else 0, "f": 0, "a": 0}
+    rec: Record = {"st": "new", "g": g["first"] if g else 0, "f": 0, "a": 0}
     state = planned_state(s.rec(run, str(n)), p, rec)
     if not state:
         return
     unit = f"s|{run}|{n}"
     s.event(run, p["event"])
-    for flag in ("lane", "limited", "once", "rec"):
+    for flag in ("kind", "lane", "limited", "once", "rec"):
         if p.get(flag):
             rec[flag] = p[flag]
     if p.get("wire"):

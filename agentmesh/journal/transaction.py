@@ -98,16 +98,16 @@ SUSPECTS = ".suspects"  # after a queue's name: where its suspects wait
 
 
 def lane_of(rec: Record) -> str:
-    """Who ends this step: `queued` a worker, `due` the clock, `held` a person, `child` a run of its own.
+    """Who ends this step: `queued` (or no lane) a worker, `due` the clock, `held` a person, `child` a run of its own.
 
-    Entries that were written before they said so have the lane of their step's kind.
+    Entries of earlier versions have a kind alone, and its lane.
     """
     return str(rec.get("lane") or LANES_BEFORE.get(rec.get("kind", ""), "queued"))
 
 
 def is_limited(rec: Record) -> bool:
-    """Whether this step may be claimed only within the limits of its run."""
-    return bool(rec.get("limited")) if rec.get("lane") else rec.get("kind") == "Ask"
+    """Whether this step may be claimed only within the limits of its run; of earlier versions, an Ask."""
+    return bool(rec.get("limited")) or (rec.get("kind") == "Ask" and not rec.get("lane"))
 
 
 def is_in_doubt(rec: Record) -> bool:

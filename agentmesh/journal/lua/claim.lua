@@ -52,7 +52,7 @@ local function limit_reached(root)
     if NOW - hnum(root, 'started') - waited >= tonumber(seconds) * 1000 then return 'seconds' end
   end
 end
-if is_limited(r) then
+if r.limited == 1 or (r.kind == 'Ask' and not r.lane) then -- of earlier versions, an Ask
   local root = 'run:' .. root_of(run)
   local limit = limit_reached(root)
   if limit and hget(root, 'on_limit') == 'fail' then

@@ -36,13 +36,11 @@ local function rec(run, key)
   if v and string.sub(v, 1, 1) == '{' then return cjson.decode(v), nil end
   return nil, v
 end
--- Who ends this step: 'queued' a worker, 'due' the clock, 'held' a person, 'child' a run of its own. Entries of earlier
--- versions do not say it, and have the lane of their step's kind.
-local LANES_BEFORE = { Sleep = 'due', Approve = 'held', Delegate = 'child' }
-local function lane_of(r) return r.lane or LANES_BEFORE[r.kind] or 'queued' end
-local function is_limited(r)
-  if r.lane then return r.limited == 1 end
-  return r.kind == 'Ask'
+-- Who ends this step: 'queued' (or no lane) a worker, 'due' the clock, 'held' a person, 'child' a run of its own.
+-- Entries of earlier versions have a kind alone, and its lane.
+local function lane_of(r)
+  if r.lane then return r.lane end
+  return r.kind == 'Sleep' and 'due' or r.kind == 'Approve' and 'held' or r.kind == 'Delegate' and 'child' or 'queued'
 end
 local function put(run, key, r) hset('st:' .. run, key, cjson.encode(r)) end
 local function event(run, text) return redis.call('RPUSH', P .. 'ev:' .. run, int(NOW) .. ' ' .. text) end
@@ -288,8 +286,8 @@ local function plan_step(run, p, g)
   if mark and string.sub(mark, 1, 2) ~= 'D:' then return end
   local unit = 's|' .. run .. '|' .. key
   event(run, p.event)
-  local r = { kind = p.kind, lane = p.lane, st = 'new', g = g and g.first or 0, f = 0, a = 0 }
-  r.limited, r.once, r.rec = p.limited, p.once, p.rec
+  local r = { st = 'new', g = g and g.first or 0, f = 0, a = 0, once = p.once, rec = p.rec, limited = p.limited }
+  r.lane, r.kind = p.lane, p.kind
   if mark and p.once and mark == 'D:' .. (p.digest or '') then
     r.lost = 1
     if state == 'held' then state = 'queued' end
