@@ -1,4 +1,4 @@
-"""The words a Journal is spoken to with, and Dispatch, which renders messages. Adapters implement it; the engine knows nothing else."""
+"""Dispatch, which renders the messages of steps and runs; celery/dispatch.py implements it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from agentmesh.journal.types import GatherPlan, TaskMessage
 
 @dataclass(frozen=True, slots=True)
 class MessageSpec:
-    """What a message is about, for whoever renders it: a step, or the run that a step of lane `child` begins.
+    """What a message is about: a step, or the run that a step of lane `child` begins.
 
     Args:
         queue: the broker's name of it.
@@ -26,12 +26,12 @@ class MessageSpec:
 
 
 class Dispatch(Protocol):
-    """Renders messages; sends nothing."""
+    """Renders messages and sends nothing: the journal's scripts send, or a publisher."""
 
     def steps(
         self, run_id: str, members: Sequence[MessageSpec], gather: "GatherPlan | None", queue: str
     ) -> list[TaskMessage]:
-        """One wire a member, in order; `queue` is where the gather's body goes."""
+        """One message a member, in order; `queue` is where the gather's body is sent."""
         ...
 
     def advance(self, run_id: str, agent: str, queue: str) -> TaskMessage:
@@ -39,5 +39,5 @@ class Dispatch(Protocol):
         ...
 
     def finish(self, run_id: str, agent: str, queue: str) -> TaskMessage:
-        """The message that tells a canvas of a run's end."""
+        """The message that reports a run's end to a canvas."""
         ...

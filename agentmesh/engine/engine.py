@@ -1,4 +1,4 @@
-"""The engine: claim, do, replay, commit. It knows the ports alone; Celery, Redis and models are behind them."""
+"""The engine: claim, execute, replay, commit. It knows Journal, Dispatch and StepExecutor, and nothing behind them."""
 
 import asyncio
 import itertools
@@ -20,12 +20,13 @@ from agentmesh.journal.events import Event, RunFailed, StepDone, StepFailed
 from agentmesh.journal.journal import Journal
 from agentmesh.journal.types import Accepted, Claimed, NewRun, NextSteps, Refused, advance_unit, step_unit
 
-ROOM_WAIT_S, ROOM_POLL_S = 5.0, 0.01  # a suspect waits for its worker's hand; after that the outbox sends it again
+# A suspect waits so long for its worker to have few enough units in flight; after that the outbox sends it again.
+SUSPECT_WAIT_S, SUSPECT_POLL_S = 5.0, 0.01
 THREADED_REPLAY_EVENTS = 400  # events; longer ones leave the event loop
 
 
 class Skipped(str):
-    """Why a message had nothing to be done for it: its unit has ended, is another's, or is not due."""
+    """Why there was nothing to do for a message: its unit has ended, is leased by another worker, or is not due."""
 
     __slots__ = ()
 
@@ -45,8 +46,8 @@ class Engine:
 
     Args:
         worker: this process's name in leases.
-        apart: suspects have a process of their own, which is not this one.
-        ended: is told of each run that this process ends.
+        on_run_end: called with each run that this process ends.
+        apart: suspects have a worker process of their own, which is not this one.
         model: of agents that name none, in a crew that names none.
         history_cache_bytes: what the events of recent runs may take of this process's memory.
     """
@@ -61,17 +62,17 @@ class Engine:
         self._executor, self._on_run_end, self._isolates_suspects = executor, on_run_end, apart
         self._history_cache = HistoryCache(history_cache_bytes)
         self.leases: dict[str, Lease] = {}
-        self._tokens = itertools.count(1)  # with the worker's name: unlike any other claim's
+        self._tokens = itertools.count(1)  # with the worker's name, a token that no other claim has
 
     # ---- the two units of work -----------------------------------------------------------------
     async def step(self, run_id: str, n: int, queue: str) -> str:
-        """Do step n if it is still to be done; answers what became of it, for the log."""
+        """Execute step n if it has not ended; answers what became of it, for the log."""
         unit = step_unit(run_id, n)
-        pace = self.crew.queues[queue].rate_limit() if queue in self.crew.queues else None
-        got = await self._claim(unit, run_id, rate=pace, queue=queue)
-        if isinstance(got, Refused):
-            return Skipped(got.why)
-        claimed, cached = got
+        rate = self.crew.queues[queue].rate_limit() if queue in self.crew.queues else None
+        grant = await self._claim(unit, run_id, rate=rate, queue=queue)
+        if isinstance(grant, Refused):
+            return Skipped(grant.why)
+        claimed, cached = grant
         lease = self.leases[unit] = Lease(claimed.fence, asyncio.current_task(), loop=asyncio.get_running_loop())
         try:
             if claimed.limit:
@@ -79,8 +80,8 @@ class Engine:
             step = await self._requested_step(cached, n)
             if step is None:
                 return "not waited for"
-            event, charge = await self._do(step, n, claimed, lease, cached.history)
-            lease.task = None  # it is done: from here on only the journal says whether it counts
+            event, charge = await self._execute(step, n, claimed, lease, cached.history)
+            lease.task = None  # executed: from here on only the journal says whether it counts
             return await self._commit(unit, n, claimed, event, charge, cached)
         except asyncio.CancelledError:
             if not lease.lost:
@@ -96,10 +97,10 @@ class Engine:
     async def advance(self, run_id: str) -> str:
         """Replay the run and write what comes next."""
         unit = advance_unit(run_id)
-        got = await self._claim(unit, run_id)
-        if isinstance(got, Refused):
-            return Skipped(got.why)
-        claimed, cached = got
+        grant = await self._claim(unit, run_id)
+        if isinstance(grant, Refused):
+            return Skipped(grant.why)
+        claimed, cached = grant
         self.leases[unit] = Lease(claimed.fence)
         try:
             while True:
@@ -121,7 +122,7 @@ class Engine:
             self.leases.pop(unit, None)
 
     async def begin(self, new: NewRun) -> Accepted | Refused:
-        """Begin a run with its first steps: they are found here, by a replay over nothing."""
+        """Begin a run with its first steps, which a replay over an empty history finds."""
         cached = CachedHistory(provisional_history(new))
         nxt, waiting = await self._replay_until_blocked(cached)
         if waiting is not None and not waiting.steps:
@@ -137,12 +138,12 @@ class Engine:
         return answer
 
     async def claim_unit(self, unit: str, run_id: str) -> Claimed | Refused:
-        """Lease a unit that is neither step nor advance; the taker drops it from `leases` when it is through."""
-        got = await self._claim(unit, run_id)
-        if isinstance(got, Refused):
-            return got
-        self.leases[unit] = Lease(got[0].fence)
-        return got[0]
+        """Lease a unit that is neither step nor advance; the caller removes it from `leases` when it is done."""
+        grant = await self._claim(unit, run_id)
+        if isinstance(grant, Refused):
+            return grant
+        self.leases[unit] = Lease(grant[0].fence)
+        return grant[0]
 
     # ---- parts ---------------------------------------------------------------------------------
     async def _claim(
@@ -151,7 +152,7 @@ class Engine:
         await self._history_cache.wait_for_write(run_id)
         cached = self._history_cache.get(run_id, self.journal.epoch)
         version = cached.history.version if cached else 0
-        until_s = time.monotonic() + ROOM_WAIT_S
+        until_s = time.monotonic() + SUSPECT_WAIT_S
         while True:
             claimed = await self.journal.claim(
                 unit, worker=self.worker, token=f"{self.worker}#{next(self._tokens)}", version=version,
@@ -160,15 +161,15 @@ class Engine:
             )  # fmt: skip
             if not (isinstance(claimed, Refused) and claimed.why == "room") or time.monotonic() > until_s:
                 break
-            await asyncio.sleep(ROOM_POLL_S)
+            await asyncio.sleep(SUSPECT_POLL_S)
             while len(self.leases) >= int(claimed.detail) and time.monotonic() < until_s:
-                await asyncio.sleep(ROOM_POLL_S)
+                await asyncio.sleep(SUSPECT_POLL_S)
         if isinstance(claimed, Refused):
             return claimed
         cached = self._history_cache.get(run_id, self.journal.epoch)
         if cached is None or cached.history.version < claimed.version - len(claimed.events):
             events, epoch = claimed.events, self.journal.epoch
-            if len(events) < claimed.version:  # the tail left the cache while the claim was under way
+            if len(events) < claimed.version:  # the history was evicted while the claim was under way
                 events = (await self.journal.events(run_id))[: claimed.version]
             cached = CachedHistory(History(run_id, events), epoch=epoch)
         else:
@@ -185,7 +186,7 @@ class Engine:
         return replay(agent, history)
 
     async def _requested_step(self, cached: CachedHistory, n: int) -> Step[Any] | None:
-        """Step n as the flow asks for it now; None when nobody waits for it any more."""
+        """Step n as the flow asks for it now; None when the flow does not wait for it any more."""
         if cached.waiting is None or n not in cached.waiting.steps:
             outcome = await self._replay(cached.history)
             if not isinstance(outcome, Waiting) or n not in outcome.steps:
@@ -193,7 +194,7 @@ class Engine:
             cached.waiting = outcome
         return cached.waiting.steps[n]
 
-    async def _do(
+    async def _execute(
         self, step: Step[Any], n: int, claimed: Claimed, lease: Lease, history: History
     ) -> tuple[Event, Charge]:
         started = history.started
@@ -237,21 +238,21 @@ class Engine:
         return type(event).__name__ if isinstance(answer, Accepted) else answer.why
 
     async def _replay_until_blocked(self, cached: CachedHistory) -> tuple[NextSteps, Waiting | None]:
-        """Replay until something must really be done; the history then holds what `next` will write."""
+        """Replay until a step must be executed; the history then holds what `next` will write."""
         plans: list[Any] = []
         while True:
             outcome = await self._replay(cached.history)
             nxt = self.planner.next(cached.history, outcome)
             cached.history.extend(_expected_events(nxt))
             plans += nxt.plans
-            # a lone step that failed before it began has nobody who would go on after it
+            # after a lone step that failed before it began no worker would go on: go on here
             if not nxt.plans or nxt.gather or any(p.state != "ended" for p in nxt.plans):
                 break
         cached.waiting = outcome if isinstance(outcome, Waiting) else None
         return NextSteps(plans, nxt.gather, nxt.end, nxt.up), cached.waiting
 
     def _cache_or_drop(self, run_id: str, cached: CachedHistory, answer: Accepted | Refused) -> None:
-        """Keep the tail when the store wrote just what we thought it would."""
+        """Keep the history when the store wrote exactly what was expected; else drop it."""
         if isinstance(answer, Accepted) and not answer.conflict and answer.version == cached.history.version:
             if cached.history.end is None:
                 self._history_cache.keep(run_id, cached)
@@ -280,13 +281,13 @@ class Engine:
             self._on_run_end(history, end.end)
         return "limit"
 
-    # ---- leases, seen from another thread ------------------------------------------------------
+    # ---- leases: called from another thread ------------------------------------------------------
     def held_leases(self) -> list[tuple[str, int]]:
         """The leases to renew."""
         return [(unit, lease.fence) for unit, lease in list(self.leases.items())]
 
     def lose_lease(self, unit: str) -> None:
-        """A lease is somebody else's, or its run was cancelled: stop working on it. Thread-safe."""
+        """A lease was lost to another worker, or its run was cancelled: stop working on it. Thread-safe."""
         lease = self.leases.get(unit)
         if lease is None:
             return
@@ -296,12 +297,12 @@ class Engine:
 
 
 def _cancel_task(lease: Lease) -> None:
-    if lease.task is not None:  # looked at on its own loop: a step that is being committed is left alone
+    if lease.task is not None:  # read on its own loop: a step that is being committed goes on
         lease.task.cancel()
 
 
 def _expected_events(nxt: NextSteps) -> list[Event]:
-    """The events that the store will append for `next`, as far as they can be known here."""
+    """The events that the store will append for `next`, as far as they are known here."""
     planned: list[Event] = [p.event for p in nxt.plans]
     ended = [p.end for p in nxt.plans if p.end is not None]
     return [*planned, *ended, *([nxt.end] if nxt.end is not None else [])]

@@ -1,4 +1,4 @@
-"""Executes one step: a model call or a tool call. The outcome is always an event, never an exception."""
+"""Executes one step: calls its function, or asks a model. The outcome is always an event, never an exception."""
 
 import asyncio
 import contextvars
@@ -26,16 +26,19 @@ from agentmesh.journal.types import original_run_id
 from agentmesh.model import Answer, Model, Prompt, RetryLater, model_name
 from agentmesh.schema import canonical
 
-# `def` tools on threads of this process, also those that nobody waits for any more: no thread can be stopped.
+# `def` tools on threads of this process, also those that timed out: a thread cannot be stopped.
 RUNNING_THREADS: set[object] = set()
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 60.0
-FIRST_UNAVAILABLE_S, MAX_UNAVAILABLE_S = 4.0, 30.0  # until the servers of a queue are asked again that are all away
+FIRST_UNAVAILABLE_S, MAX_UNAVAILABLE_S = (
+    4.0,
+    30.0,
+)  # before the servers of a queue are asked again, when none is reachable
 Charge = dict[str, float]
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at one step, as the one who does it sees it."""
+    """One attempt at one step, as its executor sees it."""
 
     run_id: str
     n: int
@@ -46,7 +49,7 @@ class Attempt:
     on_token: Callable[[str], None] | None = None
     agent: str = ""
     trace: str = ""
-    away_ms: Sequence[int] = ()  # how long earlier attempts, which are none of its `retries`, had it wait
+    away_ms: Sequence[int] = ()  # how long the attempts waited that are not counted against `retries`
 
     @property
     def key(self) -> str:
@@ -55,10 +58,10 @@ class Attempt:
 
 
 class StepExecutor(Protocol):
-    """What the engine needs of whoever does steps."""
+    """What the engine needs to execute steps."""
 
     async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
-        """The step's end, or its next turn; and what it cost."""
+        """The step's end, or StepRetried or StepInDoubt; and what it cost."""
         ...
 
 
@@ -69,7 +72,7 @@ class LocalExecutor:
         model_of: `provider:name` or an object, to a Model and the name it knows.
         threads: how many `def` tools run at once in this process.
         servers_of: the model servers that a step's queue names, or None; `model_of` takes them in a model's place.
-        executor: runs them instead, where `threading` is not what it was.
+        executor: runs `def` tools instead, where `threading` is patched.
     """
 
     def __init__(
@@ -85,11 +88,11 @@ class LocalExecutor:
         self._threads = executor or ThreadPoolExecutor(threads, thread_name_prefix="agentmesh-tool")
 
     async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
-        """The step's end, or its next turn; and what it cost."""
+        """The step's end, or StepRetried or StepInDoubt; and what it cost."""
         return await self._targets[step.target](step, at)
 
     def close(self) -> None:
-        """Let go of the threads; a tool that runs on is abandoned."""
+        """Give up the threads; a tool that still runs is abandoned."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- models --------------------------------------------------------------------------------
@@ -114,8 +117,8 @@ class LocalExecutor:
         except ConfigError as e:
             return self._failed(step, at, ModelError(e.message, hint=e.hint)), {}
         except Exception as e:
-            strange = ModelError(f"the model of `{step.name}` raised {type(e).__name__}: {e}")
-            return self._retry_or_fail(step, at, strange, step.retries), {}
+            error = ModelError(f"the model of `{step.name}` raised {type(e).__name__}: {e}")
+            return self._retry_or_fail(step, at, error, step.retries), {}
         usage = answer.usage
         cut = "length" if answer.finish == "length" else ""
         done = StepDone(
@@ -148,7 +151,7 @@ class LocalExecutor:
         return self._returned(step, policy, at, value), {}
 
     async def _run(self, call: Callable[[], Any], label: str) -> Any:
-        """A `def` on a thread, an `async def` here; both know what they run in."""
+        """Run a `def` on a thread, an `async def` on this loop, both with RUNNING_INSIDE set."""
         token = RUNNING_INSIDE.set(label)
         try:
             if inspect.iscoroutinefunction(getattr(call, "func", call)):
@@ -160,7 +163,7 @@ class LocalExecutor:
             RUNNING_INSIDE.reset(token)
 
     async def _reconcile(self, step: Step[Any], policy: StepPolicy, at: Attempt) -> Event | None:
-        """What `reconcile` knows of the attempt that was cut off; None: it did not happen."""
+        """What `reconcile` says of the attempt that was cut off; None: it did not happen."""
         reconcile = policy.reconcile
         assert reconcile is not None
         try:
@@ -196,7 +199,7 @@ class LocalExecutor:
     def _retry_or_fail(
         self, step: Step[Any], at: Attempt, error: Exception, retries: int, after_s: float | None = None
     ) -> Event:
-        """Another attempt later, or the end: exponential back-off with full jitter."""
+        """StepRetried after an exponential back-off with full jitter, or StepFailed when the retries are used up."""
         if at.number - len(at.away_ms) > retries:
             final = error if isinstance(error, StepError) else ModelError(str(error))
             return self._failed(step, at, final)
@@ -205,7 +208,7 @@ class LocalExecutor:
         return StepRetried(n=at.n, error=error_to_json(error), attempt=at.number, after_ms=round(after_s * 1000))
 
     def _retry_when_available(self, at: Attempt, error: Exception) -> Event:
-        """Another attempt later, for who was asked is away: not all at once when they are back."""
+        """Another attempt later, because no server is reachable; at random times, so that not all come back at once."""
         most_s = min(MAX_UNAVAILABLE_S, FIRST_UNAVAILABLE_S * 2 ** len(at.away_ms))
         after_ms = round(1000 * random.uniform(most_s / 2, most_s))
         return StepRetried(n=at.n, error=error_to_json(error), attempt=at.number, after_ms=after_ms, away=True)
@@ -221,7 +224,7 @@ def _run_counted(call: Callable[[], Any]) -> Any:
 
 
 def truncate_middle(text: str, most_bytes: int) -> str:
-    """At most so many bytes of UTF-8: head and tail are kept, and what is left out is said."""
+    """The text in at most so many bytes of UTF-8: its head and tail, and between them how much was omitted."""
     raw = text.encode()
     if len(raw) <= most_bytes:
         return text

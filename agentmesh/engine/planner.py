@@ -1,4 +1,4 @@
-"""Plans the steps a flow waits for. Renders nothing itself, sends nothing."""
+"""Plans the steps that a flow waits for, or the end of its run. Sends nothing."""
 
 import math
 from collections.abc import Sequence
@@ -101,7 +101,7 @@ def _kill_after_s(step: Step[Any], policy: StepPolicy) -> float | None:
 
 
 def parent_event(history: History, outcome: Outcome) -> Event | None:
-    """What a child's end tells its parent."""
+    """The end of the parent's step that the end of this run is; None of a root run."""
     started = history.started
     if started is None or not started.parent:
         return None
@@ -117,7 +117,7 @@ def parent_event(history: History, outcome: Outcome) -> Event | None:
 
 
 def _flow_error(error: Exception) -> dict[str, Any]:
-    """An exception of a flow as the journal keeps it: what a person wrote with its place in the code."""
+    """An exception of a flow as JSON: of the user's code, with the line that raised it."""
     error_json = error_to_json(error)
     if not isinstance(error, MeshError) and (at := raised_at(error)):
         error_json["at"] = at
@@ -125,5 +125,5 @@ def _flow_error(error: Exception) -> dict[str, Any]:
 
 
 def provisional_history(new: NewRun, events: Sequence[Event] = ()) -> History:
-    """The history of a run that is about to begin, before the store has said when."""
+    """The history of a run that is not begun yet, so that its start has no time."""
     return History(new.run_id, [RunStarted.of(new.spec), *events])

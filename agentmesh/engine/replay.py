@@ -30,7 +30,7 @@ EVENT_BYTES = 600  # an event's object and its strings, beside the text of its l
 
 
 class History:
-    """A run's events, sorted for replay; grows at its end alone."""
+    """A run's events, sorted for replay; only ever appended to."""
 
     def __init__(self, run_id: str, events: Iterable[Event] = ()) -> None:
         self.run_id = run_id
@@ -39,9 +39,9 @@ class History:
         self.planned: dict[int, StepPlanned] = {}
         self.ended: dict[int, Event] = {}
         self.closed: dict[int, GatherClosed] = {}
-        self.away: dict[int, list[int]] = {}  # of a step, how long it waited for who was away, in ms, time by time
+        self.away: dict[int, list[int]] = {}  # ms that each step waited for unreachable servers, one a retry
         self.end: Event | None = None
-        # What an earlier replay over this history has found out already: a run of n steps is replayed n times.
+        # What earlier replays over this history have computed: a run of n steps is replayed n times.
         self.checked: set[int] = set()
         self.values: dict[int, Any] = {}
         self._bytes, self._unweighed = 0, list[Event]()
@@ -79,7 +79,7 @@ class History:
         return self._bytes
 
     def catch_up(self, events: Sequence[Event], version: int) -> None:
-        """Add those of `events`, which end at `version`, that are not here yet."""
+        """Add those of `events`, which end at `version`, that it lacks."""
         missing = version - self.version
         if missing > 0:
             self.extend(events[len(events) - missing :])
@@ -103,7 +103,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The flow cannot go on without these steps; planned or not. None at all: it wants to know `started_at`."""
+    """The flow cannot go on without these steps, planned or not. Without any: it has asked for `started_at`."""
 
     steps: dict[int, Step[Any]]
     gather: GatherPlan | None = None
@@ -140,7 +140,7 @@ class ReplayContext:
         started = self._history.started
         assert started is not None
         if not started.at_ms:
-            self._suspend(Waiting({}))  # the client's first replay: the store has not yet said
+            self._suspend(Waiting({}))  # the client's first replay: the run is not begun
         return started.at_ms / 1000
 
     @property
@@ -178,7 +178,7 @@ class ReplayContext:
         for step in steps:
             _check_step(step, "gather")
         if errors and need is not None:
-            raise ValueError("gather(errors=True) waits for all; `need` says that some are enough: choose one")
+            raise ValueError("gather(errors=True) waits for all steps, and `need` for some of them: drop one")
         need_count = _count(need, len(steps))
         if not steps:
             return []
@@ -217,7 +217,7 @@ class ReplayContext:
             self._suspend(Waiting({n: step}))
         value = self._value(n, step)
         if isinstance(value, StepError) and not errors:
-            raise QuorumMissed("0 of 1 members succeeded", hint="1 was needed", errors=[value]) if tolerant else value
+            raise QuorumMissed("0 of 1 members succeeded, 1 was needed", errors=[value]) if tolerant else value
         return [value]
 
     def _step_number(self, step: Step[Any], gather: int = 0) -> int:
@@ -227,7 +227,7 @@ class ReplayContext:
         was = self._history.planned.get(n)
         if was is None:
             return n
-        is_known = n in self._history.checked  # its digest was compared; kind and name still are, at every replay
+        is_known = n in self._history.checked  # its digest was compared before; kind and name are at every replay
         if (was.kind, was.name, was.gather) != (step.kind, step.name, gather) or (
             not is_known and was.digest != step.digest()
         ):
@@ -244,7 +244,7 @@ class ReplayContext:
         where: dict[str, Any] = {"run_id": self.run_id, "n": n, "name": step.name}
         if isinstance(event, StepDone):
             value = step.decode(event.value)
-            if type(value) in IMMUTABLE:  # anything else the flow may have changed: it gets its own
+            if type(value) in IMMUTABLE:  # anything else the flow may change: each replay gets its own
                 self._history.values[n] = value
             return value
         if isinstance(event, StepResolved) and event.action == "done":
@@ -265,7 +265,7 @@ class ReplayContext:
 
     def _check_not_suspended(self) -> None:
         if self.waiting or self.broken:
-            raise Suspended  # whatever swallowed the first one, the flow does not go on
+            raise Suspended  # the flow swallowed the first one; it must not go on
 
     def _suspend(self, waiting: Waiting) -> None:
         self.waiting = waiting
@@ -273,7 +273,7 @@ class ReplayContext:
 
     def _raise_mismatch(self, n: int, was: str, now: str) -> None:
         self.broken = ReplayError(
-            f"step {n} was `{was}` when first run and is now `{now}`. A flow must ask for the same steps in the same "
+            f"step {n} was `{was}` when first run and is now `{now}`, and a flow must ask for the same steps in the same "
             "order",
             hint="move clocks, randomness and I/O into tools, or give the crew a new version",
             run_id=self.run_id,
@@ -309,7 +309,7 @@ def replay(agent: Agent[Any, Any], history: History) -> Outcome:
         outcome = Failed(RuntimeError("suspended without a reason"))
     except TypeError as e:
         outcome = Failed(TypeError(f"the flow of `{agent.name}`: {e}"), tuple(ctx.messages))
-    except Exception as e:  # the flow's own: a fact for the journal
+    except Exception as e:  # the flow's own: it ends the run
         outcome = Failed(e, tuple(ctx.messages))
     finally:
         RUNNING_INSIDE.reset(token)
@@ -337,7 +337,7 @@ def _count(need: float | None, n: int) -> int:
 def _check_step(step: Any, verb: str) -> None:
     if isinstance(step, Step):
         return
-    mend = "write `.on(...)`: `Researcher().on(task)`, `forecast.on('Lima')`"
+    hint = "write `.on(...)`: `Researcher().on(task)`, `forecast.on('Lima')`"
     if isinstance(step, Agent):
-        mend = f"write `{step.name}().on(task)`"
-    raise TypeError(f"ctx.{verb} takes steps, not {type(step).__name__}: {mend}")
+        hint = f"write `{step.name}().on(task)`"
+    raise TypeError(f"ctx.{verb} takes steps, not {type(step).__name__}: {hint}")

@@ -1,4 +1,4 @@
-"""Retry of a finished run: which events the new run keeps, and which steps it repeats. Starts nothing."""
+"""Retry of a finished run: which events the new run keeps, and which steps it repeats. Executes nothing."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from agentmesh.journal.types import NewRun, NextSteps, Refused, RetryImport, Run
 
 
 def steps_to_redo(history: History) -> set[int]:
-    """The steps without a good end in the last lone step or gather: what came before it, the flow has dealt with."""
+    """The steps that have not succeeded in the last lone step or gather; the flow has handled what came before."""
     if not history.planned:
         return set()
     last = max(history.planned)
@@ -34,7 +34,7 @@ def steps_to_redo(history: History) -> set[int]:
         return bad
     if closed.why == "need":
         return set()
-    return bad or set(unit) - set(closed.members)  # all good, but some came after the deadline: those decide again
+    return bad or set(unit) - set(closed.members)  # all succeeded, but some after the deadline: those are redone
 
 
 def _succeeded(end: Event | None) -> bool:
@@ -42,7 +42,7 @@ def _succeeded(end: Event | None) -> bool:
 
 
 def retained_events(old: str, new: str, events: Sequence[Event], started: RunStarted) -> tuple[RetryImport, list[int]]:
-    """What run `new` begins with of the journal of `old`, after its own `started`; and the Delegates it does anew."""
+    """What run `new` begins with of the journal of `old`, after its own `started`; and the steps with child runs to redo."""
     history = History(old, events)
     redo = steps_to_redo(history)
     reopened = {history.planned[n].gather for n in redo} - {0}
@@ -51,26 +51,28 @@ def retained_events(old: str, new: str, events: Sequence[Event], started: RunSta
         is_dropped = isinstance(event, (RunStarted, LimitRaised, *ENDS)) or getattr(event, "n", -1) in {0, *redo}
         if not is_dropped and not (isinstance(event, GatherClosed) and event.first in reopened):
             retained.append(event)
-    cut = {
+    interrupted = {
         n: planned.digest
         for n, planned in history.planned.items()
         if n in redo and n not in history.ended and planned.lane == "queued"
     }
-    known = sorted(set(history.planned) - redo)
-    return RetryImport(old, new, retained, known, cut), [n for n in sorted(redo) if history.planned[n].lane == "child"]
+    ended = sorted(set(history.planned) - redo)
+    return RetryImport(old, new, retained, ended, interrupted), [
+        n for n in sorted(redo) if history.planned[n].lane == "child"
+    ]
 
 
 async def _retained_tree(
     journal: Journal, old: str, new: str, events: Sequence[Event], started: RunStarted
 ) -> list[RetryImport]:
-    """The run's, and those of the sub-agents that had not come to a good end."""
+    """The import of the run, and of the sub-agents' runs below it that did not succeed."""
     top, delegates = retained_events(old, new, events, started)
     out = [top]
     for n in delegates:
         below = await journal.events(f"{old}/{n}")
         if len(below) < 2 or not isinstance(below[0], RunStarted):
-            continue  # it had done nothing
-        # What the planner will write when the flow asks for it again: the journal is then found to be this run's.
+            continue  # it has no step yet
+        # Exactly what the planner will write when the flow asks for it again, so that the journal is recognised as this run's.
         begun = started.child(
             agent=below[0].agent,
             task=below[0].task,
@@ -84,10 +86,10 @@ async def _retained_tree(
 
 
 async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal) -> str:
-    """Begin `ID~2` (then `~3`) with the facts of the newest of that line; answers the new run's id.
+    """Begin `ID~2` (then `~3`) with what the newest of these runs has done; answers the new run's id.
 
     Raises:
-        RunError: there is no such run, it is open or done, it is a sub-agent's, or another crew's.
+        RunError: there is no such run, it is open or done, or it is of a sub-agent or of another crew.
     """
     last = await latest_retry(journal, run_id)
     old = last.id
@@ -109,14 +111,14 @@ async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal
 
 
 async def latest_retry(journal: Journal, run_id: str) -> RunHead:
-    """The run, or the last retry of it that there is."""
+    """The run's newest retry, or the run itself."""
     head = await journal.head(run_id)
     if head is None:
-        raise RunError(f"there is no run {run_id!r}", hint="`agentmesh runs ls` lists them", run_id=run_id)
+        raise RunError(f"there is no run {run_id!r}", hint="list the runs: agentmesh runs ls", run_id=run_id)
     if "/" in run_id:
         root = run_id.partition("/")[0]
         raise RunError(
-            f"run {run_id} is a sub-agent's", hint=f"retry the root run: agentmesh runs retry {root}", run_id=run_id
+            f"run {run_id} is of a sub-agent", hint=f"retry the root run: agentmesh runs retry {root}", run_id=run_id
         )
     first, _, k = run_id.partition("~")
     count = int(k or 1)
@@ -136,8 +138,11 @@ def _check_retryable(head: RunHead, crew: Crew) -> None:
             run_id=run_id,
         )
     if head.status == "done":
-        raise RunError(f"run {run_id} is done", hint="there is nothing to retry", run_id=run_id)
+        raise RunError(
+            f"run {run_id} is done, and only a run that failed or was cancelled can be retried", run_id=run_id
+        )
     if head.crew != crew.name:
         raise RunError(
-            f"run {run_id} is of crew {head.crew!r} and this is crew {crew.name!r}: name its file", run_id=run_id
-        )
+            f"run {run_id} is of crew {head.crew!r}, and this is crew {crew.name!r}",
+            hint=f"name the file of crew {head.crew!r}", run_id=run_id,
+        )  # fmt: skip

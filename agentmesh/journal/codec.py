@@ -1,4 +1,4 @@
-"""Between the engine's words and the protocol's JSON: one adapter for every journal; knows no store."""
+"""From the engine's values to the protocol's JSON and back, the same for every journal. Knows no store."""
 
 import hashlib
 import json
@@ -50,7 +50,8 @@ def decode_event(line: str) -> Event:
         return event_from_json(loads(text), int(at), getsizeof(line))
     except KeyError as e:
         raise JournalVersion(
-            f"the journal holds an event {e.args[0]!r} that this version of agentmesh does not know: upgrade it"
+            f"the journal holds an event {e.args[0]!r} that this version of agentmesh does not know",
+            hint="upgrade agentmesh",
         ) from None
 
 
@@ -95,8 +96,9 @@ def encode_next(nxt: NextSteps) -> dict[str, Any]:
 def encode_plan(p: StepPlan) -> dict[str, Any]:
     """One step to plan."""
     planned = p.event
-    out: dict[str, Any] = {"n": planned.n, "kind": planned.kind, "lane": planned.lane, "state": p.state,
-                           "event": encode_event(planned)}  # fmt: skip
+    out: dict[str, Any] = {"n": planned.n, "state": p.state, "event": encode_event(planned)}
+    if planned.lane != "queued":
+        out |= {"lane": planned.lane, "kind": planned.kind}  # workers of earlier versions know the lane by the kind
     if p.wire:
         out["wire"] = p.wire.packed()
     if p.state == "due":
@@ -117,14 +119,14 @@ def encode_plan(p: StepPlan) -> dict[str, Any]:
 
 
 def encode_import(c: RetryImport) -> dict[str, Any]:
-    """A run's share of a retry."""
+    """What one run of a tree begins with in a retry."""
     events = [{"at": e.at_ms, "event": encode_event(e)} for e in c.events]
     return {
         "from": c.old,
         "run": c.new,
         "events": events,
-        "kept": list(c.kept),
-        "cut": [[n, d] for n, d in c.cut.items()],
+        "kept": list(c.retained),
+        "cut": [[n, d] for n, d in c.interrupted.items()],
     }
 
 
@@ -146,7 +148,7 @@ class VerbJournal(ABC):
 
     @abstractmethod
     async def _execute(self, verb: str, args: dict[str, Any]) -> Reply:
-        """Do the verb; its header and its texts."""
+        """Execute the verb; answers its header and its texts."""
 
     async def begin(self, new: NewRun, next: NextSteps, carried: Sequence[RetryImport] = ()) -> Accepted | Refused:
         """See Journal."""
@@ -237,7 +239,7 @@ class VerbJournal(ABC):
         await self._execute("notified", {"run": run_id})
 
     async def _boot(self) -> dict[str, str]:
-        """`{"boot": ID}` of the store's process, where it can die alone."""
+        """`{"boot": ID}` of the store's process, where the store is a process of its own."""
         return {}
 
 
@@ -250,7 +252,7 @@ def _accepted(reply: Reply) -> Accepted | Refused:
 
 
 def is_ended(event: Event | None) -> bool:
-    """Whether a run's last fact says that it is over."""
+    """Whether this last event of a run ends it."""
     return isinstance(event, ENDS)
 
 
@@ -258,7 +260,7 @@ def is_ended(event: Event | None) -> bool:
 
 LARGE_BYTES = 64 * 1024
 LARGE_KEYS = ("event", "started", "end", "up")
-# The whole line, and the fingerprint where no event has a field of its own: a user's `{"blob": …}` is not one.
+# Matches the whole line, and no event has a field `blob`: a user's value `{"blob": …}` is not taken for a stub.
 STUB = re.compile(r'\d+ \{"e":"\w+","blob":"([0-9a-f]{64})"(?:,"n":\d+)?\}')
 LONGEST_STUB = 200
 
@@ -282,18 +284,18 @@ def extract_large(args: Any) -> Iterator[tuple[str, str]]:
 
 
 def _make_stub(text: str, fingerprint: str) -> str:
-    """What stays: the kind and the step's number, and where the rest is."""
+    """What replaces a large event: its kind, its step's number and the fingerprint of its text."""
     event = json.loads(text)
     stub = {"e": event["e"], "blob": fingerprint, **({"n": event["n"]} if "n" in event else {})}
     return json.dumps(stub, separators=(",", ":"))
 
 
 def fingerprint_of(line: str) -> str:
-    """The blob that a journal's line stands for, or nothing."""
+    """The fingerprint of the blob that a journal's line stands for, or ""."""
     match = STUB.fullmatch(line) if len(line) <= LONGEST_STUB else None
     return match[1] if match else ""
 
 
 def restore(line: str, text: str) -> str:
-    """The line with its whole event again."""
+    """The line with its whole event in place of the stub."""
     return f"{line.partition(' ')[0]} {text}"

@@ -1,4 +1,4 @@
-"""The facts a journal holds, each in the past tense. Pure values; `at_ms` is the store's time."""
+"""The facts that a journal holds, each in the past tense. Pure values; `at_ms` is the store's time in milliseconds."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from agentmesh.journal.run_spec import RunSpec
 
 Lane = Literal["queued", "due", "held", "child"]
-# The lanes of the steps that there were before a StepPlanned said its lane.
+# The lanes of the kinds of steps that existed before StepPlanned had a lane.
 LANES_BEFORE: Mapping[str, Lane] = {"Sleep": "due", "Approve": "held", "Delegate": "child"}
 
 
@@ -23,7 +23,7 @@ class Event:
     line_bytes: int = field(default=0, compare=False, repr=False, metadata={"retry": "reset"})
 
     def to_json(self) -> dict[str, Any]:
-        """`{"e": "StepDone", "n": 3, …}`: the kind and what is not as by default; the time is the store's to add."""
+        """`{"e": "StepDone", "n": 3, …}`: the kind and the fields that differ from their defaults. The store adds the time."""
         out: dict[str, Any] = {"e": type(self).__name__}
         for name, default in _defaults(type(self)).items():
             value = getattr(self, name)
@@ -63,7 +63,7 @@ class StepPlanned(Event):
     lane: Lane = "queued"
 
     def to_json(self) -> dict[str, Any]:
-        """See Event; the lane is also said where its absence would mean another one."""
+        """See Event; a default lane is written too where its absence would mean another lane."""
         out = Event.to_json(self)
         return out | {"lane": self.lane} if self.kind in LANES_BEFORE else out
 
@@ -76,7 +76,7 @@ class StepDone(Event):
     value: Any = None
     usage: Mapping[str, float] = field(default_factory=dict)
     attempt: int = 1
-    finish: str = ""  # `length`: the model's answer was cut off there
+    finish: str = ""  # `length`: the model's answer was cut off at its maximum
     model: str = ""  # of an Ask: which model answered, as `provider:name` or an object's name
 
 
@@ -92,7 +92,11 @@ class StepFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRetried(Event):
-    """An attempt at step `n` failed; another follows after `after_ms`. `away`: nobody was there to be asked."""
+    """An attempt at step `n` failed; another follows after `after_ms`.
+
+    Args:
+        away: no model server was reachable; the attempt is not counted against `retries`.
+    """
 
     n: int
     error: Mapping[str, Any]
@@ -104,7 +108,7 @@ class StepRetried(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInDoubt(Event):
-    """An at-most-once step was cut off by a crash: nobody knows whether it happened."""
+    """An at-most-once step was cut off by a crash: it is unknown whether it happened."""
 
     n: int
     attempt: int = 1
@@ -112,7 +116,7 @@ class StepInDoubt(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResolved(Event):
-    """A person, or `reconcile`, said what became of a step in doubt: `done`, `failed` or `retry`."""
+    """A person decided what became of a step in doubt, quarantined or held: `done`, `failed` or `retry`."""
 
     n: int
     action: str
@@ -122,7 +126,7 @@ class StepResolved(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepQuarantined(Event):
-    """Step `n` killed its process too often; it waits for a person."""
+    """Step `n` crashed its process too often; it waits for a person. `n` 0 is the advance of the run."""
 
     n: int
     crashes: int = 0
@@ -130,7 +134,7 @@ class StepQuarantined(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRevived(Event):
-    """A person let a held step go on; `n` 0 is the run itself."""
+    """A person released a held step; `n` 0 is the run itself."""
 
     n: int
     by: str = ""
@@ -147,7 +151,7 @@ class GatherClosed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approved(Event):
-    """A person said yes to step `n`."""
+    """A person approved step `n`."""
 
     n: int
     by: str = ""
@@ -155,7 +159,7 @@ class Approved(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denied(Event):
-    """A person said no to step `n`."""
+    """A person denied step `n`."""
 
     n: int
     by: str = ""
@@ -164,7 +168,7 @@ class Denied(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitRaised(Event):
-    """The run may spend more."""
+    """A person raised the limits of the run's tree."""
 
     limits: Mapping[str, Any]
     by: str = ""
@@ -172,7 +176,7 @@ class LimitRaised(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Woken(Event):
-    """The Sleep of step `n` is over."""
+    """The time of step `n`, of lane `due`, has come."""
 
     n: int
 
@@ -213,14 +217,14 @@ _DEFAULTS: dict[type[Event], dict[str, Any]] = {}
 
 
 def _defaults(cls: type[Event]) -> dict[str, Any]:
-    """An event's fields and what they are when they are left out."""
+    """An event's own fields and their defaults."""
     if cls not in _DEFAULTS:
-        _DEFAULTS[cls] = {f.name: _default(f) for f in fields(cls) if f.name not in ("at_ms", "line_bytes")}
+        _DEFAULTS[cls] = {f.name: _default(f) for f in fields(cls) if f.name not in Event.__dataclass_fields__}
     return _DEFAULTS[cls]
 
 
 def event_from_json(data: Mapping[str, Any], at_ms: int = 0, line_bytes: int = 0) -> Event:
-    """The event that `to_json` wrote; fields it does not know are left out (a newer writer).
+    """The event that `to_json` wrote; unknown fields, of a newer writer, are left out.
 
     Raises:
         KeyError: no such kind.

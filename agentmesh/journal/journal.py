@@ -25,7 +25,7 @@ class SweepResult:
 
     Args:
         count: entries moved.
-        rest_ms: for how long this worker need not sweep, if nothing new comes; 0: there is work about.
+        rest_ms: for how long this worker need not sweep, if nothing new comes; 0: there is work.
         mine: it was this worker's turn.
     """
 
@@ -39,13 +39,14 @@ class Journal(Protocol):
 
     @property
     def epoch(self) -> int:
-        """Another number once the store may have come back without what it had: nothing read before counts any more."""
+        """Changes when the store may have lost writes, as in a restart: what was read before is then void."""
         ...
 
     async def begin(self, new: NewRun, next: NextSteps, carried: Sequence[RetryImport] = ()) -> Accepted | Refused:
         """RunStarted and the first entries; again with the same spec is Accepted(is_repeat=True), with another Refused.
 
-        A retry begins with what is `carried` of the run before it: first its own, then its sub-agents'.
+        Args:
+            carried: of a retry, what it keeps of the run before it: first the run's own, then its sub-agents'.
         """
         ...
 
@@ -53,29 +54,39 @@ class Journal(Protocol):
         self, unit: str, *, worker: str, token: str, version: int, crew: str, crew_version: str,
         rate: tuple[int, int] | None = None, apart: bool = False,
     ) -> Claimed | Refused:  # fmt: skip
-        """The entry under a new fence, and the events after `version`. `rate` is (ms between, burst).
+        """The entry under a new fence, and the events after `version`.
 
-        A worker whose suspects are kept `apart` gets none.
+        Args:
+            token: of this call; a repeated call with the same token gets the same answer.
+            version: how many of the run's events the worker has.
+            rate: (ms between two claims, burst) of the step's queue.
+            apart: suspects have a worker process of their own, which is not this one: they are refused.
         """
         ...
 
     async def renew(self, worker: str, leases: Sequence[tuple[str, int]]) -> Sequence[str]:
-        """Push the deadlines of (unit, fence); answers the units that are not the worker's any more."""
+        """Push the deadlines of leases (unit, fence); answers the units that the worker has lost."""
         ...
 
     async def release(self, worker: str, *, crashed: bool, queues: Sequence[str] = (), below: bool = False) -> int:
-        """Give back everything a worker held; `below`: and the processes of its pool, which are named `WORKER/PID`."""
+        """Give back all leases of a worker.
+
+        Args:
+            crashed: its process died, which counts against what it was working on.
+            queues: where it may have taken messages that it did not claim; they are sent again.
+            below: also those of its pool's processes, which are named `WORKER/PID`.
+        """
         ...
 
     async def commit(
         self, unit: str, *, fence: int, event: Event, version: int = 0, next: NextSteps | None = None,
         charge: dict[str, float] | None = None,
     ) -> Accepted | Refused:  # fmt: skip
-        """A step's end (StepDone, StepFailed) or turn (StepRetried, StepInDoubt), with what comes next."""
+        """A step's end (StepDone, StepFailed) with what comes next, or StepRetried, StepInDoubt."""
         ...
 
     async def plan(self, run_id: str, *, fence: int, version: int, next: NextSteps) -> Accepted | Refused:
-        """What an advance found; Refused("conflict") brings the events that came in between."""
+        """What an advance planned; Refused("conflict") brings the events that were written in between."""
         ...
 
     async def hold(self, unit: str, *, fence: int, why: str) -> Accepted | Refused:
@@ -89,11 +100,11 @@ class Journal(Protocol):
     async def sweep(
         self, worker: str, *, empty: Sequence[str] = (), look: bool = False, limit: int = 200
     ) -> SweepResult:
-        """Housekeeping: expired leases, due timers, lost messages, cancelled trees, retention.
+        """Give back expired leases, fire due timers, resend lost messages, cancel trees, delete ended runs after their retention.
 
         Args:
             empty: queues known to have been empty for a second.
-            look: find that out in the store, which is the broker too.
+            look: the store is the broker too, so find empty queues there.
             limit: how many entries of a kind may move.
         """
         ...
@@ -137,7 +148,7 @@ class Journal(Protocol):
         ...
 
     async def counts(self) -> JournalCounts:
-        """What it holds now, at a cost that does not grow with it."""
+        """What the journal holds now, at a cost that does not grow with it."""
         ...
 
     async def stream(self, run_id: str, tokens: Sequence[Token]) -> None:
@@ -149,9 +160,9 @@ class Journal(Protocol):
         ...
 
     async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
-        """Come back when the run's journal is longer than `version` (None: when the run has ended), or after the time."""
+        """Return when the run's journal is longer than `version` (None: when the run has ended), or after `timeout_s`."""
         ...
 
     async def close(self) -> None:
-        """Give back connections."""
+        """Close the connections."""
         ...

@@ -30,7 +30,7 @@ def signal(s: Transaction, a: Args) -> Reply:
         rec = s.rec(run, "a")
         if not isinstance(rec, dict) or rec["st"] != "held":
             return refuse("not_waiting")
-        if kind != "StepRevived" and a.get("action") != "retry":  # a run is no step that could be done or failed
+        if kind != "StepRevived" and a.get("action") != "retry":  # a run is not a step that could be done or failed
             return refuse("run", rec["why"])
         s.event(run, a["event"])
         rec["why"] = ""
@@ -49,7 +49,7 @@ def signal_step(s: Transaction, run: str, kind: str, a: Args) -> Reply:
     if not isinstance(rec, dict) or rec["st"] != "held":
         return refuse("not_waiting", "ended" if isinstance(rec, str) else "")
     action = a.get("action")
-    is_decision = lane_of(rec) == "held"  # a person ends it; there is nothing that a worker could do
+    is_decision = lane_of(rec) == "held"  # a person ends it; a worker cannot
     if not may_decide(kind, action, rec["why"], is_decision):
         return refuse("not_waiting", rec["why"])
     s.event(run, a["event"])
@@ -75,7 +75,7 @@ def may_decide(kind: str, action: str | None, why: str, is_decision: bool) -> bo
 
 
 def raise_limits(s: Transaction, run: str, a: Args) -> None:
-    """New ceilings for the tree, and what they held goes on; whoever works on the root meanwhile sees the new fact."""
+    """New ceilings for the tree; what they held is queued, and the root is advanced."""
     root = run.partition("/")[0]
     head = f"run:{root}"
     s.event(root, a["event"])
@@ -92,7 +92,7 @@ def raise_limits(s: Transaction, run: str, a: Args) -> None:
 
 
 def renew(s: Transaction, a: Args) -> Reply:
-    """Deadlines pushed; answers the leases that are somebody else's now, or whose run was cancelled."""
+    """Push deadlines; answers the leases that another worker has now, or whose run was cancelled."""
     lost = []
     on_sign_of_life(s, a["worker"])
     for unit, fence in a["leases"]:
@@ -108,7 +108,7 @@ def renew(s: Transaction, a: Args) -> Reply:
 
 
 def release(s: Transaction, a: Args) -> Reply:
-    """Everything the worker held becomes a queued entry at once; and what it may have taken from the broker is sent again."""
+    """Queue everything that the worker had leased, and mark its queues so that messages it had taken are sent again."""
     units = s.t.smembers(f"wl:{a['worker']}")
     if a.get("below"):
         units += [unit for unit in s.t.zupto("leased", 1 << 52, 1 << 31) if is_below(s, unit, a["worker"])]
@@ -121,14 +121,14 @@ def release(s: Transaction, a: Args) -> Reply:
             else:
                 s.give_back(unit, run, key, rec, crashed=False)
     if s.t.hget("meta", "sweeper") == a["worker"]:
-        s.t.hset("meta", "sweeper_until", s.now)  # it was the sweeper: whoever comes next is
+        s.t.hset("meta", "sweeper_until", s.now)  # it was the sweeper: the next worker to ask becomes it
     for queue in a.get("queues", ()):
         s.t.hset("qsnap", queue, f"{s.t.hget('qmax', queue) or 0} {s.now}")
     return {"ok": 1, "count": len(units)}, NO_LINES
 
 
 def is_below(s: Transaction, unit: str, worker: str) -> bool:
-    """Whether a process of this worker's pool holds the unit: such a one is named `WORKER/PID`."""
+    """Whether a process of this worker's pool, named `WORKER/PID`, has leased the unit."""
     _, run, key = split_unit(unit)
     rec = s.rec(run, key)
     return isinstance(rec, dict) and rec.get("w", "").startswith(f"{worker}/")
@@ -143,14 +143,14 @@ def notified(s: Transaction, a: Args) -> Reply:
 
 
 def sweep(s: Transaction, a: Args) -> Reply:
-    """Time's word, from one sweeper at a time: expired leases, due entries, overdue ones, cancelled trees."""
+    """Expired leases, due entries, overdue messages, cancelled trees, retention; by one sweeper at a time."""
     holder, until = s.t.hget("meta", "sweeper"), s.t.hget("meta", "sweeper_until") or 0
     if holder and holder != a["worker"] and until > s.now:
         return {"ok": 0, "count": 0, "rest": until - s.now}, NO_LINES
     s.t.hset("meta", "sweeper", a["worker"])
     s.t.hset("meta", "sweeper_until", s.now + SWEEPER_LOCK_MS)
     if a.get("boot") and a["boot"] != s.t.hget("meta", "boot"):
-        # The store was down: nobody could renew, so nothing expires for one TTL.
+        # The store was down and no lease could be renewed: nothing expires for one TTL.
         if s.t.hget("meta", "boot"):
             s.t.hset("meta", "grace", s.now + a["ttl"])
         s.t.hset("meta", "boot", a["boot"])
@@ -166,15 +166,15 @@ def sweep(s: Transaction, a: Args) -> Reply:
     if a.get("retain"):
         count += delete_expired(s, s.now - a["retain"], limit)
     rest = 0 if count else idle_ms(s)
-    if rest:  # whoever has work first may sweep, and need not wait for this one
+    if rest:  # any other worker may sweep meanwhile
         s.t.hset("meta", "sweeper_until", s.now)
     return {"ok": 1, "count": count, "rest": rest}, NO_LINES
 
 
 def long_empty(s: Transaction) -> set[str]:
-    """The broker's lists, in this very store, that were empty at every look for a second."""
+    """The broker's lists, where this store is the broker, that were empty at every sweep for a second."""
     looked = s.t.hget("meta", "looked") or 0
-    if not looked <= s.now <= looked + STALE_LOOK_MS:  # nobody looked meanwhile, or the clock was set back
+    if not looked <= s.now <= looked + STALE_LOOK_MS:  # no sweeper looked meanwhile, or the clock was set back
         for queue in s.t.smembers("queues"):
             s.t.hdel("empty", queue)
     s.t.hset("meta", "looked", s.now)
@@ -191,7 +191,7 @@ def long_empty(s: Transaction) -> set[str]:
 
 
 def idle_ms(s: Transaction) -> int:
-    """For how long no sweep is needed, if nothing new comes: nobody works, nothing is queued, no timer is near."""
+    """For how long no sweep is needed, if nothing new comes: nothing is leased or queued, and no timer is near."""
     queued = any(s.t.zupto(f"q:{queue}", 1 << 52, 1) for queue in s.t.smembers("queues"))
     if queued or s.t.zupto("leased", 1 << 52, 1) or s.t.smembers("cancelled"):
         return 0
@@ -205,9 +205,7 @@ def expire_leases(s: Transaction, limit: int) -> int:
     for unit in units:
         letter, run, key = split_unit(unit)
         rec = s.rec(run, key)
-        if (
-            not isinstance(rec, dict) or rec["st"] != "leased"
-        ):  # of a run that was forgotten, and whose id was used again
+        if not isinstance(rec, dict) or rec["st"] != "leased":  # of a run that was deleted, and whose id was used again
             s.t.zrem("leased", unit)
         elif letter != "f" and not s.is_open(run):
             s.drop(unit, run, key, rec, "E0")
@@ -217,7 +215,7 @@ def expire_leases(s: Transaction, limit: int) -> int:
 
 
 def fire_due(s: Transaction, limit: int) -> int:
-    """Due entries: a gather's deadline closes it, a step of lane `due` ends, anything else goes out."""
+    """Due entries: a gather's deadline closes it, a step of lane `due` ends, anything else is queued."""
     units = s.t.zupto("due", s.now, limit)
     for unit in units:
         letter, run, key = split_unit(unit)
@@ -241,7 +239,7 @@ def fire_due(s: Transaction, limit: int) -> int:
 
 
 def resend(s: Transaction, queue: str, limit: int, empty: bool) -> int:
-    """Entries whose message must be lost: a later one was claimed a second ago, or their queue is empty."""
+    """Send entries again whose message must be lost: a later one was claimed a second ago, or their queue is empty."""
     top = s.t.hget("qmax", queue) or 0
     snap, _, at = str(s.t.hget("qsnap", queue) or f"{top} {s.now}").partition(" ")
     overdue = 1 << 52 if empty else int(snap) - 1
@@ -260,18 +258,18 @@ def resend(s: Transaction, queue: str, limit: int, empty: bool) -> int:
 
 
 def resend_entry(s: Transaction, unit: str, run: str, key: str, rec: Record) -> None:
-    """The same entry once more, the next time after twice as long; it keeps its place in line."""
+    """Send an entry's message again, and the next time after twice as long; it keeps its place in the queue."""
     rec["rs"] += 1
     rec["rt"] = s.now + (1000 << min(rec["rs"], 6))
     s.put(run, key, rec)
     queue, head, tail = s.t.hget("wires", unit).split("\0")
-    if rec["rs"] < 3 or rec["rs"] % 2 == 0:  # else to the home queue: nobody may serve the suspects
+    if rec["rs"] < 3 or rec["rs"] % 2 == 0:  # else to the home queue: perhaps no worker serves the suspects
         queue = rec["q"]
     s.sent.append((queue, head, int(s.t.hincr("meta", "seq")), tail))
 
 
 def cancel_below(s: Transaction, run: str, limit: int) -> int:
-    """RunCancelled down the tree of a cancelled run, some at a time."""
+    """RunCancelled for the runs below a cancelled one, `limit` at most."""
     root = run.partition("/")[0]
     count, more = 0, False
     for member in s.t.smembers(f"tree:{root}"):
@@ -284,13 +282,13 @@ def cancel_below(s: Transaction, run: str, limit: int) -> int:
         count += 1
         up = f'{{"e":"StepFailed","n":{member.rpartition("/")[2]},"error":{cancelled_error(member)}}}'
         s.end_run(member, "cancelled", '{"e":"RunCancelled","by":"parent"}', up, False)
-    if not more:  # every run below has ended, and that alone refuses what may still come
+    if not more:  # all have ended, which refuses whatever is still written to them
         s.t.srem("cancelled", run)
     return count
 
 
 def delete_expired(s: Transaction, before: int, limit: int) -> int:
-    """Trees whose root ended by then are deleted: the only way a finished run leaves."""
+    """Delete the trees whose root ended before: the only way in which a finished run is deleted."""
     roots = s.t.zupto("forget", before, limit)
     for root in roots:
         for run in s.t.smembers(f"tree:{root}"):
@@ -306,7 +304,7 @@ def delete_expired(s: Transaction, before: int, limit: int) -> int:
 
 
 def cancelled_error(child: str) -> str:
-    """DelegateFailed as the parent of a cancelled run sees it."""
+    """DelegateFailed, as the parent of a cancelled run gets it."""
     return f'{{"type":"DelegateFailed","message":"run {child} was cancelled","child":"{child}"}}'
 
 

@@ -17,7 +17,7 @@ NO_LINES: list[str] = []
 
 
 def refuse(why: str, detail: str = "") -> Reply:
-    """Not done, and why."""
+    """The answer of a verb that was not done, and why."""
     return {"no": why, "detail": detail}, NO_LINES
 
 
@@ -95,7 +95,7 @@ def claim(s: Transaction, a: Args) -> Reply:
 
 
 def claim_reply(s: Transaction, a: Args, run: str, rec: Record) -> Reply:
-    """The answer to a claim that stands."""
+    """The answer to a claim that was granted."""
     events = s.t.tail(f"ev:{run}", a["version"])
     doubt = 1 if rec.get("once") and rec.get("lost") else 0
     reply = {"ok": 1, "fence": rec["f"], "attempt": rec["a"], "doubt": doubt, "limit": rec.get("limit", "")}
@@ -133,9 +133,9 @@ def why_not_claimable(s: Transaction, a: Args, unit: str, run: str, key: str, re
 
 
 def requeue_for_other_version(s: Transaction, unit: str, run: str, key: str, rec: Record, why: str) -> None:
-    """A worker of another version got it: at once to the next one, a few times; then less and less often.
+    """A worker of another version claimed it: queue it again at once, a few times; then after longer and longer waits.
 
-    After each wait at once to a second one too: the broker may give it to the same worker whenever it comes due.
+    After each wait it is queued twice in a row: the broker may give it to the same worker each time that it comes due.
     """
     s.leave(unit, rec)
     rec["v"] = rec.get("v", 0) + 1
@@ -182,7 +182,7 @@ def commit(s: Transaction, a: Args) -> Reply:
     before = s.t.length(f"ev:{run}")
     s.event(run, a["event"])
     if a["how"] in ("retried", "doubt"):
-        rec["tf"] = fence  # this turn is told: a client that lost the reply says it again
+        rec["tf"] = fence  # a client that lost the reply repeats this commit
     if a["how"] == "retried":
         s.leave(unit, rec)
         rec["lost"] = 0
@@ -202,7 +202,7 @@ def commit(s: Transaction, a: Args) -> Reply:
 
 
 def plan_after_lone_step(s: Transaction, run: str, a: Args, before: int) -> None:
-    """What comes after a lone step: in the same moment if nobody wrote in between, else through an advance."""
+    """What comes after a lone step: in the same transaction if nothing was written in between, else by an advance."""
     if a.get("next") and before == a["version"]:
         apply_next(s, run, a["next"])
     else:
@@ -210,7 +210,7 @@ def plan_after_lone_step(s: Transaction, run: str, a: Args, before: int) -> None
 
 
 def hold(s: Transaction, a: Args) -> Reply:
-    """A leased entry waits for a person, because its run no longer replays; `why` says what is wrong."""
+    """Hold a leased entry for a person, because its run no longer replays; `why` says what is wrong."""
     unit = a["unit"]
     _, run, key = split_unit(unit)
     rec = s.rec(run, key)
@@ -223,7 +223,7 @@ def hold(s: Transaction, a: Args) -> Reply:
 
 
 def plan(s: Transaction, a: Args) -> Reply:
-    """What an advance found; removes that advance."""
+    """What an advance planned; removes that advance."""
     run = a["run"]
     rec = s.rec(run, "a")
     if rec == f"E{a['fence']}":
@@ -256,7 +256,7 @@ def apply_next(s: Transaction, run: str, nxt: Args) -> None:
         plan_step(s, run, p, g)
     if g:
         settle_reopened_gather(s, run, plans, g)
-    for p in plans:  # only now: an end may close the gather, which must know all its members
+    for p in plans:  # after all are planned: an end may close the gather, which must have all its members
         rec = s.rec(run, str(p["n"]))
         if p["state"] == "ended" and isinstance(rec, dict):
             s.event(run, p["end"])
@@ -267,15 +267,15 @@ def apply_next(s: Transaction, run: str, nxt: Args) -> None:
 
 
 def plan_step(s: Transaction, run: str, p: Args, g: Args | None) -> None:
-    """One step: its fact, its record, and the entry that sees to it."""
+    """Plan one step: its event, its record and its entry."""
     n = p["n"]
-    rec: Record = {"kind": p["kind"], "st": "new", "g": g["first"] if g else 0, "f": 0, "a": 0}
+    rec: Record = {"st": "new", "g": g["first"] if g else 0, "f": 0, "a": 0}
     state = planned_state(s.rec(run, str(n)), p, rec)
     if not state:
         return
     unit = f"s|{run}|{n}"
     s.event(run, p["event"])
-    for flag in ("lane", "limited", "once", "rec"):
+    for flag in ("kind", "lane", "limited", "once", "rec"):
         if p.get(flag):
             rec[flag] = p[flag]
     if p.get("wire"):

@@ -1,8 +1,8 @@
-"""Poison: which step killed its process. A second death makes a suspect, three deaths alone hold it as quarantined.
+"""Poison pills: which step crashed its process. The second crash makes a suspect, three crashes alone quarantine it.
 
-A suspect carries `room`: how many units may be in hand beside each other in its worker, itself included. Each death
-quarters it, so that one poison among 500 is alone after five. `d` counts deaths, `c` those alone, `x` the workers whose
-lease on it ran out while it was alone: each counts until that worker is heard of again, for it may only have slept.
+A suspect carries `room`: how many units may be in flight at once in its worker, itself included. Each crash quarters it,
+so that one poison pill among 500 is alone after five. `d` counts crashes, `c` those alone, `x` names the workers whose
+lease on it expired while it was alone: each counts until that worker renews a lease, for it may only have been paused.
 """
 
 from agentmesh.journal.transaction import Record, Transaction
@@ -10,16 +10,16 @@ from agentmesh.journal.transaction import Record, Transaction
 SUSPECT_DEATHS, POISON_DEATHS = 2, 3
 
 
-def on_death(s: Transaction, unit: str, run: str, key: str, rec: Record, hand: int, *, seen: bool) -> None:
-    """A lease whose worker died with `hand` units in hand; `seen` by a supervisor, or only silent since its lease ran out."""
+def on_death(s: Transaction, unit: str, run: str, key: str, rec: Record, in_flight: int, *, seen: bool) -> None:
+    """A worker died with `in_flight` units leased, this one among them; `seen`: by a supervisor, else its lease expired."""
     if unit[0] != "f":
         rec["d"] = rec.get("d", 0) + 1
-        if hand == 1 and seen:
+        if in_flight == 1 and seen:
             rec["c"] = rec.get("c", 0) + 1
-        elif hand == 1:
+        elif in_flight == 1:
             rec["x"] = f"{rec.get('x', '')}{rec['w']}\n"
         if rec["d"] >= SUSPECT_DEATHS:
-            rec["room"] = max(1, hand // 4)
+            rec["room"] = max(1, in_flight // 4)
         crashes = rec.get("c", 0) + sum(s.t.hget("silent", w) is not None for w in rec.get("x", "").split("\n") if w)
         if crashes >= POISON_DEATHS and s.is_open(run):
             s.leave(unit, rec)
@@ -32,7 +32,7 @@ def on_death(s: Transaction, unit: str, run: str, key: str, rec: Record, hand: i
 
 
 def on_silence(s: Transaction, worker: str) -> int:
-    """How many units a worker had in hand when the first of its leases ran out."""
+    """How many units a worker had leased when the first of its leases expired."""
     count = s.t.hget("silent", worker)
     if count is None:
         count = len(s.t.smembers(f"wl:{worker}"))
@@ -42,40 +42,40 @@ def on_silence(s: Transaction, worker: str) -> int:
 
 
 def on_sign_of_life(s: Transaction, worker: str) -> None:
-    """A worker speaks: it had slept, and is not dead."""
+    """A worker that fell silent renews its leases: it is not dead."""
     if s.t.hget("silent", worker) is not None:
         s.t.hdel("silent", worker)
         s.t.zrem("silent_at", worker)
 
 
 def forget_silent_workers(s: Transaction, before: int, limit: int) -> None:
-    """Names of workers that fell silent so long ago are let go."""
+    """Forget the workers that fell silent before then."""
     for worker in s.t.zupto("silent_at", before, limit):
         on_sign_of_life(s, worker)
 
 
 def room_limit(s: Transaction, worker: str, rec: Record) -> int:
-    """0 when the worker may take this unit beside what it has in hand; else how many it may have in hand at most."""
+    """0 when the worker may take this unit beside what it has leased; else how many it may have leased at most."""
     cell, room = s.t.hget("cell", worker), rec.get("room", 0)
     if not room and cell is None:
         return 0
-    hand = len(s.t.smembers(f"wl:{worker}"))
-    if not hand:
+    in_flight = len(s.t.smembers(f"wl:{worker}"))
+    if not in_flight:
         return 0
     if not room or cell is None:  # suspects are not mixed with others
         return 1
     most = min(room, int(cell))
-    return 0 if hand < most else most
+    return 0 if in_flight < most else most
 
 
 def take_suspect(s: Transaction, worker: str, rec: Record) -> None:
-    """A suspect goes into the worker's hand: what joins it must bear its room."""
+    """The worker has leased a suspect: what it leases beside it must fit into its room."""
     if rec.get("room"):
         cell = s.t.hget("cell", worker)
         s.t.hset("cell", worker, rec["room"] if cell is None else min(rec["room"], int(cell)))
 
 
 def clear_suspicion(rec: Record) -> None:
-    """It reported back, or a person vouched for it."""
+    """It reported an attempt's end, or a person released it."""
     for name in ("d", "c", "x", "room"):
         rec.pop(name, None)

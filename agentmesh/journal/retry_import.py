@@ -1,7 +1,7 @@
-"""Carrying the facts of an ended run into the journal of the run that takes it up again.
+"""Imports the events of an ended run into the journal of its retry.
 
-Marks in `st:R`: `E…` a step that has ended · `D` an at-most-once step that was cut off with its run, so that nobody
-knows whether it happened · `D:DIGEST` the same step as the new run knows it, until it is planned anew.
+Marks in `st:R`: `E…` a step that has ended · `D` an at-most-once step that was cut off with its run, so that it is unknown
+whether it happened · `D:DIGEST` the same step in the retry, until it is planned there.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from agentmesh.journal.transaction import Record, Transaction, is_in_doubt
 
 
 def import_events(s: Transaction, carried: dict[str, Any]) -> None:
-    """A run's journal before the run is begun: facts with their old times, and which steps need no planning."""
+    """Write a run's journal before the run is begun: events with their old times, and which steps need no planning."""
     run = carried["run"]
     for fact in carried["events"]:
         s.t.push(f"ev:{run}", f"{fact['at']} {fact['event']}")
@@ -24,7 +24,7 @@ def import_events(s: Transaction, carried: dict[str, Any]) -> None:
 
 
 def is_same_start(s: Transaction, run: str, text: str) -> bool:
-    """Whether a carried journal begins with this very fact; another one (a flow that was mended) is thrown away."""
+    """Whether an imported journal begins with this very event; another journal (the flow was changed) is deleted."""
     lines = s.t.lists.get(f"ev:{run}")
     if not lines:
         return False
@@ -36,7 +36,7 @@ def is_same_start(s: Transaction, run: str, text: str) -> bool:
 
 
 def settle_reopened_gather(s: Transaction, run: str, plans: list[dict[str, Any]], g: dict[str, Any]) -> None:
-    """A gather that is opened again: the members carried here have ended, and are not waited for."""
+    """Strike the imported members, which have ended, off a gather that is opened again."""
     if sum(p["n"] >= g["first"] for p in plans) == g["last"] - g["first"] + 1:
         return
     for n in range(g["first"], g["last"] + 1):
@@ -44,13 +44,16 @@ def settle_reopened_gather(s: Transaction, run: str, plans: list[dict[str, Any]]
             s.strike(run, g["first"], n, True)
 
 
-def planned_state(known: Any, p: dict[str, Any], rec: Record) -> str:
-    """The state a step is planned in, "" where the journal has it; one that was cut off is marked, and asks no yes again."""
-    if known is None:
+def planned_state(mark: Any, p: dict[str, Any], rec: Record) -> str:
+    """The state in which a step is planned, "" where the journal has it.
+
+    One that was cut off is marked as in doubt, and is not approved a second time.
+    """
+    if mark is None:
         return str(p["state"])
-    if not isinstance(known, str) or not known.startswith("D:"):
+    if not isinstance(mark, str) or not mark.startswith("D:"):
         return ""
-    if p.get("once") and known == f"D:{p.get('digest', '')}":
+    if p.get("once") and mark == f"D:{p.get('digest', '')}":
         rec["lost"] = 1
         return "queued" if p["state"] == "held" else str(p["state"])
     return str(p["state"])

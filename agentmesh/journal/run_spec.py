@@ -1,4 +1,4 @@
-"""What makes a run the run it is: the payload of RunStarted, and what of it goes to sub-agents' runs and to retries."""
+"""RunSpec, the payload of RunStarted, and what of it sub-agents' runs and retries get."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,7 +11,7 @@ def rules(*, child: Rule, retry: Rule) -> dict[str, Rule]:
     """A field's metadata: what the spec of a sub-agent's run, and of a retry, has in it.
 
     Args:
-        child, retry: `given` by whoever makes that spec · `inherit` this spec's value · `reset` the default ·
+        child, retry: `given` by the caller · `inherit` this spec's value · `reset` the default ·
             `sum` this spec's value plus what is given.
     """
     return {"child": child, "retry": retry}
@@ -19,7 +19,7 @@ def rules(*, child: Rule, retry: Rule) -> dict[str, Rule]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """The facts that a run is replayed from. A new field is one line here, with its rules.
+    """What defines a run and is replayed from. A new field is one line here, with its rules.
 
     Args:
         task: text, or any JSON value.
@@ -30,7 +30,7 @@ class RunSpec:
         origin: the crew file, so that `runs resume` needs no more.
         stream: whether tokens are streamed live.
         canvas: the Celery request that waits for the run's result, or None.
-        trace: the W3C traceparent of whoever began the tree, or "".
+        trace: the W3C traceparent under which the tree was begun, or "".
     """
 
     crew: str = field(metadata=rules(child="inherit", retry="inherit"))
@@ -52,7 +52,7 @@ class RunSpec:
         return self._derived("child", given)
 
     def retry(self, **given: Any) -> Self:
-        """The spec of the run that does this one again."""
+        """The spec of a retry of this run."""
         return self._derived("retry", given)
 
     def _derived(self, relation: str, given: dict[str, Any]) -> Self:

@@ -89,7 +89,7 @@ class Tables:
         return [m for _, m in ranked[:limit]]
 
 
-# ---- The moves that the verbs share -------------------------------------------------------------
+# ---- What the verbs share -------------------------------------------------------------
 
 Record = dict[str, Any]
 RESEND_MS = 1000
@@ -98,20 +98,20 @@ SUSPECTS = ".suspects"  # after a queue's name: where its suspects wait
 
 
 def lane_of(rec: Record) -> str:
-    """Who ends this step: `queued` a worker, `due` the clock, `held` a person, `child` a run of its own.
+    """Who ends this step: `queued` (or no lane) a worker, `due` the clock, `held` a person, `child` a run of its own.
 
-    Entries that were written before they said so have the lane of their step's kind.
+    Entries of earlier versions have a kind alone, and its lane.
     """
     return str(rec.get("lane") or LANES_BEFORE.get(rec.get("kind", ""), "queued"))
 
 
 def is_limited(rec: Record) -> bool:
-    """Whether this step may be claimed only within the limits of its run."""
-    return bool(rec.get("limited")) if rec.get("lane") else rec.get("kind") == "Ask"
+    """Whether this step may be claimed only within the limits of its run; of earlier versions, an Ask."""
+    return bool(rec.get("limited")) or (rec.get("kind") == "Ask" and not rec.get("lane"))
 
 
 def is_in_doubt(rec: Record) -> bool:
-    """Whether nobody knows if this at-most-once step happened: it is in hand, or was cut off there."""
+    """Whether it is unknown if this at-most-once step happened: it is leased, or was cut off while it was."""
     return bool(rec.get("once") and (rec["st"] == "leased" or rec.get("lost") or rec.get("why") == "in_doubt"))
 
 
@@ -124,16 +124,16 @@ class Transaction:
 
     # ---- runs, records -------------------------------------------------------------------------
     def rec(self, run: str, key: str) -> Any:
-        """A step's open record, `E…` when it has ended, None when there is none."""
+        """A step's open record, its mark when it has ended (`E…`, `D…`), None when there is none."""
         value = self.t.hget(f"st:{run}", key)
         return dict(value) if isinstance(value, dict) else value
 
     def put(self, run: str, key: str, rec: Record) -> None:
-        """Keep a record."""
+        """Write a record."""
         self.t.hset(f"st:{run}", key, rec)
 
     def event(self, run: str, text: str) -> int:
-        """Append a fact; answers the journal's length."""
+        """Append an event; answers the journal's length."""
         return self.t.push(f"ev:{run}", f"{self.now} {text}")
 
     def is_open(self, run: str) -> bool:
@@ -156,7 +156,7 @@ class Transaction:
 
     # ---- entries -------------------------------------------------------------------------------
     def enqueue(self, unit: str, run: str, key: str, rec: Record) -> None:
-        """Into the outbox and onto the wire: the entry is there before the message is."""
+        """Write the entry to the outbox, and send its message."""
         seq = int(self.t.hincr("meta", "seq"))
         queue, head, tail = self.t.hget("wires", unit).split("\0")
         if rec.get("room"):
@@ -169,7 +169,7 @@ class Transaction:
         self.sent.append((queue, head, seq, tail))
 
     def leave(self, unit: str, rec: Record) -> None:
-        """Out of whatever index the entry stands in."""
+        """Remove the entry from the index of its state."""
         st = rec["st"]
         if st == "queued":
             self.t.zrem(f"q:{rec['q']}", unit)
@@ -185,14 +185,14 @@ class Transaction:
             self.held(unit, -1)
 
     def hold(self, unit: str, run: str, key: str, rec: Record, why: str) -> None:
-        """Wait for a person."""
+        """Hold the entry until a person decides."""
         rec.update(st="held", why=why)
         self.put(run, key, rec)
         self.t.zadd("held", unit, self.now)
         self.held(unit, 1)
 
     def held(self, unit: str, by: int) -> None:
-        """Time in which something of the tree waits for a person is not counted in its `seconds`."""
+        """Count the tree's held entries: time in which there is one is not counted in its `seconds`."""
         root = f"run:{unit.split('|')[1].partition('/')[0]}"
         n = self.t.hincr(root, "held_n", by)
         if by > 0 and n == 1:
@@ -201,30 +201,30 @@ class Transaction:
             self.t.hincr(root, "held_ms", self.now - self.t.hget(root, "held_since"))
 
     def wait_until(self, unit: str, run: str, key: str, rec: Record, at: int) -> None:
-        """Wait for a time."""
+        """Make the entry due at a time."""
         rec["st"] = "due"
         self.put(run, key, rec)
         self.t.zadd("due", unit, at)
 
     def give_back(self, unit: str, run: str, key: str, rec: Record, crashed: bool) -> None:
-        """A lease that nobody works under any more becomes a queued entry; its fence stays good until the next claim."""
+        """Queue an entry whose worker is gone; its fence stays valid until the next claim."""
         self.leave(unit, rec)
         rec["lost"] = 1
         self.enqueue(unit, run, key, rec)
 
     def advance(self, run: str) -> None:
-        """See to it that somebody replays the run after this moment."""
+        """Queue an advance of the run, unless one is queued."""
         rec = self.rec(run, "a")
         unit = f"a|{run}"
         if isinstance(rec, dict) and (rec["st"] in ("queued", "leased") or rec.get("why") == "quarantined"):
-            return  # a leased one finds the journal longer than it knew, and replays again
+            return  # a leased one finds the journal longer than it read, and replays again
         if isinstance(rec, dict):
             self.leave(unit, rec)
         self.t.hset("wires", unit, self.t.hget(f"run:{run}", "wire"))
         self.enqueue(unit, run, "a", {"st": "new", "f": 0, "a": 0})
 
     def drop(self, unit: str, run: str, key: str, rec: Record, mark: str) -> None:
-        """The entry is over; `mark` stays in its place."""
+        """Remove the entry; `mark` replaces its record."""
         self.leave(unit, rec)
         mark = "D" if mark == "E0" and is_in_doubt(rec) else mark
         self.t.hdel("wires", unit)
@@ -232,13 +232,13 @@ class Transaction:
 
     # ---- ends ----------------------------------------------------------------------------------
     def end_step(self, run: str, n: int, rec: Record, ok: bool, fence: int) -> None:
-        """Step n has ended and its event is written; a member is struck off its gather."""
+        """Remove the entry of step n, whose end is written; a member is struck off its gather."""
         self.drop(f"s|{run}|{n}", run, str(n), rec, f"E{fence}")
         if rec["g"]:
             self.strike(run, rec["g"], n, ok)
 
     def strike(self, run: str, first: int, n: int, ok: bool) -> None:
-        """One member less to wait for; the one that decides the gather closes it."""
+        """Count the end of a member; the one that decides the gather closes it."""
         g = self.t.hget(f"ga:{run}", str(first))
         if g is None or g["closed"]:
             return
@@ -246,7 +246,7 @@ class Transaction:
         g["left"] -= 1
         g["ok"] += 1 if ok else 0
         self.t.push(f"ge:{run}|{first}", str(n))
-        if g["next"] and g["next"] <= g["last"]:  # a windowed gather: the next one may go
+        if g["next"] and g["next"] <= g["last"]:  # a gather with a window: start the next one
             nxt = g["next"]
             g["next"] += 1
             waiting = self.rec(run, str(nxt))
@@ -262,7 +262,7 @@ class Transaction:
             self.close(run, first, g, "impossible")
 
     def start_member(self, run: str, n: int, rec: Record) -> None:
-        """A member of the backlog goes out; a child goes out as its first advance."""
+        """Queue a member of the backlog; of a child, its first advance."""
         if lane_of(rec) == "child":
             rec["st"] = "child"
             self.put(run, str(n), rec)
@@ -271,7 +271,7 @@ class Transaction:
             self.enqueue(f"s|{run}|{n}", run, str(n), rec)
 
     def close(self, run: str, first: int, g: Record, why: str) -> None:
-        """What the flow will see of this gather is now a fact; the body goes out."""
+        """Write GatherClosed, which says what the flow sees of the gather, and queue its body."""
         g["closed"] = 1
         self.t.hset(f"ga:{run}", str(first), g)
         self.t.zrem("due", f"g|{run}|{first}")
@@ -283,7 +283,7 @@ class Transaction:
         self.advance(run)
 
     def let_go(self, run: str, n: int) -> None:
-        """Nobody waits for step n any more: not begun, it is dropped; a child is cancelled; a running one may commit."""
+        """Stop waiting for step n: one not begun is dropped, a child is cancelled, a running one may commit."""
         rec = self.rec(run, str(n))
         if not isinstance(rec, dict):
             return
@@ -295,7 +295,7 @@ class Transaction:
             self.drop(f"s|{run}|{n}", run, str(n), rec, "E0")
 
     def end_run(self, run: str, status: str, text: str, up: str, up_ok: bool) -> None:
-        """The run's last fact, and in the same moment its parent's: the Delegate's end `up`."""
+        """Write the run's end, and in the same transaction `up`, the end of its parent's step."""
         head = self.t.hashes[f"run:{run}"]
         self.event(run, text)
         head["status"], head["ended"] = status, self.now
@@ -316,7 +316,7 @@ class Transaction:
             self.enqueue(f"f|{run}", run, "f", {"st": "new", "f": 0, "a": 0})
 
     def end_delegate(self, run: str, n: int, up: str, ok: bool) -> None:
-        """A child's end is its parent's step's end."""
+        """Write the end of a child as the end of its parent's step."""
         rec = self.rec(run, str(n))
         if not self.is_open(run) or not isinstance(rec, dict):
             return

@@ -1,4 +1,4 @@
-"""The words a Journal is spoken to with, and Dispatch, which renders messages. Adapters implement it; the engine knows nothing else."""
+"""The values that a Journal takes and answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from agentmesh.journal.run_spec import RunSpec
 
 # ---- the journal -------------------------------------------------------------------------------
 # A unit is what a message may ask a worker to do: "s|RUN|N" a step, "a|RUN" advancing a run,
-# "f|RUN" telling a user's canvas that it ended, "g|RUN|N" a gather's deadline (a timer only).
+# "f|RUN" reporting a run's end to a user's canvas, "g|RUN|N" a gather's deadline (a timer only).
 
 
 def step_unit(run_id: str, n: int) -> str:
@@ -28,7 +28,7 @@ def finish_unit(run_id: str) -> str:
 
 
 def original_run_id(run_id: str) -> str:
-    """The run's id, or of a retry (`tea-7~2`) and of what is below it that of the first attempt."""
+    """The run's id; of a retry (`tea-7~2`) and of the runs below it, the id that the first run has."""
     root, below, rest = run_id.partition("/")
     return root.partition("~")[0] + below + rest
 
@@ -47,7 +47,7 @@ class TaskMessage:
 
     @classmethod
     def unpacked(cls, text: str) -> "TaskMessage":
-        """The wire that `packed` wrote."""
+        """The message that `packed` wrote."""
         return cls(*text.split("\0"))
 
 
@@ -104,10 +104,10 @@ class GatherPlan:
 
 @dataclass(frozen=True, slots=True)
 class NextSteps:
-    """What a replay found: steps to plan, perhaps as a gather, or the end of the run. Empty: nothing new.
+    """What comes next by a replay: steps to plan, perhaps as a gather, or the end of the run. Empty: nothing new.
 
     Args:
-        up: of a child's end, the fact its parent gets in the same moment.
+        up: of a child's end, the event that its parent gets in the same transaction.
     """
 
     plans: Sequence[StepPlan] = ()
@@ -122,20 +122,25 @@ class RetryImport:
 
     Args:
         events: with their old times; the first is the new run's RunStarted.
-        kept: steps that need no planning.
-        cut: calls without an end and their digests: at most once and begun, such a one is in doubt.
+        retained: steps that have ended and need no planning.
+        interrupted: queued steps without an end, and their digests; one that is at most once and was begun is in doubt.
     """
 
     old: str
     new: str
     events: Sequence[Event]
-    kept: Sequence[int]
-    cut: Mapping[int, str]
+    retained: Sequence[int]
+    interrupted: Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The entry is yours under `fence`; `events` are those after the version you had."""
+    """The entry is leased under `fence`; `events` are those after the version that the worker had.
+
+    Args:
+        in_doubt: an at-most-once step that was begun before and cut off.
+        limit: which limit the run has reached; the run is to end with it.
+    """
 
     fence: int
     events: Sequence[Event]
@@ -147,7 +152,7 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Not yours, and why: busy, later, held, in_doubt, ended, unknown, cancelled, stale, conflict, exists, run."""
+    """Not done, and why: busy, later, held, in_doubt, ended, unknown, cancelled, stale, conflict, exists, run."""
 
     why: str
     detail: str = ""
@@ -157,7 +162,13 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Written; `version` is the journal's length now, `conflict` that somebody else wrote in between, `again` a repeat."""
+    """Written.
+
+    Args:
+        version: the journal's length now.
+        conflict: another writer wrote in between.
+        is_repeat: the same call was made before; nothing was written now.
+    """
 
     version: int = 0
     conflict: bool = False
@@ -239,7 +250,7 @@ class JournalCounts:
     Args:
         queues: entries that wait for a worker, by broker queue.
         expired: leases past their deadline. late: timers past their time. lost: queued entries whose message must be
-            lost (architecture.md, law 6). A sweep moves all three, so that more than a few for long means no sweep.
+            lost (architecture.md, law 6). A sweep moves all three, so many of them for long mean that no worker sweeps.
     """
 
     open_runs: int
@@ -254,7 +265,7 @@ class JournalCounts:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A live piece of a step's attempt: text, thought (reasoning), progress, or `retract`: what it said before is void."""
+    """A live piece of a step's attempt: text, thought (reasoning), progress, or `retract`: what it streamed before is void."""
 
     run_id: str
     n: int

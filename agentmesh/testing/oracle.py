@@ -70,7 +70,8 @@ def _plan(run: str, stage: Stage, n: int) -> dict[str, Any]:
         "wire": message(f"s|{run}|{n}"),
     }
     if n % 2:  # the others are of a time when entries did not say their lane, and their kind implied it
-        out["lane"] = {"Sleep": "due", "Approve": "held", "Delegate": "child"}.get(kind, "queued")
+        lane = {"Sleep": "due", "Approve": "held", "Delegate": "child"}.get(kind, "")
+        out |= {"lane": lane, "kind": f"New{kind}"} if lane else {}
     if inner:
         spec = {"crew": "c", "version": "", "agent": "A", "wire": message(f"a|{run}/{n}"), "parent": run, "n": n}
         return {**out, "state": "child", "child": {"spec": spec, "started": '{"e":"RunStarted"}'}}

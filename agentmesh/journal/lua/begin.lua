@@ -8,11 +8,11 @@ for _, c in ipairs(A.carried or {}) do
   for _, n in ipairs(c.kept) do hset('st:' .. c.run, int(n), 'E0') end
   for _, cut in ipairs(c.cut) do
     local old, mark = rec(c.from, int(cut[1]))
-    if mark == 'D' or (old and unsure(old)) then hset('st:' .. c.run, int(cut[1]), 'D:' .. cut[2]) end
+    if mark == 'D' or (old and is_in_doubt(old)) then hset('st:' .. c.run, int(cut[1]), 'D:' .. cut[2]) end
   end
   redis.call('SADD', P .. 'tree:' .. root_of(c.run), c.run)
 end
 start(run, A.spec, A.started, A.digest)
 zadd('runs', NOW, run)
-if next(A.next) then follow(run, A.next) else advance(run) end
+if next(A.next) then apply_next(run, A.next) else advance(run) end
 return answer({ ok = 1, version = version(run) })

@@ -9,13 +9,13 @@ if letter ~= 'f' and head[1] ~= 'open' then
 end
 if letter ~= 'f' and is_cancelled(run) then return refuse('cancelled') end
 
-local function granted()
+local function claim_reply()
   local events = tail(run, A.version)
   local doubt = (r.once and r.lost == 1) and 1 or 0
   return answer({ ok = 1, fence = r.f, attempt = r.a, doubt = doubt, limit = r.limit or '', version = version(run) }, events)
 end
 if r.st == 'leased' then
-  if r.tok == A.token then return granted() end
+  if r.tok == A.token then return claim_reply() end
   return refuse('busy')
 end
 if r.st ~= 'queued' then return refuse(r.st == 'held' and 'held' or 'later') end
@@ -24,12 +24,12 @@ if A.apart and r.room then return refuse('apart') end
 -- a suspect shares its worker with few, and with suspects alone
 local cell = tonumber(hget('cell', A.worker))
 if r.room or cell then
-  local hand = redis.call('SCARD', P .. 'wl:' .. A.worker)
+  local in_flight = redis.call('SCARD', P .. 'wl:' .. A.worker)
   local most = r.room and cell and math.min(r.room, cell) or 1
-  if hand > 0 and hand >= most then return refuse('room', int(most)) end
-  if hand > 0 and not (r.room and cell) then return refuse('room', '1') end
+  if in_flight > 0 and in_flight >= most then return refuse('room', int(most)) end
+  if in_flight > 0 and not (r.room and cell) then return refuse('room', '1') end
 end
--- why this entry may not be worked on by this worker now
+-- why this worker may not claim this entry now
 if head[2] ~= A.crew or head[3] ~= A.crew_version then
   leave(unit, r)
   r.v = (r.v or 0) + 1
@@ -41,7 +41,7 @@ if head[2] ~= A.crew or head[3] ~= A.crew_version then
   end
   return refuse('version', head[2] .. ' ' .. head[3])
 end
-local function spent(root)
+local function limit_reached(root)
   for _, pair in ipairs({ { 'turns', 'turns' }, { 'tokens', 'tokens' }, { 'cost_usd', 'usd' } }) do
     local limit = hget(root, 'lim_' .. pair[1])
     if limit and hnum(root, pair[2]) >= tonumber(limit) then return pair[1] end
@@ -52,9 +52,9 @@ local function spent(root)
     if NOW - hnum(root, 'started') - waited >= tonumber(seconds) * 1000 then return 'seconds' end
   end
 end
-if is_limited(r) then
+if r.limited == 1 or (r.kind == 'Ask' and not r.lane) then -- of earlier versions, an Ask
   local root = 'run:' .. root_of(run)
-  local limit = spent(root)
+  local limit = limit_reached(root)
   if limit and hget(root, 'on_limit') == 'fail' then
     r.limit = limit
   elseif limit then
@@ -89,4 +89,4 @@ put(run, key, r)
 zadd('leased', NOW + A.ttl, unit)
 redis.call('SADD', P .. 'wl:' .. A.worker, unit)
 if r.room then hset('cell', A.worker, int(math.min(r.room, cell or r.room))) end
-return granted()
+return claim_reply()

@@ -1,4 +1,4 @@
--- The twin of `commit` in journal/protocol.py; asked by `_commit` in engine/engine.py.
+-- The twin of `commit` in journal/protocol.py; called by `_commit` in engine/engine.py.
 local unit, fence = A.unit, A.fence
 local _, run, key = split(unit)
 local r, mark = rec(run, key)
@@ -14,7 +14,7 @@ if A.how == 'retried' or A.how == 'doubt' then r.tf = fence end
 if A.how == 'retried' then
   leave(unit, r)
   r.lost = 0
-  absolve(r)
+  clear_suspicion(r)
   if (A.delay or 0) > 0 then wait_until(unit, run, key, r, NOW + A.delay) else enqueue(unit, run, key, r) end
 elseif A.how == 'doubt' then
   leave(unit, r)
@@ -22,7 +22,7 @@ elseif A.how == 'doubt' then
 else
   end_step(run, tonumber(key), r, A.how == 'done', fence)
   if r.g == 0 then
-    if A.next and next(A.next) and before == A.version then follow(run, A.next) else advance(run) end
+    if A.next and next(A.next) and before == A.version then apply_next(run, A.next) else advance(run) end
   end
 end
 return answer({ ok = 1, version = version(run), conflict = before ~= A.version and 1 or 0 })

@@ -1,6 +1,6 @@
 #!lua
--- (Declared so, a script begins only where it can write: out of memory, it is refused before it has done half.)
--- The moves that the verbs share: entries.py, function by function. Put before each verb's script.
+-- (With this line a server that is out of memory refuses the script before it begins, not in the middle.)
+-- What the verbs share: transaction.py, function by function. Put before each verb's script.
 -- KEYS[1] prefix · ARGV[1] the verb's arguments as JSON · ARGV[2] now in ms, or '' for the server's time ·
 -- ARGV[3] '1' to push messages to the broker's lists here, '0' to answer them.
 -- Answers {header JSON, number of texts, texts…, then queue and text of each message not pushed}.
@@ -36,13 +36,11 @@ local function rec(run, key)
   if v and string.sub(v, 1, 1) == '{' then return cjson.decode(v), nil end
   return nil, v
 end
--- Who ends this step: 'queued' a worker, 'due' the clock, 'held' a person, 'child' a run of its own. Entries that were
--- written before they said so have the lane of their step's kind.
-local LANES_BEFORE = { Sleep = 'due', Approve = 'held', Delegate = 'child' }
-local function lane_of(r) return r.lane or LANES_BEFORE[r.kind] or 'queued' end
-local function is_limited(r)
-  if r.lane then return r.limited == 1 end
-  return r.kind == 'Ask'
+-- Who ends this step: 'queued' (or no lane) a worker, 'due' the clock, 'held' a person, 'child' a run of its own.
+-- Entries of earlier versions have a kind alone, and its lane.
+local function lane_of(r)
+  if r.lane then return r.lane end
+  return r.kind == 'Sleep' and 'due' or r.kind == 'Approve' and 'held' or r.kind == 'Delegate' and 'child' or 'queued'
 end
 local function put(run, key, r) hset('st:' .. run, key, cjson.encode(r)) end
 local function event(run, text) return redis.call('RPUSH', P .. 'ev:' .. run, int(NOW) .. ' ' .. text) end
@@ -67,9 +65,9 @@ end
 -- A message is sent here where broker and journal are one server and database (PUSH); else it is answered, and
 -- celery/publisher.py sends it. It was rendered in celery/dispatch.py.
 local function send(wire, seq, queue)
-  local home, head, rest = string.match(wire, '^(%Z*)%z(%Z*)%z(%Z*)$')
+  local home, head, after_tag = string.match(wire, '^(%Z*)%z(%Z*)%z(%Z*)$')
   queue = queue or home
-  local text = head .. int(seq) .. rest
+  local text = head .. int(seq) .. after_tag
   if PUSH then
     redis.call('LPUSH', queue, text)
   else
@@ -127,16 +125,16 @@ local function give_back(unit, run, key, r)
   r.lost = 1
   enqueue(unit, run, key, r)
 end
--- suspects.py
-local function died(unit, run, key, r, hand, seen)
+-- quarantine.py
+local function on_death(unit, run, key, r, in_flight, seen)
   if string.sub(unit, 1, 1) ~= 'f' then
     r.d = (r.d or 0) + 1
-    if hand == 1 and seen then
+    if in_flight == 1 and seen then
       r.c = (r.c or 0) + 1
-    elseif hand == 1 then
+    elseif in_flight == 1 then
       r.x = (r.x or '') .. r.w .. '\n'
     end
-    if r.d >= 2 then r.room = math.max(1, math.floor(hand / 4)) end
+    if r.d >= 2 then r.room = math.max(1, math.floor(in_flight / 4)) end
     local crashes = r.c or 0
     for worker in string.gmatch(r.x or '', '[^\n]+') do
       if hget('silent', worker) then crashes = crashes + 1 end
@@ -150,10 +148,10 @@ local function died(unit, run, key, r, hand, seen)
   end
   give_back(unit, run, key, r)
 end
-local function heard(worker)
+local function on_sign_of_life(worker)
   if redis.call('HDEL', P .. 'silent', worker) == 1 then zrem('silent_at', worker) end
 end
-local function absolve(r) r.d, r.c, r.x, r.room = nil, nil, nil, nil end
+local function clear_suspicion(r) r.d, r.c, r.x, r.room = nil, nil, nil, nil end
 local function advance(run)
   local r = rec(run, 'a')
   local unit = 'a|' .. run
@@ -162,10 +160,10 @@ local function advance(run)
   hset('wires', unit, hget('run:' .. run, 'wire'))
   enqueue(unit, run, 'a', { st = 'new', f = 0, a = 0 })
 end
-local function unsure(r) return r.once and (r.st == 'leased' or r.lost == 1 or r.why == 'in_doubt') end
+local function is_in_doubt(r) return r.once and (r.st == 'leased' or r.lost == 1 or r.why == 'in_doubt') end
 local function drop(unit, run, key, r, mark)
   leave(unit, r)
-  if mark == 'E0' and unsure(r) then mark = 'D' end
+  if mark == 'E0' and is_in_doubt(r) then mark = 'D' end
   redis.call('HDEL', P .. 'wires', unit)
   hset('st:' .. run, key, mark)
 end
@@ -285,13 +283,13 @@ local function start(run, spec, text, digest)
 end
 local function plan_step(run, p, g)
   local key = int(p.n)
-  local known, state = hget('st:' .. run, key), p.state
-  if known and string.sub(known, 1, 2) ~= 'D:' then return end
+  local mark, state = hget('st:' .. run, key), p.state
+  if mark and string.sub(mark, 1, 2) ~= 'D:' then return end
   local unit = 's|' .. run .. '|' .. key
   event(run, p.event)
-  local r = { kind = p.kind, lane = p.lane, st = 'new', g = g and g.first or 0, f = 0, a = 0 }
-  r.limited, r.once, r.rec = p.limited, p.once, p.rec
-  if known and p.once and known == 'D:' .. (p.digest or '') then
+  local r = { st = 'new', g = g and g.first or 0, f = 0, a = 0, once = p.once, rec = p.rec, limited = p.limited }
+  r.lane, r.kind = p.lane, p.kind
+  if mark and p.once and mark == 'D:' .. (p.digest or '') then
     r.lost = 1
     if state == 'held' then state = 'queued' end
   end
@@ -316,7 +314,7 @@ local function plan_step(run, p, g)
     put(run, key, r)
   end
 end
-local function follow(run, nxt)
+local function apply_next(run, nxt)
   local g = nxt.gather
   if g then
     hset('ga:' .. run, int(g.first), cjson.encode({
@@ -331,7 +329,7 @@ local function follow(run, nxt)
     plan_step(run, p, g)
     if g and p.n >= g.first then new = new + 1 end
   end
-  if g and new < g.last - g.first + 1 then -- opened again: carried members have ended
+  if g and new < g.last - g.first + 1 then -- opened again: imported members have ended
     for n = g.first, g.last do
       if hget('st:' .. run, int(n)) == 'E0' then strike(run, g.first, n, true) end
     end

@@ -11,5 +11,5 @@ if version(run) ~= A.version then
   return answer({ no = 'conflict', version = version(run) }, tail(run, A.version))
 end
 drop('a|' .. run, run, 'a', r, 'E' .. int(A.fence))
-follow(run, A.next)
+apply_next(run, A.next)
 return answer({ ok = 1, version = version(run) })

@@ -11,10 +11,10 @@ for _, unit in ipairs(units) do
   local _, run, key = split(unit)
   local r = rec(run, key)
   if r and r.st == 'leased' and (r.w == A.worker or is_below(r.w)) then
-    if A.crashed == 1 then died(unit, run, key, r, #units, true) else give_back(unit, run, key, r) end
+    if A.crashed == 1 then on_death(unit, run, key, r, #units, true) else give_back(unit, run, key, r) end
   end
 end
-if hget('meta', 'sweeper') == A.worker then hset('meta', 'sweeper_until', int(NOW)) end -- whoever comes next sweeps
+if hget('meta', 'sweeper') == A.worker then hset('meta', 'sweeper_until', int(NOW)) end -- the next worker to ask becomes the sweeper
 for _, queue in ipairs(A.queues) do
   hset('qsnap', queue, int(hnum('qmax', queue)) .. ' ' .. int(NOW))
 end

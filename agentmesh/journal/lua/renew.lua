@@ -1,5 +1,5 @@
 local lost = {}
-heard(A.worker)
+on_sign_of_life(A.worker)
 for _, lease in ipairs(A.leases) do
   local unit, fence = lease[1], lease[2]
   local letter, run, key = split(unit)

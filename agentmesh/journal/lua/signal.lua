@@ -33,7 +33,7 @@ local function signal_step()
   local unit = 's|' .. run .. '|' .. key
   local r, mark = rec(run, key)
   if not r or r.st ~= 'held' then return refuse('not_waiting', mark and 'ended' or '') end
-  local is_decision = lane_of(r) == 'held' -- a person ends it; there is nothing that a worker could do
+  local is_decision = lane_of(r) == 'held' -- a person ends it; a worker cannot
   local may
   if kind == 'Approved' or kind == 'Denied' then
     may = r.why == 'approve'
@@ -51,7 +51,7 @@ local function signal_step()
   else
     leave(unit, r)
     r.lost = (kind == 'StepRevived' and r.once == 1) and 1 or 0
-    absolve(r)
+    clear_suspicion(r)
     enqueue(unit, run, key, r)
   end
   return answer({ ok = 1, version = version(run) })

@@ -3,7 +3,7 @@ if holder and holder ~= A.worker and until_ms > NOW then
   return answer({ ok = 0, count = 0, rest = until_ms - NOW })
 end
 redis.call('HSET', P .. 'meta', 'sweeper', A.worker, 'sweeper_until', int(NOW + SWEEPER_MS))
--- The server's own word: a sweep sent before it died may be the first that it gets when it is back.
+-- Asked of the server itself: a sweep that was sent before it died may be the first that it gets after its restart.
 local boot = A.boot or (ARGV[2] == '' and string.match(redis.call('INFO', 'server'), 'run_id:(%w+)'))
 if boot and boot ~= hget('meta', 'boot') then
   if hget('meta', 'boot') then hset('meta', 'grace', int(NOW + A.ttl)) end
@@ -11,10 +11,10 @@ if boot and boot ~= hget('meta', 'boot') then
 end
 local limit, empty, count = A.limit, {}, 0
 for _, queue in ipairs(A.empty) do empty[queue] = true end
-local queues -- those that there are once leases and timers have been seen to
+local queues -- those that exist once leases and timers have been handled
 
--- the broker's lists are in this very store
-local function look()
+-- The broker's lists are in this store.
+local function long_empty()
   local looked = hnum('meta', 'looked')
   if NOW < looked or NOW > looked + SWEEPER_MS + 1000 then redis.call('DEL', P .. 'empty') end
   hset('meta', 'looked', int(NOW))
@@ -30,7 +30,7 @@ local function look()
   end
 end
 
-local function rest()
+local function idle_ms()
   for _, queue in ipairs(queues) do
     if redis.call('ZCARD', P .. 'q:' .. queue) > 0 then return 0 end
   end
@@ -39,7 +39,7 @@ local function rest()
   return math.min(2000, first[1] and first[2] - NOW or 2000)
 end
 
-local function expire()
+local function expire_leases()
   local units = zupto('leased', NOW, limit)
   for _, unit in ipairs(units) do
     local letter, run, key = split(unit)
@@ -49,19 +49,19 @@ local function expire()
     elseif letter ~= 'f' and not is_open(run) then
       drop(unit, run, key, r, 'E0')
     else
-      local hand = tonumber(hget('silent', r.w))
-      if not hand then
-        hand = redis.call('SCARD', P .. 'wl:' .. r.w)
-        hset('silent', r.w, int(hand))
+      local in_flight = tonumber(hget('silent', r.w))
+      if not in_flight then
+        in_flight = redis.call('SCARD', P .. 'wl:' .. r.w)
+        hset('silent', r.w, int(in_flight))
         zadd('silent_at', NOW, r.w)
       end
-      died(unit, run, key, r, hand, false)
+      on_death(unit, run, key, r, in_flight, false)
     end
   end
   return #units
 end
 
-local function wake()
+local function fire_due()
   local units = zupto('due', NOW, limit)
   for _, unit in ipairs(units) do
     local letter, run, key = split(unit)
@@ -84,19 +84,19 @@ local function wake()
   return #units
 end
 
-local function again(unit, run, key, r)
+local function resend_entry(unit, run, key, r)
   r.rs = r.rs + 1
   r.rt = NOW + 1000 * 2 ^ math.min(r.rs, 6)
   put(run, key, r)
-  -- now and then to the home queue: nobody may serve the suspects
+  -- sometimes to the home queue: perhaps no worker serves the suspects
   local queue = (r.rs < 3 or r.rs % 2 == 0) and r.q or nil
   send(hget('wires', unit), redis.call('HINCRBY', P .. 'meta', 'seq', 1), queue)
 end
 
 local function resend(queue)
   local top = hnum('qmax', queue)
-  local kept = hget('qsnap', queue)
-  local snap, at = string.match(kept or (int(top) .. ' ' .. int(NOW)), '^(%d+) (%d+)$')
+  local snapshot = hget('qsnap', queue)
+  local snap, at = string.match(snapshot or (int(top) .. ' ' .. int(NOW)), '^(%d+) (%d+)$')
   local n = 0
   for _, unit in ipairs(zupto('q:' .. queue, empty[queue] and 2 ^ 52 or snap - 1, limit)) do
     local _, run, key = split(unit)
@@ -104,15 +104,15 @@ local function resend(queue)
     if not r or r.st ~= 'queued' then
       zrem('q:' .. queue, unit)
     elseif r.rt <= NOW then
-      again(unit, run, key, r)
+      resend_entry(unit, run, key, r)
       n = n + 1
     end
   end
-  if not kept or NOW - at >= 1000 then hset('qsnap', queue, int(top) .. ' ' .. int(NOW)) end
+  if not snapshot or NOW - at >= 1000 then hset('qsnap', queue, int(top) .. ' ' .. int(NOW)) end
   return n
 end
 
--- Looked through once a sweep: a gather that is met early may cancel thousands of children of one tree.
+-- Read once a sweep: a gather that closes early may cancel thousands of children of one tree.
 local trees = {}
 local function below(run)
   local root = root_of(run)
@@ -145,7 +145,7 @@ local function cancel_below(run)
   return n
 end
 
-local function forget(before)
+local function delete_expired(before)
   local roots = zupto('forget', before, limit)
   for _, root in ipairs(roots) do
     for _, run in ipairs(members('tree:' .. root)) do
@@ -160,14 +160,14 @@ local function forget(before)
   return #roots
 end
 
-if hnum('meta', 'grace') <= NOW then count = expire() end
-count = count + wake()
+if hnum('meta', 'grace') <= NOW then count = expire_leases() end
+count = count + fire_due()
 queues = members('queues')
-if A.look == 1 then look() end
+if A.look == 1 then long_empty() end
 for _, queue in ipairs(queues) do count = count + resend(queue) end
 for _, run in ipairs(members('cancelled')) do count = count + cancel_below(run) end
-for _, worker in ipairs(zupto('silent_at', NOW - 86400000, limit)) do heard(worker) end
-if A.retain then count = count + forget(NOW - A.retain) end
-local rest_ms = count == 0 and rest() or 0
-if rest_ms > 0 then hset('meta', 'sweeper_until', int(NOW)) end -- whoever has work first may sweep
+for _, worker in ipairs(zupto('silent_at', NOW - 86400000, limit)) do on_sign_of_life(worker) end
+if A.retain then count = count + delete_expired(NOW - A.retain) end
+local rest_ms = count == 0 and idle_ms() or 0
+if rest_ms > 0 then hset('meta', 'sweeper_until', int(NOW)) end -- any other worker may sweep meanwhile
 return answer({ ok = 1, count = count, rest = rest_ms })

@@ -129,7 +129,11 @@ class Scramble:
         out: dict[str, Any] = {"n": n, "kind": kind, "state": state, "event": f'{{"e":"StepPlanned","n":{n}}}'}
         if rng.random() < 0.6:  # else it is of a time when entries did not say their lane, and their kind implied it
             lane = {"Delegate": "child", "Approve": "held", "Sleep": "due"}.get(kind, "queued")
-            out |= {"kind": rng.choice([kind, "New"]), "lane": lane} | ({"limited": 1} if kind == "Ask" else {})
+            out |= {"kind": rng.choice([kind, "New"]), "lane": lane}
+            if lane == "queued":
+                del out["kind"], out["lane"]
+            if kind == "Ask":
+                out["limited"] = 1
         if state == "child":
             out["child"] = {
                 "spec": self.alike.spec(f"{run}/{n}") | {"parent": run, "n": n},
