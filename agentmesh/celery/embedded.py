@@ -6,7 +6,6 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Self
 
@@ -139,18 +138,22 @@ class EmbeddedWorker:
         thread = self._thread
         if thread is None:
             return
-        self._leaving.set()
         deadline = monotonic() + grace_s + CANCEL_S + READY_S
         while thread.is_alive() and monotonic() < deadline:
-            worker = self._worker
-            if worker is not None:
-                worker.pool.grace_s = min(worker.pool.grace_s, grace_s)
-                worker.consumer.blueprint.state = CLOSE
-                worker.consumer.unblock()
+            self.stop_consuming(grace_s=grace_s)
             thread.join(0.02)
         if thread.is_alive():
             logger.error("the worker thread of %s did not stop; it ends with the process", self.name)
         self._thread = self._worker = None
+
+    def stop_consuming(self, *, grace_s: float) -> None:
+        """Take no more steps, and come back at once; `stop` waits for those that run."""
+        self._leaving.set()
+        worker = self._worker
+        if worker is not None:
+            worker.pool.grace_s = min(worker.pool.grace_s, grace_s)
+            worker.consumer.blueprint.state = CLOSE
+            worker.consumer.unblock()
 
     def _make(self) -> _Worker:
         return _Worker(
@@ -203,10 +206,12 @@ class InProcessWorker:
 
     def stop(self, *, grace_s: float = 5.0) -> None:
         """Stop consuming and let steps end for up to `grace_s`; what is cut off is given back."""
-        # at once: none takes more while another drains
-        with ThreadPoolExecutor(max(1, len(self._workers))) as stopping:
-            for done in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
-                done.result()
+        for (
+            worker
+        ) in self._workers:  # all at once: none takes more while another drains. No threads: this runs at exit too
+            worker.stop_consuming(grace_s=grace_s)
+        for worker in self._workers:
+            worker.stop(grace_s=grace_s)
         for home in self._untend():
             run_sync(home.release_processes([os.getpid()]))
 
