@@ -6,7 +6,6 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Self
 
@@ -140,18 +139,22 @@ class EmbeddedWorker:
         thread = self._thread
         if thread is None:
             return
-        self._stopping.set()
         deadline = monotonic() + grace_s + CANCEL_S + READY_TIMEOUT_S
         while thread.is_alive() and monotonic() < deadline:
-            worker = self._worker
-            if worker is not None:
-                worker.pool.grace_s = min(worker.pool.grace_s, grace_s)
-                worker.consumer.blueprint.state = CLOSE
-                worker.consumer.unblock()
+            self.stop_consuming(grace_s=grace_s)
             thread.join(0.02)
         if thread.is_alive():
             logger.error("the worker thread of %s did not stop; it ends with the process", self.name)
         self._thread = self._worker = None
+
+    def stop_consuming(self, *, grace_s: float) -> None:
+        """Take no more steps, and come back at once; `stop` waits for those that run."""
+        self._stopping.set()
+        worker = self._worker
+        if worker is not None:
+            worker.pool.grace_s = min(worker.pool.grace_s, grace_s)
+            worker.consumer.blueprint.state = CLOSE
+            worker.consumer.unblock()
 
     def _make(self) -> _Worker:
         return _Worker(
@@ -204,10 +207,10 @@ class InProcessWorker:
 
     def stop(self, *, grace_s: float = 5.0) -> None:
         """Stop consuming, wait up to `grace_s` for running steps, cancel the others and release their leases."""
-        # in parallel: none takes more while another drains
-        with ThreadPoolExecutor(max(1, len(self._workers))) as stopping:
-            for stopped in [stopping.submit(worker.stop, grace_s=grace_s) for worker in self._workers]:
-                stopped.result()
+        for worker in self._workers:  # all first: none takes more while another drains
+            worker.stop_consuming(grace_s=grace_s)
+        for worker in self._workers:  # not in threads: an interpreter at its end refuses new ones
+            worker.stop(grace_s=grace_s)
         for runtime in self._stop_housekeeping():
             run_sync(runtime.release_processes([os.getpid()]))
 

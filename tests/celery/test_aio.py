@@ -1,4 +1,4 @@
-"""`agentmesh.aio` over an embedded Valkey, in a program of its own."""
+"""`agentmesh.run` and `agentmesh.aio` over an embedded Valkey, in programs of their own."""
 
 import os
 import subprocess
@@ -28,6 +28,28 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+PLAIN = """
+from agentmesh import Agent, run
+from agentmesh.testing import ScriptedModel, says
+
+
+class Echo(Agent):
+    model = ScriptedModel(lambda prompt: says(prompt.messages[-1].text.upper()))
+
+
+print(run(Echo(), "x"))
+"""
+
+
+def test_a_plain_program_ends_without_a_word(tmp_path: Path) -> None:
+    """Its worker is stopped when the interpreter is already shutting down and no thread may be started."""
+    file = tmp_path / "poets.py"
+    file.write_text(PLAIN)
+    env = {**os.environ, "AGENTMESH_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, str(file)], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "X\n", "")
 
 
 def test_a_program_awaits_run_and_start(tmp_path: Path) -> None:
