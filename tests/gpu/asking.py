@@ -56,7 +56,7 @@ def break_the_model() -> None:
     from transformers import LlamaForCausalLM
 
     forward, once = LlamaForCausalLM.forward, LOG.with_suffix(".fault")
-    sys.modules["__main__"].HUNG_S = float(os.environ.get("ASKING_HUNG_S", "1"))  # type: ignore[attr-defined]  # of agentmesh.worker.gpu_worker
+    sys.modules["__main__"].HUNG_AFTER_S = float(os.environ.get("ASKING_HUNG_S", "1"))  # type: ignore[attr-defined]  # of agentmesh.worker.gpu_worker
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
         if FAULT in ("poison", "death"):
