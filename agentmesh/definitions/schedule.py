@@ -1,4 +1,4 @@
-"""When an agent is to be run again and again; a declaration, whose times are computed without a clock of its own."""
+"""When an agent is run repeatedly: a declaration, and its times computed from a given moment, without a clock."""
 
 import hashlib
 import re
@@ -105,7 +105,7 @@ class Schedule:
         name: of its runs' ids, `NAME-20261125T070000Z`; made of the agent's name and a digest when left out.
 
     Raises:
-        DefinitionError: no crontab line, no such zone, not an agent.
+        DefinitionError: the line or the zone is invalid, or `agent` is not an agent.
     """
 
     when: str | float
@@ -116,26 +116,35 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not hasattr(self.agent, "_task_json") or isinstance(self.agent, type):
-            raise DefinitionError(f"schedule {self.when!r} was given {self.agent!r}, which is not an agent")
+            raise DefinitionError(
+                f"schedule {self.when!r} was given {self.agent!r}, which is not an agent",
+                hint="pass an instance of Agent",
+            )
         try:
             ZoneInfo(self.timezone)
         except (KeyError, ValueError, OSError):
-            raise DefinitionError(f"schedule {self.when!r}: unknown timezone {self.timezone!r}") from None
+            raise DefinitionError(
+                f"schedule {self.when!r}: unknown timezone {self.timezone!r}", hint="use an IANA name, as Europe/Lisbon"
+            ) from None
         if not isinstance(self.when, str) and self.when < 1:
-            raise DefinitionError(f"schedule {self.when!r}: an interval is at least 1 second")
+            raise DefinitionError(
+                f"schedule {self.when!r}: an interval is at least 1 second", hint="write a longer one"
+            )
         self.times.next(ANY_MOMENT)
         if not self.name:
             text = repr((self.when, self.agent.name, self.agent._task_json(self.task), self.timezone))
-            mark = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
-            object.__setattr__(self, "name", f"{self.agent.name[:24]}-{mark}")
+            digest = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
+            object.__setattr__(self, "name", f"{self.agent.name[:24]}-{digest}")
         if not SCHEDULE_NAME.fullmatch(self.name):
-            raise DefinitionError(f"schedule name {self.name!r} must be letters, digits, `_`, `-`, at most 32")
+            raise DefinitionError(
+                f"schedule name {self.name!r} must be letters, digits, `_`, `-`, at most 32", hint="choose another name"
+            )
 
     @property
     def times(self) -> Recurrence:
-        """Its times."""
+        """The times at which it is due."""
         return Recurrence(self.when, self.timezone)
 
     def run_id(self, slot: datetime) -> str:
-        """The id of the run that is due at this time: whoever begins it, it is one run."""
+        """The id of the run that is due at this time; several processes that begin it begin one run."""
         return f"{self.name}-{slot.astimezone(UTC):%Y%m%dT%H%M%SZ}"

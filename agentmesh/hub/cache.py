@@ -1,4 +1,4 @@
-"""Where local models live, how a folder comes to be there whole or not at all, and the lock of whoever fills it. Standard library only."""
+"""The cache of local models: folders that appear whole or not at all, and the lock of a process that fills one. Standard library only."""
 
 import contextlib
 import datetime
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from agentmesh.errors import ConfigError
 
-ORIGIN_FILE = "agentmesh.json"  # in each folder: where the model came from, written last
+ORIGIN_FILE = "agentmesh.json"  # in each folder: where the model is from; written last
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,15 @@ def cache_folder() -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """Where the model of this name is, or would be.
+    """The folder of the model of this name, whether it is installed or not.
 
     Raises:
-        ConfigError: no such name can be.
+        ConfigError: the name is malformed.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
-        raise ConfigError(f"model name {name!r} must be like 'smollm2' or 'org/model'")
+        raise ConfigError(
+            f"model name {name!r} must be like 'smollm2' or 'org/model'", hint="use letters, digits, `.`, `_`, `-`"
+        )
     return cache_folder() / "models" / name.replace("/", "--")
 
 
@@ -56,10 +58,10 @@ def is_installed(name: str) -> bool:
 
 
 def must_be_installed(name: str) -> None:
-    """Go on if the model is in the cache.
+    """Check that the model is in the cache.
 
     Raises:
-        ConfigError: it is not; the message has the command that fetches it.
+        ConfigError: it is not; the hint is the command that fetches it.
     """
     if not is_installed(name):
         raise ConfigError(
@@ -71,8 +73,8 @@ def must_be_installed(name: str) -> None:
 def installed() -> list[Installed]:
     """Every model of the cache, by name."""
     models = []
-    for origin in sorted((cache_folder() / "models").glob(f"[!.]*/{ORIGIN_FILE}")):  # a dot: still being built
-        with contextlib.suppress(FileNotFoundError):  # somebody removes it now
+    for origin in sorted((cache_folder() / "models").glob(f"[!.]*/{ORIGIN_FILE}")):  # with a dot it is being built
+        with contextlib.suppress(FileNotFoundError):  # another process removes it
             origin_data = json.loads(origin.read_text())
             size = sum(f.stat().st_size for f in origin.parent.rglob("*") if f.is_file())
             models.append(Installed(origin_data["name"], origin.parent, size, origin_data["source"]))
@@ -80,7 +82,7 @@ def installed() -> list[Installed]:
 
 
 def leftovers(name: str) -> list[Path]:
-    """What killed processes left of this model where models are: to be removed by whoever holds it (see `holding`)."""
+    """Folders of this model that killed processes left; to be removed under its `model_lock`."""
     target = model_folder(name)
     own = re.compile(rf"\.{re.escape(target.name)}-[a-z0-9_]{{8}}")  # as tempfile makes them
     return [f for f in target.parent.glob(f".{target.name}-*") if own.fullmatch(f.name)]
@@ -92,12 +94,12 @@ def build_model_folder(name: str, source: str, *, sha256: Mapping[str, str] | No
 
     Args:
         source: where the files are from, for people to read.
-        sha256: of each file that was fetched.
+        sha256: of each file that was fetched, in hex.
     """
     target = model_folder(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    folder.chmod(0o755)  # mkdtemp's is for one user alone, and a cache may be shared
+    folder.chmod(0o755)  # mkdtemp's mode is for one user, and a cache may be shared
     try:
         yield folder
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -113,7 +115,7 @@ def build_model_folder(name: str, source: str, *, sha256: Mapping[str, str] | No
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Rename; a whole model that another process put there meanwhile stays, for somebody may be reading it."""
+    """Rename; a whole model that another process put there meanwhile stays, because it may be in use."""
     if (target / ORIGIN_FILE).is_file():
         return
     shutil.rmtree(target, ignore_errors=True)
@@ -134,11 +136,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-# ---- One process at a time fills or removes a model of the cache. The lock is the kernel's and goes with its process
+# ---- One process at a time fills or removes a model of the cache. The kernel releases the lock when its process ends
 
 try:
     import fcntl
-except ImportError:  # Windows: there two at once are not kept apart
+except ImportError:  # on Windows nothing keeps two processes apart
     fcntl = None  # type: ignore[assignment]  # the type of what is missing
 
 
@@ -147,17 +149,17 @@ def model_lock(name: str, *, waiting: Callable[[], None] | None = None) -> Itera
     """Inside, no other process pulls or removes this model.
 
     Args:
-        waiting: told when another has it, which is then waited for; None does not wait.
+        waiting: called before this waits for another process; None raises instead.
 
     Raises:
-        ConfigError: another has it, and nobody wants to wait; or the cache cannot be written.
+        ConfigError: another process holds the lock, or the cache cannot be written.
     """
     path = cache_folder() / "downloads" / f"{model_folder(name).name}.lock"
     while True:
         handle = _open_lock(path)
         try:
             _lock(handle, name, waiting)
-            if _is_current(handle, path):  # else who had it took the file along: whoever comes now has another
+            if _is_current(handle, path):  # else the one before removed the file, and a newer process locks another
                 try:
                     yield
                 finally:
@@ -174,7 +176,7 @@ def _open_lock(path: Path) -> int:
     except OSError as e:
         raise ConfigError(
             f"the cache of models {str(cache_folder())!r} cannot be written ({e.strerror})",
-            hint="set AGENTMESH_CACHE to a folder that can",
+            hint="set AGENTMESH_CACHE to a folder that can be",
         ) from None
 
 
@@ -198,5 +200,5 @@ def _lock(handle: int, name: str, waiting: Callable[[], None] | None) -> None:
             ) from None
         waiting()
         fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:  # a file system that knows no locks, as some of networks
+    except OSError:  # a file system without locks, such as some network mounts
         return

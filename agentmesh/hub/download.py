@@ -1,4 +1,4 @@
-"""One file over HTTP onto the disk: resumed where it broke off, checked against its sha256; and where pip would look for it."""
+"""One file over HTTP onto the disk, resumed where it broke off and checked against its sha256; and where pip finds a package's file."""
 
 import base64
 import contextlib
@@ -23,11 +23,11 @@ from agentmesh.hub.cache import cache_folder
 Progress = Callable[[str, int, int], None]
 BLOCK_BYTES = 1 << 20
 TIMEOUT_S = 60.0
-RANGE_IS_OVER, PARTIAL, SERVER_ERROR, TOO_MANY, DENIED_CODES = 416, 206, 500, 429, (401, 403)
+RANGE_NOT_SATISFIABLE, PARTIAL, SERVER_ERROR, TOO_MANY, DENIED_CODES = 416, 206, 500, 429, (401, 403)
 
 
 class DownloadDenied(ConfigError):
-    """The server does not know who asks (`code` 401), or does not let them (403)."""
+    """The server rejects the credentials, or there are none (`code` 401), or refuses access (403)."""
 
     fields = ("code",)
     code: int
@@ -36,40 +36,42 @@ class DownloadDenied(ConfigError):
 def download(
     url: str, target: Path, *, sha256: str = "", blob: str = "", token: str = "", progress: Progress | None = None
 ) -> str:
-    """The sha256 of the file now at `target`; it comes there in one rename, and a broken-off part is gone on with.
+    """Fetch a file to `target`, in one rename at the end; the part of an earlier, interrupted download is resumed.
 
     Args:
-        sha256: what it must be; empty when nobody knows.
-        blob: what git calls its content; empty when nobody knows.
-        token: shown to this server, and to none that it sends us on to.
-        progress: told the file's name, bytes so far and bytes in all (0: not known).
+        sha256: expected, in hex; empty where it is not known.
+        blob: the expected name of git's blob, in hex; empty where it is not known.
+        token: sent to this server, and not to another that it redirects to.
+        progress: called with the file's name, bytes so far and bytes in all (0: not known).
+
+    Returns:
+        Its sha256 in hex.
 
     Raises:
-        ServiceDown: nobody answers, or the download broke off.
-        Denied: not with this token.
-        ConfigError: the server has no such file, it is not the one expected, or the disk has no room.
+        ServiceDown: the server is unreachable, or the download broke off.
+        DownloadDenied: the server refuses this token.
+        ConfigError: the server has no such file, its content is not the expected one, or the disk has no room.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
-    for again in (True, False):
+    for may_restart in (True, False):
         resumed = _resume(url, part, token, progress)
         digest, is_blob = sha256_of(part), not blob or git_blob_of(part) == blob
         if is_blob and sha256 in ("", digest):
             part.replace(target)
             return digest
         part.unlink()
-        if not (resumed and again):  # else the old part may have been of another file: once more from its beginning
+        if not (resumed and may_restart):  # else the old part may have been of another file: restart once
             expected = f"{sha256[:12]}…" if sha256 else f"git's name {blob[:12]}…"
             raise ConfigError(
-                f"{target.name} has sha256 {digest[:12]}… and should have {expected}: "
-                "it was changed or truncated in transit",
+                f"{target.name} has sha256 {digest[:12]}… and should have {expected}; it was changed or truncated in transit",
                 hint="pull it again",
             )
     raise AssertionError("unreachable")
 
 
 def read_url(url: str, *, accept: str = "application/json", token: str = "") -> bytes:
-    """A small document whole.
+    """Fetch a small document.
 
     Raises:
         ServiceDown, ConfigError: as `download`.
@@ -78,7 +80,7 @@ def read_url(url: str, *, accept: str = "application/json", token: str = "") -> 
         try:
             content: bytes = response.read()
         except (OSError, http.client.HTTPException) as e:
-            raise ServiceDown(f"the answer of {without_password(url)} broke off ({e!r})", hint="try again") from None
+            raise ServiceDown(f"the response of {without_password(url)} broke off ({e!r})", hint="retry") from None
     return content
 
 
@@ -89,9 +91,9 @@ def sha256_of(path: Path) -> str:
 
 
 def git_blob_of(path: Path) -> str:
-    """What git calls this content, in hex."""
+    """The name of git's blob with this content, in hex."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    digest.update(path.read_bytes())  # the large ones have a sha256
+    digest.update(path.read_bytes())  # small: of a large file the hub names the sha256
     return digest.hexdigest()
 
 
@@ -101,10 +103,10 @@ def without_password(url: str) -> str:
 
 
 def _resume(url: str, part: Path, token: str, progress: Progress | None) -> bool:
-    """Bring `part` to its full length; answers whether an earlier beginning was gone on with."""
+    """Bring `part` to its full length; True if it resumed an earlier one."""
     done = part.stat().st_size if part.is_file() else 0
-    response = _open(url, {"Range": f"bytes={done}-"} if done else {}, token=token, over=done > 0)
-    if response is None:  # nothing comes after what is here
+    response = _open(url, {"Range": f"bytes={done}-"} if done else {}, token=token, complete_ok=done > 0)
+    if response is None:  # the part is complete already
         return True
     with response:
         if response.status != PARTIAL:
@@ -118,7 +120,7 @@ def _resume(url: str, part: Path, token: str, progress: Progress | None) -> bool
                 done += len(block)
                 if progress is not None:
                     progress(part.stem, done, total)
-    if done < total:  # http.client does not tell
+    if done < total:  # http.client raises nothing
         raise ServiceDown(
             f"the download of {without_password(url)} broke off at {done} of {total} bytes", hint="pull again to resume"
         )
@@ -139,14 +141,14 @@ def _block(response: Any, url: str) -> bytes:
 def _explain_write_errors(part: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as e:  # what the network does is told as ServiceDown
+    except OSError as e:  # errors of the network are ServiceDown already
         raise ConfigError(
-            f"{str(part)!r} cannot be written ({e.strerror}): make room, then pull again to resume"
+            f"{str(part)!r} cannot be written ({e.strerror})", hint="make room, then pull again to resume"
         ) from None
 
 
 def require_disk_space(part: Path, bytes_: int) -> None:
-    """Whether so much more has room where `part` is, or will be.
+    """Check that the disk of `part` has room for so many bytes more.
 
     Raises:
         ConfigError: it has not.
@@ -154,13 +156,13 @@ def require_disk_space(part: Path, bytes_: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if bytes_ > free:
         raise ConfigError(
-            f"{part.stem} needs {bytes_ / 1e6:.0f} MB and {str(part.parent)!r} has {free / 1e6:.0f} MB free: "
-            "make room, or point AGENTMESH_CACHE at a folder that has it"
+            f"{part.stem} needs {bytes_ / 1e6:.0f} MB and {str(part.parent)!r} has {free / 1e6:.0f} MB free",
+            hint="make room, or point AGENTMESH_CACHE at a folder that has it",
         )
 
 
-def _open(url: str, headers: dict[str, str], *, token: str = "", over: bool = False) -> Any:
-    """The response; None for "nothing after that byte" where `over` allows it."""
+def _open(url: str, headers: dict[str, str], *, token: str = "", complete_ok: bool = False) -> Any:
+    """The response; None where the requested range begins at the file's end and `complete_ok`."""
     address, login = _split_credentials(url)
     request = urllib.request.Request(address, headers={"User-Agent": "agentmesh", **headers})
     if login:
@@ -171,30 +173,30 @@ def _open(url: str, headers: dict[str, str], *, token: str = "", over: bool = Fa
         return urllib.request.urlopen(request, timeout=TIMEOUT_S, context=_ssl_context())
     except urllib.error.HTTPError as e:
         e.close()
-        if over and e.code == RANGE_IS_OVER:
+        if complete_ok and e.code == RANGE_NOT_SATISFIABLE:
             return None
         if e.code >= SERVER_ERROR or e.code == TOO_MANY:
-            raise ServiceDown(f"{address} answered {e.code}", hint="try again later") from None
+            raise ServiceDown(f"{address} answered {e.code}", hint="retry later") from None
         if e.code in DENIED_CODES:
-            raise DownloadDenied(f"{address} answered {e.code}: is it public?", code=e.code) from None
-        raise ConfigError(f"{address} answered {e.code}: is the name right, and is it public?") from None
+            raise DownloadDenied(f"{address} answered {e.code}", hint="check that it is public", code=e.code) from None
+        raise ConfigError(f"{address} answered {e.code}", hint="check the name, and that it is public") from None
     except (OSError, http.client.HTTPException, ValueError) as e:
         raise ServiceDown(
             f"cannot reach {address} ({getattr(e, 'reason', e)})",
-            hint="pull the model where there is a network "
+            hint="pull the model on a machine with a network, "
             f"and point AGENTMESH_CACHE at a copy of its cache folder (here {str(cache_folder())!r})",
         ) from None
 
 
 def _split_credentials(url: str) -> tuple[str, str]:
-    """An address without its user:password@, and that."""
+    """An address without its `user:password@`, and that part."""
     parts = urllib.parse.urlsplit(url)
     login, at, host = parts.netloc.rpartition("@")
     return (urllib.parse.urlunsplit(parts._replace(netloc=host)), urllib.parse.unquote(login)) if at else (url, "")
 
 
 def _ssl_context() -> ssl.SSLContext:
-    """The system's certificates, and those that pip is told to trust."""
+    """The system's certificates, and those of PIP_CERT."""
     context = ssl.create_default_context()
     bundle = os.environ.get("PIP_CERT")
     if bundle and Path(bundle).is_file():
@@ -208,7 +210,7 @@ try:
     # pip has no public way to ask for its settings; these names are as old as its configuration is
     from pip._internal.configuration import Configuration
     from pip._internal.models.index import PyPI
-except ImportError:  # an environment without pip: PIP_INDEX_URL says it
+except ImportError:  # without pip, PIP_INDEX_URL must be set
     Configuration = PyPI = None  # type: ignore[assignment,misc]  # the types of what is missing
 
 ACCEPT_SIMPLE = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"  # PEP 691
@@ -218,7 +220,7 @@ def wheel_url(package: str, version: str) -> str:
     """The address of a package's wheel for every platform.
 
     Raises:
-        ServiceDown, ConfigError: no place that pip is set up for has it; the first one's complaint.
+        ServiceDown, ConfigError: none of pip's configured places has it; the error of the first one.
     """
     wheel = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
     for link in pip_setting("find-links"):
@@ -236,13 +238,13 @@ def wheel_url(package: str, version: str) -> str:
         if urls:
             return urls[0]
         problems.append(
-            ConfigError(f"{without_password(page)} has no {wheel}", hint="set PIP_INDEX_URL to an index that has")
+            ConfigError(f"{without_password(page)} has no {wheel}", hint="set PIP_INDEX_URL to an index that has it")
         )
     raise problems[0]
 
 
 def pip_setting(name: str) -> list[str]:
-    """A setting of pip's, split at blanks: of the environment, else of its configuration; empty if nobody set it."""
+    """A setting of pip's, split at blanks: from the environment, else from its configuration; empty where it is not set."""
     configured = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
     if configured:
         return configured.split()
@@ -258,7 +260,7 @@ def pip_setting(name: str) -> list[str]:
 
 def _default_index() -> str:
     if PyPI is None:
-        raise ConfigError("there is no pip here to say which package index to use", hint="set PIP_INDEX_URL")
+        raise ConfigError("pip is not installed, so the package index is not known", hint="set PIP_INDEX_URL")
     return str(PyPI.simple_url)
 
 

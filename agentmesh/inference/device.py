@@ -1,4 +1,4 @@
-"""A device: whose turn it is, in which numbers weights are held, its memory, and which errors break it."""
+"""A device: the lock for its turns, the dtype of weights, its memory, and the errors that break it."""
 
 import os
 import threading
@@ -13,8 +13,8 @@ import psutil
 import torch
 
 HolderKind = Literal["step", "batch"]
-RECENT_S = 1.0  # an engine that made a step within this has work
-FIRST_S = 0.05  # what a step is taken to last before one has ended
+RECENT_S = 1.0  # an engine that made a step within this time has work
+FIRST_S = 0.05  # assumed length of a step before one has ended
 WEIGHT = 0.2  # of the last step in the running mean of how long they take
 
 
@@ -22,7 +22,7 @@ class DeviceLock:
     """The turns of one device in this process; thread-safe.
 
     Args:
-        shared: nobody waits; how long steps take is known all the same.
+        shared: no one waits; only the length of steps is measured.
 
     Attributes:
         engines: those on the device; without one, batches go side by side.
@@ -65,7 +65,7 @@ class DeviceLock:
 
     @property
     def step_s(self) -> float:
-        """How long a step takes, where an engine has work; 0 where none has."""
+        """Mean seconds of a step, where an engine has work; 0 where none has."""
         with self._lock:
             stepping = self._holder == "step" or bool(self._waiting["step"])
             if stepping or (self._mean_s and time.monotonic() - self._stepped_s < RECENT_S):
@@ -74,7 +74,7 @@ class DeviceLock:
 
     @property
     def held_s(self) -> float:
-        """For how long whoever has the turn has had it; 0 where nobody has."""
+        """Seconds for which the lock has been held; 0 where it is free."""
         with self._lock:
             return time.monotonic() - self._since_s if self._holder else 0.0
 
@@ -82,14 +82,14 @@ class DeviceLock:
         if self.shared:
             return
         with self._lock:
-            if self._holder is None:  # then nobody waits either
+            if self._holder is None:  # then no thread waits
                 self._holder, self._since_s = kind, time.monotonic()
                 return
             gate = threading.Lock()
             gate.acquire()
             self._waiting[kind].append(gate)
         try:
-            gate.acquire()  # whoever gives the turn away opens it
+            gate.acquire()  # `_give` of the holder releases it
         except BaseException:  # a Ctrl-C in the main thread
             with self._lock:
                 left = gate in self._waiting[kind]
@@ -113,7 +113,7 @@ class DeviceLock:
 
 
 _locks: dict[str, DeviceLock] = {}
-os.register_at_fork(after_in_child=_locks.clear)  # a child has none of the threads that would give their turns away
+os.register_at_fork(after_in_child=_locks.clear)  # a child has none of the threads that hold them
 
 
 def lock_of(device: str) -> DeviceLock:
@@ -121,7 +121,7 @@ def lock_of(device: str) -> DeviceLock:
     return _locks.setdefault(device, DeviceLock(shared=device == "cpu"))
 
 
-# ---- In which numbers a model's weights are held on a device ------------------------------------
+# ---- The dtype of a model's weights on a device -------------------------------------------------
 
 
 def best_dtype(device: str) -> torch.dtype:
@@ -141,8 +141,8 @@ class Memory(NamedTuple):
     """In bytes.
 
     Args:
-        used: what this process holds of the machine's memory.
-        free, all: of a GPU, whoever uses the rest; 0 on a CPU.
+        used: of the machine's memory, by this process.
+        free, all: of a GPU, by all processes; 0 on a CPU.
     """
 
     used: int
@@ -151,16 +151,16 @@ class Memory(NamedTuple):
 
 
 def memory_of(device: torch.device) -> Memory:
-    """As it is now."""
+    """The memory of a device now."""
     used = psutil.Process().memory_info().rss
     return Memory(used, *torch.cuda.mem_get_info(device)) if device.type == "cuda" else Memory(used)
 
 
 # ---- What torch's errors mean for a process that has a device -----------------------------------
 
-CUDA_LIBRARIES = ("CUDA", "cuDNN", "CUBLAS")  # a RuntimeError with their names in it is all there is to go by
+CUDA_LIBRARIES = ("CUDA", "cuDNN", "CUBLAS")  # in the text of a RuntimeError, which has no other mark
 
 
 def breaks_device(error: Exception) -> bool:
-    """Whether nothing in this process can use its device again."""
+    """Whether this process can no longer use its device."""
     return not isinstance(error, torch.OutOfMemoryError) and any(name in str(error) for name in CUDA_LIBRARIES)

@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers: token ids and numbers. Knows no torch, so that anyone may speak it."""
+"""An engine's requests, answers and capacity, in token ids and numbers. Without torch, so that any room may import it."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ class Request:
 
     Args:
         tokens: the prompt, at least one.
-        most_tokens: how many may be answered, at least 1.
+        most_tokens: of the answer, at least 1.
         ends: ids that end the answer; they are not part of it.
-        temperature: 0 takes the likeliest token; else what is drawn follows from `seed` and the place alone.
+        temperature: 0 takes the likeliest token; else the draw depends on `seed` and the token's place alone.
         top_k: the k likeliest are drawn from; 0 is all.
         top_p: the likeliest whose probabilities make up so much are drawn from, in (0, 1].
-        logprobs: whether the answer says how likely each token was, before any temperature or grammar.
-        constraint: a inference.grammar.Constraint that says which tokens may come next.
+        logprobs: whether the answer has each token's log probability, before any temperature or grammar.
+        constraint: an `inference.grammar.Constraint` on the next token.
     """
 
     tokens: tuple[int, ...]
@@ -48,10 +48,10 @@ class Done:
 
     Args:
         tokens: without the one that ended it.
-        finish: `stop` at an end token or because the asker had enough, `length` at `most_tokens`.
+        finish: `stop` at an end token or because `on_tokens` returned True, `length` at `most_tokens`.
         logprobs: one for each token, where they were asked for.
         cached_tokens: of the prompt, not computed because an earlier prompt began alike.
-        batch: with how many requests it was computed together, itself counted, at most.
+        batch: requests of the largest batch it was computed in, itself counted.
     """
 
     tokens: tuple[int, ...]
@@ -63,7 +63,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much an engine can hold.
+    """An engine's capacity.
 
     Args:
         cache_tokens: in the cache of keys and values, for all requests together.
@@ -87,39 +87,40 @@ class Room:
         return -(-tokens // self.page_tokens)
 
     def check(self, request: Request) -> None:
-        """Whether the engine could ever do this; what it cannot would end its loop for everybody.
+        """Check that the engine can compute a request; one that it cannot would end its loop for every request.
 
         Raises:
-            ContextTooLong, ModelError: it could not, and why.
+            ContextTooLong, ModelError: it cannot, and why.
         """
         if request.size > self.longest:
-            why = "the model's context" if self.longest == self.context_tokens else "the cache of this process"
+            limit = "the model's context" if self.longest == self.context_tokens else "the cache of this process"
             raise ContextTooLong(
-                f"the prompt has {len(request.tokens)} tokens and asks for {request.most_tokens} more",
-                hint=f"{why} takes {self.longest} together: send less",
+                f"the prompt has {len(request.tokens)} tokens and asks for {request.most_tokens} more; "
+                f"{limit} takes {self.longest} together",
+                hint="send less, or lower max_tokens",
             )
         if not request.tokens or request.most_tokens < 1:
             raise ModelError(
                 f"a request of {len(request.tokens)} tokens that asks for {request.most_tokens} more is empty",
-                hint="send at least one and ask for at least one",
+                hint="send at least one token, and ask for at least one",
             )
         low, high = min(request.tokens), max(request.tokens)
         if low < 0 or high >= self.vocabulary:
             raise ModelError(
                 f"token id {low if low < 0 else high} is not in the model's vocabulary of {self.vocabulary}",
-                hint="the tokenizer is another model's",
+                hint="use the model's own tokenizer",
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """How an engine stands; counts are since it was made.
+    """An engine's state; counts are since it was made.
 
     Args:
-        running: requests in the batch of the last step. waiting: handed in and not yet in a batch.
+        running: requests in the batch of the last step. waiting: submitted and not yet in a batch.
         free_pages: not held by a request; `pages` are all there are.
-        stepped_s: `time.monotonic()` of the last step, or of the last time it found nothing to do.
-        idle: nothing is in hand.
+        stepped_s: `time.monotonic()` of the last step, or of the last time it had nothing to do.
+        idle: no request is in flight.
         deaths: how often the loop ended by an error.
         batch_tokens: new tokens of one step at most, as they are now.
     """
@@ -141,15 +142,15 @@ class Gauge:
 
 # ---- How much of an engine's cache the next request will need -----------------------------------
 
-FIRST_TOKENS, FIRST_ANSWER_TOKENS = 512.0, 256.0  # before any has come or ended
+FIRST_TOKENS, FIRST_ANSWER_TOKENS = 512.0, 256.0  # before any request has come or ended
 WEIGHT = 0.1  # of the last request in the running means
 
 
 class DemandEstimate:
-    """A running guess; used under the engine's lock.
+    """A running mean; used under the engine's lock.
 
     Attributes:
-        tokens: what the next request is taken to need: of its prompt what is not cached, and its answer.
+        tokens: expected of the next request: the part of its prompt that is not cached, and its answer.
     """
 
     def __init__(self) -> None:
@@ -157,11 +158,11 @@ class DemandEstimate:
         self._answer_tokens, self._uncached_share = FIRST_ANSWER_TOKENS, 1.0
 
     def came(self, request: Request) -> None:
-        """Those that wait in the broker are likely as those that come from there: known long before the first has ended."""
+        """Count a request that arrived: those that follow from the broker resemble it, long before it has ended."""
         answer = min(request.most_tokens, self._answer_tokens)
         self.tokens += WEIGHT * (len(request.tokens) * self._uncached_share + answer - self.tokens)
 
     def ended(self, request: Request, *, cached_tokens: int, answer_tokens: int) -> None:
-        """What it really took."""
+        """Count what a request took."""
         self._answer_tokens += WEIGHT * (answer_tokens - self._answer_tokens)
         self._uncached_share += WEIGHT * (1 - cached_tokens / len(request.tokens) - self._uncached_share)

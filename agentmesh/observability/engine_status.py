@@ -1,4 +1,4 @@
-"""How the engine of a device's worker stands: a small file, written by the worker and read by its supervisor. No torch."""
+"""The state of a device worker's engine: a small file, written by the worker and read by its supervisor. Without torch."""
 
 import contextlib
 import json
@@ -8,25 +8,25 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 STATUS_FOLDER_ENV = "AGENTMESH_REPORTS_IN"  # the environment variable that names the folder
-UNHEALTHY_AFTER_S = 10.0  # work in hand and no step for so long, or no word of the process: it is not healthy
+UNHEALTHY_AFTER_S = 10.0  # without a step while there is work, or without a report
 PREFIX = "engine-"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """One look at an engine. Means are of the last ten seconds, counts since its process began.
+    """One observation of an engine. Means are of the last ten seconds, counts since its process began.
 
     Args:
         worker: the process's name under its supervisor.
         device: `cpu`, or `cuda:` and what CUDA_VISIBLE_DEVICES says.
-        at_s: when it was looked at, in the machine's monotonic time.
+        at_s: when, in the machine's monotonic time.
         in_hand: steps that this process has of the engine's queues; `places` is how many it may have at most.
-        running: requests in the batch of the last step. waiting: handed to the engine and not yet in a batch.
+        running: requests in the batch of the last step. waiting: submitted and not yet in a batch.
         batch_requests: new tokens a step.
         cached_share: the part of the prompts' tokens that was in the cache.
         free_pages: of the cache, held by no request.
-        used_bytes: what the process holds of the machine's memory; free_bytes, all_bytes: of a GPU's memory, 0 on a CPU.
-        stuck_s: for how long there has been work in hand and no step.
+        used_bytes: of the machine's memory, by the process; free_bytes, all_bytes: of a GPU's memory, 0 on a CPU.
+        stuck_s: for how long there has been work and no step.
         deaths: how often the engine's loop ended by an error.
         batch_tokens: new tokens of one step at most; halved when the device had no memory for so many.
     """
@@ -57,7 +57,7 @@ class EngineStatus:
     new_tokens: int = 0
 
     def unhealthy_reason(self, now_s: float) -> str:
-        """Why it is not healthy, or nothing.
+        """Why it is not healthy; "" where it is.
 
         Args:
             now_s: the machine's monotonic time.
@@ -71,7 +71,7 @@ class EngineStatus:
 
 
 def write_status(folder: str, report: EngineStatus) -> None:
-    """Write it down in one rename; the process has one file.
+    """Write a report in one rename; a process has one file.
 
     Raises:
         OSError: the folder is gone, or the disk is full.
@@ -83,7 +83,7 @@ def write_status(folder: str, report: EngineStatus) -> None:
 
 
 def read_statuses(folder: str, workers: Collection[str]) -> list[EngineStatus]:
-    """What these workers wrote, by model and device; what others left is removed."""
+    """The reports of these workers, by model and device; those of other workers are removed."""
     reports = []
     for file in Path(folder).glob(f"{PREFIX}*.json"):
         with contextlib.suppress(FileNotFoundError):  # another reader removed it
@@ -96,6 +96,6 @@ def read_statuses(folder: str, workers: Collection[str]) -> list[EngineStatus]:
 
 
 def _read(file: Path) -> EngineStatus:
-    """A worker may be of another version than its supervisor, after an update under way: what is known counts."""
+    """During an update a worker may be of another version than its supervisor: unknown fields are dropped."""
     field_names = {f.name for f in fields(EngineStatus)}
     return EngineStatus(**{name: value for name, value in json.loads(file.read_text()).items() if name in field_names})

@@ -15,7 +15,7 @@ from agentmesh.journal.events import Event, StepFailed, StepRetried
 from agentmesh.observability.observer import OnStepEnd
 
 Form = Literal["text", "json"]
-# These tell of every message they carry; their warnings are ours too.
+# These log every message they carry; only their warnings are wanted.
 NOISY = (
     "celery",
     "kombu",
@@ -35,7 +35,7 @@ log = logging.getLogger("agentmesh.step")
 
 
 class LogObserver:
-    """A Sight that marks whatever is logged inside a step, a tool's own lines too, and logs each step's end."""
+    """An observer that marks what is logged inside a step, a tool's own lines too, and logs each step's end."""
 
     def step(self, step: Step[Any], at: Attempt, model: str) -> Any:
         """See Observer."""
@@ -44,17 +44,17 @@ class LogObserver:
     @contextlib.contextmanager
     def _attempt(self, step: Step[Any], at: Attempt, model: str) -> Iterator[OnStepEnd]:
         token = WHERE.set(at)
-        began = time.monotonic()
+        began_s = time.monotonic()
 
-        def told(event: Event) -> None:
-            took = time.monotonic() - began
+        def on_end(event: Event) -> None:
+            took_s = time.monotonic() - began_s
             error = f": {event.error.get('message', '')}" if isinstance(event, StepFailed | StepRetried) else ""
             end = ENDS.get(type(event).__name__, type(event).__name__)
             by = f" by {model}" if model else ""
-            log.info("%s %s %s in %.3f s%s%s", step.kind, step.name, end, took, by, error)
+            log.info("%s %s %s in %.3f s%s%s", step.kind, step.name, end, took_s, by, error)
 
         try:
-            yield told
+            yield on_end
         finally:
             WHERE.reset(token)
 
@@ -66,7 +66,7 @@ class LogObserver:
 
 
 def _mark(record: logging.LogRecord) -> bool:
-    """A filter that lets everything pass and says where it was logged."""
+    """A filter that lets every record pass, and adds the attempt it was logged in."""
     record.at = WHERE.get()
     return True
 
@@ -80,8 +80,8 @@ class _Text(logging.Formatter):
         line = super().formatMessage(record)
         if at is None:
             return line
-        again = f" attempt {at.number}" if at.number > 1 else ""
-        return f"{line} [{at.run_id} step {at.n}{again} {at.agent}]"
+        attempt = f" attempt {at.number}" if at.number > 1 else ""
+        return f"{line} [{at.run_id} step {at.n}{attempt} {at.agent}]"
 
 
 class _Json(logging.Formatter):
@@ -107,7 +107,7 @@ class _Json(logging.Formatter):
 
 
 def set_up_logging(form: Form | Literal[""] = "", *, worker: str = "") -> None:
-    """The root logger of a process of ours writes to standard error in this form.
+    """Make the root logger of this process write to standard error in this form.
 
     Args:
         form: `text` and `json` log from INFO on; empty is text and warnings alone.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 OUTCOMES = {"StepDone": "done", "StepFailed": "failed", "StepRetried": "retried", "StepInDoubt": "in_doubt"}
 
-# What is told of an engine: the metric's name, its text, its own label, and which number of a report stands where.
+# An engine's metrics: name to help text, own label, and the field of a report for each value of that label.
 ENGINE_GAUGES = {
     "places": ("Steps a device worker may have", "state", {"taken": "in_hand", "all": "places"}),
     "requests": ("Requests in the engine's last batch and before it", "state", {"running": "running", "waiting": "waiting"}),
@@ -51,7 +51,7 @@ ENGINE_COUNTS = {
 
 
 class MetricsObserver:
-    """A Sight that counts. Names of agents and tools are labels, run ids never."""
+    """An observer that counts. Names of agents and tools are labels, run ids never."""
 
     def __init__(self) -> None:
         step = ("kind", "name")
@@ -72,9 +72,9 @@ class MetricsObserver:
 
     @contextmanager
     def _attempt(self, step: Step[Any], at: Attempt, model: str) -> Iterator[OnStepEnd]:
-        outcome, began = "cut", time.monotonic()
+        outcome, began_s = "cut", time.monotonic()
 
-        def told(event: Event) -> None:
+        def on_end(event: Event) -> None:
             nonlocal outcome
             outcome = OUTCOMES.get(type(event).__name__, "cut")
             if isinstance(event, StepDone | StepFailed | StepRetried) and event.usage:
@@ -84,10 +84,10 @@ class MetricsObserver:
                 self._cost.labels(step.name, model).inc(usage.get("usd", 0))
 
         try:
-            yield told
+            yield on_end
         finally:
             self._steps.labels(step.kind, step.name, outcome).inc()
-            self._seconds.labels(step.kind, step.name).observe(time.monotonic() - began)
+            self._seconds.labels(step.kind, step.name).observe(time.monotonic() - began_s)
             if at.number > 1:
                 self._repeats.labels(step.kind, step.name).inc()
             self._caches.refresh()
@@ -100,7 +100,7 @@ class MetricsObserver:
 
 
 class _JournalCollector(Collector):
-    """The journal's numbers, read at each scrape; none of them when it does not answer."""
+    """The journal's numbers, read at each scrape; none of them when it does not respond."""
 
     def __init__(self, counts: Callable[[], JournalCounts | None], workers: Callable[[], tuple[int, int]]) -> None:
         self._counts, self._workers = counts, workers
@@ -139,7 +139,7 @@ def _gauge(name: str, text: str, **values: int) -> GaugeMetricFamily:
 
 
 class _EngineCollector(Collector):
-    """How the engines of device workers stand, as they last said; those of workers that are gone have no rows."""
+    """The last reports of device workers' engines; those of workers that ended have no rows."""
 
     def __init__(self, engines: Callable[[], Sequence[EngineStatus]]) -> None:
         self._engines = engines
@@ -165,9 +165,9 @@ def metrics_app(
     """prometheus_client's own application: text or OpenMetrics as the scraper accepts, gzipped, filtered by `name[]`.
 
     Args:
-        folder: where the workers count.
-        workers: how many are wanted and how many are ready.
-        engines: what device workers last said of theirs.
+        folder: PROMETHEUS_MULTIPROC_DIR of the workers.
+        workers: how many are expected, and how many are ready.
+        engines: the last reports of device workers.
     """
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]

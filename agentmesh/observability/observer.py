@@ -36,26 +36,26 @@ class ObservedExecutor:
         model: asked by agents that name none.
     """
 
-    def __init__(self, doer: StepExecutor, observers: Iterable[Observer], model: Any = "") -> None:
-        self._executor, self._observers, self._model = doer, tuple(observers), model
+    def __init__(self, executor: StepExecutor, observers: Iterable[Observer], model: Any = "") -> None:
+        self._executor, self._observers, self._model = executor, tuple(observers), model
 
     async def do(self, step: Step[Any], at: Attempt) -> tuple[Event, Charge]:
         """See StepExecutor."""
         model = self._model_name(step)
-        views = [view for sight in self._observers if (view := sight.step(step, at, model)) is not None]
+        views = [view for observer in self._observers if (view := observer.step(step, at, model)) is not None]
         if not views:
             return await self._executor.do(step, at)
         with ExitStack() as stack:
             callbacks = [stack.enter_context(view) for view in views]
             event, charge = await self._executor.do(step, at)
-            for tell in callbacks:
-                tell(event)
+            for on_end in callbacks:
+                on_end(event)
         return event, charge
 
     def ended(self, history: History, end: Event) -> None:
         """A run ended; the engine's hook."""
-        for sight in self._observers:
-            sight.ended(history, end)
+        for observer in self._observers:
+            observer.ended(history, end)
 
     def _model_name(self, step: Step[Any]) -> str:
         if step.target != "model":

@@ -22,7 +22,7 @@ from agentmesh.observability.observer import OnStepEnd
 
 SCHEMA = "https://opentelemetry.io/schemas/1.41.0"
 LONGEST_MESSAGE = 500
-_WANTED: ContextVar[tuple[int, int]] = ContextVar("agentmesh_span_ids", default=(0, 0))
+_NEXT_IDS: ContextVar[tuple[int, int]] = ContextVar("agentmesh_span_ids", default=(0, 0))
 
 
 def trace_id(run_id: str) -> int:
@@ -51,20 +51,20 @@ def current_traceparent() -> str:
 
 
 class _Ids:
-    """Gives our own tracer, and no other, the ids that are wanted."""
+    """The id generator of our own tracer, and of no other: gives the ids of `_NEXT_IDS`."""
 
     def generate_trace_id(self) -> int:
-        return _WANTED.get()[0]
+        return _NEXT_IDS.get()[0]
 
     def generate_span_id(self) -> int:
-        return _WANTED.get()[1]
+        return _NEXT_IDS.get()[1]
 
     def is_trace_id_random(self) -> bool:
         return False
 
 
 class TracingObserver:
-    """A Sight that makes spans wherever this process has OpenTelemetry's SDK set up; elsewhere it does nothing."""
+    """An observer that makes spans where this process has set up OpenTelemetry's SDK; elsewhere it does nothing."""
 
     def __init__(self) -> None:
         self._tracer: Any = None
@@ -98,7 +98,7 @@ class TracingObserver:
         if self._tracer is not None:
             return True
         if not hasattr(api, "get_tracer_provider") or not hasattr(api.get_tracer_provider(), "id_generator"):
-            return False  # half imported, or the API alone: ids are the SDK's to give
+            return False  # half imported, or the API alone, which makes no ids
         tracer = api.get_tracer("agentmesh", schema_url=SCHEMA)
         if not hasattr(tracer, "id_generator"):
             return False
@@ -113,7 +113,7 @@ class TracingObserver:
         attributes |= {"agentmesh.step": at.n, "agentmesh.attempt": at.number, **_of_run(at.run_id)}
         span = self._start(api, name, parent, (at.run_id, at.n, at.number), attributes, kind=kind)
 
-        def told(event: Event) -> None:
+        def on_end(event: Event) -> None:
             if isinstance(event, StepFailed | StepRetried):
                 _fail(api, span, event.error)
             elif isinstance(event, StepDone) and event.usage:
@@ -122,20 +122,20 @@ class TracingObserver:
 
         with api.use_span(span, end_on_exit=True):
             try:
-                yield told
-            except BaseException:  # cancelled: the lease was lost, the run cancelled, or the worker leaves
+                yield on_end
+            except BaseException:  # cancelled: the lease was lost, the run was cancelled, or the worker stops
                 span.set_attribute("error.type", "cancelled")
                 raise
 
     def _start(self, api: Any, name: str, parent: Any, ids: tuple[str, int, int], attributes: Any, **how: Any) -> Any:
-        token = _WANTED.set((trace_id(ids[0]), span_id(*ids)))
+        token = _NEXT_IDS.set((trace_id(ids[0]), span_id(*ids)))
         try:
             return self._tracer.start_span(name, parent, attributes=attributes, **how)
         finally:
-            _WANTED.reset(token)
+            _NEXT_IDS.reset(token)
 
     def _above(self, api: Any, run_id: str, trace: str) -> Any:
-        """The context that a run's own span stands in: its parent run's, the caller's, or none."""
+        """The parent context of a run's own span: its parent run's, the caller's, or none."""
         parent = run_id.rpartition("/")[0]
         if parent:
             return self._context(api, run_id, trace, span_id(parent))
@@ -148,7 +148,7 @@ class TracingObserver:
         if trace:
             _, of, _, flags = trace.split("-")
             ours, sampled = int(of, 16), int(flags, 16) & 1
-        else:  # every process comes to the sampler's same answer about the same trace
+        else:  # the sampler answers alike for one trace in every process
             ours = trace_id(run_id)
             sampled = self._tracer.sampler.should_sample(None, ours, "invoke_agent").decision.is_sampled()
         flags = api.TraceFlags(api.TraceFlags.SAMPLED if sampled else api.TraceFlags.DEFAULT)

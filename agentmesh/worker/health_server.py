@@ -21,13 +21,13 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a probe wants to know.
+    """What a probe is told.
 
     Args:
-        workers: how many processes are wanted.
+        workers: how many processes are expected.
         ready: how many of them consume.
-        journal: whether its server answers.
-        engines: how the engines of device workers stand.
+        journal: whether its server responds.
+        engines: the last reports of device workers.
         now_s: when, in the machine's monotonic time.
     """
 
@@ -44,24 +44,24 @@ class Health:
 
     @property
     def why(self) -> list[str]:
-        """What is not as it should be."""
+        """What is wrong, a sentence each."""
         problems = [] if self.journal else ["the journal's server does not respond"]
         if self.ready != self.workers:
             problems.append(f"{self.ready} of {self.workers} workers consume")
-        return problems + [ails for engine in self.engines if (ails := engine.unhealthy_reason(self.now_s))]
+        return problems + [reason for engine in self.engines if (reason := engine.unhealthy_reason(self.now_s))]
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What anybody may know."""
+        """Counts alone, which anybody may see."""
         workers: dict[str, Any] = {"workers": {"wanted": self.workers, "ready": self.ready}, "journal": self.journal}
         if self.engines:
-            well = sum(not engine.unhealthy_reason(self.now_s) for engine in self.engines)
-            workers["engines"] = {"there": len(self.engines), "well": well}
+            healthy = sum(not engine.unhealthy_reason(self.now_s) for engine in self.engines)
+            workers["engines"] = {"there": len(self.engines), "well": healthy}
         return workers
 
     @property
     def told(self) -> dict[str, Any]:
-        """All of it, for an operator."""
+        """Everything, for an operator, as JSON."""
         report = {"ready": self.good, **self.numbers}
         if self.why:
             report["why"] = self.why
@@ -79,7 +79,7 @@ def parse_address(text: str) -> tuple[str, int]:
     """Host and port of `PORT` or `HOST:PORT`; without a host it is loopback.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the text is neither.
     """
     host, _, port = text.rpartition(":")
     if not port.isdigit() or int(port) > 65535:
@@ -95,7 +95,7 @@ class HealthServer:
         page: answers /metrics; see `metrics_app`.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address is in use, or is not this machine's.
     """
 
     def __init__(self, at: tuple[str, int], *, page: "WSGIApplication", health: Callable[[], Health]) -> None:
@@ -125,7 +125,7 @@ class HealthServer:
 
 def _answer(path: str, health: Callable[[], Health]) -> tuple[str, str, bytes]:
     """Status, content type and body of a path."""
-    if path == "/health/live":  # this process answers: that is the whole question
+    if path == "/health/live":  # that this process answers is enough
         return "200 OK", "application/json", b'{"live": true}'
     if path in ("/health", "/health/ready"):
         now = health()

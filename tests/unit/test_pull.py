@@ -126,7 +126,7 @@ def test_a_disk_that_fills_on_the_way_is_said_and_gone_on_with(tmp_path: Path, w
         limited = pulling(hub, "ulimit -f 32;")  # blocks of 1,024 bytes
         _, err = limited.communicate(timeout=30)
         assert limited.returncode == 4
-        assert "cannot be written (File too large): make room, then pull again to resume" in " ".join(err.split())
+        assert "cannot be written (File too large) help: make room, then pull again to resume" in " ".join(err.split())
         again = pulling(hub)
         _, err = again.communicate(timeout=30)
         assert again.returncode == 0, err
@@ -286,6 +286,6 @@ def test_no_room_is_said_before_it_is_filled(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with (
         web.serving(web.process_state({"/w.bin": web.weights})) as site,
-        pytest.raises(ConfigError, match=r"has 0 MB free: make room"),
+        pytest.raises(ConfigError, match=r"has 0 MB free; make room"),
     ):
         download(f"{site.url}/w.bin", tmp_path / "w.bin")
