@@ -7,9 +7,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
-
-from pydantic import BaseModel
+from typing import Any, Unpack
 
 from agentmesh import aio
 from agentmesh.definitions.crew import Crew
@@ -19,14 +17,13 @@ from agentmesh.engine.blocking import waits
 from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, MeshError
 from agentmesh.rag.direct_ingest import add_directly
-from agentmesh.rag.documents import Chunk, Hit, Value
+from agentmesh.rag.documents import Chunk, Hit
 from agentmesh.rag.embedders import embedder as make_embedder
 from agentmesh.rag.embedders.base import DEFAULT_EMBEDDER, Embedder
 from agentmesh.rag.evaluation import Scores, evaluate
-from agentmesh.rag.ingest import QUEUES, WINDOW, Added, Ingest
-from agentmesh.rag.ingestion.options import AddOptions, Paths, check_paths
-from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
-from agentmesh.rag.ingestion.scratch import metadata_to_json
+from agentmesh.rag.ingest import QUEUES, Added, Ingest
+from agentmesh.rag.ingestion.options import AddOptions, Paths, check_paths, read_options
+from agentmesh.rag.ingestion.plan import IngestRequest
 from agentmesh.rag.process_cache import (
     LOCAL_PREFIX,
     embedder_for,
@@ -35,25 +32,12 @@ from agentmesh.rag.process_cache import (
     register_embedder,
     store_of,
 )
-from agentmesh.rag.ranking import mmr
+from agentmesh.rag.search import Mode, Passage, Where, check_search, search
 from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.rag.vector_store import StoreView, VectorStore, store_name
 from agentmesh.runtime.local import start
 
-Mode = Literal["hybrid", "dense", "text"]
-Where = Mapping[str, Any]
 Questions = str | Path | Iterable[Mapping[str, Any]]
-MODES = ("hybrid", "dense", "text")
-MMR_OF = 4  # times k: among how many of the best hits maximal marginal relevance chooses
-
-
-class Passage(BaseModel):
-    """A passage as a model sees it: `text` is `[start:start + len(text)]` of the document `source`."""
-
-    source: str
-    start: int
-    text: str
-    heading: str = ""
 
 
 class Retriever:
@@ -112,20 +96,12 @@ class Retriever:
             DefinitionError: a path does not exist, or an argument is out of range.
             RunFailed: nothing was done; it says why. What cannot be read is in `Added.failed`.
         """
-        if self.other_store is not None:
-            return self._add_directly(paths, **options)
+        if self.other_store is not None:  # of a plugin: it takes no ingest run, and is filled in this process
+            self._check_unbound()
+            request, chunking, _ = read_options(paths, **options)
+            check_paths(request)
+            return add_directly(self.other_store, self.embedder(), request, chunking)
         return self.start_adding(paths, run_id=run_id, **options).result(timeout_s=timeout_s)
-
-    def _add_directly(
-        self, paths: Paths, *, glob: str = "", label: str = "", size: int = 1000, overlap: int = 150, encoding: str = "utf-8",
-        metadata: Mapping[str, Value] | None = None, sync: bool = False, force: bool = False, window: int = WINDOW,
-    ) -> Added:  # fmt: skip
-        """Fill a store of a plugin, which takes no ingest run, in this process."""
-        assert self.other_store is not None
-        request = self._request(paths, glob=glob, label=label, sync=sync, force=force)
-        check_paths(request)
-        options = self._options(size, overlap, encoding, metadata)
-        return add_directly(self.other_store, self.embedder(), request, options)
 
     @waits("retriever")
     def start_adding(self, paths: Paths, *, run_id: str = "", **options: Unpack[AddOptions]) -> Run[Added]:
@@ -139,10 +115,7 @@ class Retriever:
         name = "rag" if not agent.embed.startswith(LOCAL_PREFIX) else f"rag-{agent.embed.removeprefix(LOCAL_PREFIX)}"
         return Crew(agent, name=name, queues=QUEUES), request
 
-    def ingest(
-        self, paths: Paths, *, glob: str = "", label: str = "", size: int = 1000, overlap: int = 150, encoding: str = "utf-8",
-        metadata: Mapping[str, Value] | None = None, sync: bool = False, force: bool = False, window: int = WINDOW,
-    ) -> tuple[Ingest, IngestRequest]:  # fmt: skip
+    def ingest(self, paths: Paths, **options: Unpack[AddOptions]) -> tuple[Ingest, IngestRequest]:
         """The agent and its task that `add` runs, for a flow of your own: `ctx.do(agent.on(task))`. Touches no disk.
 
         Raises:
@@ -152,25 +125,15 @@ class Retriever:
             raise DefinitionError(
                 f"the store {self.path!r} takes no ingest run", hint="use `add`, which fills it directly"
             )
-        if window < 1:
-            raise DefinitionError(f"window={window} must be at least 1")
-        how = self._options(size, overlap, encoding, metadata)
-        request = self._request(paths, glob=glob, label=label, sync=sync, force=force)
-        return Ingest(store=self.path, embed=self._embed_name(), how=how, window=window), request
+        self._check_unbound()
+        request, chunking, window = read_options(paths, **options)
+        return Ingest(store=self.path, embed=self._embed_name(), how=chunking, window=window), request
 
-    @staticmethod
-    def _request(paths: str | Path | Iterable[str | Path], **how: Any) -> IngestRequest:
-        path_list = [paths] if isinstance(paths, str | Path) else list(paths)
-        return IngestRequest(paths=[os.path.abspath(p) for p in path_list], **how)
-
-    def _options(self, size: int, overlap: int, encoding: str, metadata: Mapping[str, Value] | None) -> ChunkOptions:
+    def _check_unbound(self) -> None:
         if self._bound:
             raise DefinitionError(
                 "a retriever with a filter only searches", hint="add through the one without, with metadata={…}"
             )
-        if size < 1 or not 0 <= overlap < size:
-            raise DefinitionError(f"size={size}, overlap={overlap}: size must be at least 1, and overlap less than it")
-        return ChunkOptions(size=size, overlap=overlap, encoding=encoding, metadata=metadata_to_json(metadata or {}))
 
     @waits("retriever")
     def sync(
@@ -204,30 +167,11 @@ class Retriever:
             DefinitionError: an argument is out of range.
             StoreError: an unknown filter, a damaged file, or another embedder than the store's.
         """
-        if k < 1:
-            raise DefinitionError(f"search(k={k}): k must be at least 1")
-        if mode not in MODES:
-            raise DefinitionError(f"search(mode={mode!r}): mode must be one of {', '.join(MODES)}")
-        if not 0 <= diverse <= 1:
-            raise DefinitionError(f"search(diverse={diverse}) must be 0 to 1")
+        check_search(k, mode, diverse)
         if not self.count(where):
             return []
-        vector = self.embedder().query(text)
-        store, many = self._store(self.embedder()), k * MMR_OF if diverse else k
-        if mode == "text":
-            hits = store.search_text(text, many, where=where, vector=vector)
-        elif mode == "dense":
-            hits = store.search(vector, many, where=where)
-        else:
-            hits = store.search_hybrid(text, vector, many, where=where)
-        if not diverse or len(hits) <= k:
-            return hits[:k]
-        if isinstance(store, FaissStore):
-            vectors = store.vectors([h.id for h in hits])
-        else:
-            vectors = self.embedder().documents([h.text for h in hits])
-        chosen = mmr(vector, vectors, k, relevance=1 - diverse)
-        return [hits[i] for i in chosen]
+        embedder = self.embedder()
+        return search(self._store(embedder), embedder, text, k, mode=mode, where=where, diverse=diverse)
 
     def where(self, where: Where | None = None, **equal: Any) -> "Retriever":
         """The same store behind a filter that its user can neither see nor widen: `where(tenant="a")`."""
@@ -243,14 +187,11 @@ class Retriever:
             about: what the documents are, told to the model: "the staff handbook".
         """
 
-        def search(query: str) -> list[Passage]:
-            return [
-                Passage(source=h.source, start=h.start, text=h.text, heading=" > ".join(h.heading))
-                for h in self.search(query, k, mode=mode)
-            ]
+        def find(query: str) -> list[Passage]:
+            return [Passage.of(hit) for hit in self.search(query, k, mode=mode)]
 
-        search.__doc__ = f"Find passages of {about or 'the documents'} that bear on a question.\n\nArgs:\n    query: what to look for."
-        return tool(name=name)(search)
+        find.__doc__ = f"Find passages of {about or 'the documents'} that bear on a question.\n\nArgs:\n    query: what to look for."
+        return tool(name=name)(find)
 
     @waits("retriever")
     def get(self, ids: Sequence[str]) -> list[Chunk | None]:
@@ -321,18 +262,13 @@ class Retriever:
     # ---- parts ---------------------------------------------------------------------------------
     def _embed_name(self) -> str:
         """The embedder's name for a worker; an object is registered for workers of this process."""
-        return (
-            self._embed
-            if isinstance(self._embed, str)
-            else make_embedder(self._embed).name or register_embedder(self._embed)
-        )
+        if isinstance(self._embed, str):
+            return self._embed
+        return make_embedder(self._embed).name or register_embedder(self._embed)
 
     def _store(self, by: Embedder | None = None) -> FaissStore | StoreView:
-        store: FaissStore | StoreView
-        if self.other_store is not None:
-            store = StoreView(self.other_store, self.path)
-        else:
-            store = store_of(self.path, by.identity if by is not None else None)
+        other, identity = self.other_store, by.identity if by is not None else None
+        store = store_of(self.path, identity) if other is None else StoreView(other, self.path)
         for where in self._bound:
             store = store.bound(where)
         return store

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from agentmesh.config import load
 from agentmesh.errors import DefinitionError, ExtraMissing
+from agentmesh.rag.search import Mode
 from agentmesh.rag.store.faiss_store import FaissStore
-from agentmesh.retriever import Mode, Retriever
+from agentmesh.retriever import Retriever
 from agentmesh.runtime.process_exit import DONE, FAILED, interruptible
 
 MAX_SHOWN_CHARS = 400

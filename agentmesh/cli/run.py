@@ -19,7 +19,7 @@ from agentmesh.cli.run_view import View, answer, make_view
 from agentmesh.cli.runs import JournalAccess
 from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config, load
-from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.crew import Crew, names_every_model
 from agentmesh.engine.async_run import AsyncRun
 from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, MeshError, RunError, ServiceDown
@@ -58,7 +58,7 @@ def run_crew(
     crew = load_crew(path)
     settings = load(file=file, broker=broker or None, model=model or None)
     check_models(crew, settings)
-    if model and crew.names_every_model:
+    if model and names_every_model(crew):
         print(f"--model {model} is not used: every agent of the crew has a model of its own", file=sys.stderr)
     parsed_task = _task(crew, task)
     config, valkey = resolve_servers(settings)

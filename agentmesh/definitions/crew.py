@@ -148,11 +148,6 @@ class Crew(Generic[Out_co]):
         agent = self.agents[name]
         return type(agent)(**fields) if fields else agent
 
-    @property
-    def names_every_model(self) -> bool:
-        """Whether no agent is left that would ask the settings' model."""
-        return self.model is not None or all(agent.model for agent in self.agents.values())
-
 
 def models_of(crew: "Crew[Any]", default: str) -> list[str]:
     """The names of the models that the crew or its agents name; `default` stands for those of agents that name none."""
@@ -160,6 +155,11 @@ def models_of(crew: "Crew[Any]", default: str) -> list[str]:
     if crew.model is None and any(a.model is None and type(a).flow is Agent.flow for a in crew.agents.values()):
         names.append(default)
     return list(dict.fromkeys(names))
+
+
+def names_every_model(crew: "Crew[Any]") -> bool:
+    """Whether no agent is left that would ask the settings' model."""
+    return crew.model is not None or all(agent.model for agent in crew.agents.values())
 
 
 def _caller_file(frame: FrameType | None) -> str:

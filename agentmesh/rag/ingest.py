@@ -10,6 +10,7 @@ from agentmesh.definitions.context import Context
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import Queue
 from agentmesh.errors import RunFailed, StepError
+from agentmesh.rag.ingestion.options import WINDOW
 from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
 from agentmesh.rag.ingestion.scratch import Batch, Failure
 from agentmesh.rag.ingestion.steps import (
@@ -23,8 +24,6 @@ from agentmesh.rag.ingestion.steps import (
     plan_ingest,
     remove_vanished,
 )
-
-WINDOW = 8  # packs in flight; bounds the scratch files on disk
 
 
 class Packed(BaseModel):

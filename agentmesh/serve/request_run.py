@@ -82,8 +82,9 @@ class RequestRun:
 
     def _check_same_request(self, started: Event) -> None:
         assert isinstance(started, RunStarted)
-        agent, history = self._target.agent, [m.to_json() for m in self._target.history]
-        if (agent.name, agent._task_json(self._target.task), history) != (started.agent, started.task, started.history):
+        agent, task = self._target.agent.on(self._target.task).child()
+        history = [m.to_json() for m in self._target.history]
+        if (agent.name, task, history) != (started.agent, started.task, started.history):
             raise self._key_reused(None)
 
     async def _use_latest(self) -> bool:

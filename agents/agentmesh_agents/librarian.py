@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from agentmesh import Agent, Context
 from agentmesh.message import user
-from agentmesh.retriever import Passage
+from agentmesh.rag.search import Passage
 from agentmesh_agents.reader import first_line
 from agentmesh_tools.retrieve import Consulted, Quote, in_store, occurs, sequence
 from agentmesh_tools.sentences import one_line

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from agentmesh import Crew
-from agentmesh.retriever import Passage, Retriever
+from agentmesh.rag.search import Passage
+from agentmesh.retriever import Retriever
 from agentmesh.testing import FakeMesh, says
 from agentmesh_agents import Librarian, QuotedAnswer
 from agentmesh_agents.librarian import answer_from, checked, locate

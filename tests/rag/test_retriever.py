@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from agentmesh import Agent, Crew, DefinitionError, MeshError, StoreError
+from agentmesh.rag.ingestion.options import check_paths
 from agentmesh.rag.ingestion.plan import IngestRequest
-from agentmesh.retriever import Passage, Retriever, check_paths
+from agentmesh.rag.search import Passage
+from agentmesh.retriever import Retriever
 from agentmesh.testing import FakeMesh, says, uses
 
 TEXTS = {

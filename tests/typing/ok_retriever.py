@@ -5,7 +5,7 @@ from typing import assert_type
 from agentmesh import Agent, Context, Retriever, Run
 from agentmesh.rag.documents import Hit
 from agentmesh.rag.ingest import Added
-from agentmesh.retriever import Passage
+from agentmesh.rag.search import Passage
 
 papers = Retriever.open("papers")
 search = papers.tool(k=3, about="papers")

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from agentmesh import Tool, tool
-from agentmesh.retriever import Passage, Retriever
+from agentmesh.rag.search import Passage
+from agentmesh.retriever import Retriever
 from agentmesh_tools.sentences import MAX_BYTES, one_line, pieces
 
 WORD = re.compile(r"[^\W_]{2,}")

@@ -7,13 +7,15 @@ from typing import TypedDict
 
 from agentmesh.errors import DefinitionError
 from agentmesh.rag.documents import Value
-from agentmesh.rag.ingestion.plan import IngestRequest
+from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
+from agentmesh.rag.ingestion.scratch import metadata_to_json
 
+WINDOW = 8  # packs in flight; bounds the scratch files on disk
 Paths = str | Path | Iterable[str | Path]
 
 
 class AddOptions(TypedDict, total=False):
-    """How documents are added; what is left out is as `Retriever.ingest` has it.
+    """How documents are added; what is left out is as `read_options` has it.
 
     Attributes:
         glob: which files of the folders, such as `**/*.md`; every kind that a loader knows when left out.
@@ -53,3 +55,22 @@ def check_paths(request: IngestRequest) -> None:
             raise DefinitionError(
                 f"sync compares folders with the store, and {path!r} is a file", hint="name its folder"
             )
+
+
+def read_options(
+    paths: Paths, *, glob: str = "", label: str = "", size: int = 1000, overlap: int = 150, encoding: str = "utf-8",
+    metadata: Mapping[str, Value] | None = None, sync: bool = False, force: bool = False, window: int = WINDOW,
+) -> tuple[IngestRequest, ChunkOptions, int]:  # fmt: skip
+    """What is asked of an ingest, how it cuts documents, and how many packs are in flight at once.
+
+    Raises:
+        DefinitionError: an argument is out of range.
+    """
+    if window < 1:
+        raise DefinitionError(f"window={window} must be at least 1")
+    if size < 1 or not 0 <= overlap < size:
+        raise DefinitionError(f"size={size}, overlap={overlap}: size must be at least 1, and overlap less than it")
+    absolute = [os.path.abspath(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    request = IngestRequest(paths=absolute, glob=glob, label=label, sync=sync, force=force)
+    chunking = ChunkOptions(size=size, overlap=overlap, encoding=encoding, metadata=metadata_to_json(metadata or {}))
+    return request, chunking, window

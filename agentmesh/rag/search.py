@@ -1,0 +1,65 @@
+"""The search of a retriever: over any store, by meaning, by words or by both, and as the passages that a model sees."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel
+
+from agentmesh.errors import DefinitionError
+from agentmesh.rag.documents import Hit
+from agentmesh.rag.embedders.base import Embedder
+from agentmesh.rag.ranking import mmr
+from agentmesh.rag.store.faiss_store import FaissStore
+from agentmesh.rag.vector_store import StoreView
+
+Mode = Literal["hybrid", "dense", "text"]
+Where = Mapping[str, Any]
+MODES = ("hybrid", "dense", "text")
+MMR_OF = 4  # times k: among how many of the best hits maximal marginal relevance chooses
+
+
+class Passage(BaseModel):
+    """A passage as a model sees it: `text` is `[start:start + len(text)]` of the document `source`."""
+
+    source: str
+    start: int
+    text: str
+    heading: str = ""
+
+    @classmethod
+    def of(cls, hit: Hit) -> Self:
+        """The passage of a hit."""
+        return cls(source=hit.source, start=hit.start, text=hit.text, heading=" > ".join(hit.heading))
+
+
+def check_search(k: int, mode: str, diverse: float) -> None:
+    """Nothing, where the arguments of a search are in range.
+
+    Raises:
+        DefinitionError: one is not.
+    """
+    if k < 1:
+        raise DefinitionError(f"search(k={k}): k must be at least 1")
+    if mode not in MODES:
+        raise DefinitionError(f"search(mode={mode!r}): mode must be one of {', '.join(MODES)}")
+    if not 0 <= diverse <= 1:
+        raise DefinitionError(f"search(diverse={diverse}) must be 0 to 1")
+
+
+def search(
+    store: FaissStore | StoreView, embedder: Embedder, text: str, k: int, *, mode: Mode = "hybrid", where: Where | None = None,
+    diverse: float = 0.0,
+) -> list[Hit]:  # fmt: skip
+    """The k best passages, best first; see `Retriever.search`."""
+    vector, many = embedder.query(text), k * MMR_OF if diverse else k
+    if mode == "text":
+        hits = store.search_text(text, many, where=where, vector=vector)
+    elif mode == "dense":
+        hits = store.search(vector, many, where=where)
+    else:
+        hits = store.search_hybrid(text, vector, many, where=where)
+    if not diverse or len(hits) <= k:
+        return hits[:k]
+    keeps_vectors = isinstance(store, FaissStore)
+    others = store.vectors([h.id for h in hits]) if keeps_vectors else embedder.documents([h.text for h in hits])
+    return [hits[i] for i in mmr(vector, others, k, relevance=1 - diverse)]
