@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, overload
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, overload
 
 from agentmesh.errors import StepError, ToolError
 from agentmesh.message import Message, ToolSpec
@@ -16,8 +16,7 @@ RUNNING_INSIDE: ContextVar[str] = ContextVar(
 )  # what this code runs in: a flow, a tool, or nothing
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPolicy:
+class StepPolicy(NamedTuple):
     """How a step is planned and executed; of each lane only what concerns it.
 
     Args:
