@@ -26,7 +26,7 @@ class StepPolicy(NamedTuple):
         at_most_once: no attempt follows one that was cut off by a crash, unless `reconcile`, or a person, allows it.
         reconcile: asked with the step's key after a crash: the value, `NotDone`, or `Unknown` (a person decides).
         max_output_bytes: of the value's JSON; longer text keeps its head and tail.
-        held: what the step waits for before anything else: `approve` is a person's approval.
+        held: what the step waits for before anything else; `approve` is a person's approval, and the default of lane `held`.
         due_in_s: of lane `due`: for how long it waits.
     """
 
@@ -213,10 +213,6 @@ class Approve(Step[None]):
         object.__setattr__(self, "name", "approve")
         object.__setattr__(self, "question", question)
         object.__setattr__(self, "about", about)
-
-    def policy(self) -> StepPolicy:
-        """It waits for a person's approval."""
-        return StepPolicy(held="approve")
 
     def digest(self) -> str:
         """The question."""
