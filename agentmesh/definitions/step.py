@@ -50,7 +50,7 @@ class Step(Generic[T]):
         kind: its name in the journal and in messages.
         lane: who ends it: `queued` a worker, `due` the clock, `held` a person, `child` a run of its own.
         target: what a worker does for a step of lane `queued`: call a `function` (see `bind`), or ask a `model`.
-        error: what an attempt that failed for good is, where it raised no StepError.
+        error: the StepError that a step fails with whose function raised an exception, after its retries.
     """
 
     kind: ClassVar[str] = ""
