@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from agentmesh.errors import StepError, ToolError
 from agentmesh.message import Message, ToolSpec
@@ -15,8 +15,7 @@ Lane = Literal["queued", "due", "held", "child"]
 RUNNING_INSIDE: ContextVar[str] = ContextVar("agentmesh_inside", default="")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPolicy:
+class StepPolicy(NamedTuple):
     """How a step is planned and executed; of each lane only what concerns it.
 
     Args:
@@ -26,7 +25,7 @@ class StepPolicy:
         at_most_once: no attempt follows one that was cut off by a crash, unless `reconcile`, or a person, allows it.
         reconcile: asked with the step's key after a crash: the value, `NotDone`, or `Unknown` (a person decides).
         max_output_bytes: of the value's JSON; longer text keeps its head and tail.
-        held: what the step waits for before anything else: `approve` is a person's approval.
+        held: what the step waits for before anything else; `approve` is a person's approval, and the default of lane `held`.
         due_in_s: of lane `due`: for how long it waits.
     """
 
@@ -50,7 +49,7 @@ class Step(Generic[T_co]):
         kind: its name in the journal and in messages.
         lane: who ends it: `queued` a worker, `due` the clock, `held` a person, `child` a run of its own.
         target: what a worker does for a step of lane `queued`: call a `function` (see `bind`), or ask a `model`.
-        error: what an attempt that failed for good is, where it raised no StepError.
+        error: the StepError that a step fails with whose function raised an exception, after its retries.
     """
 
     kind: ClassVar[str] = ""
@@ -213,10 +212,6 @@ class Approve(Step[None]):
         object.__setattr__(self, "name", "approve")
         object.__setattr__(self, "question", question)
         object.__setattr__(self, "about", about)
-
-    def policy(self) -> StepPolicy:
-        """It waits for a person's approval."""
-        return StepPolicy(held="approve")
 
     def digest(self) -> str:
         """The question."""

@@ -41,7 +41,7 @@ class Planner:
         new = {n: step for n, step in waiting.steps.items() if n not in history.planned}
         if not new:
             return NextSteps()
-        policies = {n: step.policy() for n, step in new.items()}
+        policies = {n: _policy(step) for n, step in new.items()}
         queues = {n: self._queue(step) for n, step in new.items()}
         members = [
             MessageSpec(
@@ -93,6 +93,12 @@ class Planner:
             agent=step.name, task=task, fields=agent._fields_json(), parent=history.run_id, parent_n=planned.n
         )
         return StepPlan(planned, "child", child=NewRun(f"{history.run_id}/{planned.n}", spec, wire))
+
+
+def _policy(step: Step[Any]) -> StepPolicy:
+    """The step's; what a person ends is held, for approval unless the step says for what."""
+    policy = step.policy()
+    return policy._replace(held="approve") if step.lane == "held" and not policy.held else policy
 
 
 def _kill_after_s(step: Step[Any], policy: StepPolicy) -> float | None:

@@ -186,6 +186,26 @@ def test_a_signal_takes_no_decision_but_its_own(decision: str) -> None:
     assert run.waiting_for() == [item]
 
 
+def test_what_a_person_ends_waits_for_approval_unless_it_says_for_what() -> None:
+    @dataclass(frozen=True)
+    class Nod(Step[str]):
+        kind: ClassVar[str] = "Nod"
+        lane: ClassVar[Lane] = "held"
+
+        def decode(self, value: Any) -> str:
+            return "approved" if value is None else str(value)
+
+    class Asks(Agent[str]):
+        def flow(self, task: str, ctx: Context) -> str:
+            return ctx.do(Nod("n"))
+
+    run = FakeMesh(Asks()).start("x")
+    (item,) = run.waiting_for
+    assert item.why == "approve"
+    run.approve(item)
+    assert run.result() == "approved"
+
+
 def test_a_function_may_speak_to_whoever_asked() -> None:
     @dataclass(frozen=True)
     class Fussy(Step[str]):
