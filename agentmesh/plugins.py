@@ -1,9 +1,9 @@
-"""What packages bring, by name: models, stores, journals, embedders, loaders. Ours and those of others are one table.
+"""Models, stores, journals, embedders and loaders by name: ours and those of installed packages, in one table.
 
 A package declares an object in an entry-point group: `agentmesh.models`, `agentmesh.stores`, `agentmesh.journals`,
-`agentmesh.embedders`, `agentmesh.loaders` (docs/guides/plugins.md has one of each). Ours are entries of the same form,
-written down here, so that a checkout without metadata has them. The metadata of installed packages is read once a
-process, and only for a name that is not ours.
+`agentmesh.embedders`, `agentmesh.loaders` (docs/guides/plugins.md has one of each). Ours have the same form and
+are written down here, because the metadata of a checkout may be old. The metadata of installed packages is read once in
+each process, and only for a name that is not ours.
 """
 
 import logging
@@ -26,7 +26,7 @@ _REDIS = "agentmesh.journal.redis:RedisJournal"
 _LOADERS = "agentmesh.rag.loaders"
 _TEXT = ("txt", "text", "log", "rst", "adoc", "org", "tex", "py", "js", "ts", "java", "go", "rs", "c", "h", "cpp",
          "sh", "sql", "toml", "yaml", "yml", "json")  # fmt: skip
-# `module:attribute [extra]`, as in an entry point: the extra is what brings the packages that the module imports
+# `module:attribute [extra]`, as in an entry point; the extra has the packages that the module imports
 BUILT_IN: Mapping[Group, Mapping[str, str]] = {
     "models": {
         "openai": "agentmesh.models.http:HttpModel",
@@ -56,11 +56,11 @@ def load(group: Group, name: str, *, hint: str = "") -> Any:
     """The object that a name stands for: ours, or what an installed package declares under it.
 
     Args:
-        hint: what else may be meant by a name that nobody brings.
+        hint: what else to do about an unknown name.
 
     Raises:
-        ConfigError: nobody brings the name, two packages do, or the one that does cannot be imported.
-        ExtraMissing: it is ours, and what it imports is not installed.
+        ConfigError: the name is unknown, two packages declare it, or what it stands for cannot be imported.
+        ExtraMissing: it is ours, and a package that it imports is not installed.
     """
     entry = find(group, name)
     if entry is None:
@@ -80,7 +80,7 @@ def make(group: Group, name: str, *arguments: Any, hint: str = "", **settings: A
     """What `load` gives, called with these arguments.
 
     Raises:
-        ConfigError: see `load`; or it raised what is not a MeshError.
+        ConfigError: see `load`; or the call raised something else than a MeshError.
     """
     factory = load(group, name, hint=hint)
     try:
@@ -96,41 +96,41 @@ def make(group: Group, name: str, *arguments: Any, hint: str = "", **settings: A
 
 
 def find(group: Group, name: str) -> EntryPoint | None:
-    """The entry of a name, without importing what it points to; None where nobody brings it.
+    """The entry of a name, without importing what it points to; None for an unknown name.
 
     Raises:
-        ConfigError: two packages bring it.
+        ConfigError: two packages declare it.
     """
     if name in BUILT_IN[group]:
         return EntryPoint(name, BUILT_IN[group][name], f"agentmesh.{group}")
     entries = _installed(group).get(name, [])
     if len(entries) > 1:
         raise ConfigError(
-            f"several packages bring the {NOUNS[group]} {name!r}: {', '.join(map(package_of, entries))}",
+            f"several packages declare the {NOUNS[group]} {name!r}: {', '.join(map(package_of, entries))}",
             hint="uninstall all but one",
         )
     return entries[0] if entries else None
 
 
 def names(group: Group) -> list[str]:
-    """Every name there is, sorted."""
+    """Every known name, sorted."""
     return sorted({*BUILT_IN[group], *_installed(group)})
 
 
 def installed(group: Group) -> list[EntryPoint]:
-    """What installed packages declare, those that ours hide included."""
+    """What installed packages declare, including names that are not used because they are ours."""
     return [entry for entries in _installed(group).values() for entry in entries]
 
 
 def package_of(entry: EntryPoint) -> str:
-    """`echo-model 0.1`: which package brings an entry."""
+    """`echo-model 0.1`: the package that declares an entry."""
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else "agentmesh"
 
 
 @lru_cache
 def _installed(group: Group) -> dict[str, list[EntryPoint]]:
-    """The entries of installed packages by name. One that bears a name of ours is hidden: installing a package does not
-    change where the prompts of `openai:` go."""
+    """The entries of installed packages by name. A name of ours is not used: installing a package does not change where
+    the prompts of `openai:` go."""
     by_name: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=f"agentmesh.{group}"):
         by_name.setdefault(entry.name, []).append(entry)

@@ -1,14 +1,13 @@
 """Documents into a store that takes no ingest run: read, cut, embedded and upserted in this process, one after another."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from agentmesh.errors import MeshError
+from agentmesh.errors import MeshError, RunFailed
 from agentmesh.rag import loaders
 from agentmesh.rag.documents import Chunk
 from agentmesh.rag.embedders.base import Embedder
 from agentmesh.rag.ingest import Added
-from agentmesh.rag.ingestion.plan import ChunkOptions, DocumentFile, IngestRequest, list_documents, matcher
+from agentmesh.rag.ingestion.plan import ChunkOptions, DocumentFile, IngestRequest, Listing, list_documents, matcher
 from agentmesh.rag.ingestion.scratch import Failure, metadata_from_json
 from agentmesh.rag.splitter import split
 from agentmesh.rag.vector_store import VectorStore
@@ -20,37 +19,53 @@ def add_directly(store: VectorStore, embedder: Embedder, request: IngestRequest,
     """Each document's chunks in place of those that the store has of it; with `sync`, vanished documents leave it.
 
     A document that cannot be read is in `Added.failed`, and the store keeps what it had of it.
+
+    Raises:
+        RunFailed: there is no document; or, without `force`, more than half of those of a folder vanished.
     """
     accepts = matcher(request.glob) if request.glob else loaders.knows
     listing = list_documents(request.paths, accepts=accepts, label=request.label)
+    vanished = _vanished(store, listing, accepts, force=request.force) if request.sync else []
+    if not listing.documents and not listing.unreadable and not vanished:
+        raise RunFailed(f"there is no document in {', '.join(request.paths)}", hint="name its files, or give a glob")
     added = Added(failed=[Failure(source=s, why=why) for s, why in sorted(listing.unreadable.items())])
     for file in listing.documents.values():
         try:
             chunks = _read(file, options)
             rows = [row for batch in _batches(chunks) for row in embedder.documents([c.text for c in batch])]
-        except (MeshError, OSError) as e:
+        except MeshError as e:
             added.failed.append(Failure(source=file.source, why=str(e)))
             continue
         store.remove([file.source])
         store.upsert(chunks, rows)
         added.documents += 1
         added.chunks += len(chunks)
-    if request.sync:
-        below = tuple(f"{label}/" for label in listing.roots)
-        vanished = [
-            s
-            for s in store.sources()
-            if s.startswith(below) and s not in listing.documents and s not in listing.unreadable
-        ]
+    if vanished:
         store.remove(vanished)
         added.removed = len(vanished)
     return added
 
 
+def _vanished(store: VectorStore, listing: Listing, accepts: Callable[[str], bool], *, force: bool) -> list[str]:
+    """The sources below these folders' labels that are not on disk any more, but for those in a folder that is not read."""
+    vanished: list[str] = []
+    for label, root in listing.roots.items():
+        below = [s for s in store.sources() if s.startswith(f"{label}/")]
+        unread = tuple(listing.unreadable)
+        gone = [
+            s for s in below if s not in listing.documents and not s.startswith(unread) and accepts(s[len(label) + 1 :])
+        ]
+        if 2 * len(gone) > len(below) and not force:
+            raise RunFailed(
+                f"{len(gone)} of {len(below)} documents vanished from {root}, and nothing was removed",
+                hint="check that the folder is mounted, or sync with force to remove them",
+            )
+        vanished += gone
+    return vanished
+
+
 def _read(file: DocumentFile, options: ChunkOptions) -> list[Chunk]:
-    with open(file.path, "rb") as opened:
-        data = opened.read()
-    document = loaders.parse(data, os.path.basename(file.path), encoding=options.encoding)
+    document = loaders.load(file.path, encoding=options.encoding)
     metadata = metadata_from_json(options.metadata)
     return split(document, file.source, size=options.size, overlap=options.overlap, metadata=metadata)
 

@@ -1,13 +1,13 @@
 """The search of a retriever: over any store, by meaning, by words or by both, and as the passages that a model sees."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
 from agentmesh.errors import DefinitionError
 from agentmesh.rag.documents import Hit
-from agentmesh.rag.embedders.base import Embedder
+from agentmesh.rag.embedders.base import Embedder, Floats
 from agentmesh.rag.ranking import mmr
 from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.rag.vector_store import StoreView
@@ -60,6 +60,11 @@ def search(
         hits = store.search_hybrid(text, vector, many, where=where)
     if not diverse or len(hits) <= k:
         return hits[:k]
-    keeps_vectors = isinstance(store, FaissStore)
-    others = store.vectors([h.id for h in hits]) if keeps_vectors else embedder.documents([h.text for h in hits])
-    return [hits[i] for i in mmr(vector, others, k, relevance=1 - diverse)]
+    return [hits[i] for i in mmr(vector, _vectors(store, embedder, hits), k, relevance=1 - diverse)]
+
+
+def _vectors(store: FaissStore | StoreView, embedder: Embedder, hits: Sequence[Hit]) -> Floats:
+    """The hits' vectors; a store that does not give them has them made anew."""
+    if isinstance(store, FaissStore):
+        return store.vectors([hit.id for hit in hits])
+    return embedder.documents([hit.text for hit in hits])

@@ -1,11 +1,16 @@
 """The packages of docs/guides/plugins.md are installed, found by their names in other processes, and keep their contracts."""
 
+import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -36,12 +41,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def environment(site: Path) -> dict[str, str]:
+    """Variables of a process that has the packages installed, and no settings of whoever runs the tests."""
+    path = os.pathsep.join([str(site), str(ROOT), str(ROOT / "agents"), str(ROOT / "tools")])
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTMESH_", "OPENAI_"))}
+    return ours | {"PYTHONPATH": path}
+
+
 def run(site: Path, folder: Path, *argv: str, code: int | None = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """A command of this Python in a folder, with the packages installed; `code` None is any."""
-    path = os.pathsep.join([str(site), str(ROOT), str(ROOT / "agents"), str(ROOT / "tools")])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTMESH_", "OPENAI_"))}
     done = subprocess.run(
-        [sys.executable, *argv], cwd=folder, env=environment | {"PYTHONPATH": path} | env, capture_output=True, text=True,
+        [sys.executable, *argv], cwd=folder, env=environment(site) | env, capture_output=True, text=True,
         timeout=110,
     )  # fmt: skip
     assert code is None or done.returncode == code, done.stdout + done.stderr
@@ -84,6 +94,33 @@ def test_the_doctor_names_what_is_installed(site: Path, tmp_path: Path) -> None:
     for line in ("model provider 'echo' of echo-model 0.1", "store 'json' of json-store 0.1",
                  "journal scheme 'audited+unix' of audit-journal 0.1", "loader 'ini' of ini-loader 0.1"):  # fmt: skip
         assert f"{line} can be imported" in shown
+
+
+def test_an_endpoint_serves_a_provider(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "crew.py").write_text(CREW.format(", model='echo:any'"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    argv = [
+        sys.executable,
+        "-m",
+        "agentmesh.cli.main",
+        "serve",
+        "crew.py",
+        "--port",
+        urlsplit(url).netloc.partition(":")[2],
+    ]
+    server = subprocess.Popen(argv, cwd=tmp_path, env=environment(site), stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        assert "models Parrot, echo:any" in server.stderr.readline()
+        body = json.dumps({"model": "echo:any", "messages": [{"role": "user", "content": "hello"}]}).encode()
+        request = Request(f"{url}/chat/completions", body, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as response:
+            assert json.load(response)["choices"][0]["message"]["content"] == "any: hello"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
 
 
 def test_a_name_that_nobody_brings_lists_what_there_is(site: Path, tmp_path: Path) -> None:

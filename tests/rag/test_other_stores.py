@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import ConfigError, DefinitionError, plugins
+from agentmesh import ConfigError, DefinitionError, RunFailed, plugins
 from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.retriever import Retriever
 
@@ -80,12 +80,16 @@ def test_documents_are_replaced_and_leave(handbook: Retriever, write: Any) -> No
     assert handbook.count() == 3
     (docs / "pay.md").unlink()
     assert handbook.sync(docs, label="a").removed == 1
+    (docs / "leave.md").rename(docs / "odd")
+    with pytest.raises(RunFailed, match="1 of 1 documents vanished from .*a, and nothing was removed; check that"):
+        handbook.sync(docs, label="a")
+    (docs / "odd").rename(docs / "leave.md")
     assert set(handbook.sources()) == {"a/leave.md", "b/tea.md"}
     assert handbook.remove("b/tea.md") == 1
     assert handbook.remove("b/tea.md") == 0
 
 
-def test_what_only_a_folder_can_do_is_refused(handbook: Retriever) -> None:
+def test_what_only_a_folder_can_do_is_refused(handbook: Retriever, tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match="the store 'JsonStore' takes no ingest run; use `add`"):
         handbook.ingest(".")
     with pytest.raises(DefinitionError, match="the store 'JsonStore' is not a folder"):
@@ -94,6 +98,9 @@ def test_what_only_a_folder_can_do_is_refused(handbook: Retriever) -> None:
         handbook.get(["a"])
     with pytest.raises(DefinitionError, match="there is no folder or file"):
         handbook.add("nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunFailed, match="there is no document in .*empty; name its files, or give a glob"):
+        handbook.add(tmp_path / "empty")
 
 
 def test_a_name_is_a_store_a_folder_or_an_error(

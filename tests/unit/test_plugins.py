@@ -1,4 +1,4 @@
-"""The table of plugins: what is found by a name, what is not, and what one broken package does to the others."""
+"""The table of plugins: what is found by a name, what is not, and that a broken package does not affect others."""
 
 import asyncio
 import logging
@@ -118,7 +118,7 @@ def test_two_packages_of_one_name_are_both_named(install: Install) -> None:
     install("echo-model", module=ECHO, models={"echo": "echo_model:Echo", "odd": "echo_model:Odd"})
     install("echo-again", models={"echo": "echo_again:Echo"})
     with pytest.raises(
-        ConfigError, match=r"several packages bring the model provider 'echo': echo-.* 0.1, echo-.* 0.1"
+        ConfigError, match=r"several packages declare the model provider 'echo': echo-.* 0.1, echo-.* 0.1"
     ):
         plugins.load("models", "echo")
     assert plugins.load("models", "odd").__name__ == "Odd"
