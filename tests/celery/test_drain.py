@@ -82,7 +82,7 @@ def test_a_rolling_restart_under_load(valkey: Any, oracle: Any, eventually: Any)
         assert time.monotonic() - last < SOON_S
         assert set(it.asked().values()) == {1}
         assert len(it.asked()) == 9 * len(it.runs)
-        assert oracle.looked_up() == oracle.words(*(r.id for r in it.runs))
+        assert oracle.looked_up() == oracle.words(*(r.run_id for r in it.runs))
 
 
 def test_what_a_leaving_worker_cannot_end_goes_on_at_once(valkey: Any, oracle: Any, eventually: Any) -> None:

@@ -16,6 +16,7 @@ from agentmesh import Agent, Crew, DefinitionError, Queue, ServerQueue
 from agentmesh.celery import rabbitmq_consumer
 from agentmesh.celery.embedded import EmbeddedWorker, InProcessWorker
 from agentmesh.celery.rabbitmq import inspect_broker
+from agentmesh.celery.registry import runtime_of
 from agentmesh.config import Config
 from agentmesh.journal.events import StepDone
 from agentmesh.mesh import Mesh
@@ -210,7 +211,10 @@ def test_on_rabbitmq_a_worker_that_leaves_begins_nothing_more(
     crew, model, many = load_crew(CREW), Holding(), 8
     mesh = Mesh(crew, config=Config(broker=rabbitmq.url, journal=valkey.url), models=lambda wanted: (model, "m"))
     night = crew.queues.broker_name("night")
-    leaving = InProcessWorker([mesh], [EmbeddedWorker(mesh.app, queues=[night], concurrency=2, admits=admits)])
+    leaving = InProcessWorker(
+        [runtime_of(mesh.app, mesh.crew.name)],
+        [EmbeddedWorker(mesh.app, queues=[night], concurrency=2, admits=admits)],
+    )
     with mesh.worker(queues=["main"]):
         leaving.start()
         run = mesh.start(crew.lead, many)

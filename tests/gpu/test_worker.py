@@ -12,6 +12,7 @@ import pytest
 from agentmesh.celery.app import make_app
 from agentmesh.celery.embedded import EmbeddedWorker, InProcessWorker
 from agentmesh.celery.housekeeping import Housekeeper
+from agentmesh.celery.registry import runtime_of
 from agentmesh.config import Config
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import DeviceQueue, Queue
@@ -193,7 +194,8 @@ def test_crews_of_one_device_worker_count_together(valkey: Any) -> None:
     meshes = [Mesh(crew, app=app, config=config, models=lambda wanted: (model, "tiny")) for crew in loaded]
     gpu = [name for crew in loaded for name in crew.queues.broker_names(["gpu"])]
     shared = EmbeddedWorker(app, queues=gpu, admits=lambda in_hand: 3 - in_hand)
-    with meshes[0].worker(queues=["main"]), meshes[1].worker(queues=["main"]), InProcessWorker(meshes, [shared]):
+    runtimes = [runtime_of(app, crew.name) for crew in loaded]
+    with meshes[0].worker(queues=["main"]), meshes[1].worker(queues=["main"]), InProcessWorker(runtimes, [shared]):
         runs = [mesh.start(mesh.crew.lead, words(20)) for mesh in meshes]
         assert [len(run.result(timeout_s=WAIT_S)) for run in runs] == [20, 20]
     for mesh in meshes:
