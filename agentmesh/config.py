@@ -57,7 +57,7 @@ class Config(BaseSettings):
         return init_settings, env_settings
 
 
-def load(*, file: Path | None = None, **arguments: Any) -> Config:
+def load_config(*, file: Path | None = None, **arguments: Any) -> Config:
     """The configuration of this folder; arguments that are None are left out. Warns of a variable that looks misspelt.
 
     Raises:

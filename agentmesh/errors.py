@@ -10,7 +10,7 @@ MeshError
 │   ├── ModelError (ModelRefused  OutputInvalid  ContextTooLong)  ToolError  StepTimeout
 │   └── DelegateFailed  QuorumMissed  ApprovalDenied  StepRefused  GpuOutOfMemory
 ├── RunError             a run ended without a value
-│   ├── RunFailed  RunCancelled  LimitReached
+│   ├── RunFailedError  RunCancelledError  LimitReached
 ├── ReplayError          holds the run: the flow no longer asks for what it asked
 ├── JournalError (JournalVersion)
 ├── StoreError           a store of documents refused; what it holds is as it was
@@ -178,14 +178,14 @@ class RunError(MeshError):
     run_id: str | None
 
 
-class RunFailed(RunError):
+class RunFailedError(RunError):
     """The run failed."""
 
     fields: ClassVar[tuple[str, ...]] = ("run_id", "cause")
     cause: str | None  # the type's name of the exception that ended the flow
 
 
-class RunCancelled(RunError):
+class RunCancelledError(RunError):
     """The run was cancelled."""
 
 
@@ -275,6 +275,12 @@ def _tree(cls: type[MeshError]) -> Iterable[type[MeshError]]:
         yield from _tree(sub)
 
 
+def _classes() -> dict[str, type[MeshError]]:
+    """Every error by its name in journals, also by the name that an earlier version wrote."""
+    names = {cls.__name__: cls for cls in _tree(MeshError)}
+    return names | {"RunFailed": RunFailedError, "RunCancelled": RunCancelledError}
+
+
 def error_to_json(error: BaseException) -> dict[str, Any]:
     """An error as the journal keeps it: type, message, hint, fields; foreign ones keep only type and text."""
     if not isinstance(error, MeshError):
@@ -299,14 +305,13 @@ def raised_at(error: BaseException) -> str:
 def message_of(data: Mapping[str, Any]) -> str:
     """What `error_to_json` keeps, for a person: `KeyError: 'k' (crew.py:12)`, or the message of an error of ours."""
     kind, at = data["type"], f" ({data['at']})" if "at" in data else ""
-    ours = kind in {cls.__name__ for cls in _tree(MeshError)}
+    ours = kind in _classes()
     return _sentence(data["message"], data.get("hint", "")) if ours else f"{kind}: {data['message']}{at}"
 
 
 def error_from_json(data: Mapping[str, Any]) -> MeshError:
     """The error again; an unknown type comes back as StepError that names it."""
-    classes = {cls.__name__: cls for cls in _tree(MeshError)}
-    cls = classes.get(data["type"])
+    cls = _classes().get(data["type"])
     if cls is None:
         return StepError(f"{data['type']}: {data['message']}")
     fields = {f: data[f] for f in cls.fields if f in data}

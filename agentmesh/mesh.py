@@ -13,7 +13,7 @@ from agentmesh.celery.embedded import Admits, InProcessWorker, in_process_worker
 from agentmesh.celery.event_loop import blocking_executor, run_sync
 from agentmesh.celery.mesh_runtime import MeshRuntime
 from agentmesh.celery.registry import register
-from agentmesh.config import Config, load
+from agentmesh.config import Config, load_config
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import Suspects
@@ -210,7 +210,7 @@ def make_runtime(
         worker: the process's name in leases; a unique one when empty.
         suspects: whether this process takes steps that were in flight at crashes.
     """
-    settings = config or load()
+    settings = config or load_config()
     app = app if app is not None else make_app(broker or settings.broker)
     source = journal or settings.journal
     if isinstance(source, str) and not is_eager(app):

@@ -52,7 +52,7 @@ BUILT_IN: Mapping[Group, Mapping[str, str]] = {
 }
 
 
-def load(group: Group, name: str, *, hint: str = "") -> Any:
+def load_plugin(group: Group, name: str, *, hint: str = "") -> Any:
     """The object that a name stands for: ours, or what an installed package declares under it.
 
     Args:
@@ -76,13 +76,13 @@ def load(group: Group, name: str, *, hint: str = "") -> Any:
         raise _load_error(group, entry, e) from e
 
 
-def make(group: Group, name: str, *arguments: Any, hint: str = "", **settings: Any) -> Any:
+def make_plugin(group: Group, name: str, *arguments: Any, hint: str = "", **settings: Any) -> Any:
     """What `load` gives, called with these arguments.
 
     Raises:
         ConfigError: see `load`; or the call raised something else than a MeshError.
     """
-    factory = load(group, name, hint=hint)
+    factory = load_plugin(group, name, hint=hint)
     try:
         return factory(*arguments, **settings)
     except MeshError:
@@ -117,7 +117,7 @@ def names(group: Group) -> list[str]:
     return sorted({*BUILT_IN[group], *_installed(group)})
 
 
-def installed(group: Group) -> list[EntryPoint]:
+def installed_plugins(group: Group) -> list[EntryPoint]:
     """What installed packages declare, including names that are not used because they are ours."""
     return [entry for entries in _installed(group).values() for entry in entries]
 

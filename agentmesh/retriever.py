@@ -1,7 +1,4 @@
-"""Documents in, passages out: a store, an embedder and an ingest behind one name.
-
-It stands above `runtime/`, because adding documents is a run like any other.
-"""
+"""Documents in, passages out: a store, an embedder and an ingest behind one name. Adding documents is a run like any other."""
 
 import asyncio
 import os
@@ -94,7 +91,7 @@ class Retriever:
 
         Raises:
             DefinitionError: a path does not exist, or an argument is out of range.
-            RunFailed: nothing was done; it says why. What cannot be read is in `Added.failed`.
+            RunFailedError: nothing was done; it says why. What cannot be read is in `Added.failed`.
         """
         if self.other_store is not None:  # of a plugin: it takes no ingest run, and is filled in this process
             self._check_unbound()

@@ -80,16 +80,21 @@ class Asked(NamedTuple):
 def rate(model: Any, asked: Asked, attention: str = "", **how: Any) -> tuple[float, str]:
     """New tokens a second of a fresh engine, the best of some rounds, and its attention."""
     from agentmesh.inference.batching import Shape
-    from agentmesh.inference.engine import Engine
-    from agentmesh.inference.request import Request
+    from agentmesh.inference.engine import InferenceEngine
+    from agentmesh.inference.request import InferenceRequest
 
-    engine, took = Engine(model, Shape(pages=asked.pages, batch_requests=256, attention=attention)), list[float]()
+    engine, took = (
+        InferenceEngine(model, Shape(pages=asked.pages, batch_requests=256, attention=attention)),
+        list[float](),
+    )
     try:
         for seed in range(ROUNDS):  # the first one warms up
             draw = torch.Generator().manual_seed(seed)
             prompts = torch.randint(100, model.config.vocab_size, (asked.steps, asked.prompt_tokens), generator=draw)
             began = time.perf_counter()
-            for future in [engine.submit(Request(tuple(p), asked.new_tokens, **how)) for p in prompts.tolist()]:
+            for future in [
+                engine.submit(InferenceRequest(tuple(p), asked.new_tokens, **how)) for p in prompts.tolist()
+            ]:
                 future.result(600)
             took.append(time.perf_counter() - began)
         return asked.steps * asked.new_tokens / min(took), engine._batching.attention

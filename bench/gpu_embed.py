@@ -22,8 +22,8 @@ from common import machine
 from rag_ingest import SIZE, make_encoder
 
 from agentmesh.inference.device import DeviceLock, lock_of
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import InferenceRequest
 from agentmesh.models.local import LocalModel
 from agentmesh.rag.embedders.encoder import Encoder
 
@@ -63,7 +63,7 @@ class Counted(Encoder):
 class Answers:
     """So many requests in the engine, another one whenever one has ended."""
 
-    def __init__(self, engine: Engine, many: int) -> None:
+    def __init__(self, engine: InferenceEngine, many: int) -> None:
         self._engine, self._rng, self._over = engine, random.Random(0), False
         self.gaps_s: list[float] = []
         self._flying: list[Any] = []
@@ -81,7 +81,7 @@ class Answers:
             return False
 
         tokens = tuple(self._rng.choices(range(100, 40_000), k=PROMPT_TOKENS))
-        future = self._engine.submit(Request(tokens, NEW_TOKENS), hear)
+        future = self._engine.submit(InferenceRequest(tokens, NEW_TOKENS), hear)
         self._flying.append(future)
         future.add_done_callback(lambda _: None if self._over else self._ask())
 
@@ -94,7 +94,9 @@ class Answers:
             time.sleep(0.01)
 
 
-def measured(engine: Engine, encoder: Counted, texts: list[str], way: str, answers: int, seconds: float) -> Found:
+def measured(
+    engine: InferenceEngine, encoder: Counted, texts: list[str], way: str, answers: int, seconds: float
+) -> Found:
     """One way, once."""
     decode, embed, turns = WAYS[way]
     over = threading.Event()

@@ -14,8 +14,8 @@ import torch
 from common import machine
 
 from agentmesh.inference.batching import Shape
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import InferenceRequest
 from agentmesh.models.local import LocalModel
 
 NEW_TOKENS, TAIL = 8, 40
@@ -32,7 +32,7 @@ def prompts(agents: int, prefix: int, *, shared: bool, vocabulary: int = 40_000)
     return [(*(head if shared else some(prefix)), *some(TAIL)) for _ in range(agents)]
 
 
-def measured(engine: Engine, asked: list[tuple[int, ...]]) -> tuple[float, float, int]:
+def measured(engine: InferenceEngine, asked: list[tuple[int, ...]]) -> tuple[float, float, int]:
     """Seconds until all were answered, median seconds to a first token, prompt tokens computed."""
     first: dict[int, float] = {}
     began = time.perf_counter()
@@ -41,7 +41,7 @@ def measured(engine: Engine, asked: list[tuple[int, ...]]) -> tuple[float, float
         return lambda tokens: first.setdefault(i, time.perf_counter() - began) < 0
 
     before = engine.gauge
-    for future in [engine.submit(Request(t, NEW_TOKENS), hearing(i)) for i, t in enumerate(asked)]:  # type: ignore[arg-type]
+    for future in [engine.submit(InferenceRequest(t, NEW_TOKENS), hearing(i)) for i, t in enumerate(asked)]:  # type: ignore[arg-type]
         future.result(600)
     wall, now = time.perf_counter() - began, engine.gauge
     computed = now.prompt_tokens - now.cached_tokens - before.prompt_tokens + before.cached_tokens
@@ -52,8 +52,8 @@ def compared(model: Any, agents: int, prefix: int, shape: Shape | None = None, *
     """Print the table."""
     found = {}
     for shared in (True, False):
-        engine = Engine(model, shape)
-        engine.submit(Request((5, 6, 7), 2)).result(600)  # what a first step costs is not counted
+        engine = InferenceEngine(model, shape)
+        engine.submit(InferenceRequest((5, 6, 7), 2)).result(600)  # what a first step costs is not counted
         asked = prompts(agents, prefix, shared=shared, vocabulary=vocabulary)
         found[shared] = wall, first, computed = measured(engine, asked)
         engine.close()

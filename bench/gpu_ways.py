@@ -21,7 +21,7 @@ from gpu_crew import MEMORY, MODEL, NEW_TOKENS, prompt
 
 from agentmesh.celery.event_loop import run_sync
 from agentmesh.config import Config
-from agentmesh.inference.request import Request
+from agentmesh.inference.request import InferenceRequest
 from agentmesh.journal.events import RunStarted, StepDone
 from agentmesh.mesh import Mesh
 from agentmesh.message import user
@@ -89,7 +89,7 @@ def three_ways() -> Iterator[Ways]:
     def bare(steps: int, turn: int) -> Took:
         ids = [tuple(encode_prompt(loaded, Prompt(MODEL, [user(prompt(i, turn))]))) for i in range(steps)]
         began, ends = time.perf_counter(), list[float]()
-        futures = [engine.submit(Request(t, NEW_TOKENS)) for t in ids]
+        futures = [engine.submit(InferenceRequest(t, NEW_TOKENS)) for t in ids]
         for future in futures:
             future.add_done_callback(lambda _: ends.append(time.perf_counter() - began))
         for future in futures:

@@ -20,7 +20,7 @@ STEP, ADVANCE, FINISH = "agentmesh.step", "agentmesh.advance", "agentmesh.finish
 TAG = "@TAG@"  # where the journal's script puts the delivery tag
 
 
-class _Connection:
+class _BufferConnection:
     """What Celery's send path needs of a producer's connection."""
 
     recoverable_connection_errors: tuple[type[Exception], ...] = ()
@@ -34,7 +34,7 @@ class _Connection:
 class BufferProducer:
     """A producer that sends nothing: `out` has each message as kombu's Redis transport would store it."""
 
-    connection = _Connection()
+    connection = _BufferConnection()
     channel = None
 
     def __init__(self) -> None:

@@ -24,12 +24,12 @@ def make_journal(config: Config, app: Celery, journal: str | Journal = "") -> Jo
     broker = str(app.conf.broker_url or config.broker)
     url = journal or journal_url(broker, config.journal)
     scheme = url.partition(":")[0].lower()
-    factory = plugins.load("journals", scheme)
+    factory = plugins.load_plugin("journals", scheme)
     # A prefix of the user's broker keys is kombu's to add, not the scripts'.
     has_key_prefix = bool((app.conf.broker_transport_options or {}).get("global_keyprefix"))
     has_scripts = isinstance(factory, type) and issubclass(factory, RedisJournal)
     push = has_scripts and same_server(broker, url) and not has_key_prefix
-    made: Journal = plugins.make(
+    made: Journal = plugins.make_plugin(
         "journals", scheme, url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
         ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
     )  # fmt: skip

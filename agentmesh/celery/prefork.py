@@ -23,7 +23,7 @@ from agentmesh.engine.executor import RUNNING_THREADS
 logger = get_logger("agentmesh.prefork")
 
 
-class _Process(asynpool.Worker):  # type: ignore[misc]  # celery is untyped
+class _PoolProcess(asynpool.Worker):  # type: ignore[misc]  # celery is untyped
     """The loop of a process of the pool."""
 
     wait_for_job: Any  # billiard sets it in each process
@@ -43,7 +43,7 @@ class _Process(asynpool.Worker):  # type: ignore[misc]  # celery is untyped
 
 
 class _Processes(asynpool.AsynPool):  # type: ignore[misc]  # celery is untyped
-    Worker = _Process
+    Worker = _PoolProcess
 
 
 class ProcessPool(prefork.TaskPool):  # type: ignore[misc]  # celery is untyped

@@ -18,11 +18,11 @@ from agentmesh.celery.journal_factory import make_journal
 from agentmesh.celery.publish_connection import CONNECTION_ERRORS
 from agentmesh.celery.rabbitmq import DELIVERY_LIMIT, BrokerFacts, inspect_broker, on_rabbit
 from agentmesh.cli.checks import Check, check_gpus, check_queues, check_torch, print_checks, query_driver
-from agentmesh.config import Config, load
+from agentmesh.config import Config, load_config
 from agentmesh.definitions.crew import Crew, models_of
 from agentmesh.definitions.queue import ServerQueue
 from agentmesh.errors import ConfigError, MeshError
-from agentmesh.hub.cache import installed
+from agentmesh.hub.cache import installed_models
 from agentmesh.journal.redis import RedisJournal
 from agentmesh.models.load_balancer import LoadBalancer
 from agentmesh.runtime.bootstrap import check_models, resolve_servers
@@ -49,7 +49,7 @@ def _checks(crew: str, broker: str, file: Path | None) -> Iterator[Check]:
     yield from _packages()
     yield from _names()
     try:
-        config = load(file=file, broker=broker or None)
+        config = load_config(file=file, broker=broker or None)
     except MeshError as e:
         yield Check.of_error(e, where="settings")
         return
@@ -153,7 +153,7 @@ def _queues(facts: BrokerFacts) -> Iterator[Check]:
 
 
 def _models(config: Config) -> Iterator[Check]:
-    names = [m.name for m in installed()]
+    names = [m.name for m in installed_models()]
     model_name = config.model.partition(":")[2] if config.model.startswith("local:") else ""
     missing = bool(model_name) and model_name not in names
     yield Check(
@@ -172,13 +172,13 @@ def _models(config: Config) -> Iterator[Check]:
 def _plugins() -> Iterator[Check]:
     """What installed packages bring, each imported once."""
     for group, noun in plugins.NOUNS.items():
-        for entry in plugins.installed(group):
+        for entry in plugins.installed_plugins(group):
             label = f"{noun} {entry.name!r} of {plugins.package_of(entry)}"
             if entry.name in plugins.BUILT_IN[group]:
                 yield Check(False, f"{label} is not used: agentmesh has one of this name", "uninstall the package")
                 continue
             try:
-                plugins.load(group, entry.name)
+                plugins.load_plugin(group, entry.name)
                 yield Check(True, f"{label} can be imported")
             except ConfigError as e:
                 yield Check(False, e.message, e.hint)

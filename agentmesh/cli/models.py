@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from agentmesh.errors import ExtraMissing
-from agentmesh.hub.cache import installed, is_installed, model_folder
+from agentmesh.hub.cache import installed_models, is_installed, model_folder
 from agentmesh.runtime.process_exit import interruptible
 
 
@@ -47,7 +47,7 @@ def remove_model(name: str, *, as_json: bool) -> int:
 
 def list_models(*, as_json: bool) -> int:
     """Print the models in the cache, with their sizes and sources."""
-    for model in installed():
+    for model in installed_models():
         if as_json:
             print(json.dumps({"name": model.name, "bytes": model.bytes, "source": model.source}))
         else:

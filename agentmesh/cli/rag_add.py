@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from agentmesh.cli.rag_query import open_retriever
 from agentmesh.cli.run import follow_run
 from agentmesh.cli.run_view import JsonView, View
-from agentmesh.config import load
+from agentmesh.config import load_config
 from agentmesh.errors import DefinitionError
 from agentmesh.journal.events import Event, RunDone, RunStarted, StepDone, StepPlanned
 from agentmesh.journal.types import Token
@@ -67,7 +67,7 @@ def add_documents(
         if as_json:
             JsonView().event("", RunDone(value=added.model_dump(mode="json"), at_ms=round(time.time() * 1000)))
         return print_added(added, as_json=as_json)
-    config, valkey = resolve_servers(load(file=file, broker=broker or None))
+    config, valkey = resolve_servers(load_config(file=file, broker=broker or None))
     try:
         mesh = Mesh(crew, config=config, models=ModelRegistry())
         mesh.check()

@@ -12,7 +12,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from agentmesh.config import load
+from agentmesh.config import load_config
 from agentmesh.errors import DefinitionError, ExtraMissing
 from agentmesh.rag.search import Mode
 from agentmesh.rag.store.faiss_store import FaissStore
@@ -29,7 +29,7 @@ def open_retriever(store: str | None, embed: str, file: Path | None) -> Retrieve
 
 
 def _path(store: str | None, file: Path | None) -> Path:
-    return Path(store or load(file=file).home / "rag")
+    return Path(store or load_config(file=file).home / "rag")
 
 
 def _open_store(store: str | None, file: Path | None) -> FaissStore:

@@ -18,7 +18,7 @@ from agentmesh.celery.event_loop import run_sync
 from agentmesh.cli.run_view import View, answer, make_view
 from agentmesh.cli.runs import JournalAccess
 from agentmesh.cli.worker import release_on_death
-from agentmesh.config import Config, load
+from agentmesh.config import Config, load_config
 from agentmesh.definitions.crew import Crew, names_every_model
 from agentmesh.engine.async_run import AsyncRun
 from agentmesh.engine.run import Run
@@ -56,7 +56,7 @@ def run_crew(
 ) -> int:
     """Begin a run and follow it to its end."""
     crew = load_crew(path)
-    settings = load(file=file, broker=broker or None, model=model or None)
+    settings = load_config(file=file, broker=broker or None, model=model or None)
     check_models(crew, settings)
     if model and names_every_model(crew):
         print(f"--model {model} is not used: every agent of the crew has a model of its own", file=sys.stderr)
@@ -112,7 +112,7 @@ def retry_run(
         if raised_limits:
             run.raise_limits(raised_limits)
         if detach:
-            _start_detached(path, load(file=file, broker=broker or None, model=model or None), run.run_id)
+            _start_detached(path, load_config(file=file, broker=broker or None, model=model or None), run.run_id)
             print(run.run_id)
             return DONE
         return follow_run(run, mesh, path, access.config, as_json=as_json)

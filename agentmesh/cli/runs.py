@@ -11,7 +11,7 @@ from rich.table import Table
 
 from agentmesh.celery.event_loop import run_sync
 from agentmesh.cli.run_view import describe_event, make_view
-from agentmesh.config import Config, load
+from agentmesh.config import Config, load_config
 from agentmesh.engine.async_run import Approval, RunClient
 from agentmesh.engine.run import Run
 from agentmesh.errors import DefinitionError, RunError
@@ -144,7 +144,7 @@ class JournalAccess:
     @classmethod
     def open(cls, *, broker: str = "", model: str = "", file: Path | None = None) -> "JournalAccess":
         """Open the journal of the settings in force in this folder."""
-        config = load(file=file, broker=broker or None, model=model or None)
+        config = load_config(file=file, broker=broker or None, model=model or None)
         return cls(*open_journal(config))
 
     @property

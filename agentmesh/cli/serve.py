@@ -12,7 +12,7 @@ from typing import Any
 from agentmesh.celery.event_loop import run_sync
 from agentmesh.cli.run import origin_of
 from agentmesh.cli.worker import REPLY_TIMEOUT_S, release_on_death, status_folder, where
-from agentmesh.config import Config, load
+from agentmesh.config import Config, load_config
 from agentmesh.definitions.crew import Crew, models_of
 from agentmesh.errors import MeshError
 from agentmesh.mesh import Mesh
@@ -37,7 +37,7 @@ def serve_crew(
 ) -> int:  # fmt: skip
     """Serve until stopped; runs that are still open then can be resumed."""
     crew = load_crew(path)
-    settings = load(file=file, broker=broker or None, model=model or None)
+    settings = load_config(file=file, broker=broker or None, model=model or None)
     check_models(crew, settings)
     server = http_server(host, port, key_env)  # first: a wrong address is reported before anything is started
     vectors = _embedders(embed)

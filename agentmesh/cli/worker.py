@@ -11,7 +11,7 @@ from typing import Literal, cast
 from kombu.utils.url import maybe_sanitize_url
 
 from agentmesh.celery.event_loop import run_sync
-from agentmesh.config import Config, load
+from agentmesh.config import Config, load_config
 from agentmesh.errors import ConfigError, MeshError, ServiceDown
 from agentmesh.journal.journal import Journal
 from agentmesh.journal.types import JournalCounts
@@ -69,7 +69,7 @@ def run_workers(
     """Supervise until stopped."""
     form = _log_form(log)
     set_up_logging(form or "text")
-    config = load(file=file, broker=broker or None, model=model or None)
+    config = load_config(file=file, broker=broker or None, model=model or None)
     loaded = {path: load_crew(path) for path in crews}  # here, so that an error in a file is reported once
     for model_name in {q.model for c in loaded.values() for q in c.queues.on_devices(queues)}:
         ModelRegistry().check(f"local:{model_name}")

@@ -19,11 +19,11 @@ from agentmesh.journal.events import (
     Denied,
     Event,
     LimitRaised,
+    RunCancelled,
     RunDone,
     StepResolved,
     StepRevived,
 )
-from agentmesh.journal.events import RunCancelled as Cancelled
 from agentmesh.journal.journal import Journal
 from agentmesh.journal.tree_follower import TreeFollower, tree_events
 from agentmesh.journal.types import Refused, RunHead, Token, WaitingEntry
@@ -139,7 +139,7 @@ class AsyncRun(Generic[Out]):
         """The run's value, once it has one.
 
         Raises:
-            RunFailed, RunCancelled, LimitReached: it ended without one.
+            RunFailedError, RunCancelledError, LimitReached: it ended without one.
             TimeoutError: it has not ended in time; it continues.
         """
         if timeout_s is None and self.client.is_synchronous:
@@ -277,7 +277,7 @@ class AsyncRun(Generic[Out]):
 
     async def cancel(self, *, by: str = "") -> None:
         """End the run and everything below it; what is running stops at its next token or lease renewal."""
-        await self.client.signal(self.run_id, Cancelled(by=by))
+        await self.client.signal(self.run_id, RunCancelled(by=by))
 
     # ---- retries -------------------------------------------------------------------------------
     async def retry(self) -> "AsyncRun[Out]":

@@ -35,7 +35,7 @@ class Run(Generic[Out]):
         """The run's value, once it has one.
 
         Raises:
-            RunFailed, RunCancelled, LimitReached: it ended without one.
+            RunFailedError, RunCancelledError, LimitReached: it ended without one.
             TimeoutError: it has not ended in time; it continues.
         """
         return self._call(self.aio.result, timeout_s=timeout_s)

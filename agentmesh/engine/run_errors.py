@@ -1,24 +1,22 @@
 """How a run ended without a value, and why a decision was refused: as exceptions."""
 
-from agentmesh.errors import RunCancelled, RunError, RunFailed, StepError, error_from_json, message_of
-from agentmesh.journal.events import Event
-from agentmesh.journal.events import RunCancelled as Cancelled
-from agentmesh.journal.events import RunFailed as Failed
+from agentmesh.errors import RunCancelledError, RunError, RunFailedError, StepError, error_from_json, message_of
+from agentmesh.journal.events import Event, RunCancelled, RunFailed
 from agentmesh.journal.types import Refused
 
 
 def run_error(run_id: str, end: Event) -> RunError:
     """How a run ended without a value, as an exception: a RunError as itself, any other error as its cause."""
-    if isinstance(end, Cancelled):
-        return RunCancelled(f"run {run_id} was cancelled{f' by {end.by}' if end.by else ''}", run_id=run_id)
-    assert isinstance(end, Failed)
+    if isinstance(end, RunCancelled):
+        return RunCancelledError(f"run {run_id} was cancelled{f' by {end.by}' if end.by else ''}", run_id=run_id)
+    assert isinstance(end, RunFailed)
     cause = error_from_json(end.error)
     if isinstance(cause, RunError):
         return cause
     where = f" in step {cause.n}" if isinstance(cause, StepError) and cause.n else ""
     kind = end.error["type"]
     message = message_of(end.error)
-    return RunFailed(
+    return RunFailedError(
         f"run {run_id} failed{where}: {message if kind in message else f'{kind}: {message}'}", run_id=run_id, cause=kind
     )
 

@@ -70,7 +70,7 @@ def must_be_installed(name: str) -> None:
         )
 
 
-def installed() -> list[Installed]:
+def installed_models() -> list[Installed]:
     """Every model of the cache, by name."""
     models = []
     for origin in sorted((cache_folder() / "models").glob(f"[!.]*/{ORIGIN_FILE}")):  # with a dot it is being built

@@ -80,7 +80,7 @@ def read_url(url: str, *, accept: str = "application/json", token: str = "") -> 
         try:
             content: bytes = response.read()
         except (OSError, http.client.HTTPException) as e:
-            raise ServiceDown(f"the response of {without_password(url)} broke off ({e!r})", hint="retry") from None
+            raise ServiceDown(f"the response of {without_credentials(url)} broke off ({e!r})", hint="retry") from None
     return content
 
 
@@ -97,7 +97,7 @@ def git_blob_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def without_password(url: str) -> str:
+def without_credentials(url: str) -> str:
     """An address without the password that it may hold."""
     return _split_credentials(url)[0]
 
@@ -122,7 +122,8 @@ def _resume(url: str, part: Path, token: str, progress: Progress | None) -> bool
                     progress(part.stem, done, total)
     if done < total:  # http.client raises nothing
         raise ServiceDown(
-            f"the download of {without_password(url)} broke off at {done} of {total} bytes", hint="pull again to resume"
+            f"the download of {without_credentials(url)} broke off at {done} of {total} bytes",
+            hint="pull again to resume",
         )
     return resumed
 
@@ -132,7 +133,7 @@ def _block(response: Any, url: str) -> bytes:
         block: bytes = response.read(BLOCK_BYTES)
     except (OSError, http.client.HTTPException) as e:
         raise ServiceDown(
-            f"the download of {without_password(url)} broke off ({e!r})", hint="pull again to resume"
+            f"the download of {without_credentials(url)} broke off ({e!r})", hint="pull again to resume"
         ) from None
     return block
 
@@ -238,7 +239,7 @@ def wheel_url(package: str, version: str) -> str:
         if urls:
             return urls[0]
         problems.append(
-            ConfigError(f"{without_password(page)} has no {wheel}", hint="set PIP_INDEX_URL to an index that has it")
+            ConfigError(f"{without_credentials(page)} has no {wheel}", hint="set PIP_INDEX_URL to an index that has it")
         )
     raise problems[0]
 

@@ -10,7 +10,7 @@ from agentmesh.errors import ConfigError, ExtraMissing, did_you_mean
 from agentmesh.hub.cache import (
     build_model_folder,
     cache_folder,
-    installed,
+    installed_models,
     is_installed,
     leftovers,
     model_folder,
@@ -130,7 +130,7 @@ def remove_cached(name: str) -> int:
 
 def _cached_names() -> list[str]:
     begun = [f.name.replace("--", "/") for f in (cache_folder() / "downloads").glob("*") if f.is_dir()]
-    return [*(m.name for m in installed()), *begun]
+    return [*(m.name for m in installed_models()), *begun]
 
 
 def _size(path: Path) -> int:

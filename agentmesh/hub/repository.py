@@ -27,7 +27,7 @@ from agentmesh.hub.download import (
     read_url,
     require_disk_space,
     sha256_of,
-    without_password,
+    without_credentials,
 )
 
 MODEL_FILES = {
@@ -95,8 +95,8 @@ def pull_repository(name: str, downloads: Path, progress: Progress | None) -> Pa
             for file, target in files.items()
         }
     except DownloadDenied as e:
-        raise _denied(name, without_password(hub), e.code, has_token=bool(token)) from None
-    source = f"{'the cache of' if is_offline_mode() else ''} {without_password(hub)} {revision}".strip()
+        raise _denied(name, without_credentials(hub), e.code, has_token=bool(token)) from None
+    source = f"{'the cache of' if is_offline_mode() else ''} {without_credentials(hub)} {revision}".strip()
     with build_model_folder(name, source, sha256=sha256) as folder:
         for file, target in files.items():
             _link_or_move(target, folder / file)

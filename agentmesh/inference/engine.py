@@ -20,7 +20,7 @@ import torch
 from agentmesh.errors import GpuOutOfMemory, ModelError
 from agentmesh.inference.batching import Batching, Shape
 from agentmesh.inference.device import Memory, breaks_device, memory_of
-from agentmesh.inference.request import DemandEstimate, Done, EngineDown, Gauge, Request, Room
+from agentmesh.inference.request import DemandEstimate, Done, EngineDown, Gauge, InferenceRequest, Room
 from agentmesh.inference.sampling import Sampler
 
 log = logging.getLogger("agentmesh.gpu")
@@ -43,7 +43,7 @@ class _Flight:
         deaths_alone: those of them with no other request in the loop.
     """
 
-    request: Request
+    request: InferenceRequest
     future: "Future[Done]"
     on_tokens: OnTokens | None
     name: str = ""
@@ -51,7 +51,7 @@ class _Flight:
     deaths_alone: int = 0
 
 
-class Engine:
+class InferenceEngine:
     """Answers requests; thread-safe.
 
     Args:
@@ -90,7 +90,7 @@ class Engine:
         atexit.register(self.close)  # an interpreter that ends under a running loop may abort
 
     # ---- from any thread -----------------------------------------------------------------------
-    def submit(self, request: Request, on_tokens: OnTokens | None = None) -> "Future[Done]":
+    def submit(self, request: InferenceRequest, on_tokens: OnTokens | None = None) -> "Future[Done]":
         """A future of the answer; cancelling it frees the request's place in the batch.
 
         Args:

@@ -86,7 +86,7 @@ def difference(kernel: Kernel, heads: Heads, device: torch.device, dtype: torch.
                 if fault := _compare(out, sample.expected, dtype):
                     return f"{fault} with a window of {window}" if window else fault
     except Exception as e:  # whatever a kernel does not take
-        return first_line(e)
+        return error_summary(e)
     return ""
 
 
@@ -106,7 +106,7 @@ def page_difference(kernel: Kernel, heads: Heads, page_tokens: int, device: torc
             )  # fmt: skip
             return _compare(out, sample.expected, dtype)
     except Exception as e:
-        return first_line(e)
+        return error_summary(e)
 
 
 class _Sample:
@@ -156,7 +156,7 @@ class _Sample:
         return caches[0], caches[1], table.to(self.key.device)
 
 
-def first_line(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """Of what torch says about a kernel it lacks the first line is for people."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first[:MAX_REASON]}"
@@ -287,6 +287,6 @@ def _set_attention(model: Any, kernel: Kernel) -> str:
     try:
         model.set_attn_implementation(kernel.name)
     except Exception as e:
-        return first_line(e)
+        return error_summary(e)
     has = model.config._attn_implementation
     return "" if has == kernel.name else f"the model keeps {has}"

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from agentmesh.errors import ConfigError
 from agentmesh.inference.batching import Shape
 from agentmesh.inference.device import best_dtype
-from agentmesh.inference.engine import Engine
+from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.grammar import Grammars
 from agentmesh.inference.tokenization import special_tokens
 
@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
         special_tokens: their names, which are nothing special in a message.
     """
 
-    engine: Engine
+    engine: InferenceEngine
     tokenizer: Any
     grammars: Grammars
     ends: frozenset[int]
@@ -38,7 +38,7 @@ class Loaded(NamedTuple):
     special_tokens: tuple[str, ...] = ()
 
 
-def load(
+def load_model(
     folder: Path, name: str, shape: Shape | None = None, *, on_fatal: Callable[[Exception], None] | None = None
 ) -> Loaded:
     """The model of a folder, with an engine around it.
@@ -62,7 +62,7 @@ def load(
     if not tokenizer.chat_template:
         raise ConfigError(f"model {name!r} has no chat template: choose one that was trained to chat (-Instruct)")
     model = model.to(device).eval()
-    engine = Engine(model, shape, on_fatal=on_fatal)
+    engine = InferenceEngine(model, shape, on_fatal=on_fatal)
     given = model.generation_config.eos_token_id
     ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
     return Loaded(

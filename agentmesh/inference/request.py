@@ -12,7 +12,7 @@ class EngineDown(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class InferenceRequest:
     """One prompt.
 
     Args:
@@ -86,7 +86,7 @@ class Room:
         """How many pages hold so many tokens."""
         return -(-tokens // self.page_tokens)
 
-    def check(self, request: Request) -> None:
+    def check(self, request: InferenceRequest) -> None:
         """Check that the engine can compute a request; one that it cannot would end its loop for every request.
 
         Raises:
@@ -157,12 +157,12 @@ class DemandEstimate:
         self.tokens = FIRST_TOKENS
         self._answer_tokens, self._uncached_share = FIRST_ANSWER_TOKENS, 1.0
 
-    def came(self, request: Request) -> None:
+    def came(self, request: InferenceRequest) -> None:
         """Count a request that arrived: those that follow from the broker resemble it, long before it has ended."""
         answer = min(request.most_tokens, self._answer_tokens)
         self.tokens += WEIGHT * (len(request.tokens) * self._uncached_share + answer - self.tokens)
 
-    def ended(self, request: Request, *, cached_tokens: int, answer_tokens: int) -> None:
+    def ended(self, request: InferenceRequest, *, cached_tokens: int, answer_tokens: int) -> None:
         """Count what a request took."""
         self._answer_tokens += WEIGHT * (answer_tokens - self._answer_tokens)
         self._uncached_share += WEIGHT * (1 - cached_tokens / len(request.tokens) - self._uncached_share)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from agentmesh.inference.request import Gauge, Request
+from agentmesh.inference.request import Gauge, InferenceRequest
 
 CANDIDATES = 1024  # the likeliest tokens, among which top-k and top-p nearly always end; else all are sorted
 MAX_ELEMENTS = 1 << 22  # of noise in memory at once
@@ -137,7 +137,7 @@ class _Row:
         batch: requests of the largest batch it was in.
     """
 
-    request: Request
+    request: InferenceRequest
     consumed: int = 0
     cached: int | None = None
     batch: int = 0
@@ -167,7 +167,7 @@ class Sampler:
         self.cancelled: list[str] = []  # names in the last batch that were forgotten before it
         self.steps = self.prompt_tokens = self.cached_tokens = self.new_tokens = self.largest = self.running = 0
 
-    def add(self, name: str, request: Request) -> None:
+    def add(self, name: str, request: InferenceRequest) -> None:
         """Announce a request, or one that begins again from its prompt."""
         self._rows[name] = _Row(request)
         if request.constraint is not None:
@@ -201,7 +201,7 @@ class Sampler:
         for future in requests_in_batch:
             row = self._rows.get(future.state.request_id)
             if row is None:  # cancelled meanwhile; its token is discarded
-                row = _Row(Request((0,), 1))
+                row = _Row(InferenceRequest((0,), 1))
                 self.cancelled.append(future.state.request_id)
             row.batch = max(row.batch, self.running)
             if row.cached is None:

@@ -10,7 +10,7 @@ HALF_CHARACTER = "\ufffd"  # what the first bytes of a character decode to
 THINK, THINK_END = "<think>", "</think>"
 
 
-class Piece(NamedTuple):
+class AnswerPiece(NamedTuple):
     """Some text of an answer, or of the reasoning before it."""
 
     kind: Literal["text", "thought"]
@@ -52,7 +52,7 @@ class AnswerStream:
 
     def __init__(
         self, tokenizer: Any, *, stops: Sequence[str] = (), thinking: bool = False,
-        tell: Callable[[Piece], None] | None = None,
+        tell: Callable[[AnswerPiece], None] | None = None,
     ) -> None:  # fmt: skip
         self._detokeniser = Detokeniser(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
         self._stops, self._tell = [s for s in stops if s], tell
@@ -144,7 +144,7 @@ class AnswerStream:
         if text:
             self._texts[kind].append(text)
             if self._tell is not None:
-                self._tell(Piece(kind, text))
+                self._tell(AnswerPiece(kind, text))
 
 
 def _partial_match(text: str, markers: Sequence[str]) -> int:

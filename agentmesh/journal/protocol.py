@@ -37,7 +37,7 @@ def begin(s: Transaction, a: Args) -> Reply:
         return {"ok": 1, "version": s.t.length(f"ev:{run}"), "again": 1}, NO_LINES
     for carried in a.get("carried", ()):
         import_events(s, carried)
-    start(s, run, a["spec"], a["started"], a["digest"])
+    start_run(s, run, a["spec"], a["started"], a["digest"])
     s.t.zadd("runs", run, s.now)
     if a["next"]:
         apply_next(s, run, a["next"])
@@ -46,7 +46,7 @@ def begin(s: Transaction, a: Args) -> Reply:
     return {"ok": 1, "version": s.t.length(f"ev:{run}")}, NO_LINES
 
 
-def start(s: Transaction, run: str, spec: Args, text: str, digest: str = "") -> None:
+def start_run(s: Transaction, run: str, spec: Args, text: str, digest: str = "") -> None:
     """A run's head and its first fact."""
     head = {**spec, "status": "open", "started": s.now, "digest": digest}
     for name, value in head.items():
@@ -283,7 +283,7 @@ def plan_step(s: Transaction, run: str, p: Args, g: Args | None) -> None:
     backlog = g and g["window"] and n >= g["first"] + g["window"]
     if state == "child":
         child = f"{run}/{n}"
-        start(s, child, p["child"]["spec"], p["child"]["started"])
+        start_run(s, child, p["child"]["spec"], p["child"]["started"])
         rec["st"] = "backlog" if backlog else "child"
         s.put(run, str(n), rec)
         if not backlog:

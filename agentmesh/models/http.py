@@ -18,10 +18,10 @@ from agentmesh.models.openai_format import (
     MALFORMED_ANSWER,
     SseParser,
     StreamAssembler,
-    answer_of,
-    error_text,
+    parse_answer,
     request_body,
     retry_after_s,
+    server_reason,
 )
 from agentmesh.schema import loads
 
@@ -232,7 +232,7 @@ class HttpModel(Model):
         try:
             piece = loads(data)
             if piece.get("error"):
-                reason = error_text(data.decode(errors="replace"), self._key)
+                reason = server_reason(data.decode(errors="replace"), self._key)
                 raise TransientFailure(ModelError(f"{self.base_url} broke off its answer: {reason}"))
             return assembly.add(piece)
         except MALFORMED_ANSWER:
@@ -242,7 +242,7 @@ class HttpModel(Model):
 
     def _whole(self, raw: bytes) -> Answer:
         try:
-            return answer_of(loads(raw))
+            return parse_answer(loads(raw))
         except MALFORMED_ANSWER:
             excerpt = raw[:200].decode(errors="replace")
             error = ModelError(
@@ -252,7 +252,7 @@ class HttpModel(Model):
             raise TransientFailure(error, wrong_server=True) from None
 
     def _refusal(self, prompt: Prompt, response: aiohttp.ClientResponse, text: str) -> Exception:
-        status, reason = response.status, error_text(text, self._key)
+        status, reason = response.status, server_reason(text, self._key)
         if status in (401, 403):
             return TransientFailure(
                 ModelRefused(f"{self.base_url} refused the key ({status}: {reason})", hint=f"check {self._key_by}"),

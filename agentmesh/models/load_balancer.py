@@ -23,7 +23,7 @@ RETRY_UNAVAILABLE_S = 5.0  # until a request is retried that no server could tak
 
 
 @dataclass(slots=True, eq=False)
-class _Server:
+class _ServerState:
     """A server as this process sees it."""
 
     model: HttpModel
@@ -79,7 +79,7 @@ class _LoopView:
     """The servers as one event loop sees them."""
 
     def __init__(self, models: list[HttpModel]) -> None:
-        self.servers = [_Server(model) for model in models]
+        self.servers = [_ServerState(model) for model in models]
         self._turns = itertools.count(1)
         self._in_flight = 0
         self._periodic_check: asyncio.Task[None] | None = None
@@ -95,7 +95,7 @@ class _LoopView:
             self._in_flight -= 1
 
     async def _ask(self, prompt: Prompt, on_token: Callable[[str], None] | None) -> Answer:
-        tried: list[_Server] = []
+        tried: list[_ServerState] = []
         waits: list[float] = []
         wrong_servers: dict[str, ModelError] = {}
         while (server := await self._next(tried)) is not None:
@@ -125,7 +125,7 @@ class _LoopView:
             away=True,
         )
 
-    async def _next(self, tried: list[_Server]) -> _Server | None:
+    async def _next(self, tried: list[_ServerState]) -> _ServerState | None:
         """The healthy server with the least in flight; of equals the one that was chosen longest ago."""
         if all(s.unhealthy_reason for s in self.servers):  # one check for all requests that find none healthy
             if self._check_of_all is None or self._check_of_all.done():
@@ -134,7 +134,7 @@ class _LoopView:
         healthy = [s for s in self.servers if not s.unhealthy_reason and s not in tried]
         return min(healthy, key=lambda s: (s.in_flight, s.last_turn)) if healthy else None
 
-    async def _send(self, server: _Server, prompt: Prompt, on_token: Callable[[str], None] | None) -> Answer:
+    async def _send(self, server: _ServerState, prompt: Prompt, on_token: Callable[[str], None] | None) -> Answer:
         """The server's answer, unless it is given up before it comes."""
         if server.given_up is None:
             server.given_up = asyncio.get_running_loop().create_future()
@@ -174,7 +174,7 @@ class _LoopView:
     async def check_health(self) -> None:
         await asyncio.gather(*[self._check_server(s) for s in self.servers])
 
-    async def _check_server(self, server: _Server) -> None:
+    async def _check_server(self, server: _ServerState) -> None:
         _note_health(server, await server.model.unhealthy_reason(HEALTH_TIMEOUT_S))
         server.misses = server.misses + 1 if server.unhealthy_reason else 0
         if server.misses >= MAX_MISSES and server.given_up is not None:
@@ -190,14 +190,14 @@ class _LoopView:
             await server.model.close()
 
 
-def _note_wrong_server(server: _Server, reason: str) -> None:
+def _note_wrong_server(server: _ServerState, reason: str) -> None:
     """Log it once. Later requests try the server again, for its setup may have been corrected."""
     if not server.wrong_server_reason:
         log.warning("model server %s is set up otherwise than others: %s", server.model.base_url, reason)
     server.wrong_server_reason = reason
 
 
-def _note_health(server: _Server, unhealthy_reason: str) -> None:
+def _note_health(server: _ServerState, unhealthy_reason: str) -> None:
     """Keep it, and log a change."""
     if bool(unhealthy_reason) != bool(server.unhealthy_reason):
         state = f"unhealthy: {unhealthy_reason}" if unhealthy_reason else "healthy again"

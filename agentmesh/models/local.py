@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from agentmesh.errors import ConfigError, ContextTooLong, ModelError
 from agentmesh.hub.cache import model_folder, must_be_installed
 from agentmesh.inference.batching import Shape
-from agentmesh.inference.engine import Engine
+from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.grammar import Constraint, grammar_of
-from agentmesh.inference.loader import Loaded, load
-from agentmesh.inference.request import Done, EngineDown, Request
-from agentmesh.inference.tokenization import THINK, AnswerStream, Piece, separate_special, token_ids
+from agentmesh.inference.loader import Loaded, load_model
+from agentmesh.inference.request import Done, EngineDown, InferenceRequest
+from agentmesh.inference.tokenization import THINK, AnswerPiece, AnswerStream, separate_special, token_ids
 from agentmesh.message import Message, Usage
 from agentmesh.model import Answer, Model, Prompt, RetryLater, Thought
 from agentmesh.models.tool_call_parser import chat_turns, parse_tool_calls
@@ -110,7 +110,7 @@ class LocalModel(Model):
         """See Model."""
         loop, ended = asyncio.get_running_loop(), threading.Event()
 
-        def forward(piece: Piece) -> None:
+        def forward(piece: AnswerPiece) -> None:
             if on_token is not None and not ended.is_set():
                 text = Thought(piece.text) if piece.kind == "thought" else piece.text
                 loop.call_soon_threadsafe(on_token, text)
@@ -129,7 +129,7 @@ class LocalModel(Model):
     def prepare(
         self, *, memory: float = 0.85, batch_tokens: int = 0, requests: int = 0,
         on_fatal: Callable[[Exception], None] | None = None,
-    ) -> Engine:  # fmt: skip
+    ) -> InferenceEngine:  # fmt: skip
         """Load it for a worker of its own and compute one token, so that the first step does not wait for that.
 
         Args:
@@ -149,7 +149,7 @@ class LocalModel(Model):
                 f"not enough memory for model {self.name!r} and its prompts ({e})",
                 hint="lower max_batch_tokens, raise gpu_memory_fraction, or use a smaller model",
             ) from None
-        engine.submit(Request((0,), 1)).result()
+        engine.submit(InferenceRequest((0,), 1)).result()
         return engine
 
     async def close(self) -> None:
@@ -185,12 +185,12 @@ class LocalModel(Model):
                 if self._loaded is not None:
                     self._loaded.engine.close()  # frees its weights before they are loaded again
                     self._loaded = None
-                self._loaded = load(model_folder(self.name), self.name, self._shape, on_fatal=self._on_fatal)
+                self._loaded = load_model(model_folder(self.name), self.name, self._shape, on_fatal=self._on_fatal)
             return self._loaded
 
     def _prepare_request(
-        self, prompt: Prompt, forward: Callable[[Piece], None]
-    ) -> tuple[Loaded, Request, AnswerStream]:
+        self, prompt: Prompt, forward: Callable[[AnswerPiece], None]
+    ) -> tuple[Loaded, InferenceRequest, AnswerStream]:
         loaded, options = self.load(), LocalOptions.of(prompt)
         text = render_prompt(loaded, prompt)
         ids, max_tokens = token_ids(loaded.tokenizer, text), options.max_tokens
@@ -201,7 +201,7 @@ class LocalModel(Model):
                 hint="send less, or lower max_tokens",
             )
         thinking = text.rstrip().endswith(THINK)
-        request = Request(
+        request = InferenceRequest(
             tuple(ids), max_tokens, frozenset() if options.ignore_eos else loaded.ends, options.temperature, options.top_k,
             options.top_p, constraint=_constraint(loaded, prompt, options.tool_choice, thinking=thinking), seed=options.seed,
         )  # fmt: skip
@@ -235,7 +235,7 @@ def _constraint(loaded: Loaded, prompt: Prompt, choice: str, *, thinking: bool) 
         return None
 
 
-def _answer(prompt: Prompt, request: Request, stream: AnswerStream, done: Done) -> Answer:
+def _answer(prompt: Prompt, request: InferenceRequest, stream: AnswerStream, done: Done) -> Answer:
     tools = () if prompt.options.get("tool_choice") == "none" else prompt.tools
     text, calls = parse_tool_calls(stream.text, tools, turn=len(prompt.messages))
     usage = Usage(len(request.tokens), len(done.tokens), done.cached_tokens, batch=done.batch)

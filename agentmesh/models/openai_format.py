@@ -86,7 +86,7 @@ def usage_of(data: Mapping[str, Any] | None) -> Usage:
     return Usage(data.get("prompt_tokens") or 0, data.get("completion_tokens") or 0, cached)
 
 
-def answer_of(data: Mapping[str, Any]) -> Answer:
+def parse_answer(data: Mapping[str, Any]) -> Answer:
     """The answer in a response that was not streamed.
 
     Raises:
@@ -196,7 +196,7 @@ def retry_after_s(header: str | None) -> float | None:
     return min(max(0.0, seconds), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None
 
 
-def error_text(text: str, key: str = "") -> str:
+def server_reason(text: str, key: str = "") -> str:
     """The reason in a server's refusal, never with the key in it."""
     try:
         data = loads(text)

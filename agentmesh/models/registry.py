@@ -80,7 +80,7 @@ def _make_load_balancer(servers: Servers) -> Model:
 def _make_model(name: str) -> Model:
     provider, _, rest = name.partition(":")
     hint = "A server with OpenAI's API is `openai:NAME`, with its URL in OPENAI_BASE_URL."
-    model: Model = plugins.make("models", provider, rest, hint=hint)
+    model: Model = plugins.make_plugin("models", provider, rest, hint=hint)
     if not hasattr(model, "ask"):
         raise ConfigError(
             f"model provider {provider!r} makes a {type(model).__name__}, which has no `ask`",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from agentmesh.errors import MeshError, RunFailed
+from agentmesh.errors import MeshError, RunFailedError
 from agentmesh.rag import loaders
 from agentmesh.rag.documents import Chunk
 from agentmesh.rag.embedders.base import Embedder
@@ -21,13 +21,15 @@ def add_directly(store: VectorStore, embedder: Embedder, request: IngestRequest,
     A document that cannot be read is in `Added.failed`, and the store keeps what it had of it.
 
     Raises:
-        RunFailed: there is no document; or, without `force`, more than half of those of a folder vanished.
+        RunFailedError: there is no document; or, without `force`, more than half of those of a folder vanished.
     """
     accepts = matcher(request.glob) if request.glob else loaders.knows
     listing = list_documents(request.paths, accepts=accepts, label=request.label)
     vanished = _vanished(store, listing, accepts, force=request.force) if request.sync else []
     if not listing.documents and not listing.unreadable and not vanished:
-        raise RunFailed(f"there is no document in {', '.join(request.paths)}", hint="name its files, or give a glob")
+        raise RunFailedError(
+            f"there is no document in {', '.join(request.paths)}", hint="name its files, or give a glob"
+        )
     added = Added(failed=[Failure(source=s, why=why) for s, why in sorted(listing.unreadable.items())])
     for file in listing.documents.values():
         try:
@@ -56,7 +58,7 @@ def _vanished(store: VectorStore, listing: Listing, accepts: Callable[[str], boo
             s for s in below if s not in listing.documents and not s.startswith(unread) and accepts(s[len(label) + 1 :])
         ]
         if 2 * len(gone) > len(below) and not force:
-            raise RunFailed(
+            raise RunFailedError(
                 f"{len(gone)} of {len(below)} documents vanished from {root}, and nothing was removed",
                 hint="check that the folder is mounted, or sync with force to remove them",
             )
@@ -65,7 +67,7 @@ def _vanished(store: VectorStore, listing: Listing, accepts: Callable[[str], boo
 
 
 def _read(file: DocumentFile, options: ChunkOptions) -> list[Chunk]:
-    document = loaders.load(file.path, encoding=options.encoding)
+    document = loaders.load_document(file.path, encoding=options.encoding)
     metadata = metadata_from_json(options.metadata)
     return split(document, file.source, size=options.size, overlap=options.overlap, metadata=metadata)
 

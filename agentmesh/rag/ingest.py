@@ -9,14 +9,14 @@ from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.context import Context
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.queue import Queue
-from agentmesh.errors import RunFailed, StepError
+from agentmesh.errors import RunFailedError, StepError
 from agentmesh.rag.ingestion.options import WINDOW
 from agentmesh.rag.ingestion.plan import ChunkOptions, IngestRequest
 from agentmesh.rag.ingestion.scratch import Batch, Failure
 from agentmesh.rag.ingestion.steps import (
-    check_embedder,
     clean_up,
     compact,
+    compare_embedder,
     embed_batch,
     failures_of,
     index_batch,
@@ -106,12 +106,12 @@ class Ingest(Agent[Added, IngestRequest]):
         """Plan, index the packs, then remove what vanished."""
         planned = ctx.do(plan_ingest.on(self.store, task, self.how))
         if planned.refused:
-            raise RunFailed(planned.refused, hint=planned.hint)
+            raise RunFailedError(planned.refused, hint=planned.hint)
         if planned.packs:
-            refusal = ctx.do(check_embedder.on(self.store, self.embed))
+            refusal = ctx.do(compare_embedder.on(self.store, self.embed))
             if refusal:
                 ctx.do(clean_up.on(self.store, planned.parts))
-                raise RunFailed(refusal.message, hint=refusal.hint)
+                raise RunFailedError(refusal.message, hint=refusal.hint)
         pack = Pack(store=self.store, embed=self.embed, parts=planned.parts, how=self.how)
         results = ctx.gather([pack.on(name) for name in planned.packs], window=self.window, errors=True)
         added = Added(skipped=planned.skipped, failed=planned.failed)

@@ -74,7 +74,7 @@ def named_store(path: str) -> VectorStore:
     with _LOCK:
         if key not in _NAMED_STORES:
             name, _, rest = path.partition(":")
-            _NAMED_STORES[key] = plugins.make("stores", name, rest)
+            _NAMED_STORES[key] = plugins.make_plugin("stores", name, rest)
         return _NAMED_STORES[key]
 
 

@@ -30,7 +30,7 @@ class _LocalRuntime:
         self._pid = os.getpid()
 
     def mesh(self, crew: Crew) -> "Mesh":
-        from agentmesh.config import load
+        from agentmesh.config import load_config
 
         with self._lock:
             if self._pid != os.getpid():  # a fork has neither our threads nor our sockets
@@ -39,7 +39,7 @@ class _LocalRuntime:
                 mesh = self._open[crew.name][0]
                 mesh.crew._absorb(crew)
                 return mesh
-            config = load()
+            config = load_config()
             check_models(crew, config)
             mesh, valkey = make_mesh(crew, config)
             worker = mesh.worker().start()

@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshError, RunCancelled, RunError, RunFailed
+from agentmesh.errors import (
+    ConfigError,
+    DefinitionError,
+    LimitReached,
+    MeshError,
+    RunCancelledError,
+    RunError,
+    RunFailedError,
+)
 
 DONE, FAILED, WRONG_USE, WAITING, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -27,7 +35,7 @@ def exit_code(error: BaseException) -> int:
 def print_error(error: MeshError) -> None:
     """`error:` what happened, `help:` what to do."""
     hint = error.hint
-    if isinstance(error, RunFailed | RunCancelled | LimitReached) and error.run_id:
+    if isinstance(error, RunFailedError | RunCancelledError | LimitReached) and error.run_id:
         retry = f"agentmesh runs retry {error.run_id.partition('/')[0]}"
         hint = f"{hint}, then: {retry}" if hint else retry
     print(f"error: {error.message}", file=sys.stderr)

@@ -26,7 +26,7 @@ def main(spec: dict[str, Any]) -> None:
         fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
-    server = Server(spec["argv"])
+    server = WatchedServer(spec["argv"])
 
     def leave(*_: object) -> None:
         server.end()
@@ -42,7 +42,7 @@ def main(spec: dict[str, Any]) -> None:
     leave()
 
 
-class Server:
+class WatchedServer:
     """The server process, started again whenever it dies."""
 
     def __init__(self, argv: list[str]) -> None:

@@ -5,7 +5,15 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from dataclasses import dataclass
 from typing import Any
 
-from agentmesh.errors import ConfigError, DefinitionError, LimitReached, MeshError, RunCancelled, RunFailed, ServiceDown
+from agentmesh.errors import (
+    ConfigError,
+    DefinitionError,
+    LimitReached,
+    MeshError,
+    RunCancelledError,
+    RunFailedError,
+    ServiceDown,
+)
 from agentmesh.message import ToolCall, Usage
 from agentmesh.schema import dumps
 
@@ -54,10 +62,10 @@ class ApiError(Exception):
 
 def api_error_of(error: MeshError) -> ApiError:
     """One of our errors as a client gets it."""
-    if isinstance(error, RunCancelled):
+    if isinstance(error, RunCancelledError):
         return ApiError(409, str(error), "run_cancelled", retryable=False)
-    if isinstance(error, RunFailed | LimitReached):
-        cause = error.cause or "" if isinstance(error, RunFailed) else "LimitReached"
+    if isinstance(error, RunFailedError | LimitReached):
+        cause = error.cause or "" if isinstance(error, RunFailedError) else "LimitReached"
         status, code = ERROR_CODES.get(cause, (500, "run_failed"))
         return ApiError(status, str(error), code, retryable=False)
     if isinstance(error, ServiceDown):

@@ -53,7 +53,7 @@ class HttpServer:
             endpoint.app, log_level="warning", access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=GRACE_S,
         )  # fmt: skip
-        server, loop = _Server(config), asyncio.get_running_loop()
+        server, loop = _UvicornServer(config), asyncio.get_running_loop()
         signals: list[int] = []
 
         def stop(number: int) -> None:
@@ -77,7 +77,7 @@ class HttpServer:
                 loop.remove_signal_handler(number)
 
 
-class _Server(uvicorn.Server):
+class _UvicornServer(uvicorn.Server):
     """Leaves signals to HttpServer."""
 
     @contextlib.contextmanager

@@ -33,7 +33,7 @@ class HasPids(Protocol):
         ...
 
 
-class Server(Protocol):
+class RestartableServer(Protocol):
     """A server that can be killed and comes back over its data."""
 
     def kill(self) -> None:
@@ -43,7 +43,7 @@ class Server(Protocol):
         """Start it, over the data it had."""
 
 
-class Fault(Protocol):
+class ChaosFault(Protocol):
     """One kind of fault.
 
     Attributes:
@@ -184,7 +184,7 @@ class KillServer:
         down_s: how long it is down, in seconds.
     """
 
-    def __init__(self, server: Server, *, every_s: float, down_s: float = 0.5) -> None:
+    def __init__(self, server: RestartableServer, *, every_s: float, down_s: float = 0.5) -> None:
         self._server, self.every_s, self._down_s = server, every_s, down_s
 
     def strike(self, rng: random.Random) -> str:
@@ -251,7 +251,7 @@ class Chaos:
         log: what was done, in order.
     """
 
-    faults: Sequence[Fault]
+    faults: Sequence[ChaosFault]
     seed: int = 0
     most: int = 0
     log: list[Struck] = field(default_factory=list)
@@ -292,7 +292,7 @@ class Chaos:
         """Whether it has ended: it was stopped, or a fault could not be injected."""
         return self._over.is_set()
 
-    def struck(self, kind: type[Fault] | type[object]) -> int:
+    def struck(self, kind: type[ChaosFault] | type[object]) -> int:
         """How often a kind of fault struck."""
         return sum(s.fault == kind.__name__ for s in self.log)
 
@@ -303,7 +303,7 @@ class Chaos:
             thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _play(self, i: int, fault: Fault) -> None:
+    def _play(self, i: int, fault: ChaosFault) -> None:
         due = time.monotonic()
         rng = random.Random(f"{self.seed}/{i}/{type(fault).__name__}")
         struck = 0

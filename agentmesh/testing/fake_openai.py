@@ -18,7 +18,7 @@ from agentmesh.testing.loopback import LoopbackServer
 from agentmesh.testing.scripted import Reply, says, uses
 
 
-def error_text(message: str) -> str:
+def error_body(message: str) -> str:
     """The body of an error."""
     return json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": None}})
 
@@ -124,7 +124,7 @@ class Fault:
 
 
 @dataclass(slots=True)
-class Request:
+class ReceivedRequest:
     """A request, and when it arrived."""
 
     body: dict[str, Any]
@@ -151,10 +151,10 @@ class FakeOpenAI(LoopbackServer):
         self._answer = _answerer(answer, rounds)
         self._latency_s, self._keep, self._port = latency_s, keep, port
         self.faults: deque[Fault] = deque()
-        self.requests: list[Request] = []
+        self.requests: list[ReceivedRequest] = []
         self.served = self.answered = 0
         self.url = ""
-        self._open: set[_Connection] = set()
+        self._open: set[_HttpConnection] = set()
 
     def fail_next(self, status: int, *, retry_after: float | str = "", times: int = 1, body: str = "") -> None:
         """Answer the next requests with this HTTP error."""
@@ -166,7 +166,7 @@ class FakeOpenAI(LoopbackServer):
         return self.served - self.answered
 
     async def _listen(self) -> asyncio.Server:
-        server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self._port)
+        server = await self._loop.create_server(lambda: _HttpConnection(self), "127.0.0.1", self._port)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         return server
 
@@ -186,7 +186,7 @@ class FakeOpenAI(LoopbackServer):
         return says(answer) if isinstance(answer, str) else answer
 
 
-class _Connection(asyncio.Protocol):
+class _HttpConnection(asyncio.Protocol):
     """One keep-alive HTTP/1.1 connection, parsed by hand: a framework would cost more than what benchmarks measure."""
 
     def __init__(self, server: FakeOpenAI) -> None:
@@ -225,7 +225,7 @@ class _Connection(asyncio.Protocol):
             return
         server.served += 1
         if not path.endswith(b"/chat/completions"):
-            self._refuse(Fault(404, body=error_text(f"there is no {path.decode(errors='replace')} here")))
+            self._refuse(Fault(404, body=error_body(f"there is no {path.decode(errors='replace')} here")))
             return
         try:
             body = json.loads(content)
@@ -234,7 +234,7 @@ class _Connection(asyncio.Protocol):
             self._refuse(_bad("this is not a request for a chat completion"))
             return
         if server._keep:
-            server.requests.append(Request(body))
+            server.requests.append(ReceivedRequest(body))
         fault = server.faults.popleft() if server.faults else None
         if server._latency_s or (fault and (fault.hang or fault.drip_s)) or body.get("stream"):
             server._loop.create_task(self._later(body, fault))
@@ -264,7 +264,7 @@ class _Connection(asyncio.Protocol):
     def _refuse(self, fault: Fault) -> None:
         extra = f"Retry-After: {fault.retry_after}\r\n" if fault.retry_after else ""
         self._write(
-            (fault.body or error_text(f"made to fail with {fault.status}")).encode(),
+            (fault.body or error_body(f"made to fail with {fault.status}")).encode(),
             fault.status,
             extra,
             fault.content_type,
@@ -311,7 +311,7 @@ def _answerer(answer: Any, rounds: int) -> Answerer:
 
 
 def _bad(message: str) -> Fault:
-    return Fault(400, body=error_text(message))
+    return Fault(400, body=error_body(message))
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ RABBIT = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one in PATH change
 ERL_CALL = Path("/usr/lib/erlang/bin/erl_call")
 
 
-class _Process:
+class _ServerProcess:
     """A server's process."""
 
     process: "subprocess.Popen[bytes] | None" = None
@@ -42,7 +42,7 @@ class _Process:
         return self.process.pid if self.process else 0
 
 
-class ValkeyServer(_Process):
+class ValkeyServer(_ServerProcess):
     """A Valkey on a Unix socket, with an append-only file that outlives `kill`.
 
     Attributes:
@@ -99,7 +99,7 @@ class ValkeyServer(_Process):
             client.flushall()
 
 
-class RabbitServer(_Process):
+class RabbitServer(_ServerProcess):
     """A private RabbitMQ node on free loopback ports; its data outlives `kill`.
 
     Attributes:

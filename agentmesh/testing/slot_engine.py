@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from agentmesh.inference.batching import Shape
-from agentmesh.inference.engine import Engine
+from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.grammar import Grammars
 from agentmesh.inference.loader import Loaded
 from agentmesh.inference.request import Gauge, Room
@@ -189,7 +189,7 @@ class SlotModel(local.LocalModel):
         with self._lock:
             if self._loaded is None or not self._loaded.engine.alive:
                 tokenizer = make_tokenizer()
-                engine = Engine(
+                engine = InferenceEngine(
                     SimpleNamespace(device=torch.device("cpu")), self._shape, on_fatal=self._on_fatal,
                     batching=lambda model, shape, sampler: SlotBatching(model, shape, sampler, **self.options),
                 )  # fmt: skip

@@ -108,7 +108,7 @@ class HealthServer:
             return [body]
 
         try:
-            self._server = (_Server6 if ":" in at[0] else _Server)(at, _QuietHandler)
+            self._server = (_Server6 if ":" in at[0] else _HealthHttpServer)(at, _QuietHandler)
         except OSError as e:
             raise ConfigError(
                 f"--metrics cannot listen at {at[0]}:{at[1]} ({e.strerror or e})", hint="choose another port"
@@ -134,11 +134,11 @@ def _answer(path: str, health: Callable[[], Health]) -> tuple[str, str, bytes]:
     return "404 Not Found", "text/plain", b"there are /metrics, /health/live and /health/ready\n"
 
 
-class _Server(ThreadingMixIn, WSGIServer):
+class _HealthHttpServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
-class _Server6(_Server):
+class _Server6(_HealthHttpServer):
     address_family = socket.AF_INET6
 
 

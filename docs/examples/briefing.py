@@ -7,7 +7,7 @@ BRIEFING_FOLDER=notes agentmesh run docs/examples/briefing.py "What was decided?
 import os
 from pathlib import Path
 
-from agentmesh import Agent, Context, Crew, Limits, RunFailed
+from agentmesh import Agent, Context, Crew, Limits, RunFailedError
 from agentmesh_agents import Page, Reader, Writer
 from agentmesh_tools import in_folder
 
@@ -25,7 +25,7 @@ class Briefing(Agent):
         list_files, _ = in_folder(self.folder)
         paths = ctx.do(list_files.on(self.pattern))
         if not paths:
-            raise RunFailed(
+            raise RunFailedError(
                 f"there is no file {self.pattern} in {self.folder}; set BRIEFING_FOLDER to a folder that has some"
             )
         reader = Reader(folder=self.folder, question=task)

@@ -13,8 +13,8 @@ import torch
 from agentmesh.cli.worker import release_on_death
 from agentmesh.config import Config
 from agentmesh.inference.batching import Shape
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import Done, Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import Done, InferenceRequest
 from agentmesh.mesh import Mesh
 from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing.servers import ValkeyServer, running_server
@@ -59,12 +59,12 @@ def gpus(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make_engine(device: str) -> Iterator[Callable[..., Engine]]:
+def make_engine(device: str) -> Iterator[Callable[..., InferenceEngine]]:
     """Makes engines around fresh models, and closes them."""
-    made: list[Engine] = []
+    made: list[InferenceEngine] = []
 
-    def make(shape: Shape = SMALL, *, model: Any = None, **more: Any) -> Engine:
-        made.append(Engine((make_model() if model is None else model).to(device), shape, **more))
+    def make(shape: Shape = SMALL, *, model: Any = None, **more: Any) -> InferenceEngine:
+        made.append(InferenceEngine((make_model() if model is None else model).to(device), shape, **more))
         return made[-1]
 
     yield make
@@ -73,7 +73,7 @@ def make_engine(device: str) -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def engine(make_engine: Callable[..., Engine]) -> Engine:
+def engine(make_engine: Callable[..., InferenceEngine]) -> InferenceEngine:
     return make_engine()
 
 
@@ -88,7 +88,7 @@ def prompts() -> Callable[..., list[list[int]]]:
 
 
 @pytest.fixture
-def answers() -> Callable[[Engine, Sequence[Request]], list[Done]]:
+def answers() -> Callable[[InferenceEngine, Sequence[InferenceRequest]], list[Done]]:
     """`answers(engine, requests)`: those of an engine to requests that come at once."""
     return lambda engine, requests: [f.result(WAIT_S) for f in [engine.submit(r) for r in requests]]
 

@@ -51,10 +51,10 @@ def prepare_the_worker() -> None:
     """In the process of the device alone."""
     from transformers import LlamaForCausalLM
 
-    from agentmesh.inference.engine import Engine
+    from agentmesh.inference.engine import InferenceEngine
     from agentmesh.testing.slot_engine import SlotBatching, install
 
-    submit, forward, step = Engine.submit, LlamaForCausalLM.forward, SlotBatching._step
+    submit, forward, step = InferenceEngine.submit, LlamaForCausalLM.forward, SlotBatching._step
 
     def counted(self: Any, *args: Any) -> Any:
         answer = submit(self, *args)
@@ -73,7 +73,7 @@ def prepare_the_worker() -> None:
         wait()
         step(self)
 
-    Engine.submit = counted  # type: ignore[method-assign]
+    InferenceEngine.submit = counted  # type: ignore[method-assign]
     LlamaForCausalLM.forward = held  # type: ignore[method-assign]
     SlotBatching._step = held_step  # type: ignore[method-assign]
     if ENGINE == "fake":

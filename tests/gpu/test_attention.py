@@ -14,13 +14,13 @@ from agentmesh.errors import ConfigError
 from agentmesh.inference import attention, kernels
 from agentmesh.inference.attention import paged_attention
 from agentmesh.inference.batching import Shape
-from agentmesh.inference.engine import Engine
+from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.kernels import Heads, Kernel, difference, page_difference
-from agentmesh.inference.request import Request
+from agentmesh.inference.request import InferenceRequest
 from agentmesh.testing.tiny_models import VOCABULARY, make_model
 
 WAIT_S = 30
-MakeEngine = Callable[..., Engine]
+MakeEngine = Callable[..., InferenceEngine]
 CAP, WINDOW = 1.5, 16
 SMALL = Shape(pages=80, page_tokens=16, batch_tokens=64, batch_requests=32)
 
@@ -54,7 +54,7 @@ def by_generate(model: Any, tokens: list[int], most_tokens: int) -> list[int]:
 
 def answers(model: Any, asked: list[list[int]], make_engine: MakeEngine, attention: str = "") -> list[list[int]]:
     engine = make_engine(replace(SMALL, attention=attention), model=model)
-    futures = [engine.submit(Request(tuple(p), 24)) for p in asked]
+    futures = [engine.submit(InferenceRequest(tuple(p), 24)) for p in asked]
     return [list(f.result(WAIT_S).tokens) for f in futures]
 
 
@@ -149,7 +149,7 @@ def test_the_best_kernel_that_passes_is_taken_and_the_log_says_why(
     with caplog.at_level("INFO", "agentmesh.gpu"):
         engine = make_engine(model=(model := make_model()))
     assert (engine._batching.attention, model.config._attn_implementation) == ("test_right", "test_right")
-    assert list(engine.submit(Request((5, 6, 7), 24)).result(WAIT_S).tokens) == expected[0]
+    assert list(engine.submit(InferenceRequest((5, 6, 7), 24)).result(WAIT_S).tokens) == expected[0]
     (told,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("attention: ")]
     assert re.fullmatch(
         r"attention: test_right \(test_raising: RuntimeError: no kernel image is available; "
@@ -163,7 +163,7 @@ def test_where_none_passes_no_engine_is_made(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         ConfigError, match=r"works on cpu in torch.float32 \(test_raising: RuntimeError: no kernel image"
     ):
-        Engine(make_model(), SMALL)
+        InferenceEngine(make_model(), SMALL)
 
 
 def test_on_a_cpu_it_is_ours_and_on_cuda_torch_s_comes_first() -> None:

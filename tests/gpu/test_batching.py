@@ -12,8 +12,8 @@ import torch
 
 from agentmesh.inference.batching import Batching
 from agentmesh.inference.device import DeviceLock
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import EngineDown, Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import EngineDown, InferenceRequest
 from agentmesh.testing.tiny_models import make_model
 
 WAIT_S = 30
@@ -31,7 +31,7 @@ class Held:
         return Batching(*args)
 
 
-def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(make_engine: Callable[..., Engine]) -> None:
+def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(make_engine: Callable[..., InferenceEngine]) -> None:
     """Without the help of the collector, which knows nothing of what a worker loaded before it froze it."""
     model, steps, held = make_model(), list[int](), Held()
     forward = model.forward
@@ -48,20 +48,20 @@ def test_a_dead_loop_s_cache_is_gone_before_the_next_one_is_made(make_engine: Ca
     try:
         for _ in range(2):
             held.caches.append(weakref.ref(engine._batching.batch_processor.cache.cache_tensor))
-            assert len(engine.submit(Request((5, 6, 7), 3)).result(WAIT_S).tokens) == 3
+            assert len(engine.submit(InferenceRequest((5, 6, 7), 3)).result(WAIT_S).tokens) == 3
     finally:
         gc.enable()
     assert (engine.gauge.deaths, held.alive) == (2, [0, 0, 0])
 
 
-def test_an_engine_that_is_down_holds_nothing_but_the_reason(make_engine: Callable[..., Engine]) -> None:
+def test_an_engine_that_is_down_holds_nothing_but_the_reason(make_engine: Callable[..., InferenceEngine]) -> None:
     model = make_model()
     model.forward = lambda *args, **kwargs: (_ for _ in ()).throw(
         RuntimeError("CUDA error: unspecified launch failure")
     )
     engine = make_engine(model=model)
     with pytest.raises(EngineDown, match="CUDA error"):
-        engine.submit(Request((5, 6, 7), 3)).result(WAIT_S)
+        engine.submit(InferenceRequest((5, 6, 7), 3)).result(WAIT_S)
     assert engine._fatal_error is not None
     assert engine._fatal_error.__traceback__ is None  # its frames would hold the cache
 

@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 
 from agentmesh.errors import ModelError
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import InferenceRequest
 from agentmesh.testing.tiny_models import make_model
 
 WAIT_S = 30
 POISON = 299
 
 
-def test_a_suspect_is_not_blamed_for_a_fault_that_passes_while_it_is_tried(make_engine: Callable[..., Engine]) -> None:
+def test_a_suspect_is_not_blamed_for_a_fault_that_passes_while_it_is_tried(
+    make_engine: Callable[..., InferenceEngine],
+) -> None:
     """It died twice in the company of a poison, and once more, alone, of something else."""
     model, seen, passing = make_model(), list[list[int]](), list[bool]()
     forward = model.forward
@@ -33,7 +35,7 @@ def test_a_suspect_is_not_blamed_for_a_fault_that_passes_while_it_is_tried(make_
 
     engine, both = make_engine(model=model), threading.Event()
     model.forward = faulty
-    innocent, culprit = engine.submit(Request((5, 6, 7), 4)), engine.submit(Request((5, POISON), 4))
+    innocent, culprit = engine.submit(InferenceRequest((5, 6, 7), 4)), engine.submit(InferenceRequest((5, POISON), 4))
     both.set()
     assert len(innocent.result(WAIT_S).tokens) == 4
     with pytest.raises(ModelError, match="poison"):

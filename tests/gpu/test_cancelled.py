@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 from transformers.generation.continuous_batching import continuous_api
 
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import InferenceRequest
 
 WAIT_S = 30
 
 
 def test_a_request_that_is_cancelled_before_the_loop_has_seen_it_is_not_computed(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop reads who came, then who left: of one that did both between, it hears that it left first."""
     plain, cancelled = continuous_api.drain_queue, list[bool]()
@@ -21,7 +21,7 @@ def test_a_request_that_is_cancelled_before_the_loop_has_seen_it_is_not_computed
     def drained(given: Any) -> Any:
         found = plain(given)
         if given is engine._batching.input_queue and not cancelled:
-            cancelled.append(engine.submit(Request((5, 6, 7), 900)).cancel())
+            cancelled.append(engine.submit(InferenceRequest((5, 6, 7), 900)).cancel())
         return found
 
     monkeypatch.setattr(continuous_api, "drain_queue", drained)
@@ -32,4 +32,4 @@ def test_a_request_that_is_cancelled_before_the_loop_has_seen_it_is_not_computed
     assert cancelled == [True]
     assert engine.gauge.steps < 10
     assert engine.gauge.free_pages == engine.gauge.pages
-    assert len(engine.submit(Request((5, 6, 7), 4)).result(WAIT_S).tokens) == 4
+    assert len(engine.submit(InferenceRequest((5, 6, 7), 4)).result(WAIT_S).tokens) == 4

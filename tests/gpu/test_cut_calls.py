@@ -2,7 +2,7 @@
 
 import pytest
 
-from agentmesh.inference.request import Done, Request
+from agentmesh.inference.request import Done, InferenceRequest
 from agentmesh.inference.tokenization import AnswerStream
 from agentmesh.message import ToolSpec, user
 from agentmesh.model import Prompt
@@ -37,6 +37,6 @@ def test_what_was_cut_off_in_its_arguments_is_a_call(text: str, rest: str | None
 def test_the_answer_says_that_it_was_cut_off() -> None:
     telling, text = AnswerStream(make_tokenizer()), '<tool_call>{"name": "look", "arguments": {"at": "x'
     telling.finish(make_tokenizer()(text)["input_ids"])
-    answer = _answer(Prompt("tiny", [user("?")], [LOOK]), Request((5,), 8), telling, Done((6,), "length"))
+    answer = _answer(Prompt("tiny", [user("?")], [LOOK]), InferenceRequest((5,), 8), telling, Done((6,), "length"))
     assert answer.finish == "length"
     assert [c.arguments for c in answer.message.tool_calls] == ['{"at": "x']

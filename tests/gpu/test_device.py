@@ -10,9 +10,9 @@ import torch
 from agentmesh.inference import attention, kernels
 from agentmesh.inference.batching import Shape
 from agentmesh.inference.device import lock_of
-from agentmesh.inference.engine import Engine
+from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.kernels import Heads, difference, page_difference
-from agentmesh.inference.request import Request
+from agentmesh.inference.request import InferenceRequest
 from agentmesh.rag.embedders.encoder import Encoder
 from agentmesh.testing.tiny_models import make_model, save_encoder
 
@@ -42,11 +42,11 @@ def test_our_attention_is_right_here_and_torch_s_where_it_says_it_is(heads: Head
 
 
 def test_sixteen_bit_models_get_a_flash_kernel() -> None:
-    engine = Engine(make_model(dtype=torch.bfloat16).to(CUDA), Shape(pages=80, page_tokens=256))
+    engine = InferenceEngine(make_model(dtype=torch.bfloat16).to(CUDA), Shape(pages=80, page_tokens=256))
     try:
         chosen = engine._batching.attention
         assert (chosen == attention.PAGED_NAME) == (torch.cuda.get_device_capability() < (8, 0))
-        asked = [Request(tuple(range(5, 9 + 3 * i)), 24) for i in range(24)]
+        asked = [InferenceRequest(tuple(range(5, 9 + 3 * i)), 24) for i in range(24)]
         together = [f.result(WAIT_S).tokens for f in [engine.submit(r) for r in asked]]
         assert [len(t) for t in together] == [24] * 24
     finally:
@@ -63,9 +63,9 @@ def test_memory_that_really_runs_out_halves_the_batch() -> None:
         return forward(*args, **kwargs)
 
     model.forward = hungry
-    engine = Engine(model, Shape(pages=64, page_tokens=16, batch_tokens=64))
+    engine = InferenceEngine(model, Shape(pages=64, page_tokens=16, batch_tokens=64))
     try:
-        assert len(engine.submit(Request((5,) * 60, 4)).result(WAIT_S).tokens) == 4
+        assert len(engine.submit(InferenceRequest((5,) * 60, 4)).result(WAIT_S).tokens) == 4
         assert (engine._batching.shape.batch_tokens, engine.gauge.deaths) == (16, 2)
     finally:
         engine.close()
@@ -75,9 +75,9 @@ def test_an_encoder_says_what_it_needs_and_embeds_as_on_a_cpu(tmp_path: Path) ->
     here, there = (Encoder(str(save_encoder(tmp_path / d)), device=d) for d in ("cuda", "cpu"))
     here.prepare()
     assert lock_of("cuda:0").reserved_bytes > 0
-    engine = Engine(make_model().to(CUDA), Shape(page_tokens=16))
+    engine = InferenceEngine(make_model().to(CUDA), Shape(page_tokens=16))
     try:
-        said = engine.submit(Request((5,) * 9, 200))
+        said = engine.submit(InferenceRequest((5,) * 9, 200))
         texts = ["word " * (1 + i % 9) for i in range(400)]
         assert (np.einsum("nd,nd->n", here.documents(texts), there.documents(texts)) > 0.999).all()
         assert len(said.result(WAIT_S).tokens) == 200

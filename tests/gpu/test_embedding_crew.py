@@ -9,7 +9,7 @@ from agentmesh import Crew, DeviceQueue, Queue
 from agentmesh.definitions.queue import BaseQueue
 from agentmesh.mesh import Mesh
 from agentmesh.rag.ingest import Ingest
-from agentmesh.rag.ingestion.steps import check_embedder, embed_batch, index_batch, parse_pack
+from agentmesh.rag.ingestion.steps import compare_embedder, embed_batch, index_batch, parse_pack
 from agentmesh.retriever import Retriever
 from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing.tiny_models import save_encoder
@@ -48,7 +48,7 @@ def test_embed_steps_go_where_somebody_embeds() -> None:
     def queue_of(step: Any, *queues: BaseQueue) -> str:
         return Crew(Ingest(), queues=[Queue("main"), *queues]).queues.of(step)
 
-    embed, check = embed_batch.on("s", "p", "b", "local:e"), check_embedder.on("s", "local:e")
+    embed, check = embed_batch.on("s", "p", "b", "local:e"), compare_embedder.on("s", "local:e")
     assert queue_of(embed) == queue_of(embed, DeviceQueue("gpu", model="m")) == "main"
     assert queue_of(embed, embeds("gpu")) == queue_of(check, embeds("gpu")) == "gpu"
     assert queue_of(embed, embeds("talk", lane="realtime"), embeds("gpu"), embeds("high")) == "gpu"

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from agentmesh.inference.batching import Shape
-from agentmesh.inference.engine import Engine
+from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.grammar import Grammars, grammar_of
-from agentmesh.inference.request import Done, Request
+from agentmesh.inference.request import Done, InferenceRequest
 from agentmesh.message import ToolSpec
 from agentmesh.testing.tiny_models import END, VOCABULARY, make_model, make_tokenizer
 
@@ -39,8 +39,8 @@ class Asked(NamedTuple):
     listens: bool
     leaves_after_s: float
 
-    def request(self, grammars: Grammars) -> Request:
-        return Request(**self.what, constraint=grammars.constraint(self.grammar) if self.grammar else None)
+    def request(self, grammars: Grammars) -> InferenceRequest:
+        return InferenceRequest(**self.what, constraint=grammars.constraint(self.grammar) if self.grammar else None)
 
 
 def crowd(draw: random.Random) -> list[Asked]:
@@ -77,7 +77,7 @@ class Faulty:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_each_says_what_it_says_alone(make_engine: Callable[..., Engine], seed: int) -> None:
+def test_each_says_what_it_says_alone(make_engine: Callable[..., InferenceEngine], seed: int) -> None:
     draw = random.Random(seed)
     grammars = Grammars(make_tokenizer(), VOCABULARY, [END])
     asked, model = crowd(draw), make_model()
@@ -95,7 +95,7 @@ def test_each_says_what_it_says_alone(make_engine: Callable[..., Engine], seed: 
     began, poisoned = time.monotonic(), draw.randrange(MANY)
     for i, one in enumerate(asked):
         if i == poisoned:
-            culprit = engine.submit(Request((5, POISON), 4))
+            culprit = engine.submit(InferenceRequest((5, POISON), 4))
         pieces = list[tuple[int, ...]]()
         hear = (lambda said, pieces=pieces: bool(pieces.append(tuple(said)))) if one.listens else None
         futures.append(engine.submit(one.request(grammars), hear))
@@ -125,7 +125,7 @@ def test_each_says_what_it_says_alone(make_engine: Callable[..., Engine], seed: 
     assert (engine._sampler._rows, engine._flights, list(engine._parked), list(engine._suspects)) == ({}, {}, [], [])
 
 
-def until_idle(engine: Engine) -> None:
+def until_idle(engine: InferenceEngine) -> None:
     deadline = time.monotonic() + WAIT_S
     while not (engine.gauge.idle and engine.gauge.free_pages == engine.gauge.pages and engine._batching.idle):
         assert time.monotonic() < deadline, engine.gauge

@@ -13,12 +13,12 @@ import torch
 
 from agentmesh.errors import ContextTooLong, GpuOutOfMemory, ModelError
 from agentmesh.inference.batching import Batching, Shape
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import EngineDown, Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import EngineDown, InferenceRequest
 from agentmesh.testing.tiny_models import VOCABULARY, make_model
 
 WAIT_S = 30
-MakeEngine = Callable[..., Engine]
+MakeEngine = Callable[..., InferenceEngine]
 
 
 class Fault:
@@ -51,11 +51,11 @@ class Fault:
     ],
 )
 def test_what_would_end_the_loop_is_refused_up_front(
-    engine: Engine, tokens: tuple[int, ...], most: int, error: type[Exception], told: str
+    engine: InferenceEngine, tokens: tuple[int, ...], most: int, error: type[Exception], told: str
 ) -> None:
-    other = engine.submit(Request((5, 6, 7), 40))
+    other = engine.submit(InferenceRequest((5, 6, 7), 40))
     with pytest.raises(error, match=told):
-        engine.submit(Request(tokens, most))
+        engine.submit(InferenceRequest(tokens, most))
     assert len(other.result(WAIT_S).tokens) == 40
     assert engine.gauge.deaths == 0
 
@@ -64,25 +64,25 @@ def test_what_the_cache_cannot_hold_is_refused_and_what_it_can_is_done(make_engi
     engine = make_engine(Shape(pages=10, page_tokens=16, batch_tokens=64))
     assert engine.room.longest == 144
     with pytest.raises(ContextTooLong, match="the cache of this process takes 144 together"):
-        engine.submit(Request((5,) * 100, 45))
-    assert len(engine.submit(Request((5,) * 100, 44)).result(WAIT_S).tokens) == 44
+        engine.submit(InferenceRequest((5,) * 100, 45))
+    assert len(engine.submit(InferenceRequest((5,) * 100, 44)).result(WAIT_S).tokens) == 44
 
 
-def test_two_requests_that_are_alike_both_get_an_answer(engine: Engine, answers: Any) -> None:
-    same = Request((5, 6, 7), 12)
+def test_two_requests_that_are_alike_both_get_an_answer(engine: InferenceEngine, answers: Any) -> None:
+    same = InferenceRequest((5, 6, 7), 12)
     first, second = answers(engine, [same, same])
     assert first.tokens == second.tokens
 
 
-def test_a_cancelled_future_gives_its_place_back(engine: Engine, eventually: Any) -> None:
+def test_a_cancelled_future_gives_its_place_back(engine: InferenceEngine, eventually: Any) -> None:
     began = threading.Event()
-    long = engine.submit(Request((5, 6, 7), 500), lambda t: bool(began.set()))
-    waiting = [engine.submit(Request((5, 6, 7), 400)) for _ in range(30)]
+    long = engine.submit(InferenceRequest((5, 6, 7), 500), lambda t: bool(began.set()))
+    waiting = [engine.submit(InferenceRequest((5, 6, 7), 400)) for _ in range(30)]
     assert began.wait(WAIT_S)
     assert long.cancel()
     assert all(w.cancel() for w in waiting)
     eventually(lambda: engine.gauge.idle and engine.gauge.free_pages == engine.gauge.pages)
-    assert engine.submit(Request((5, 6, 7), 4)).result(WAIT_S).tokens
+    assert engine.submit(InferenceRequest((5, 6, 7), 4)).result(WAIT_S).tokens
     with pytest.raises(concurrent.futures.CancelledError):
         long.result(0)
 
@@ -92,14 +92,17 @@ def test_a_dead_loop_is_made_anew_and_its_requests_begin_again(
 ) -> None:
     model = make_model()
     calm = [
-        d.tokens for d in answers(make_engine(), [Request(tuple(p), 20, temperature=1.0, seed=4) for p in prompts(6)])
+        d.tokens
+        for d in answers(make_engine(), [InferenceRequest(tuple(p), 20, temperature=1.0, seed=4) for p in prompts(6)])
     ]
     seen: list[int] = []
     fault = Fault(model, RuntimeError("a passing fault"), lambda ids: seen.append(1) is None and len(seen) == 9)
     engine = make_engine(model=model)
     heard: list[int] = []
     asked = [
-        engine.submit(Request(tuple(p), 20, temperature=1.0, seed=4), lambda t: heard.append(len(t)) is not None)
+        engine.submit(
+            InferenceRequest(tuple(p), 20, temperature=1.0, seed=4), lambda t: heard.append(len(t)) is not None
+        )
         for p in prompts(6)
     ]
     assert [f.result(WAIT_S).tokens for f in asked] == calm
@@ -112,9 +115,9 @@ def test_one_poison_among_sixty_three_others_fails_alone(make_engine: MakeEngine
     fault = Fault(model, RuntimeError("it was the prompt"), lambda ids: poison in ids)
     engine = make_engine(Shape(pages=200, page_tokens=16, batch_tokens=64, batch_requests=64), model=model)
     # no answer says the poisonous token by itself
-    others = [engine.submit(Request((5, 6 + i), 4, temperature=0.5, seed=i, top_k=3)) for i in range(63)]
-    culprit = engine.submit(Request((5, poison), 4))
-    late = engine.submit(Request((9, 9), 4, top_k=3))
+    others = [engine.submit(InferenceRequest((5, 6 + i), 4, temperature=0.5, seed=i, top_k=3)) for i in range(63)]
+    culprit = engine.submit(InferenceRequest((5, poison), 4))
+    late = engine.submit(InferenceRequest((9, 9), 4, top_k=3))
     with pytest.raises(
         ModelError, match=r"this request of 2 \+ 4 tokens crashes the engine's loop.*RuntimeError: it was the"
     ):
@@ -128,15 +131,15 @@ def test_no_memory_halves_the_batch_twice_and_then_the_worker_is_told(make_engin
     told: list[Exception] = []
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: len(ids) > 16)
     engine = make_engine(Shape(pages=64, page_tokens=16, batch_tokens=64), model=model, on_fatal=told.append)
-    assert len(engine.submit(Request((5,) * 60, 4)).result(WAIT_S).tokens) == 4
+    assert len(engine.submit(InferenceRequest((5,) * 60, 4)).result(WAIT_S).tokens) == 4
     assert (engine.gauge.batch_tokens, engine.gauge.deaths, told) == (16, 2, [])
     Fault(model, torch.OutOfMemoryError("CUDA out of memory"), lambda ids: True)
     with pytest.raises(EngineDown, match="OutOfMemoryError: CUDA out of memory"):
-        engine.submit(Request((5,) * 60, 4)).result(WAIT_S)
+        engine.submit(InferenceRequest((5,) * 60, 4)).result(WAIT_S)
     eventually(lambda: told)
     assert isinstance(told[0], torch.OutOfMemoryError)
     with pytest.raises(EngineDown):
-        engine.submit(Request((5,), 4))
+        engine.submit(InferenceRequest((5,), 4))
 
 
 def test_no_memory_without_a_worker_fails_the_request_that_is_too_much(make_engine: MakeEngine) -> None:
@@ -144,8 +147,8 @@ def test_no_memory_without_a_worker_fails_the_request_that_is_too_much(make_engi
     Fault(model, torch.OutOfMemoryError("no memory"), lambda ids: 299 in ids)
     engine = make_engine(model=model)
     with pytest.raises(GpuOutOfMemory, match=r"2 \+ 4 tokens"):
-        engine.submit(Request((5, 299), 4)).result(WAIT_S)
-    assert engine.submit(Request((5, 6), 4)).result(WAIT_S).tokens
+        engine.submit(InferenceRequest((5, 299), 4)).result(WAIT_S)
+    assert engine.submit(InferenceRequest((5, 6), 4)).result(WAIT_S).tokens
 
 
 @pytest.mark.parametrize("said", ["CUDA error: an illegal memory access", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"])
@@ -155,7 +158,7 @@ def test_an_error_of_the_device_ends_the_engine(make_engine: MakeEngine, eventua
     Fault(model, RuntimeError(said), lambda ids: True)
     engine = make_engine(model=model, on_fatal=told.append)
     with pytest.raises(EngineDown, match=said):
-        engine.submit(Request((5, 6), 4)).result(WAIT_S)
+        engine.submit(InferenceRequest((5, 6), 4)).result(WAIT_S)
     eventually(lambda: told)
     assert not engine.alive
 
@@ -164,7 +167,7 @@ def test_a_hung_loop_can_be_seen(make_engine: MakeEngine, eventually: Any) -> No
     model, hang = make_model(), threading.Event()
     Fault(model, RuntimeError(), lambda ids: hang.wait(WAIT_S) and False)
     engine = make_engine(model=model)
-    asked = engine.submit(Request((5, 6), 4))
+    asked = engine.submit(InferenceRequest((5, 6), 4))
     before = engine.gauge.stepped_s
     eventually(lambda: time.monotonic() - engine.gauge.stepped_s > 0.2)
     assert engine.gauge.stepped_s <= max(before, engine.gauge.stepped_s)
@@ -179,7 +182,7 @@ def test_a_loop_that_hangs_while_it_is_made_anew_can_be_seen(
     engine, made, goes_on, seen = make_engine(), Batching.room, threading.Event(), list[bool]()
     monkeypatch.setattr(Batching, "room", lambda batching: (goes_on.wait(WAIT_S), made(batching))[1])
     fault = Fault(engine._model, RuntimeError("once"), lambda ids: fault.times == 0)
-    asked = engine.submit(Request((5, 6), 4))
+    asked = engine.submit(InferenceRequest((5, 6), 4))
 
     def watch() -> None:
         eventually(lambda: engine.hung_s > 0.3)
@@ -194,8 +197,8 @@ def test_a_loop_that_hangs_while_it_is_made_anew_can_be_seen(
     eventually(lambda: engine.hung_s == 0)
 
 
-def test_a_thousand_cancellations_leave_nothing_behind(engine: Engine, eventually: Any) -> None:
-    asked = [engine.submit(Request((5 + i % 200, 6), 60)) for i in range(1000)]
+def test_a_thousand_cancellations_leave_nothing_behind(engine: InferenceEngine, eventually: Any) -> None:
+    asked = [engine.submit(InferenceRequest((5 + i % 200, 6), 60)) for i in range(1000)]
     kept = asked[::100]
     for future in asked:
         if future not in kept:
@@ -205,15 +208,15 @@ def test_a_thousand_cancellations_leave_nothing_behind(engine: Engine, eventuall
     assert engine._sampler._rows == {}
 
 
-def test_a_closed_engine_fails_what_it_had_and_takes_no_more(engine: Engine) -> None:
+def test_a_closed_engine_fails_what_it_had_and_takes_no_more(engine: InferenceEngine) -> None:
     began = threading.Event()
-    asked = engine.submit(Request((5, 6, 7), 500), lambda t: bool(began.set()))
+    asked = engine.submit(InferenceRequest((5, 6, 7), 500), lambda t: bool(began.set()))
     assert began.wait(WAIT_S)
     engine.close()
     with pytest.raises(EngineDown):
         asked.result(WAIT_S)
     with pytest.raises(EngineDown, match="is closed"):
-        engine.submit(Request((5,), 1))
+        engine.submit(InferenceRequest((5,), 1))
 
 
 def test_a_forgotten_engine_lets_its_process_end() -> None:

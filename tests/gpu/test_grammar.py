@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from agentmesh.inference.batching import Shape
-from agentmesh.inference.engine import Engine
+from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.grammar import Grammars, bound_strings, grammar_of
-from agentmesh.inference.request import Done, Request
+from agentmesh.inference.request import Done, InferenceRequest
 from agentmesh.message import ToolSpec
 from agentmesh.models.tool_call_parser import parse_tool_calls
 from agentmesh.testing.tiny_models import END, make_tokenizer
@@ -29,7 +29,7 @@ Say = Callable[..., list[str]]
 
 
 @pytest.fixture(params=[(), TAGS], ids=["tags as text", "tags as tokens"])
-def say(request: pytest.FixtureRequest, engine: Engine) -> Say:
+def say(request: pytest.FixtureRequest, engine: InferenceEngine) -> Say:
     """Twelve answers drawn at random under a grammar."""
     tokenizer = make_tokenizer(more=request.param)
     grammars = Grammars(tokenizer, engine.room.vocabulary, [END])
@@ -38,7 +38,7 @@ def say(request: pytest.FixtureRequest, engine: Engine) -> Say:
     def told(*what: Any, temperature: float = 9.0, thinking: bool = False, most: int = 200) -> list[str]:
         grammar = grammar_of(*what, tags_are_tokens=grammars.tags_are_tokens)
         asked = [
-            engine.submit(Request(
+            engine.submit(InferenceRequest(
                 (5, 6, 7), most, frozenset({END}), temperature, seed=s,
                 constraint=grammars.constraint(grammar, thinking=thinking),
             ))
@@ -132,14 +132,16 @@ def test_a_grammar_that_cannot_be_is_refused() -> None:
         Grammars(make_tokenizer(), 300).constraint('start: %json {"type": "nonsense"}')
 
 
-def test_a_constrained_answer_draws_the_same_in_company_and_after_eviction(make_engine: Callable[..., Engine]) -> None:
+def test_a_constrained_answer_draws_the_same_in_company_and_after_eviction(
+    make_engine: Callable[..., InferenceEngine],
+) -> None:
     tokenizer = make_tokenizer()
 
-    def drawn(engine: Engine, n: int) -> list[Done]:
+    def drawn(engine: InferenceEngine, n: int) -> list[Done]:
         grammars = Grammars(tokenizer, engine.room.vocabulary)
         grammar = grammar_of((), {"type": "array", "items": {"type": "integer"}, "minItems": 30})
         return [f.result(WAIT_S) for f in [
-            engine.submit(Request(tuple(range(3, 23)), 70, temperature=1.0, seed=s, constraint=grammars.constraint(grammar)))
+            engine.submit(InferenceRequest(tuple(range(3, 23)), 70, temperature=1.0, seed=s, constraint=grammars.constraint(grammar)))
             for s in range(n)
         ]]  # fmt: skip
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from agentmesh.errors import ModelError
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import Done, Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import Done, InferenceRequest
 from agentmesh.inference.sampling import DrawOptions, draw
 from agentmesh.inference.tokenization import AnswerStream
 from agentmesh.message import Message, ToolSpec, user
@@ -60,7 +60,7 @@ def test_a_model_that_must_call_no_tool_calls_none() -> None:
 
     def answer(**given: Any) -> Answer:
         prompt = Prompt("tiny", [user("?")], [GO], options=given)
-        return _answer(prompt, Request((5,), 8), telling, Done((6,), "stop"))
+        return _answer(prompt, InferenceRequest((5,), 8), telling, Done((6,), "stop"))
 
     assert [c.name for c in answer().message.tool_calls] == ["go"]
     assert (answer(tool_choice="none").message, answer(tool_choice="none").finish) == (
@@ -83,8 +83,8 @@ def test_any_heat_leaves_out_what_is_forbidden(temperature: float, top_k: int, t
     assert set(draw(rows, [DrawOptions(temperature, top_k, top_p, s, 0) for s in range(200)]).tolist()) == {0, 1, 2, 3}
 
 
-def test_no_share_at_all_and_the_first_alone_are_greedy(engine: Engine) -> None:
-    greedy = engine.submit(Request((5, 6, 7), 8)).result(WAIT_S).tokens
+def test_no_share_at_all_and_the_first_alone_are_greedy(engine: InferenceEngine) -> None:
+    greedy = engine.submit(InferenceRequest((5, 6, 7), 8)).result(WAIT_S).tokens
     for how in ({"top_p": 0.0}, {"top_p": 1e-30}, {"top_k": 1}, {"temperature": 1e-40}):
         wish: dict[str, Any] = {"temperature": 3.0, "seed": 1} | how
-        assert engine.submit(Request((5, 6, 7), 8, **wish)).result(WAIT_S).tokens == greedy, how
+        assert engine.submit(InferenceRequest((5, 6, 7), 8, **wish)).result(WAIT_S).tokens == greedy, how

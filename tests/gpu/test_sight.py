@@ -17,7 +17,7 @@ import pytest
 
 from agentmesh.cli.worker import serve_metrics
 from agentmesh.config import Config
-from agentmesh.inference.engine import Engine
+from agentmesh.inference.engine import InferenceEngine
 from agentmesh.observability.engine_status import STATUS_FOLDER_ENV, EngineStatus, read_statuses, write_status
 from agentmesh.runtime.optional import METRICS_FOLDER_ENV
 from agentmesh.testing.tiny_models import save_model
@@ -128,7 +128,11 @@ def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Pa
 
 
 def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eventually: Any
+    engine: InferenceEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    eventually: Any,
 ) -> None:
     monkeypatch.setenv(STATUS_FOLDER_ENV, str(tmp_path / "gone"))
     monkeypatch.setattr("agentmesh.worker.gpu_worker.STATUS_INTERVAL_S", 0.01)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from agentmesh.inference.tokenization import AnswerStream, Detokeniser, Piece
+from agentmesh.inference.tokenization import AnswerPiece, AnswerStream, Detokeniser
 from agentmesh.model import RetryLater
 from agentmesh.testing.tiny_models import make_tokenizer
 
@@ -18,9 +18,9 @@ def ids(text: str) -> list[int]:
 
 def told(
     text: str, *, step: int = 1, stops: tuple[str, ...] = (), thinking: bool = False
-) -> tuple[list[Piece], AnswerStream]:
+) -> tuple[list[AnswerPiece], AnswerStream]:
     """What is told when the text comes so many tokens at a time."""
-    pieces: list[Piece] = []
+    pieces: list[AnswerPiece] = []
     telling, tokens = AnswerStream(TOKENIZER, stops=stops, thinking=thinking, tell=pieces.append), ids(text)
     for end in range(step, len(tokens) + 1, step):
         if telling.hear(tokens[:end]):
@@ -85,7 +85,7 @@ def test_what_is_no_reasoning_is_text(text: str) -> None:
 
 
 def test_an_answer_that_begins_again_is_not_told_twice() -> None:
-    pieces: list[Piece] = []
+    pieces: list[AnswerPiece] = []
     telling, tokens = AnswerStream(TOKENIZER, tell=pieces.append), ids("hello")
     for end in (1, 2, 3, 1, 2, 3, 4, 5):
         telling.hear(tokens[:end])

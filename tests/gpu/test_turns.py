@@ -14,8 +14,8 @@ from agentmesh import EmbedderError
 from agentmesh.inference import batching
 from agentmesh.inference import device as turns
 from agentmesh.inference.device import DeviceLock, lock_of
-from agentmesh.inference.engine import Engine
-from agentmesh.inference.request import Request
+from agentmesh.inference.engine import InferenceEngine
+from agentmesh.inference.request import InferenceRequest
 from agentmesh.rag.embedders import encoder as encoders
 from agentmesh.rag.embedders.encoder import Encoder
 from agentmesh.testing.tiny_models import save_encoder
@@ -148,7 +148,7 @@ def test_how_long_a_step_takes_is_known_while_there_are_steps(monkeypatch: pytes
 class Beside:
     """An engine and an encoder on one device; whose forwards there were, in order: `s` and `b`."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(self, engine: InferenceEngine, folder: Path) -> None:
         self.engine, self.encoder, self.order = engine, Encoder(str(folder)), list[str]()
         self.encoder.prepare()
         self.turn = lock_of(str(engine._model.device))
@@ -172,11 +172,11 @@ class Beside:
         model.forward = noted
 
     def decode(self, tokens: int = TOKENS) -> tuple[int, ...]:
-        return self.engine.submit(Request(PROMPT, tokens)).result(60).tokens
+        return self.engine.submit(InferenceRequest(PROMPT, tokens)).result(60).tokens
 
 
 @pytest.fixture
-def beside(engine: Engine, folder: Path) -> Beside:
+def beside(engine: InferenceEngine, folder: Path) -> Beside:
     return Beside(engine, folder)
 
 
@@ -185,7 +185,7 @@ def test_neither_waits_for_more_than_one_of_the_other_and_both_say_what_they_say
     assert (beside.order.count("b"), beside.order.count("s")) == (BATCHES, TOKENS)
     beside.order.clear()
     beside.slow_s = 0.005  # as long as models take: a thread of Python's gets to run only every so often
-    said = beside.engine.submit(Request(PROMPT, TOKENS))
+    said = beside.engine.submit(InferenceRequest(PROMPT, TOKENS))
     while beside.order.count("s") < 5:
         time.sleep(0.001)
     together = beside.encoder.documents(TEXTS)
@@ -242,7 +242,7 @@ def test_a_batch_that_hangs_is_seen_by_the_engines_watch(beside: Beside) -> None
     thread.start()
     going.wait(30)
     first = beside.engine.hung_s  # idle, and its device is not
-    said = beside.engine.submit(Request(PROMPT, 3))
+    said = beside.engine.submit(InferenceRequest(PROMPT, 3))
     while beside.engine.hung_s < first + 0.1:
         time.sleep(0.01)
     assert not said.done()
@@ -265,7 +265,7 @@ def test_no_memory_for_a_batch_is_tried_in_halves_and_fails_only_the_text_that_h
     texts = ["".join(chr(97 + i) for i in range(10))] * 100
     alone = beside.encoder.documents(texts)
     model.forward = narrow
-    said = beside.engine.submit(Request(PROMPT, 50))
+    said = beside.engine.submit(InferenceRequest(PROMPT, 50))
     assert np.allclose(beside.encoder.documents(texts), alone, atol=0.02)
     assert sizes[0] > 16 >= min(sizes)
     with pytest.raises(EmbedderError, match=r"not enough memory for a text of 64 tokens; cut it shorter"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Agent, Context, Crew, EmbedderError, RunFailed, ToolContext
+from agentmesh import Agent, Context, Crew, EmbedderError, RunFailedError, ToolContext
 from agentmesh.journal.events import StepPlanned
 from agentmesh.rag.ingest import Added, Ingest
 from agentmesh.rag.ingestion import steps
@@ -106,12 +106,12 @@ def test_sync_refuses_when_most_or_all_of_a_folder_vanished(ingestion: Ingestion
     ingestion.add(docs)
     for i in range(3):
         (docs / f"{i}.md").unlink()
-    with pytest.raises(RunFailed, match="nothing was removed: 3 of 5 documents vanished from .*; sync with force"):
+    with pytest.raises(RunFailedError, match="nothing was removed: 3 of 5 documents vanished from .*; sync with force"):
         ingestion.add(docs, sync=True)
     for i in range(3, 5):
         (docs / f"{i}.md").unlink()
     with pytest.raises(
-        RunFailed, match="nothing was removed: .*docs has no documents now, and the store has 5 from it"
+        RunFailedError, match="nothing was removed: .*docs has no documents now, and the store has 5 from it"
     ):
         ingestion.add(docs, sync=True)
     assert len(ingestion.sources()) == 5
@@ -123,15 +123,17 @@ def test_an_ingest_without_documents_or_with_a_taken_label_is_refused(
     ingestion: Ingestion, write: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunFailed, match="there is no document in .*empty that a loader can read"):
+    with pytest.raises(RunFailedError, match="there is no document in .*empty that a loader can read"):
         ingestion.add(tmp_path / "empty")
     docs = write("docs", {"a.md": "tea"})
-    with pytest.raises(RunFailed, match=r"there is no document in .*docs that matches '\*.pdf'"):
+    with pytest.raises(RunFailedError, match=r"there is no document in .*docs that matches '\*.pdf'"):
         ingestion.add(docs, glob="*.pdf")
-    with pytest.raises(RunFailed, match="there is no folder or file '/nowhere' here"):
+    with pytest.raises(RunFailedError, match="there is no folder or file '/nowhere' here"):
         ingestion.add(Path("/nowhere"))
     ingestion.add(docs)
-    with pytest.raises(RunFailed, match="'docs/a.md' is in this store from .*give this folder another label") as caught:
+    with pytest.raises(
+        RunFailedError, match="'docs/a.md' is in this store from .*give this folder another label"
+    ) as caught:
         ingestion.add(write("else/docs", {"a.md": "other tea"}))
     assert caught.value.hint == "give this folder another label, such as label='mine'"
     assert counts(ingestion.add(tmp_path / "else/docs", label="mine")) == (1, 0, 0, 0)
@@ -143,7 +145,7 @@ def test_another_embedder_is_refused_before_anything_is_parsed(
     ingestion.add(write("docs", {"a.md": "tea"}))
     write("docs", {"b.md": "milk"})
     other = Ingestion(tmp_path, type(by_words)(32))
-    with pytest.raises(RunFailed, match="reembed"):
+    with pytest.raises(RunFailedError, match="reembed"):
         other.add(tmp_path / "docs")
     assert [e.name for e in other.run.events() if isinstance(e, StepPlanned)] == [
         "plan_ingest",

@@ -10,7 +10,7 @@ from pypdf import PdfReader, PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from agentmesh import DocumentError
-from agentmesh.rag.loaders import decode, knows, load, parse
+from agentmesh.rag.loaders import decode, knows, load_document, parse
 from agentmesh.rag.splitter import split
 
 
@@ -36,9 +36,9 @@ def pdf(*pages: str, password: str = "", owner: str = "") -> bytes:
 def test_text_in_its_encodings(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         (tmp_path / "a.txt").write_bytes("naïve\r\n猫\rend".encode(encoding))
-        assert load(tmp_path / "a.txt").text == "naïve\n猫\nend"
+        assert load_document(tmp_path / "a.txt").text == "naïve\n猫\nend"
     (tmp_path / "b.txt").write_bytes("naïve".encode("cp1252"))
-    assert load(tmp_path / "b.txt", encoding="cp1252").text == "naïve"
+    assert load_document(tmp_path / "b.txt", encoding="cp1252").text == "naïve"
     assert parse("猫".encode("utf-16-le"), "c.txt", encoding="utf-16-le").text == "猫"
 
 
@@ -125,17 +125,17 @@ def test_bad_files(name: str, data: bytes, sentence: str) -> None:
 
 def test_a_file_that_is_not_there_or_too_large(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r"'no\.txt' cannot be read: No such file"):
-        load(tmp_path / "no.txt")
+        load_document(tmp_path / "no.txt")
     with pytest.raises(DocumentError, match="cannot be read: Is a directory"):
-        load(tmp_path)
+        load_document(tmp_path)
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DocumentError, match=r"'pipe\.txt' is not a file"):
-        load(tmp_path / "pipe.txt")
+        load_document(tmp_path / "pipe.txt")
     big = tmp_path / "big.txt"
     with big.open("wb") as f:
         os.ftruncate(f.fileno(), 2 * 2**30)  # sparse: it takes no room
     with pytest.raises(DocumentError, match=r"'big\.txt' has 2048 MiB, more than the 64 MiB"):
-        load(big)
+        load_document(big)
 
 
 def test_an_encoding_that_is_none() -> None:

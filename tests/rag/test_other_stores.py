@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import ConfigError, DefinitionError, RunFailed, plugins
+from agentmesh import ConfigError, DefinitionError, RunFailedError, plugins
 from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.retriever import Retriever
 
@@ -81,7 +81,7 @@ def test_documents_are_replaced_and_leave(handbook: Retriever, write: Any) -> No
     (docs / "pay.md").unlink()
     assert handbook.sync(docs, label="a").removed == 1
     (docs / "leave.md").rename(docs / "odd")
-    with pytest.raises(RunFailed, match="1 of 1 documents vanished from .*a, and nothing was removed; check that"):
+    with pytest.raises(RunFailedError, match="1 of 1 documents vanished from .*a, and nothing was removed; check that"):
         handbook.sync(docs, label="a")
     (docs / "odd").rename(docs / "leave.md")
     assert set(handbook.sources()) == {"a/leave.md", "b/tea.md"}
@@ -99,7 +99,7 @@ def test_what_only_a_folder_can_do_is_refused(handbook: Retriever, tmp_path: Pat
     with pytest.raises(DefinitionError, match="there is no folder or file"):
         handbook.add("nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunFailed, match="there is no document in .*empty; name its files, or give a glob"):
+    with pytest.raises(RunFailedError, match="there is no document in .*empty; name its files, or give a glob"):
         handbook.add(tmp_path / "empty")
 
 

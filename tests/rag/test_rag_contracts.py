@@ -53,7 +53,7 @@ class TestWordLlama(EmbedderContract):
     ],
 )
 def test_our_loaders(name: str, data: bytes, holds: str) -> None:
-    check_loader(lambda: plugins.load("loaders", name.partition(".")[2]), name=name, data=data, holds=holds)
+    check_loader(lambda: plugins.load_plugin("loaders", name.partition(".")[2]), name=name, data=data, holds=holds)
 
 
 class Lengths(BaseEmbedder):

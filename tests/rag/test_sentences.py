@@ -4,15 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentmesh_tools.sentences import one_line, pieces
+from agentmesh_tools.sentences import one_line, spans
 
 
 def prose(text: str, **options: object) -> list[str]:
-    return [text[p.start : p.end] for p in pieces(text, **options) if p.prose]  # type: ignore[arg-type]
+    return [text[p.start : p.end] for p in spans(text, **options) if p.prose]  # type: ignore[arg-type]
 
 
 def lines(text: str, **options: object) -> list[str]:
-    return [text[p.start : p.end] for p in pieces(text, **options) if not p.prose]  # type: ignore[arg-type]
+    return [text[p.start : p.end] for p in spans(text, **options) if not p.prose]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_text_without_sentence_ends_is_split_into_lines() -> None:
 @given(st.text(alphabet="aB1 .!?。\n\t|#>-*`~=()[]", max_size=60), st.booleans())
 def test_pieces_are_in_order_and_do_not_overlap(text: str, torn: bool) -> None:
     last_end = 0
-    for p in pieces(text, torn=torn):
+    for p in spans(text, torn=torn):
         assert last_end <= p.start < p.end <= len(text)
         assert text[p.start : p.end] == text[p.start : p.end].strip()
         last_end = p.end

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from agentmesh import Agent, Crew, DefinitionError, ModelError, Queue, RunFailed, ServerQueue
+from agentmesh import Agent, Crew, DefinitionError, ModelError, Queue, RunFailedError, ServerQueue
 from agentmesh.engine.run import Run
 from agentmesh.journal.events import Event, StepRetried
 from agentmesh.message import Message
@@ -53,7 +53,7 @@ def test_a_step_waits_longer_and_longer_and_keeps_its_retries() -> None:
 
 def test_it_does_not_wait_for_ever() -> None:
     run = begun(lambda asked: "away")
-    with pytest.raises(RunFailed, match="they are away"):
+    with pytest.raises(RunFailedError, match="they are away"):
         run.result(timeout_s=0)
     *waits, last = waits_s(run.events())
     assert last == 5.0  # its retry
@@ -62,7 +62,7 @@ def test_it_does_not_wait_for_ever() -> None:
 
 def test_a_queue_may_have_it_wait_for_nothing() -> None:
     run = begun(lambda asked: "away", timeout_s=0)
-    with pytest.raises(RunFailed, match="they are away"):
+    with pytest.raises(RunFailedError, match="they are away"):
         run.result(timeout_s=0)
     assert waits_s(run.events()) == [5.0]
 

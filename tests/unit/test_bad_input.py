@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from agentmesh import errors, tool
-from agentmesh.config import load
+from agentmesh.config import load_config
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.context import Context
 from agentmesh.definitions.crew import Crew
@@ -179,13 +179,13 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "agentmesh.toml"
     file.write_text("borker = 'redis://x'")
     with pytest.raises(ConfigError, match="unknown setting 'borker'; use one of: .* Did you mean 'broker'?"):
-        load(file=file)
+        load_config(file=file)
     file.write_text("lease_s = 'long'")
     with pytest.raises(ConfigError, match="setting 'lease_s' is 'long'"):
-        load(file=file)
+        load_config(file=file)
     file.write_text("lease_s = 3.0\nbroker='redis://file'")
     monkeypatch.setenv("AGENTMESH_BROKER", "redis://env")
-    assert (load(file=file).lease_s, load(file=file).broker, load(file=file, broker="redis://arg").broker) == (
+    assert (load_config(file=file).lease_s, load_config(file=file).broker, load_config(file=file, broker="redis://arg").broker) == (
         3.0, "redis://env", "redis://arg",
     )  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_settings_have_bounds(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"setting '{name}' is {value}: Input should be"):
-        load(**{name: value})
+        load_config(**{name: value})
 
 
 def test_a_project_without_settings_hides_none_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_a_project_without_settings_hides_none_above_it(tmp_path: Path, monkeypa
     below.mkdir()
     (below / "pyproject.toml").write_text("[project]\nname = 'package'\n")
     monkeypatch.chdir(below)
-    assert load().model == "openai:above"
+    assert load_config().model == "openai:above"
 
 
 def test_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_a_variable_that_looks_misspelt_is_warned_of_once(
 ) -> None:
     monkeypatch.setenv("AGENTMESH_LEASES_S", "5")
     monkeypatch.setenv("AGENTMESH_KEY", "of somebody's server")
-    load()
-    load()
+    load_config()
+    load_config()
     (said,) = caplog.messages
     assert said == "the environment variable AGENTMESH_LEASES_S is not a setting. Did you mean AGENTMESH_LEASE_S?"

@@ -23,8 +23,11 @@ sys.stdin.read()
 """
 PAGE = """
 import sys
-from agentmesh.observability.metrics import metrics_text
-print(metrics_text(sys.argv[1], lambda: None, lambda: (0, 0))().decode())
+from wsgiref.util import setup_testing_defaults
+from agentmesh.observability.metrics import metrics_app
+environ = {}
+setup_testing_defaults(environ)
+print(b"".join(metrics_app(sys.argv[1], lambda: None, lambda: (0, 0))(environ, lambda *head: None)).decode())
 """
 
 

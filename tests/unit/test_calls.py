@@ -12,7 +12,7 @@ from agentmesh import (
     Context,
     Crew,
     MeshError,
-    RunFailed,
+    RunFailedError,
     StepError,
     StepTimeout,
     ToolContext,
@@ -157,7 +157,7 @@ def test_output_that_is_too_long_keeps_head_and_tail() -> None:
     assert len(text) < 1100
     assert text.endswith("end")
     assert "bytes omitted" in text
-    with pytest.raises(RunFailed, match="returned 48891 bytes of JSON and max_output_bytes is 1000"):
+    with pytest.raises(RunFailedError, match="returned 48891 bytes of JSON and max_output_bytes is 1000"):
         FakeMesh(A()).run("list")
 
 
@@ -197,8 +197,8 @@ def test_run_inside_a_flow_or_a_tool_is_refused() -> None:
         def flow(self, task: str, ctx: Context) -> str:
             return run(Echo(), "x") if task == "flow" else ctx.do(nested.on())
 
-    with pytest.raises(RunFailed, match=r"`run\(\)` inside the flow of `A` would block a worker .* write `ctx.do"):
+    with pytest.raises(RunFailedError, match=r"`run\(\)` inside the flow of `A` would block a worker .* write `ctx.do"):
         FakeMesh(A()).run("flow")
-    with pytest.raises(RunFailed, match=r"`run\(\)` inside tool `nested` would block a worker"):
+    with pytest.raises(RunFailedError, match=r"`run\(\)` inside tool `nested` would block a worker"):
         FakeMesh(A()).run("tool")
-    assert issubclass(RunFailed, MeshError)
+    assert issubclass(RunFailedError, MeshError)

@@ -15,7 +15,7 @@ from agentmesh import (
     MeshError,
     OutputInvalid,
     RunError,
-    RunFailed,
+    RunFailedError,
     Sleep,
     tool,
 )
@@ -112,7 +112,7 @@ def test_structured_output_and_its_one_correcting_turn() -> None:
     handle = mesh.start("x")
     assert handle.result() == Verdict(good=True, why="short")
     assert "Answer again" in handle.messages()[2].text
-    with pytest.raises(RunFailed, match="the answer of `Critic` is not a Verdict: why: Field required") as e:
+    with pytest.raises(RunFailedError, match="the answer of `Critic` is not a Verdict: why: Field required") as e:
         FakeMesh(Critic(), model=[says("{}"), says('{"good": true}')]).run("x")
     assert e.value.cause == OutputInvalid.__name__
 
@@ -150,7 +150,7 @@ def test_an_agent_that_calls_itself_without_end_is_stopped_by_depth() -> None:
         def flow(self, task: str, ctx: Context) -> str:
             return ctx.do(Loop().on(task))
 
-    with pytest.raises(RunFailed, match="5 agents deep, and the limit is 4"):
+    with pytest.raises(RunFailedError, match="5 agents deep, and the limit is 4"):
         FakeMesh(Crew(Loop(), limits=Limits(depth=4))).run("x")
 
 

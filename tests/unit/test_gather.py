@@ -10,7 +10,7 @@ from agentmesh import (
     Context,
     Crew,
     QuorumMissed,
-    RunFailed,
+    RunFailedError,
     Sleep,
     StepError,
     tool,
@@ -41,7 +41,7 @@ def test_gather_gives_values_in_the_order_asked() -> None:
 
 
 def test_gather_raises_the_first_error() -> None:
-    with pytest.raises(RunFailed, match="3 is odd"):
+    with pytest.raises(RunFailedError, match="3 is odd"):
         FakeMesh(gathering()()).run([2, 3, 4])
 
 
@@ -52,9 +52,9 @@ def test_gather_with_errors_waits_for_all() -> None:
 
 def test_gather_with_need() -> None:
     assert FakeMesh(gathering(need=0.5)()).run([1, 2, 3, 4]) == [2, 4]
-    with pytest.raises(RunFailed, match="1 of 3 members succeeded, 2 were needed"):
+    with pytest.raises(RunFailedError, match="1 of 3 members succeeded, 2 were needed"):
         FakeMesh(gathering(need=2)()).run([1, 2, 3])
-    with pytest.raises(RunFailed, match=r"gather\(need=4\) of 3 steps"):
+    with pytest.raises(RunFailedError, match=r"gather\(need=4\) of 3 steps"):
         FakeMesh(gathering(need=4)()).run([1, 2, 3])
 
 
@@ -69,7 +69,7 @@ def test_gather_with_a_deadline_keeps_what_is_there() -> None:
             return ctx.gather([Late().on(s) for s in task], deadline_s=10)
 
     assert FakeMesh(Crew(Lead(), Late())).run([1, 5, 600]) == [1, 5]
-    with pytest.raises(RunFailed, match="before the deadline"):
+    with pytest.raises(RunFailedError, match="before the deadline"):
         FakeMesh(Crew(Lead(), Late())).run([60, 600])
 
 

@@ -14,7 +14,7 @@ from agentmesh.errors import ConfigError, ModelError, ModelRefused
 from agentmesh.message import ToolCall, Usage, user
 from agentmesh.model import Answer, Prompt, RetryLater
 from agentmesh.models.http import HttpModel
-from agentmesh.models.openai_format import SseParser, error_text, retry_after_s
+from agentmesh.models.openai_format import SseParser, retry_after_s, server_reason
 from agentmesh.testing import FakeOpenAI, Fault, says, uses
 
 HI = Prompt("m", [user("hi")])
@@ -241,4 +241,4 @@ def test_what_retry_after_may_say(header: str | None, seconds: float | None) -> 
     ],
 )  # fmt: skip
 def test_what_servers_say(text: str, said: str) -> None:
-    assert error_text(text) == said
+    assert server_reason(text) == said

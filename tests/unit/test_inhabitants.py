@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Crew, RunFailed, TryAgain
+from agentmesh import Crew, RunFailedError, TryAgain
 from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeMesh, ScriptedModel, says
 from agentmesh_agents import Note, Reader, Writer
@@ -95,5 +95,5 @@ def test_the_demo_cites_every_file(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_demo_says_when_there_is_nothing_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunFailed, match="set BRIEFING_FOLDER to a folder that has some"):
+    with pytest.raises(RunFailedError, match="set BRIEFING_FOLDER to a folder that has some"):
         briefing(tmp_path, monkeypatch, [])

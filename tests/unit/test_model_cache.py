@@ -9,7 +9,7 @@ import pytest
 from agentmesh.cli.models import remove_model
 from agentmesh.errors import ConfigError
 from agentmesh.hub import cache
-from agentmesh.hub.cache import build_model_folder, installed, model_folder
+from agentmesh.hub.cache import build_model_folder, installed_models, model_folder
 from agentmesh.hub.pull import pull, remove_cached
 
 pytestmark = pytest.mark.usefixtures("models_elsewhere")
@@ -34,7 +34,7 @@ def test_removing_takes_the_model_and_what_is_left_of_pulls(
         assert mapped[:] == web.weights
     assert json.loads(capsys.readouterr().out)["bytes"] > len(web.weights)
     assert [f.name for f in folder.parent.iterdir()] == [".org--tiny-chat-abcdefgh"]
-    assert installed() == []
+    assert installed_models() == []
     with pytest.raises(ConfigError, match="the cache has no model 'org/tiny'. Did you mean 'org/tiny-chat'?"):
         remove_cached("org/tiny")
     assert remove_cached("org/tiny-chat") > 0  # which never came to be whole
@@ -60,4 +60,4 @@ def test_of_two_builders_the_first_stays() -> None:
         (slow / "who").write_text("slow")
         (fast / "who").write_text("fast")
     assert (model_folder("org/tiny") / "who").read_text() == "fast"
-    assert [m.source for m in installed()] == ["fast"]
+    assert [m.source for m in installed_models()] == ["fast"]

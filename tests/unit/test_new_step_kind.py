@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from agentmesh import Agent, Context, Crew, RunFailed, StepError, ToolContext, TryAgain
+from agentmesh import Agent, Context, Crew, RunFailedError, StepError, ToolContext, TryAgain
 from agentmesh.cli.run_view import describe_event
 from agentmesh.definitions.step import Lane, Step, StepPolicy
 from agentmesh.journal.events import StepDone, StepPlanned, StepRetried
@@ -144,7 +144,7 @@ def test_its_function_fails_as_a_tool_does() -> None:
     mesh = FakeMesh(crew)
     run = mesh.start("7", run_id="r")
     run.resolve(run.waiting_for()[0], "done", value={"by": "ana"})
-    with pytest.raises(RunFailed, match="Fetch `left` raised OSError: b does not answer"):
+    with pytest.raises(RunFailedError, match="Fetch `left` raised OSError: b does not answer"):
         run.result()
     assert FETCHED == {"a": 1, "b": 3, "c": 1}  # two retries
     assert sum(isinstance(e, StepRetried) for e in run.events()) == 2
@@ -166,7 +166,7 @@ def test_a_signal_that_failed_is_asked_for_again_in_a_retry() -> None:
     mesh = FakeMesh(crew)
     run = mesh.start("7", run_id="r")
     run.resolve(run.waiting_for()[0], "failed", by="ana")
-    with pytest.raises(RunFailed, match="step 2, paid: ana reported that it failed"):
+    with pytest.raises(RunFailedError, match="step 2, paid: ana reported that it failed"):
         run.result()
     again = run.retry()
     (item,) = again.waiting_for()
@@ -200,7 +200,7 @@ def test_what_a_person_ends_waits_for_approval_unless_it_says_for_what() -> None
             return ctx.do(Nod("n"))
 
     run = FakeMesh(Asks()).start("x")
-    (item,) = run.waiting_for
+    (item,) = run.waiting_for()
     assert item.why == "approve"
     run.approve(item)
     assert run.result() == "approved"
@@ -247,5 +247,5 @@ def test_what_a_kind_does_not_say_is_an_error_that_names_it() -> None:
         def flow(self, task: str, ctx: Context) -> str:
             return ctx.do(Bare("b"))
 
-    with pytest.raises(RunFailed, match=r"Bare\.bind: a step of lane 'queued' says what a worker calls"):
+    with pytest.raises(RunFailedError, match=r"Bare\.bind: a step of lane 'queued' says what a worker calls"):
         FakeMesh(Asks()).run("x")

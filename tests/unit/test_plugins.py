@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Agent, ConfigError, Crew, DefinitionError, Queue, plugins
+from agentmesh import Agent, ConfigError, Crew, DefinitionError, DeviceQueue, Queue, plugins
 from agentmesh.cli.run_view import describe_event
 from agentmesh.definitions.step import Ask
 from agentmesh.engine.executor import Attempt, LocalExecutor
@@ -84,7 +84,7 @@ def test_an_unknown_name_lists_what_there_is(install: Install) -> None:
     assert unknown.value.message == "unknown model provider 'ecco'"
     assert unknown.value.hint.startswith("use one of: echo, local, openai. Did you mean 'echo'?")
     with pytest.raises(ConfigError, match="unknown journal scheme 'postgres'; use one of: redis, redis.socket, rediss"):
-        plugins.load("journals", "postgres")
+        plugins.load_plugin("journals", "postgres")
 
 
 def test_a_package_that_cannot_be_imported_breaks_no_other(install: Install) -> None:
@@ -98,20 +98,20 @@ def test_a_package_that_cannot_be_imported_breaks_no_other(install: Install) -> 
     )
     assert broken.value.hint == "correct 'broken_model:Broken', or uninstall the package"
     with pytest.raises(ConfigError, match="AttributeError: module 'echo_model' has no attribute 'Gone'"):
-        plugins.load("models", "gone")
+        plugins.load_plugin("models", "gone")
     assert ModelRegistry()("echo:any")[1] == "any"
     assert "broken" in plugins.names("models")
 
 
 def test_a_name_of_ours_is_not_taken_over(install: Install, caplog: pytest.LogCaptureFixture) -> None:
     install("evil-model", models={"openai": "evil_model:Evil"})
-    assert plugins.load("models", "openai").__module__ == "agentmesh.models.http"
+    assert plugins.load_plugin("models", "openai").__module__ == "agentmesh.models.http"
     with caplog.at_level(logging.WARNING, "agentmesh.plugins"):
         plugins.names("models")
     assert caplog.messages == [
         "the model provider 'openai' of package evil-model 0.1 is not used: agentmesh has one of this name"
     ]
-    assert [plugins.package_of(entry) for entry in plugins.installed("models")] == ["evil-model 0.1"]
+    assert [plugins.package_of(entry) for entry in plugins.installed_plugins("models")] == ["evil-model 0.1"]
 
 
 def test_two_packages_of_one_name_are_both_named(install: Install) -> None:
@@ -120,8 +120,8 @@ def test_two_packages_of_one_name_are_both_named(install: Install) -> None:
     with pytest.raises(
         ConfigError, match=r"several packages declare the model provider 'echo': echo-.* 0.1, echo-.* 0.1"
     ):
-        plugins.load("models", "echo")
-    assert plugins.load("models", "odd").__name__ == "Odd"
+        plugins.load_plugin("models", "echo")
+    assert plugins.load_plugin("models", "odd").__name__ == "Odd"
 
 
 def test_a_constructor_that_raises_is_told(install: Install) -> None:
@@ -144,8 +144,8 @@ def test_packages_are_looked_through_only_for_a_name_that_is_not_ours() -> None:
         "def refuse(**how): raise AssertionError(how)\n"
         "m.entry_points = refuse\n"
         "from agentmesh import plugins\n"
-        "assert plugins.load('models', 'openai').__name__ == 'HttpModel'\n"
-        "assert plugins.load('journals', 'redis').__name__ == 'RedisJournal'\n"
+        "assert plugins.load_plugin('models', 'openai').__name__ == 'HttpModel'\n"
+        "assert plugins.load_plugin('journals', 'redis').__name__ == 'RedisJournal'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -154,7 +154,7 @@ def test_ours_without_its_extra_says_which() -> None:
     code = (
         "import sys\nsys.modules['torch'] = None\n"
         "from agentmesh import ExtraMissing, plugins\n"
-        "try: plugins.load('models', 'local')\n"
+        "try: plugins.load_plugin('models', 'local')\n"
         "except ExtraMissing as e: print(e)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -211,12 +211,12 @@ def test_an_object_is_called_by_its_name_everywhere(model: Any, name: str, caplo
 
 
 def test_a_queue_takes_the_steps_of_its_model() -> None:
-    queues = [Queue("main"), Queue("slow", model="echo:any", rate="5/s"), Queue("gpu", model="local:tiny")]
+    queues = [Queue("main"), Queue("slow", model="echo:any", rate="5/s"), DeviceQueue("gpu", model="local:tiny")]
     crew = Crew(Parrot(), model="echo:any", queues=queues)
     assert crew.queues.of(Ask("Parrot", "")) == "slow"
     assert crew.queues.of(Ask("Parrot", "echo:other")) == "main"
     assert crew.queues.of(Ask("Parrot", "local:tiny")) == "gpu"
-    assert crew.queues.of_pool("device") == ["gpu"]
-    assert not crew.queues["slow"].on_device
-    with pytest.raises(DefinitionError, match="lane='low' is between queues of one model"):
+    assert crew.queues.served_by("device") == ["gpu"]
+    assert crew.queues["slow"].worker_kind == "asyncio"
+    with pytest.raises(DefinitionError, match="Queue has no parameter `lane`"):
         Queue("slow", model="echo:any", lane="low")

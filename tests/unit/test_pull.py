@@ -13,7 +13,7 @@ import pytest
 
 from agentmesh.errors import ConfigError, ServiceDown
 from agentmesh.hub import cache
-from agentmesh.hub.cache import installed, is_installed, model_folder
+from agentmesh.hub.cache import installed_models, is_installed, model_folder
 from agentmesh.hub.download import download
 from agentmesh.hub.pull import pull, remove_cached
 
@@ -37,7 +37,7 @@ def test_a_model_comes_from_the_hub_without_pickles_and_code(monkeypatch: pytest
         before = len(hub.call_from_json)
         assert pull("org/tiny") == folder
         assert len(hub.call_from_json) == before
-    (only,) = installed()
+    (only,) = installed_models()
     assert (only.name, only.source) == ("org/tiny", f"{hub.url} c0ffee")
     assert only.bytes > len(web.weights)
 
@@ -51,7 +51,7 @@ def test_a_broken_off_pull_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch,
         with pytest.raises(ServiceDown, match="broke off at 1000 of 102400 bytes"):
             pull("org/tiny")
         assert not is_installed("org/tiny")
-        assert installed() == []
+        assert installed_models() == []
         folder = pull("org/tiny")
     assert [r for p, r, _ in hub.call_from_json if p == path] == ["", "bytes=1000-"]
     assert (folder / "model.safetensors").read_bytes() == web.weights
@@ -254,7 +254,7 @@ def test_an_encoder_comes_with_what_says_how_its_vectors_are_made(monkeypatch: p
         folder = pull("org/tiny")
     for name, content in said.items():
         assert (folder / name).read_bytes() == content
-    (only,) = installed()
+    (only,) = installed_models()
     assert only.bytes > len(web.weights) + sum(map(len, said.values()))
     assert remove_cached("org/tiny") >= only.bytes
 

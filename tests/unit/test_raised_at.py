@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agentmesh import Agent, Context, RunFailed
+from agentmesh import Agent, Context, RunFailedError
 from agentmesh.errors import raised_at
 from agentmesh.journal.events import RunFailed as Failed
 from agentmesh.testing import FakeMesh
@@ -43,12 +43,12 @@ class Lead(Agent[int]):
 def test_the_line_is_told(task: str, said: str, line: str) -> None:
     place = rf"{said} \({HERE.name}:{line_of(line)}\)$"
     run = FakeMesh(Buyer()).start(task)
-    with pytest.raises(RunFailed, match=f"^run r1 failed: {place}"):
+    with pytest.raises(RunFailedError, match=f"^run r1 failed: {place}"):
         run.result()
     end = run.events()[-1]
     assert isinstance(end, Failed)
     assert end.error["at"] == f"{HERE.name}:{line_of(line)}"
-    with pytest.raises(RunFailed, match=f"`Buyer` failed: {place}"):
+    with pytest.raises(RunFailedError, match=f"`Buyer` failed: {place}"):
         FakeMesh(Lead()).run(task)
 
 

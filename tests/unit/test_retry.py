@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Agent, Approve, Context, Crew, RunError, RunFailed, Sleep, StepError, ToolContext, tool
+from agentmesh import Agent, Approve, Context, Crew, RunError, RunFailedError, Sleep, StepError, ToolContext, tool
 from agentmesh.journal.events import Event, RunStarted
 from agentmesh.testing import FakeMesh, says
 
@@ -46,7 +46,7 @@ def test_only_the_failed_step_is_done_again() -> None:
     BROKEN.add("three")
     mesh = FakeMesh(Line(), start_ms=1_000)
     run = mesh.start("x", run_id="r")
-    with pytest.raises(RunFailed, match="three is broken"):
+    with pytest.raises(RunFailedError, match="three is broken"):
         run.result()
     mesh.runner.now_ms += 60_000
     again = run.retry()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import Agent, Context, Crew, RunFailed, tool
+from agentmesh import Agent, Context, Crew, RunFailedError, tool
 from agentmesh.engine.run import Run
 from agentmesh.journal import events
 from agentmesh.journal.codec import decode_event, encode_event
@@ -60,7 +60,7 @@ def test_a_new_field_goes_to_children_and_retries(monkeypatch: pytest.MonkeyPatc
     spec = RunStarted(crew=mesh.runner.crew.name, agent="Outer", task="x", tenant="acme", note="once", spent=3)
     asyncio.run(mesh.runner.begin(NewRun("r", spec, mesh.runner.dispatch.advance("r", "Outer", ""))))
     run = mesh.get("r")
-    with pytest.raises(RunFailed):
+    with pytest.raises(RunFailedError):
         run.result()
     assert (started(run).tenant, started(run).note, started(run).spent) == ("acme", "once", 3)
     child = mesh.get("r/1")

@@ -9,7 +9,7 @@ import pytest
 from agentmesh import Agent, Crew
 from agentmesh.definitions.crew import models_of
 from agentmesh.definitions.passthrough import ModelRequest, Passthrough
-from agentmesh.errors import ConfigError, NameTaken, RunFailed, ServiceDown
+from agentmesh.errors import ConfigError, NameTaken, RunFailedError, ServiceDown
 from agentmesh.journal.events import StepDone
 from agentmesh.message import Message, ToolCall, Usage
 from agentmesh.model import Answer
@@ -117,7 +117,7 @@ def test_an_answer_in_their_words() -> None:
 
 
 def test_errors_and_whether_to_ask_again() -> None:
-    late = api_error_of(RunFailed("late", cause="StepTimeout"))
+    late = api_error_of(RunFailedError("late", cause="StepTimeout"))
     assert (late.status, late.headers) == (504, {"x-should-retry": "false"})
     away = api_error_of(ServiceDown("away"))
     assert (away.status, away.headers, away.to_json()["error"]["type"]) == (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from agentmesh import Agent, Context, RunFailed, Tool, ToolContext, ToolSignatureError
+from agentmesh import Agent, Context, RunFailedError, Tool, ToolContext, ToolSignatureError
 from agentmesh.journal.events import StepDone, StepPlanned
 from agentmesh.testing import FakeMesh, says, uses
 
@@ -162,7 +162,7 @@ def test_nothing_that_a_schema_refers_to_is_fetched() -> None:
         def flow(self, task: str, ctx: Context) -> str:
             return str(ctx.do(tool.on(a=1)))
 
-    with pytest.raises(RunFailed, match="which it does not hold"):
+    with pytest.raises(RunFailedError, match="which it does not hold"):
         FakeMesh(Desk()).run("x")
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from agentmesh import Tool, tool
 from agentmesh.rag.search import Passage
 from agentmesh.retriever import Retriever
-from agentmesh_tools.sentences import MAX_BYTES, one_line, pieces
+from agentmesh_tools.sentences import MAX_BYTES, one_line, spans
 
 WORD = re.compile(r"[^\W_]{2,}")
 MIN_BYTES = 20  # of a sentence that can be quoted; in bytes, since a Chinese sentence has few characters
@@ -106,7 +106,7 @@ def _asks(text: str, question: str) -> bool:
 
 def quotable(passage: Passage) -> Iterator[tuple[Quote, bool]]:
     """The parts of a passage that can be quoted, each with whether it is a sentence, not a row or a line of code."""
-    for piece in pieces(passage.text, source=passage.source, torn=passage.start > 0):
+    for piece in spans(passage.text, source=passage.source, torn=passage.start > 0):
         text = passage.text[piece.start : piece.end]
         if MIN_BYTES <= len(text.encode()) <= MAX_BYTES and words(text):
             start = passage.start + piece.start

@@ -36,7 +36,7 @@ class Span:
     prose: bool = True
 
 
-def pieces(text: str, *, source: str = "", torn: bool = False) -> Iterator[Span]:
+def spans(text: str, *, source: str = "", torn: bool = False) -> Iterator[Span]:
     """The sentences and other lines of a passage, in their order, without their marks of Markdown.
 
     The wrapped lines of a paragraph belong together. A blank line, a list item, a heading, a row or a fence ends it.

@@ -58,7 +58,7 @@ def _make_embedder(name: str) -> Embedder:
     provider, _, rest = name.partition(":")
     options = {"device": "cpu"} if provider == "local" and _single_process else {}
     hint = "Write 'wordllama', 'local:NAME', 'openai:NAME' or a server's URL."
-    made: Embedder = plugins.make("embedders", provider, rest, hint=hint, **options)
+    made: Embedder = plugins.make_plugin("embedders", provider, rest, hint=hint, **options)
     if not callable(getattr(made, "documents", None)):
         raise ConfigError(
             f"embedder {provider!r} makes a {type(made).__name__}, which has no `documents`",

@@ -119,8 +119,8 @@ def plan_ingest(store: str, request: IngestRequest, how: ChunkOptions, context: 
     )  # fmt: skip
 
 
-@tool(queue="embed")
-def check_embedder(store: str, embedder: str) -> Refusal | None:
+@tool(queue="embed", name="check_embedder")  # its name in journals
+def compare_embedder(store: str, embedder: str) -> Refusal | None:
     """Why the store refuses this embedder; None when it accepts it."""
     try:
         store_of(store, embedder_for(store, embedder).identity).version  # noqa: B018  # reading the store compares the two

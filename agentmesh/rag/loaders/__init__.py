@@ -70,7 +70,7 @@ BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs
         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 
 
-def load(path: str | Path, *, encoding: str = "utf-8", max_bytes: int = MAX_FILE_BYTES) -> Document:
+def load_document(path: str | Path, *, encoding: str = "utf-8", max_bytes: int = MAX_FILE_BYTES) -> Document:
     """A file as text with its headings.
 
     Args:
@@ -125,7 +125,7 @@ def parse(data: bytes, name: str, *, encoding: str = "utf-8") -> Document:
         ConfigError: the loader of a plugin cannot be imported.
     """
     kind = _loader_name(name) or "txt"
-    read: Loader = plugins.load("loaders", kind)
+    read: Loader = plugins.load_plugin("loaders", kind)
     try:
         document = read(data, name, encoding)
     except DocumentError as e:
