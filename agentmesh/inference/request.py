@@ -95,7 +95,7 @@ class Room:
         if request.size > self.longest:
             limit = "the model's context" if self.longest == self.context_tokens else "the cache of this process"
             raise ContextTooLong(
-                f"the prompt has {len(request.tokens)} tokens and asks for {request.most_tokens} more; "
+                f"the prompt has {len(request.tokens)} tokens and asks for {request.most_tokens} more, and "
                 f"{limit} takes {self.longest} together",
                 hint="send less, or lower max_tokens",
             )
