@@ -64,7 +64,7 @@ def download(
         if not (resumed and may_restart):  # else the old part may have been of another file: restart once
             expected = f"{sha256[:12]}…" if sha256 else f"git's name {blob[:12]}…"
             raise ConfigError(
-                f"{target.name} has sha256 {digest[:12]}… and should have {expected}: it was changed or truncated in transit",
+                f"{target.name} has sha256 {digest[:12]}… and should have {expected}, so it was changed or truncated in transit",
                 hint="pull it again",
             )
     raise AssertionError("unreachable")

@@ -99,10 +99,10 @@ class HealthServer:
     """
 
     def __init__(self, at: tuple[str, int], *, page: "WSGIApplication", health: Callable[[], Health]) -> None:
-        def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-            path = environ["PATH_INFO"].rstrip("/")
+        def answer(request: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+            path = request["PATH_INFO"].rstrip("/")
             if path == "/metrics":
-                return page(environ, start_response)
+                return page(request, start_response)
             status, kind, body = _answer(path, health)
             start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
             return [body]

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PATH = re.compile(r"`((?:[\w.]+/)+[\w.]+\.(?:py|lua|md|toml))`")
-ROOTS = ["", "agentmesh", "agents", "tools", "docs"]
+ROOTS = ["", "agentmesh", "agents", "tools", "docs", "docs/examples/plugins"]
 
 
 def test_files_that_the_docs_name_are_there() -> None:

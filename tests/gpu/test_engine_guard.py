@@ -42,7 +42,7 @@ class Fault:
             (5,) * 200,
             900,
             ContextTooLong,
-            r"has 200 tokens and asks for 900 more; the model's context takes 1024 together",
+            r"has 200 tokens and asks for 900 more, and the model's context takes 1024 together",
         ),
         ((), 4, ModelError, "a request of 0 tokens that asks for 4 more is empty"),
         ((5,), 0, ModelError, "a request of 1 tokens that asks for 0 more is empty"),

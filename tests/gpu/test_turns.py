@@ -290,5 +290,5 @@ def test_an_engine_leaves_the_memory_that_a_batch_needs(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * batching.GIB))
     assert batching._share("cuda", 0.85, 0) == 0.85
     assert batching._share("cuda", 0.8, 2 * batching.GIB) == pytest.approx(0.64)  # of 10: 0.8 of the 8 that are left
-    with pytest.raises(MemoryError, match=r"10.0 GiB are free, and the encoder needs 12.0 of them"):
+    with pytest.raises(MemoryError, match=r"10.0 GiB of the GPU are free, and the encoder needs 12.0 GiB of them"):
         batching._share("cuda", 0.85, 12 * batching.GIB)
