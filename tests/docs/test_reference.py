@@ -14,6 +14,7 @@ DOCS = ROOT / "docs"
 FACES = [
     "agentmesh",
     "agentmesh.testing",
+    "agentmesh.testing.contracts",
     "agentmesh.langchain",
     "agentmesh.rag.store",
     "agentmesh_agents",
