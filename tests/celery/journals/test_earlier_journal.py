@@ -65,10 +65,15 @@ def _write(client: Any, key: str, held: dict[str, Any], *, with_messages: bool) 
     elif "set" in held:
         client.sadd(key, *held["set"])
     elif "zset" in held:
-        now_ms = time.time() * 1000  # ended runs would be past their retention by now
-        client.zadd(key, {member: now_ms if key.endswith(":forget") else score for member, score in held["zset"]})
+        client.zadd(key, {member: _score(key, member, score) for member, score in held["zset"]})
     elif not key.startswith("agentmesh.") or with_messages:
         client.rpush(key, *held["list"])
+
+
+def _score(key: str, member: str, score: float) -> float:
+    """As it was, but an ended run is not past its retention by now, nor an open gather past its deadline."""
+    now_ms = time.time() * 1000
+    return now_ms if key.endswith(":forget") else now_ms + 3_600_000 if member.startswith("g|") else score
 
 
 def test_every_open_run_goes_on(mesh: Mesh, eventually: Callable[..., None]) -> None:
