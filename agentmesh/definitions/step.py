@@ -39,6 +39,9 @@ class StepPolicy(NamedTuple):
     due_in_s: float = 0
 
 
+DEFAULT_POLICY = StepPolicy()
+
+
 @dataclass(frozen=True)
 class Step(Generic[T_co]):
     """One unit of work to be journaled; it is done when it is given to a Context, not when it is made.
@@ -65,7 +68,7 @@ class Step(Generic[T_co]):
 
     def policy(self) -> StepPolicy:
         """How it is planned and executed."""
-        return StepPolicy()
+        return DEFAULT_POLICY
 
     def digest(self) -> str:
         """A fingerprint of what must not change while a run is open."""
@@ -123,7 +126,7 @@ class Ask(Step[Message]):
 
     def policy(self) -> StepPolicy:
         """The agent's."""
-        return StepPolicy(queue=self.queue, timeout_s=self.timeout_s, retries=self.retries)
+        return StepPolicy(self.queue, self.timeout_s, self.retries)
 
     def decode(self, value: Any) -> Message:
         """The message."""
@@ -146,12 +149,8 @@ class Call(Step[T_co]):
 
     def policy(self) -> StepPolicy:
         """The tool's."""
-        tool = self.tool
-        return StepPolicy(
-            queue=tool.queue, timeout_s=tool.timeout_s, retries=tool.retries, reconcile=tool.reconcile,
-            at_most_once=tool.delivery == "at_most_once", max_output_bytes=tool.max_output_bytes,
-            held="approve" if tool.approve else "",
-        )  # fmt: skip
+        policy: StepPolicy = self.tool.policy
+        return policy
 
     def digest(self) -> str:
         """Name and arguments."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from typing_extensions import Unpack
 
 from agentmesh.definitions.parameters import FunctionParameters, Parameters, read_docstring
-from agentmesh.definitions.step import Call, ToolContext
+from agentmesh.definitions.step import Call, StepPolicy, ToolContext
 from agentmesh.errors import DefinitionError, ToolSignatureError
 from agentmesh.message import ToolSpec
 from agentmesh.schema import explain
@@ -64,6 +64,15 @@ class Tool(Generic[P, R_co]):
         self.timeout_s, self.retries, self.delivery = timeout_s, retries, delivery
         self.approve, self.queue, self.reconcile = approve, queue, reconcile
         self.max_output_bytes = max_output_bytes
+        self.policy = StepPolicy(  # once a tool: each of its steps is asked for it at every replay
+            queue,
+            timeout_s,
+            retries,
+            delivery == "at_most_once",
+            reconcile,
+            max_output_bytes,
+            "approve" if approve else "",
+        )
         self.__doc__, self.__name__ = func.__doc__, self.name
         self.__module__ = func.__module__
         self._check()

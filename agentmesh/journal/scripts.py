@@ -4,7 +4,6 @@ import hashlib
 from functools import cache
 from importlib.resources import files
 
-
 SHARED = ("common", "planning")  # what each verb that writes begins with
 
 
