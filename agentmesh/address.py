@@ -9,6 +9,15 @@ from agentmesh.errors import ConfigError
 OPENAI = "https://api.openai.com/v1"
 
 
+def is_server_url(url: object) -> bool:
+    """Whether it is an http URL to which a path can be added."""
+    try:
+        parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+    except ValueError:  # of a port that is not a number, or half a bracket around an address
+        return False
+
+
 def server_address(
     base_url: str | None = None, api_key: str | None = None, *, set_by: str = "OPENAI_BASE_URL"
 ) -> tuple[str, str]:
@@ -23,11 +32,10 @@ def server_address(
         ConfigError: OpenAI's own server and no key, or a base URL that is not a URL.
     """
     url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not is_server_url(url):
         raise ConfigError(f"{set_by} is {url!r}, which is not a URL", hint="write it like 'http://localhost:8000/v1'")
     key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
-    if not key and parts.hostname == urlsplit(OPENAI).hostname:
+    if not key and urlsplit(url).hostname == urlsplit(OPENAI).hostname:
         raise ConfigError("OPENAI_API_KEY is not set", hint="set it, or set OPENAI_BASE_URL to a server without keys")
     return url, key
 

@@ -82,6 +82,8 @@ class Agent(Generic[Out_co, In_contra]):
         _check_tools_and_team(cls)
 
     def __init__(self, **fields: Any) -> None:
+        if type(self) is Agent:
+            raise DefinitionError("Agent itself cannot be made", hint="write a subclass: class Poet(Agent)")
         try:
             self.__dict__["_values"] = self._fields(**fields)
         except ValidationError as e:
@@ -207,7 +209,7 @@ class Agent(Generic[Out_co, In_contra]):
                     return member.on(from_json(task, member.task_type))
         except ValidationError as e:
             return f"error: {explain(e)}; call {call.name} again"
-        except (ValueError, TypeError, KeyError, DefinitionError) as e:
+        except (ValueError, TypeError, KeyError, RecursionError, DefinitionError) as e:
             missing = "it needs `task`" if isinstance(e, KeyError) else str(e)
             return f"error: {missing}; call {call.name} again"
         names = ", ".join(s.name for s in self._tool_specs())
@@ -231,7 +233,7 @@ class Agent(Generic[Out_co, In_contra]):
             raise OutputInvalid(
                 f"the answer of `{self.name}` is not a {type_name(self.output)}: {explain(e)}"
             ) from None
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise OutputInvalid(f"the answer of `{self.name}` is not JSON for {type_name(self.output)}: {e}") from None
 
 

@@ -36,6 +36,14 @@ class CrewQueues(dict[str, BaseQueue]):
     """
 
     def __init__(self, crew: str, queues: Sequence[BaseQueue], model: Model | str | None = None) -> None:
+        if not isinstance(queues, list | tuple):
+            raise DefinitionError(f"crew {crew!r}: queues is {queues!r}, not a list", hint="write queues=[…]")
+        for queue in queues:
+            if not isinstance(queue, BaseQueue):
+                name = queue if isinstance(queue, str) else "NAME"
+                raise DefinitionError(
+                    f"crew {crew!r}: queues has {queue!r}, which is not a queue", hint=f"write Queue({name!r})"
+                )
         super().__init__({q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)})
         self._crew, self._model = crew, model
         if len(self) < len(queues):

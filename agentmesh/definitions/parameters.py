@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, get_type_hints
 
 from docstring_parser import parse as parse_docstring
-from pydantic import BaseModel, ConfigDict, Field, PydanticSchemaGenerationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, create_model
 from pydantic.fields import FieldInfo
 
 from agentmesh.errors import ToolSignatureError
@@ -52,6 +52,8 @@ class FunctionParameters:
     """
 
     def __init__(self, func: Callable[..., Any], *, hidden: frozenset[str] = frozenset()) -> None:
+        if not (inspect.isroutine(func) or inspect.isclass(func)):
+            raise _not_a_function(func)
         whole = inspect.signature(func)
         self.signature = whole.replace(parameters=[p for name, p in whole.parameters.items() if name not in hidden])
         hints = get_type_hints(func, include_extras=True)
@@ -61,15 +63,22 @@ class FunctionParameters:
         for name, p in self.signature.parameters.items():
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 raise ToolSignatureError(f"parameter `*{name}` has no fixed form", hint="name each parameter")
+            if name in ("self", "cls") and name not in hints:
+                raise ToolSignatureError(
+                    f"it is a method, whose `{name}` a step does not have",
+                    hint="make a tool of the bound one: tool(object.method)",
+                )
             if name not in hints:
                 raise ToolSignatureError(f"parameter `{name}` has no type", hint=f"write `{name}: str`, or what it is")
+            if name == "model_config":
+                raise ToolSignatureError("parameter `model_config` is not allowed", hint="rename it")
             definitions[name] = (hints[name], _field(p, hints[name], docs.get(name)))
         config = ConfigDict(extra="forbid", arbitrary_types_allowed=False, populate_by_name=True)
         try:
             self.model: type[BaseModel] = create_model(func.__name__, __config__=config, **definitions)
             self.schema = _without_titles(self.model.model_json_schema())
-        except PydanticSchemaGenerationError as e:
-            raise ToolSignatureError(str(e).splitlines()[0]) from None
+        except (PydanticUserError, ValueError) as e:  # the latter for a name that pydantic keeps to itself
+            raise ToolSignatureError(str(e).splitlines()[0], hint="rename the parameter, or change its type") from None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """See Parameters."""
@@ -80,6 +89,18 @@ class FunctionParameters:
         """See Parameters."""
         value = self.model.model_validate_json(json.dumps(arguments))
         return {name: getattr(value, name) for name in type(value).model_fields}
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """The name that a function was defined with.
+
+    Raises:
+        ToolSignatureError: it is another object, such as a partial.
+    """
+    name = getattr(func, "__name__", None)
+    if not isinstance(name, str):
+        raise _not_a_function(func)
+    return name
 
 
 def read_docstring(doc: str) -> tuple[str, dict[str, str]]:
@@ -99,7 +120,13 @@ def read_docstring(doc: str) -> tuple[str, dict[str, str]]:
     return about.strip(), docs
 
 
+def _not_a_function(value: object) -> ToolSignatureError:
+    return ToolSignatureError(f"{value!r} is not a function", hint="wrap it in a `def`")
+
+
 def _field(p: inspect.Parameter, hint: Any, doc: str | None) -> Any:
+    if isinstance(p.default, FieldInfo):  # `city: str = Field(description="…")`
+        return p.default
     default = ... if p.default is p.empty else p.default
     described = any(isinstance(m, FieldInfo) and m.description for m in getattr(hint, "__metadata__", ()))
     return Field(default) if described or not doc else Field(default, description=doc)

@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
+from agentmesh.address import is_server_url
 from agentmesh.errors import DefinitionError
 
+RATE = re.compile(r"([1-9][0-9]{0,8})/([smh])")
 QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 POOLS: tuple[Literal["asyncio", "prefork"], ...] = ("asyncio", "prefork")
 LANES = ("realtime", "high", "low")
@@ -21,6 +23,7 @@ UNAVAILABLE_TIMEOUT_S = 600.0  # a model server that restarts loads its model fi
 UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000}
 # The parameters that were renamed; what a program still writes is answered with the new word.
 RENAMED = {"url": "urls", "away_s": "unavailable_timeout_s", "gpu_memory": "gpu_memory_fraction"}
+NOUNS: dict[Any, tuple[str, Any]] = {str: ("text", str), int: ("a whole number", int), float: ("a number", float | int)}
 EXAMPLES = {"model": "NAME", "urls": ["http://HOST:8000/v1"]}  # for a required parameter that a call leaves out
 
 
@@ -68,6 +71,10 @@ class BaseQueue:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            noun, types = NOUNS.get(f.type, ("", object))
+            if not isinstance(value := getattr(self, f.name), types):
+                raise DefinitionError(f"{self._label}: {f.name}={value!r} is not {noun}", hint=f"write {noun}")
         if not QUEUE_NAME.fullmatch(self.name):
             raise DefinitionError(
                 f"{self._label} must be letters, digits, `_`, `-`, at most 64", hint="use one such as 'web'"
@@ -109,13 +116,14 @@ class BaseQueue:
         """Milliseconds between two steps, and how many may start at once; None without a rate."""
         if not self.rate:
             return None
-        amount, _, unit = self.rate.partition("/")
-        if not amount.isdigit() or int(amount) < 1 or unit not in UNITS_MS:
+        written = RATE.fullmatch(self.rate)
+        if written is None:
             raise DefinitionError(
                 f"{self._label}: rate={self.rate!r} is not a number per `s`, `m` or `h`", hint="write it like '100/m'"
             )
-        gap_ms = max(1, UNITS_MS[unit] // int(amount))
-        return gap_ms, max(1, min(int(amount), 1000 // gap_ms))
+        amount, unit = int(written[1]), written[2]
+        gap_ms = max(1, UNITS_MS[unit] // amount)
+        return gap_ms, max(1, min(amount, 1000 // gap_ms))
 
 
 @dataclass(frozen=True)
@@ -186,19 +194,19 @@ class DeviceQueue(BaseQueue):
     embed: str = ""
 
     def _check(self) -> None:
+        object.__setattr__(self, "model", self.model.removeprefix("local:"))
         if not self.model:
             raise DefinitionError(f"{self._label}: model is empty", hint="name one, such as 'Qwen/Qwen3-8B'")
-        object.__setattr__(self, "model", self.model.removeprefix("local:"))
         if not _may_have_model(DeviceQueue, self.model):
             raise DefinitionError(
                 f"{self._label}: {self.model!r} is not a local model, which the workers of a DeviceQueue load",
                 hint=f"write {_call(Queue, self.name, {'model': self.model})}",
             )
-        if not isinstance(self.devices, str):
+        if isinstance(self.devices, Iterable) and not isinstance(self.devices, str):
             object.__setattr__(self, "devices", tuple(self.devices))
         is_valid = self.devices == "all" or (
-            self.devices and len(set(self.devices)) == len(self.devices)
-            and all(isinstance(d, int) and d >= 0 for d in self.devices)
+            isinstance(self.devices, tuple) and self.devices and all(type(d) is int and d >= 0 for d in self.devices)
+            and len(set(self.devices)) == len(self.devices)
         )  # fmt: skip
         if not is_valid:
             raise DefinitionError(
@@ -266,18 +274,17 @@ class ServerQueue(BaseQueue):
     lane: Lane = "high"
 
     def _check(self) -> None:
-        urls = [self.urls] if isinstance(self.urls, str) else list(self.urls)
+        urls = list(self.urls) if isinstance(self.urls, Iterable) and not isinstance(self.urls, str) else [self.urls]
         for url in urls or [""]:
-            parts = urlsplit(url) if isinstance(url, str) else None
-            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            if not is_server_url(url):
                 raise DefinitionError(
                     f"{self._label}: {url!r} in urls is not the URL of a server",
                     hint="write it like 'http://gpu1:8000/v1'",
                 )
         object.__setattr__(self, "urls", tuple(dict.fromkeys(map(_with_api_path, urls))))
-        if self.unavailable_timeout_s < 0:
+        if not self.unavailable_timeout_s >= 0:  # NaN too
             raise DefinitionError(
-                f"{self._label}: unavailable_timeout_s={self.unavailable_timeout_s} is negative",
+                f"{self._label}: unavailable_timeout_s={self.unavailable_timeout_s} is not a time",
                 hint="write seconds, 0 or more",
             )
         _check_lane(self._label, self.lane)

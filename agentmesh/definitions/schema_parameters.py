@@ -33,9 +33,10 @@ class SchemaParameters:
     """
 
     def __init__(self, schema: Mapping[str, Any], *, returns: Any = Any, closed: bool = False) -> None:
+        if not isinstance(schema, Mapping):
+            raise ToolSignatureError(f"its JSON Schema is a {type(schema).__name__}", hint="give it as a dict")
         self.schema: dict[str, Any] = to_json(dict(schema))
         self.returns, self._closed = returns, closed
-        self.names = frozenset(self.schema.get("properties", ()))
         if self.schema.get("type") != "object":
             raise ToolSignatureError("its JSON Schema is not that of an object", hint='give it "type": "object"')
         validator = validator_for(self.schema, default=Draft202012Validator)
@@ -43,6 +44,7 @@ class SchemaParameters:
             validator.check_schema(self.schema)
         except SchemaError as e:
             raise ToolSignatureError(f"its JSON Schema is not valid at {e.json_path}: {_brief(e.message)}") from None
+        self.names = frozenset(self.schema.get("properties", ())) | frozenset(self.schema.get("required", ()))
         self._validator = validator(self.schema, registry=Registry())
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, Never, ParamSpec, Protocol, TypedDict,
 from pydantic import ValidationError
 from typing_extensions import Unpack
 
-from agentmesh.definitions.parameters import FunctionParameters, Parameters, read_docstring
+from agentmesh.definitions.parameters import FunctionParameters, Parameters, function_name, read_docstring
 from agentmesh.definitions.step import Call, StepPolicy, ToolContext
 from agentmesh.errors import DefinitionError, ToolSignatureError
 from agentmesh.message import ToolSpec
@@ -24,6 +24,7 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 Delivery = Literal["idempotent", "at_most_once"]
 TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+TOO_DEEP = "the arguments are nested too deeply"
 MAX_CACHED_CHARS = 200  # characters of an argument; calls with longer ones are not kept, which bounds the cache's bytes
 
 
@@ -60,7 +61,7 @@ class Tool(Generic[P, R_co]):
         timeout_s: float | None = None, retries: int = 0, delivery: Delivery = "idempotent", approve: bool = False,
         queue: str = "", reconcile: Callable[[str], Any] | None = None, max_output_bytes: int = 1 << 20,
     ) -> None:  # fmt: skip
-        self.func, self.name = func, name or func.__name__
+        self.func, self.name = func, name or function_name(func)
         self.timeout_s, self.retries, self.delivery = timeout_s, retries, delivery
         self.approve, self.queue, self.reconcile = approve, queue, reconcile
         self.max_output_bytes = max_output_bytes
@@ -112,14 +113,16 @@ class Tool(Generic[P, R_co]):
                 f"tool `{self.name}` is at_most_once and has retries={self.retries}: a retry is a second delivery",
                 hint="drop one of the two",
             )
+        if inspect.isasyncgenfunction(self.func):
+            raise ToolSignatureError(f"tool `{self.name}` is an asynchronous generator", hint="return a list")
         if self.retries < 0:
             raise DefinitionError(f"tool `{self.name}`: retries={self.retries} is negative", hint="use 0 or more")
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         value: R_co = self.func(*args, **kwargs)
         return value
 
-    def on(self, *args: P.args, **kwargs: P.kwargs) -> Call[R_co]:
+    def on(self, /, *args: P.args, **kwargs: P.kwargs) -> Call[R_co]:
         """The step that calls this tool, for `ctx.do` and `ctx.gather`.
 
         Raises:
@@ -191,6 +194,11 @@ class Tool(Generic[P, R_co]):
             raise ToolSignatureError(f"tool `{name}`: {e.message}", hint=e.hint) from None
         except TypeError as e:
             raise ToolSignatureError(f"tool `{name}`: {e}") from None
+        if hidden := [p.name for p in takes.values() if p.kind is p.POSITIONAL_ONLY]:
+            raise ToolSignatureError(
+                f"tool `{name}`: its function takes {hidden[0]!r} only by position",
+                hint="remove the `/`, or wrap it in a `def`",
+            )
         if closed and (missing := sorted(parameters.names - takes.keys())):
             raise ToolSignatureError(
                 f"tool `{name}`: its function has no parameter {missing[0]!r}", hint="add it, or take `**arguments`"
@@ -211,7 +219,7 @@ class AsyncTool(Tool[P, R_co]):
     """A tool that is an `async def`: called, it gives a coroutine; its step's value is what that returns."""
 
     # A Tool in everything but its direct call, which only the caller who knows this class makes.
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]:  # type: ignore[override]
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]:  # type: ignore[override]
         coroutine: Coroutine[Any, Any, R_co] = self.func(*args, **kwargs)
         return coroutine
 
@@ -223,6 +231,8 @@ def _make_call(tool: Tool[Any, Any], args: Any, kwargs: Any) -> Call[Any]:
         raise ToolSignatureError(f"tool `{tool.name}`: {explain(e)}") from None
     except (TypeError, ValueError) as e:
         raise ToolSignatureError(f"tool `{tool.name}`: {e}") from None
+    except RecursionError:
+        raise ToolSignatureError(f"tool `{tool.name}`: {TOO_DEEP}") from None
     return Call(tool.name, tool, arguments)
 
 
@@ -253,10 +263,13 @@ _CALLS: SizedCache[tuple[Tool[Any, Any], str], Call[Any]] = SizedCache("parsed_c
 
 
 def _parse_call(tool: Tool[Any, Any], arguments: str) -> Call[Any]:
-    parsed = json.loads(arguments or "{}")
-    if not isinstance(parsed, dict):
-        raise ValueError(f"the arguments are {type(parsed).__name__}, not an object")
-    tool.parameters.parse(parsed)
+    try:
+        parsed = json.loads(arguments or "{}")
+        if not isinstance(parsed, dict):
+            raise ValueError(f"the arguments are {type(parsed).__name__}, not an object")
+        tool.parameters.parse(parsed)
+    except RecursionError:  # in Python 3.11 after about 900 levels
+        raise ValueError(TOO_DEEP) from None
     return Call(tool.name, tool, parsed)
 
 

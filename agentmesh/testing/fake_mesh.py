@@ -200,6 +200,7 @@ class FakeMesh:
         """The newest root runs."""
         return _run_here(self.aio.runs(limit=limit))
 
+    @waits("mesh")
     def check(self) -> None:
         """Nothing: there are no servers."""
 

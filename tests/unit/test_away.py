@@ -70,5 +70,5 @@ def test_a_queue_may_have_it_wait_for_nothing() -> None:
 def test_waiting_for_servers_wants_servers() -> None:
     with pytest.raises(DefinitionError, match=r"write ServerQueue\('gpu', urls=\[.*\], unavailable_timeout_s=5\)"):
         Queue("gpu", unavailable_timeout_s=5)  # type: ignore[call-arg]  # the mistake
-    with pytest.raises(DefinitionError, match="unavailable_timeout_s=-1 is negative; write seconds"):
+    with pytest.raises(DefinitionError, match="unavailable_timeout_s=-1 is not a time; write seconds"):
         ServerQueue("gpu", urls=URL, unavailable_timeout_s=-1)

@@ -1,6 +1,8 @@
 """Bad input gets a sentence that names the value and the mend; nothing half-made is left behind."""
 
 import pickle
+from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from agentmesh.runtime.crew_file import load_crew
 
 
 def test_agents() -> None:
+    with pytest.raises(DefinitionError, match="Agent itself cannot be made; write a subclass"):
+        Agent()
     with pytest.raises(DefinitionError, match=r"`Boss`: team has the class Worker; write `Worker\(\)`"):
 
         class Worker(Agent):
@@ -100,11 +104,36 @@ def test_tools() -> None:
         def h(*x: int) -> int:
             return 1
 
+    with pytest.raises(ToolSignatureError, match="tool `stream` is an asynchronous generator; return a list"):
+
+        @tool
+        async def stream(x: int) -> AsyncIterator[int]:
+            yield x
+
     with pytest.raises(DefinitionError, match="is at_most_once and has retries=2"):
 
         @tool(delivery="at_most_once", retries=2)
         def pay() -> str:
             return ""
+
+    class Desk:
+        def read(self, x: int) -> int:
+            return x
+
+        def __call__(self, x: int) -> int:
+            return x
+
+    with pytest.raises(ToolSignatureError, match="tool `read`: it is a method, .*; make a tool of the bound one"):
+        tool(Desk.read)
+    assert tool(Desk().read).on(1).arguments == {"x": 1}
+    for other in (Desk(), partial(Desk().read, 1), "read"):
+        with pytest.raises(ToolSignatureError, match="is not a function; wrap it in a `def`"):
+            tool(other)  # type: ignore[call-overload]  # one of them is the mistake
+    for name in ("model_config", "_x", "model_dump"):
+        space: dict[str, Any] = {}
+        exec(f"def f({name}: int) -> int: return 1", space)
+        with pytest.raises(ToolSignatureError, match="tool `f`: .*; rename "):
+            tool(space["f"])
 
     @tool
     def ok(n: int) -> int:

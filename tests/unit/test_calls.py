@@ -22,7 +22,7 @@ from agentmesh import (
     tool,
 )
 from agentmesh.journal.events import StepDone, StepPlanned, StepRetried
-from agentmesh.testing import FakeMesh, says, uses
+from agentmesh.testing import FakeMesh, Reply, says, uses
 
 
 class Echo(Agent):
@@ -63,6 +63,24 @@ def test_what_a_model_calls_wrongly_is_said_to_it_without_a_step() -> None:
     assert told[0] == "error: unknown tool 'plus'; use one of: add"
     assert told[1].startswith("error: a: Input should be a valid integer")
     assert [e.kind for e in handle.events() if isinstance(e, StepPlanned)] == ["Ask", "Ask", "Ask"]
+
+
+def test_arguments_nested_too_deeply_are_the_models_own_mistake() -> None:
+    @tool
+    def keep(value: list[Any]) -> int:
+        return len(value)
+
+    class A(Agent):
+        tools = (keep,)
+        team = (Echo(),)
+
+    calls = Reply("", tuple((name, '{"value": ' + "[" * 100_000) for name in ("keep", "Echo")))
+    handle = FakeMesh(A(), model=[calls, says("sorry")]).start("x")
+    assert handle.result() == "sorry"
+    told = [m.text for m in handle.messages() if m.role == "tool"]
+    assert told[0] == "error: the arguments are nested too deeply; call keep again"
+    assert told[1].startswith("error: ")
+    assert told[1].endswith("; call Echo again")
 
 
 def test_a_team_member_is_a_tool() -> None:

@@ -11,6 +11,11 @@ from agentmesh import Agent, Crew, DefinitionError, DeviceQueue, Queue, ServerQu
 from agentmesh.definitions.queue import BaseQueue
 from agentmesh.definitions.step import Ask
 
+
+class Plain(Agent):
+    """Names no queue."""
+
+
 A, B = "http://a:1/v1", "http://b:1/v1"
 
 
@@ -63,6 +68,26 @@ def test_a_parameter_that_no_class_has() -> None:
         (lambda: Queue("a", concurrency=-1), "concurrency=-1 is negative; write 0"),
         (lambda: Queue("a", pool="threads"), "unknown pool 'threads'; use one of: asyncio, prefork"),
         (lambda: DeviceQueue("a", model=""), "model is empty; name one"),
+        (lambda: DeviceQueue("a", model="local:"), "model is empty; name one"),
+        (lambda: DeviceQueue("a", model="m", devices=0), "devices=0 is not a list of different GPU numbers"),  # type: ignore[arg-type]
+        (lambda: DeviceQueue("a", model="m", devices=[True]), "devices=.True,. is not a list of different GPU numbers"),
+        (lambda: DeviceQueue("a", model="m", gpu_memory_fraction="1"), "gpu_memory_fraction='1' is not a number"),  # type: ignore[arg-type]
+        (lambda: DeviceQueue("a", model=None), "queue 'a': model=None is not text; write text"),  # type: ignore[arg-type]
+        (lambda: Queue(5), "queue 5: name=5 is not text; write text"),  # type: ignore[arg-type]
+        (lambda: Queue("a", concurrency=1.5), "concurrency=1.5 is not a whole number"),  # type: ignore[arg-type]
+        (lambda: Queue("a", rate=5), "rate=5 is not text"),  # type: ignore[arg-type]
+        (lambda: Queue("a", rate="²/s"), "rate='²/s' is not a number per"),
+        (lambda: Queue("a", rate="9" * 5000 + "/s"), "is not a number per"),
+        (lambda: ServerQueue("a", urls="http://h:x"), "'http://h:x' in urls is not the URL of a server"),
+        (lambda: ServerQueue("a", urls="http://[::1"), "is not the URL of a server"),
+        (lambda: ServerQueue("a", urls="http://h?x=1"), "is not the URL of a server"),
+        (lambda: ServerQueue("a", urls=None), "None in urls is not the URL of a server"),  # type: ignore[arg-type]
+        (
+            lambda: ServerQueue("a", urls=A, unavailable_timeout_s=float("nan")),
+            "unavailable_timeout_s=nan is not a time",
+        ),
+        (lambda: Crew(Plain(), queues=Queue("a")), "crew '.*': queues is Queue.*, not a list; write queues="),  # type: ignore[arg-type]
+        (lambda: Crew(Plain(), queues=["a"]), "crew '.*': queues has 'a', which is not a queue; write Queue.'a'."),  # type: ignore[list-item]
         (lambda: ServerQueue("a", urls=A, lane="fast"), "unknown lane 'fast'; use one of: realtime, high, low"),
     ],
 )

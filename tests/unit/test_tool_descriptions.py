@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import BaseModel, Field
 
-from agentmesh import Agent, Context, ToolSignatureError, tool
+from agentmesh import Agent, Context, ToolContext, ToolSignatureError, tool
 from agentmesh.definitions.parameters import read_docstring
 from agentmesh.testing import FakeMesh, says, uses
 
@@ -143,3 +143,15 @@ def test_fields_of_a_model_keep_their_descriptions() -> None:
 
     schema: dict[str, Any] = dict(place.spec.parameters)
     assert schema["$defs"]["Order"]["properties"]["item"]["description"] == "its name"
+
+
+def test_a_default_that_is_a_field_is_what_the_field_says() -> None:
+    @tool
+    def find(city: str = Field(description="its name"), days: int = Field(3, ge=1)) -> tuple[str, int]:
+        return city, days
+
+    assert find.spec.parameters["required"] == ["city"]
+    assert find.spec.parameters["properties"]["city"]["description"] == "its name"
+    assert find.bind(find.call_from_json('{"city": "Lima"}').arguments, ToolContext())() == ("Lima", 3)
+    with pytest.raises(ToolSignatureError, match="city: Field required"):
+        find.on()

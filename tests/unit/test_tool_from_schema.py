@@ -131,6 +131,9 @@ def test_the_arguments_are_the_tools_own() -> None:
         ({"type": "object", "properties": {"a": {"type": "text"}}}, forecast, "not valid at [$].properties.a.type"),
         (CITY, lambda city: city, "its function has no parameter 'at'; add it, or take `[*][*]arguments`"),
         ({"type": "object", "x": object()}, forecast, "is not JSON"),
+        ('{"type": "object"}', forecast, "its JSON Schema is a str; give it as a dict"),
+        (CITY, len, "its function takes 'obj' only by position; remove the `/`"),
+        ({"type": "object", "required": ["q"]}, lambda: 1, "its function has no parameter 'q'"),
     ],
 )
 def test_what_cannot_be_a_tool_is_refused_at_once(schema: Any, call: Any, sentence: str) -> None:
@@ -164,6 +167,19 @@ def test_nothing_that_a_schema_refers_to_is_fetched() -> None:
 
     with pytest.raises(RunFailedError, match="which it does not hold"):
         FakeMesh(Desk()).run("x")
+
+
+def test_a_schema_that_refers_to_itself_for_ever() -> None:
+    tool = made(schema={"type": "object", "$ref": "#"})
+    with pytest.raises(ToolSignatureError, match="tool `forecast`: the arguments are nested too deeply"):
+        tool.on(a=1)
+
+
+def test_an_argument_may_have_any_name() -> None:
+    words: dict[str, Any] = {"self": 1, "tool": 2, "func": 3}
+    tool = made(lambda **arguments: sorted(arguments), {"type": "object"})
+    assert tool.on(**words).arguments == words
+    assert tool(**words) == tool.bind(words, ToolContext())() == ["func", "self", "tool"]
 
 
 def test_an_older_draft_is_taken_at_its_word() -> None:
