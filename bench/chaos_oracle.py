@@ -88,7 +88,11 @@ class Oracle:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.02)
-        kinds = [json.loads(r).get("kind", "") if r and r.startswith("{") else "" for r in records]
+        entries = [json.loads(r) if r and r.startswith("{") else {} for r in records]
+        kinds = [
+            "Ask" if entry.get("limited") else "Call" if unit[0] == "s" else ""
+            for unit, entry in zip(units, entries, strict=True)
+        ]
         return list(zip(units, kinds, strict=True))
 
     def count(self, mesh: Mesh, results: dict[str, Any], tally: Tally, outages: Sequence[float]) -> Tally:

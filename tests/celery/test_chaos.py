@@ -68,7 +68,8 @@ class Scene:
                 for unit in self._store.smembers(f"agentmesh:wl:{worker}"):
                     letter, run, n = (*unit.split("|"), "")[:3]
                     record = self._store.hget(f"agentmesh:st:{run}", n or letter) or ""
-                    self.held[json.loads(record).get("kind", letter) if record.startswith("{") else letter] += 1
+                    entry = json.loads(record) if record.startswith("{") else {}
+                    self.held["Ask" if entry.get("limited") else entry.get("kind", letter)] += 1
                 return
             except redis.RedisError:
                 assert time.monotonic() < until

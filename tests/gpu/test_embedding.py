@@ -151,7 +151,7 @@ def test_only_the_named_encoder_has_the_device(encoder: str, monkeypatch: pytest
 
 def test_an_encoder_that_is_not_here_is_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed, "_single_process", False)
-    with pytest.raises(ConfigError, match="'local:no-such/encoder' cannot be loaded .* `agentmesh models pull"):
+    with pytest.raises(ConfigError, match="'local:no-such/encoder' cannot be loaded .*agentmesh models pull"):
         prepare_encoder([DeviceQueue("gpu", model="m", embed="local:no-such/encoder")], lambda error: None)
     assert prepare_encoder([DeviceQueue("gpu", model="m")], lambda error: None) == []
 

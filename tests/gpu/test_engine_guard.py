@@ -221,10 +221,10 @@ def test_a_closed_engine_fails_what_it_had_and_takes_no_more(engine: InferenceEn
 
 def test_a_forgotten_engine_lets_its_process_end() -> None:
     code = (
-        "from agentmesh.testing.tiny_models import make_model\nfrom agentmesh.inference.engine import Engine\n"
-        "from agentmesh.inference.batching import Shape\nfrom agentmesh.inference.request import Request\n"
-        "e = Engine(make_model(), Shape(pages=40, page_tokens=16))\n"
-        "e.submit(Request((5,), 400)); print(len(e.submit(Request((5,), 4)).result().tokens))\n"
+        "from agentmesh.testing.tiny_models import make_model\nfrom agentmesh.inference.engine import InferenceEngine\n"
+        "from agentmesh.inference.batching import Shape\nfrom agentmesh.inference.request import InferenceRequest\n"
+        "e = InferenceEngine(make_model(), Shape(pages=40, page_tokens=16))\n"
+        "e.submit(InferenceRequest((5,), 400)); print(len(e.submit(InferenceRequest((5,), 4)).result().tokens))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "4"), done.stderr

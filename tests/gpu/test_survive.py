@@ -202,7 +202,7 @@ def test_a_thousand_runs_cancelled_in_flight_leave_the_engine_free(
     models = ModelRegistry()
     local: Any = models("local:tiny")[0]
     engine = local.prepare(requests=many + 50, batch_tokens=2048)
-    engine._need.tokens, engine._need._answer_tokens = 64.0, 16.0  # they are cancelled long before they need more
+    engine._demand.tokens, engine._demand._answer_tokens = 64.0, 16.0  # they are cancelled long before they need more
     forward = engine._model.forward
     engine._model.forward = lambda *args, **kwargs: time.sleep(0.05) or forward(*args, **kwargs)
     mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=models)

@@ -268,7 +268,7 @@ def test_no_memory_for_a_batch_is_tried_in_halves_and_fails_only_the_text_that_h
     said = beside.engine.submit(InferenceRequest(PROMPT, 50))
     assert np.allclose(beside.encoder.documents(texts), alone, atol=0.02)
     assert sizes[0] > 16 >= min(sizes)
-    with pytest.raises(EmbedderError, match=r"not enough memory for a text of 64 tokens; cut it shorter"):
+    with pytest.raises(EmbedderError, match=r"not enough memory for a text of 64 tokens .*; cut it shorter"):
         model.forward = lambda **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
         beside.encoder.documents(["word " * 60])
     assert len(said.result(60).tokens) == 50  # the engine does not mind

@@ -43,7 +43,7 @@ def test_two_hundred_readers_are_one_connection(valkey: Any, journals: Any) -> N
 
     async def story(journal: RedisJournal) -> None:
         for i in range(100):
-            await journal.begin(journals.spec(f"r{i}"), journals.lone(f"r{i}"))
+            await journal.begin(journals.new_run(f"r{i}"), journals.lone(f"r{i}"))
         sinks = [list[str]() for _ in range(200)]
         readers = [asyncio.create_task(heard(journal, f"r{i // 2}", sinks[i])) for i in range(200)]
         with journals.client(valkey) as client:
@@ -71,7 +71,7 @@ def test_a_token_is_heard_soon(valkey: Any, journals: Any) -> None:
         lags = []
         readers = []
         for i in range(8):
-            await journal.begin(journals.spec(f"r{i}"), journals.lone(f"r{i}"))
+            await journal.begin(journals.new_run(f"r{i}"), journals.lone(f"r{i}"))
             sink: list[str] = []
             readers.append(asyncio.create_task(heard(journal, f"r{i}", sink)))
             await asyncio.sleep(0.05)  # the read blocks again
@@ -90,7 +90,7 @@ def test_a_reader_that_comes_late_gets_all_of_it(valkey: Any, journals: Any, mon
     monkeypatch.setattr(streams, "ENTRIES_PER_READ", 7)
 
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         sinks = [list[str](), list[str](), list[str]()]
         readers = [asyncio.create_task(heard(journal, "r", sinks[0]))]
         for i in range(100):
@@ -111,7 +111,7 @@ def test_a_stream_that_is_left_and_joined_again_is_read_from_its_beginning(valke
     """The read under way still asks for what comes after the reader that has left."""
 
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         for _ in range(5):
             sink: list[str] = []
             first = asyncio.create_task(heard(journal, "r", sink))
@@ -166,7 +166,7 @@ def test_readers_that_come_and_go_at_random(valkey: Any, journals: Any, seed: in
     async def story(journal: RedisJournal) -> None:
         runs = ["a", "b", "c"]
         for run in runs:
-            await journal.begin(journals.spec(run), journals.lone(run))
+            await journal.begin(journals.new_run(run), journals.lone(run))
         readers = [asyncio.create_task(read(journal, rng.choice(runs))) for _ in range(20)]
         async with asyncio.timeout(30):
             await asyncio.gather(*[write(journal, run) for run in runs])
@@ -179,7 +179,7 @@ def test_readers_that_come_and_go_at_random(valkey: Any, journals: Any, seed: in
 
 def test_a_server_that_restarts_in_the_middle(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         sinks = [list[str](), list[str]()]
         readers = [asyncio.create_task(heard(journal, "r", sink)) for sink in sinks]
         await journal.stream("r", [token("r", "a")])
@@ -213,7 +213,7 @@ def test_a_loop_that_is_closed_while_it_reads_leaves_others_reading(valkey: Any,
         loop.close()
 
     async def story(_: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         thread = threading.Thread(target=read_elsewhere)
         thread.start()
         reader = asyncio.create_task(heard(journal, "r"))
@@ -246,7 +246,7 @@ def test_a_user_who_may_not_unblock_hears_a_new_stream_a_little_later(valkey: An
         sinks = [list[str](), list[str]()]
         readers = []
         for i, sink in enumerate(sinks):
-            await journal.begin(journals.spec(f"r{i}"), journals.lone(f"r{i}"))
+            await journal.begin(journals.new_run(f"r{i}"), journals.lone(f"r{i}"))
             readers.append(asyncio.create_task(heard(journal, f"r{i}", sink)))
             await asyncio.sleep(0.05)
             await journal.stream(f"r{i}", [token(f"r{i}", "a")])
@@ -260,7 +260,7 @@ def test_a_user_who_may_not_unblock_hears_a_new_stream_a_little_later(valkey: An
 
 def test_a_stream_that_cannot_be_read_says_so(valkey: Any, journals: Any) -> None:
     async def story(journal: RedisJournal) -> None:
-        await journal.begin(journals.spec("r"), journals.lone("r"))
+        await journal.begin(journals.new_run("r"), journals.lone("r"))
         with journals.client(valkey) as client:
             client.set("agentmesh:live:r", "not a stream")
         with pytest.raises(Exception, match="WRONGTYPE"):
