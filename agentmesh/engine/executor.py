@@ -105,6 +105,8 @@ class LocalExecutor:
                 name = str(asked).partition(":")[2]
             prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
             answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
+            if not isinstance(answer, Answer):
+                raise TypeError(f"its `ask` gives a {type(answer).__name__}, not an Answer")
         except RetryLater as e:
             if e.away and servers and sum(at.away_ms) < 1000 * servers.unavailable_timeout_s:
                 return self._retry_when_available(at, e.error), {}
