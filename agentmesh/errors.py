@@ -284,13 +284,28 @@ def _classes() -> dict[str, type[MeshError]]:
 def error_to_json(error: BaseException) -> dict[str, Any]:
     """An error as the journal keeps it: type, message, hint, fields; foreign ones keep only type and text."""
     if not isinstance(error, MeshError):
-        return {"type": type(error).__name__, "message": str(error)}
+        return {"type": type(error).__name__, "message": well_formed(str(error))}
     fields = error._given()
     if isinstance(error, QuorumMissed) and error.errors:
         fields["errors"] = [error_to_json(e) for e in error.errors]
     if error.hint:
-        fields["hint"] = error.hint
-    return {"type": type(error).__name__, "message": error.message, **fields}
+        fields["hint"] = well_formed(error.hint)
+    return {"type": type(error).__name__, "message": well_formed(error.message), **fields}
+
+
+def well_formed(text: str) -> str:
+    """The text as UTF-8 can have it: halves of a surrogate pair are joined, and one without the other is U+FFFD.
+
+    Such halves come with names of files (`surrogateescape`) and with JSON that was cut inside of an emoji.
+
+    >>> well_formed("\\ud83d\\ude00 \\udcff")
+    '😀 \ufffd'
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def raised_at(error: BaseException) -> str:

@@ -72,22 +72,22 @@ def load_plugin(group: Group, name: str, *, hint: str = "") -> Any:
         return entry.load()
     except MeshError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # a package must not end the process that names it
         raise _load_error(group, entry, e) from e
 
 
 def make_plugin(group: Group, name: str, *arguments: Any, hint: str = "", **settings: Any) -> Any:
-    """What `load` gives, called with these arguments.
+    """What `load_plugin` gives, called with these arguments.
 
     Raises:
-        ConfigError: see `load`; or the call raised something else than a MeshError.
+        ConfigError: see `load_plugin`; or the call raised something else than a MeshError.
     """
     factory = load_plugin(group, name, hint=hint)
     try:
         return factory(*arguments, **settings)
     except MeshError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # a package must not end the process that names it
         maker = getattr(factory, "__name__", repr(factory))
         raise ConfigError(
             f"the {NOUNS[group]} {name!r} cannot be made: {maker} raised {type(e).__name__}: {e}",
@@ -142,7 +142,7 @@ def _installed(group: Group) -> dict[str, list[EntryPoint]]:
     return by_name
 
 
-def _load_error(group: Group, entry: EntryPoint, error: Exception) -> ConfigError:
+def _load_error(group: Group, entry: EntryPoint, error: BaseException) -> ConfigError:
     if entry.dist is None and isinstance(error, ImportError) and error.name and entry.extras:
         return ExtraMissing(
             f"the {NOUNS[group]} {entry.name!r} needs {error.name}, which is not installed",

@@ -29,10 +29,12 @@ def to_json(value: Any, kind: Any = Any) -> Any:
     Raises:
         TypeError: it has no JSON form.
     """
-    if (value is None or type(value) in (str, int, bool)) and kind in (Any, type(value)):
+    is_plain = value is None or type(value) in (int, bool) or (type(value) is str and value.isascii())
+    if is_plain and kind in (Any, type(value)):
         return value
     try:
         plain = adapter(kind).dump_python(value, mode="json", warnings="error")
+        to_json_bytes(plain)  # fails for half of a surrogate pair, which UTF-8 does not have
     except (ValueError, TypeError) as e:  # PydanticSerializationError is a ValueError
         raise TypeError(f"{_brief(value)} ({type(value).__name__}) is not JSON: {e}") from None
     return plain

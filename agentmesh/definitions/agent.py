@@ -10,7 +10,15 @@ from pydantic import BaseModel, ValidationError
 from typing_extensions import TypeVar
 
 from agentmesh.definitions.context import Context
-from agentmesh.definitions.declaration import Undeclared, check_type, fields_model, task_type, type_arguments, type_name
+from agentmesh.definitions.declaration import (
+    Undeclared,
+    check_type,
+    fields_model,
+    is_open,
+    task_type,
+    type_arguments,
+    type_name,
+)
 from agentmesh.definitions.parameters import read_docstring
 from agentmesh.definitions.step import Ask, Delegate, Step
 from agentmesh.definitions.tool import Tool
@@ -84,6 +92,11 @@ class Agent(Generic[Out_co, In_contra]):
     def __init__(self, **fields: Any) -> None:
         if type(self) is Agent:
             raise DefinitionError("Agent itself cannot be made", hint="write a subclass: class Poet(Agent)")
+        if open_types := [type_name(t) for t in (self.output, self.task_type) if is_open(t)]:
+            raise DefinitionError(
+                f"agent `{self.name}`: its type {open_types[0]} is not given",
+                hint=f"write a subclass of {self.name}[…]",
+            )
         try:
             self.__dict__["_values"] = self._fields(**fields)
         except ValidationError as e:
@@ -234,7 +247,10 @@ class Agent(Generic[Out_co, In_contra]):
                 f"the answer of `{self.name}` is not a {type_name(self.output)}: {explain(e)}"
             ) from None
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise OutputInvalid(f"the answer of `{self.name}` is not JSON for {type_name(self.output)}: {e}") from None
+            problem = "it needs `value`" if isinstance(e, KeyError) else e
+            raise OutputInvalid(
+                f"the answer of `{self.name}` is not JSON for {type_name(self.output)}: {problem}"
+            ) from None
 
 
 def _outcome_text(outcome: Any) -> str:

@@ -46,9 +46,9 @@ def task_type(cls: type, flow: Callable[..., Any] | None, given: Any) -> Any:
     Raises:
         DefinitionError: both are declared, and the flow does not take what the class gives.
     """
-    is_declared = given is not Undeclared and not _is_open(given)
+    is_declared = given is not Undeclared and not is_open(given)
     annotated = Undeclared if flow is None else _flow_parameter(cls, flow)
-    if annotated is Undeclared or (is_declared and _is_open(annotated)):
+    if annotated is Undeclared or (is_declared and is_open(annotated)):
         return given if is_declared else str
     if not is_declared or given is Any:
         return annotated
@@ -97,7 +97,7 @@ def check_type(cls: type, what: str, kind: Any) -> None:
     Raises:
         DefinitionError: it has none.
     """
-    if _is_open(kind):
+    if is_open(kind):
         return
     try:
         json_schema(kind)
@@ -129,7 +129,7 @@ def _flow_parameter(cls: type, flow: Callable[..., Any]) -> Any:
         raise DefinitionError(f"agent `{cls.__name__}`, flow: {e}") from None
 
 
-def _is_open(kind: Any) -> bool:
+def is_open(kind: Any) -> bool:
     """Whether a type has TypeVars, which a subclass will fill."""
     return isinstance(kind, typing.TypeVar) or bool(getattr(kind, "__parameters__", ()))
 

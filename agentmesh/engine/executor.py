@@ -6,7 +6,7 @@ import inspect
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from agentmesh.definitions.step import RUNNING_INSIDE, Ask, Step, StepPolicy, ToolContext
@@ -20,19 +20,19 @@ from agentmesh.errors import (
     ToolError,
     TryAgain,
     error_to_json,
+    well_formed,
 )
 from agentmesh.journal.events import Event, StepDone, StepFailed, StepInDoubt, StepRetried
 from agentmesh.journal.types import original_run_id
+from agentmesh.message import Message, ToolCall
 from agentmesh.model import Answer, Model, Prompt, RetryLater, model_name
 from agentmesh.schema import canonical
 
 # `def` tools on threads of this process, also those that timed out: a thread cannot be stopped.
 RUNNING_THREADS: set[object] = set()
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 60.0
-FIRST_UNAVAILABLE_S, MAX_UNAVAILABLE_S = (
-    4.0,
-    30.0,
-)  # before the servers of a queue are asked again, when none is reachable
+# before the servers of a queue are asked again, when none is reachable
+FIRST_UNAVAILABLE_S, MAX_UNAVAILABLE_S = 4.0, 30.0
 Charge = dict[str, float]
 
 
@@ -105,6 +105,8 @@ class LocalExecutor:
                 name = str(asked).partition(":")[2]
             prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
             answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
+            if not isinstance(answer, Answer):
+                raise TypeError(f"its `ask` gives a {type(answer).__name__}, not an Answer")
         except RetryLater as e:
             if e.away and servers and sum(at.away_ms) < 1000 * servers.unavailable_timeout_s:
                 return self._retry_when_available(at, e.error), {}
@@ -122,7 +124,7 @@ class LocalExecutor:
         usage = answer.usage
         cut = "length" if answer.finish == "length" else ""
         done = StepDone(
-            n=at.n, value=answer.message.to_json(), usage=usage.to_json(), attempt=at.number, finish=cut,
+            n=at.n, value=_well_formed(answer.message).to_json(), usage=usage.to_json(), attempt=at.number, finish=cut,
             model=model_name(asked),
         )  # fmt: skip
         return done, {"turns": 1, "tokens": usage.tokens, "usd": usage.cost_usd}
@@ -221,6 +223,12 @@ def _run_counted(call: Callable[[], Any]) -> Any:
         return call()
     finally:
         RUNNING_THREADS.discard(mark)
+
+
+def _well_formed(message: Message) -> Message:
+    """A model's message as the journal can have it."""
+    calls = tuple(ToolCall(*map(well_formed, (c.id, c.name, c.arguments))) for c in message.tool_calls)
+    return replace(message, text=well_formed(message.text), tool_calls=calls)
 
 
 def truncate_middle(text: str, most_bytes: int) -> str:

@@ -188,7 +188,7 @@ class ReplayContext:
         numbered = {self._step_number(step, first): step for step in steps}
         closed = self._history.closed.get(first)
         if closed is None:
-            deadline = math.ceil(deadline_s * 1000) if deadline_s is not None else 0
+            deadline = _deadline_ms(deadline_s)
             everyone = errors or (need is None and deadline_s is not None)
             self._suspend(Waiting(numbered, GatherPlan(first, self._n, need_count, everyone, deadline, window)))
         assert closed is not None
@@ -332,6 +332,12 @@ def _count(need: float | None, n: int) -> int:
     if not 1 <= need <= n:
         raise ValueError(f"gather(need={need!r}) of {n} steps: a count is 1 to {n}")
     return int(need)
+
+
+def _deadline_ms(deadline_s: float | None) -> int:
+    if deadline_s is not None and not 0 <= deadline_s < math.inf:
+        raise ValueError(f"gather(deadline_s={deadline_s!r}): give seconds, 0 or more")
+    return 0 if deadline_s is None else max(1, math.ceil(deadline_s * 1000))  # 0 in the journal is no deadline
 
 
 def _check_step(step: Any, verb: str) -> None:

@@ -1,7 +1,7 @@
 """`Agent[Out, In]`: which types an agent has, from its bases and its flow; and what a tuple gathered is."""
 
 import types
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pytest
 from pydantic import BaseModel
@@ -157,3 +157,25 @@ def test_a_tuple_of_steps_gives_a_tuple() -> None:
     assert good == 1
     assert isinstance(bad, StepError)
     assert (some, timely) == ([1], [1, 2])
+
+
+def test_a_class_whose_type_is_open_has_no_agents() -> None:
+    class Shelf(Agent[T], Generic[T]):
+        """Of something."""
+
+    class Books(Shelf[int]):
+        """Of numbers."""
+
+    assert Books().output is int
+    for make in (Shelf, Shelf[int]):
+        with pytest.raises(DefinitionError, match="agent `Shelf`: its type T is not given; write a subclass of Shelf"):
+            make()
+
+
+def test_an_answer_without_its_value_is_said_to_the_model() -> None:
+    class Free(Agent[Any]):
+        """Anything."""
+
+    handle = FakeMesh(Free(), model=['{"a": 1}', '{"value": {"a": 1}}']).start("x")
+    assert handle.result() == {"a": 1}
+    assert any("is not JSON for Any: it needs `value`" in m.text for m in handle.messages())

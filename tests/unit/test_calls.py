@@ -22,6 +22,7 @@ from agentmesh import (
     tool,
 )
 from agentmesh.journal.events import StepDone, StepPlanned, StepRetried
+from agentmesh.model import Answer, Model, Prompt
 from agentmesh.testing import FakeMesh, Reply, says, uses
 
 
@@ -220,3 +221,16 @@ def test_run_inside_a_flow_or_a_tool_is_refused() -> None:
     with pytest.raises(RunFailedError, match=r"`run\(\)` inside tool `nested` would block a worker"):
         FakeMesh(A()).run("tool")
     assert issubclass(RunFailedError, MeshError)
+
+
+@pytest.mark.parametrize("answer", ["text", None])
+def test_a_model_that_gives_no_answer(answer: Any) -> None:
+    class Odd(Model):
+        async def ask(self, prompt: Prompt, on_token: Any = None) -> Answer:
+            return answer  # type: ignore[no-any-return]  # the mistake
+
+    class A(Agent):
+        retries = 0
+
+    with pytest.raises(RunFailedError, match="the model of `A` raised TypeError: its `ask` gives a .*, not an Answer"):
+        FakeMesh(A(), model=Odd()).run("x")

@@ -73,6 +73,26 @@ def test_gather_with_a_deadline_keeps_what_is_there() -> None:
         FakeMesh(Crew(Lead(), Late())).run([60, 600])
 
 
+def test_a_deadline_that_is_over_closes_at_once() -> None:
+    class Late(Agent[int]):
+        def flow(self, task: int, ctx: Context) -> int:
+            ctx.do(Sleep(task))
+            return task
+
+    class Lead(Agent[list[int]]):
+        def flow(self, task: list[int], ctx: Context) -> list[int]:
+            return ctx.gather([Late().on(s) for s in task], deadline_s=0)
+
+    with pytest.raises(RunFailedError, match="0 of 2 members succeeded, 1 were needed before the deadline"):
+        FakeMesh(Crew(Lead(), Late())).run([60, 600])
+
+
+@pytest.mark.parametrize("deadline_s", [-1, float("nan"), float("inf")])
+def test_a_deadline_that_is_not_a_time(deadline_s: float) -> None:
+    with pytest.raises(RunFailedError, match=r"gather\(deadline_s=.*\): give seconds, 0 or more"):
+        FakeMesh(gathering(deadline_s=deadline_s)()).run([2, 4])
+
+
 def test_a_window_bounds_what_is_in_flight() -> None:
     most = [0, 0]
 

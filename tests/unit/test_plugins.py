@@ -99,6 +99,9 @@ def test_a_package_that_cannot_be_imported_breaks_no_other(install: Install) -> 
     assert broken.value.hint == "correct 'broken_model:Broken', or uninstall the package"
     with pytest.raises(ConfigError, match="AttributeError: module 'echo_model' has no attribute 'Gone'"):
         plugins.load_plugin("models", "gone")
+    install("ending-model", module="import sys; sys.exit(3)\n", models={"ending": "ending_model:Ending"})
+    with pytest.raises(ConfigError, match="'ending' of package ending-model 0.1 cannot be imported: SystemExit: 3"):
+        plugins.load_plugin("models", "ending")
     assert ModelRegistry()("echo:any")[1] == "any"
     assert "broken" in plugins.names("models")
 
