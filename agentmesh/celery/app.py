@@ -88,6 +88,11 @@ def journal_url(broker: str, journal: str) -> str:
     """
     if journal:
         return journal
+    if not broker:
+        raise ConfigError(
+            "no broker is named",
+            hint="set AGENTMESH_BROKER or pass `broker=`; only `run()` and the commands start a server",
+        )
     if not is_redis(broker):
         raise ConfigError(
             f"the broker {without_password(broker)} cannot hold the journal",

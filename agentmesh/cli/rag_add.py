@@ -79,10 +79,15 @@ def add_documents(
             valkey.leave()
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' if n != 1 else ''}"
+
+
 def print_added(added: Added, *, as_json: bool) -> int:
     """Print the result to stdout and the failures to stderr; returns the exit code."""
     if not as_json:
-        parts = [f"{added.documents} documents added, {added.chunks} passages", f"{added.skipped} unchanged"]
+        documents, passages = _count(added.documents, "document"), _count(added.chunks, "passage")
+        parts = [f"{documents} added, {passages}", f"{added.skipped} unchanged"]
         parts += [f"{added.removed} removed"] if added.removed else []
         parts += [f"{len(added.failed)} not added"] if added.failed else []
         print(" · ".join(parts), flush=True)

@@ -97,29 +97,32 @@ class LocalExecutor:
 
     # ---- models --------------------------------------------------------------------------------
     async def _ask_model(self, step: Ask, at: Attempt) -> tuple[Event, Charge]:
-        servers = None
+        servers, limit = None, None
         try:
             asked, servers = step.model or self._model, self._servers_of(step)
             model, name = self._model_of(servers or asked)
             if servers:
                 name = str(asked).partition(":")[2]
             prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
-            answer: Answer = await asyncio.wait_for(model.ask(prompt, at.on_token), step.timeout_s)
+            async with asyncio.timeout(step.timeout_s) as limit:
+                answer: Answer = await model.ask(prompt, at.on_token)
             if not isinstance(answer, Answer):
                 raise TypeError(f"its `ask` gives a {type(answer).__name__}, not an Answer")
         except RetryLater as e:
             if e.away and servers and sum(at.away_ms) < 1000 * servers.unavailable_timeout_s:
                 return self._retry_when_available(at, e.error), {}
             return self._retry_or_fail(step, at, e.error, step.retries, e.after_s), {}
-        except TimeoutError:
-            late = StepTimeout(f"model call of `{step.name}` timed out after {step.timeout_s} s")
-            return self._retry_or_fail(step, at, late, step.retries), {}
         except StepError as e:
             return self._failed(step, at, e), {}
         except ConfigError as e:
             return self._failed(step, at, ModelError(e.message, hint=e.hint)), {}
         except Exception as e:
-            error = ModelError(f"the model of `{step.name}` raised {type(e).__name__}: {e}")
+            if limit is not None and limit.expired():
+                late = StepTimeout(f"model call of `{step.name}` timed out after {step.timeout_s} s")
+                return self._retry_or_fail(step, at, late, step.retries), {}
+            error = ModelError(
+                f"the model of `{step.name}` raised {type(e).__name__}: {e}"
+            )  # a timeout of its own, too
             return self._retry_or_fail(step, at, error, step.retries), {}
         usage = answer.usage
         cut = "length" if answer.finish == "length" else ""
@@ -137,17 +140,19 @@ class LocalExecutor:
             if reconciled is not None:
                 return reconciled, {}
         context = ToolContext(at.key, at.number, at.run_id, self._deps, at.cancelled, at.progress)
+        limit = None
         try:
-            value = await asyncio.wait_for(self._run(step.bind(context), step.label), policy.timeout_s)
+            async with asyncio.timeout(policy.timeout_s) as limit:
+                value = await self._run(step.bind(context), step.label)
         except TryAgain as e:
             return self._failed(step, at, ToolError(str(e), again=True)), {}
         except RetryLater as e:
             error = step.error(f"{step.label} raised {getattr(e.error, 'message', e.error)}")
             return self._retry_or_fail(step, at, error, policy.retries, e.after_s), {}
-        except TimeoutError:
-            late = StepTimeout(f"{step.label} timed out after {policy.timeout_s} s")
-            return self._retry_or_fail(step, at, late, policy.retries), {}
         except Exception as e:
+            if limit is not None and limit.expired():
+                late = StepTimeout(f"{step.label} timed out after {policy.timeout_s} s")
+                return self._retry_or_fail(step, at, late, policy.retries), {}
             message = str(e) if isinstance(e, MeshError) else f"{type(e).__name__}: {e}"
             return self._retry_or_fail(step, at, step.error(f"{step.label} raised {message}"), policy.retries), {}
         return self._returned(step, policy, at, value), {}

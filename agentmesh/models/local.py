@@ -157,7 +157,10 @@ class LocalModel(Model):
         self._thread.shutdown(wait=False, cancel_futures=True)
         loaded, self._thread, self._loaded = self._loaded, self._new_thread(), None
         if loaded is not None:
-            await asyncio.to_thread(loaded.engine.close)
+            try:
+                await asyncio.to_thread(loaded.engine.close)
+            except RuntimeError:  # an interpreter at its end starts no threads; nothing else runs that this could block
+                loaded.engine.close()
 
     @property
     def context_tokens(self) -> int:

@@ -263,3 +263,9 @@ def test_a_program_on_an_event_loop_awaits_everything(valkey: Any) -> None:
 
     assert asyncio.run(program()) == [["one", " two"], ["awake"] * 3, 4, "one two"]
     mesh.close()
+
+
+def test_a_mesh_without_a_broker_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AGENTMESH_BROKER", raising=False)
+    with pytest.raises(ConfigError, match="no broker is named; set AGENTMESH_BROKER"):
+        Mesh(Crew(Echo()))

@@ -164,5 +164,5 @@ def test_an_ingest_run_uses_the_embedder_and_the_loader(site: Path, tmp_path: Pa
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "server.ini").write_text("[server]\nport = 8000\n")
     done = agentmesh(site, tmp_path, "rag", "add", "docs", "--store", "kb", "--embed", "letters:any")
-    assert done.stdout.startswith("1 documents added, 1 passages")
+    assert done.stdout.startswith("1 document added, 1 passage")
     assert "docs/server.ini" in agentmesh(site, tmp_path, "rag", "search", "port", "--store", "kb").stdout

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -294,3 +296,12 @@ def test_smollm2_s_tokenizer_splits_as_it_should(smollm2: LocalModel) -> None:
     assert [tokenizer.decode([i]) for i in ids if tokenizer.decode([i]).isdigit()] == ["2", "0", "2", "4"]
     assert tokenizer.decode(ids) == "<|im_start|>user\nIn 2024, naïve café — 日本 🙂!<|im_end|>"
     assert AutoConfig.from_pretrained(str(folder)).rope_parameters["rope_theta"] == 100000.0
+
+
+def test_a_script_on_a_local_model_ends_quietly(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "from agentmesh import Agent, run\n\n\nclass Poet(Agent):\n    '''Writes.'''\n\n    model = 'local:smollm2'\n"
+        "    options = {'max_tokens': 3}\n\n\nprint(len(run(Poet(), 'hello')) > 0)\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

@@ -37,7 +37,7 @@ def test_embed_steps_run_on_the_worker_that_serves_them(
     shell: Any, write: Any, valkey: ValkeyServer, worker: "subprocess.Popen[str]"
 ) -> None:
     write("docs", {"a.md": "tea"})
-    assert shell("rag", "add", "docs", "--broker", valkey.broker_url).startswith("1 documents added")
+    assert shell("rag", "add", "docs", "--broker", valkey.broker_url).startswith("1 document added")
     assert "embed steps run on the worker that serves them" in shell.err
     assert "--queue index --queue parse --queue embed" in shell.err
     worker.terminate()
@@ -72,7 +72,7 @@ def test_after_that_worker_was_killed_the_command_starts_one(
     out, err = capfd.readouterr()
     assert code == 0, err
     assert "no worker serves queue 'embed'; starting one here, on the CPU" in err
-    assert out == "1 documents added, 1 passages · 0 unchanged\n"
+    assert out == "1 document added, 1 passage · 0 unchanged\n"
 
 
 def test_a_queue_without_a_worker_is_reported(shell: Any, write: Any, valkey: ValkeyServer) -> None:

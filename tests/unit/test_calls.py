@@ -234,3 +234,29 @@ def test_a_model_that_gives_no_answer(answer: Any) -> None:
 
     with pytest.raises(RunFailedError, match="the model of `A` raised TypeError: its `ask` gives a .*, not an Answer"):
         FakeMesh(A(), model=Odd()).run("x")
+
+
+def test_a_timeout_of_a_tool_or_a_model_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the step's `timeout_s` is a StepTimeout; what code inside raises keeps its name."""
+
+    @tool(timeout_s=5)
+    async def slow() -> str:
+        """Waits for a server."""
+        raise TimeoutError("the server did not answer")
+
+    class Caller(Agent[str]):
+        def flow(self, task: str, ctx: Context) -> str:
+            return ctx.do(slow.on())
+
+    with pytest.raises(RunFailedError, match="tool `slow` raised TimeoutError: the server did not answer"):
+        FakeMesh(Caller()).run("x")
+
+    class Impatient(Model):
+        async def ask(self, prompt: Prompt, on_token: Any = None) -> Answer:
+            raise TimeoutError("no answer in 3 s")
+
+    class Asker(Agent):
+        retries = 0
+
+    with pytest.raises(RunFailedError, match="the model of `Asker` raised TimeoutError: no answer in 3 s"):
+        FakeMesh(Asker(), model=Impatient()).run("x")

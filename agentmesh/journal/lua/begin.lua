@@ -1,3 +1,4 @@
+-- The twin of `begin` in journal/protocol.py.
 local run = A.run
 if hget('run:' .. run, 'status') then
   if hget('run:' .. run, 'digest') ~= A.digest then return refuse('exists') end

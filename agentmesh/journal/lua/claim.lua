@@ -1,3 +1,4 @@
+-- The twin of `claim` in journal/protocol.py.
 local unit = A.unit
 local letter, run, key = split(unit)
 local r, mark = rec(run, key)

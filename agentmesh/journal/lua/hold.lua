@@ -1,3 +1,4 @@
+-- The twin of `hold` in journal/protocol.py.
 local _, run, key = split(A.unit)
 local r = rec(run, key)
 if not r or r.f ~= A.fence or not is_open(run) then return refuse('stale') end

@@ -1,3 +1,4 @@
+-- The twin of `plan` in journal/protocol.py.
 local run = A.run
 local r, mark = rec(run, 'a')
 if mark == 'E' .. int(A.fence) then return answer({ ok = 1, version = version(run), again = 1 }) end

@@ -1,3 +1,4 @@
+-- The twin of `release` in journal/maintenance.py.
 local units = members('wl:' .. A.worker)
 local function is_below(w) return string.sub(w or '', 1, #A.worker + 1) == A.worker .. '/' end
 if A.below == 1 then

@@ -1,3 +1,4 @@
+-- The twin of `renew` in journal/maintenance.py.
 local lost = {}
 on_sign_of_life(A.worker)
 for _, lease in ipairs(A.leases) do

@@ -1,3 +1,4 @@
+-- The twin of `signal` in journal/maintenance.py.
 local run, kind = A.run, A.kind
 local status = hget('run:' .. run, 'status')
 if not status then return refuse('unknown') end

@@ -1,3 +1,4 @@
+-- The twin of `sweep` in journal/maintenance.py.
 local holder, until_ms = hget('meta', 'sweeper'), hnum('meta', 'sweeper_until')
 if holder and holder ~= A.worker and until_ms > NOW then
   return answer({ ok = 0, count = 0, rest = until_ms - NOW })
