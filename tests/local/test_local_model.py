@@ -23,6 +23,7 @@ from agentmesh.message import Message, ToolCall, ToolSpec, system, user
 from agentmesh.model import Answer, Prompt
 from agentmesh.models.local import LocalModel
 from agentmesh.models.tool_call_parser import chat_turns, parse_tool_calls
+from agentmesh.testing.tiny_models import save_model
 
 HEADS, KV_HEADS, WIDTH, CONTEXT = 4, 2, 32, 64
 HOME = str(cache_folder())  # before a test sets another
@@ -300,8 +301,11 @@ def test_smollm2_s_tokenizer_splits_as_it_should(smollm2: LocalModel) -> None:
 
 def test_a_script_on_a_local_model_ends_quietly(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
-        "from agentmesh import Agent, run\n\n\nclass Poet(Agent):\n    '''Writes.'''\n\n    model = 'local:smollm2'\n"
+        "from agentmesh import Agent, run\n\n\nclass Poet(Agent):\n    '''Writes.'''\n\n    model = 'local:tiny'\n"
         "    options = {'max_tokens': 3}\n\n\nprint(len(run(Poet(), 'hello')) > 0)\n"
     )
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    env = {**os.environ, "AGENTMESH_CACHE": str(save_model(tmp_path))}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
