@@ -53,7 +53,7 @@ class Config(BaseSettings):
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, env_settings: PydanticBaseSettingsSource,
         dotenv_settings: PydanticBaseSettingsSource, file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
-        """Arguments, then the environment; `load` adds the file below them."""
+        """Arguments, then the environment; `load_config` adds the file below them."""
         return init_settings, env_settings
 
 
@@ -80,7 +80,10 @@ def load_config(*, file: Path | None = None, **arguments: Any) -> Config:
     except ValidationError as e:
         first = e.errors()[0]
         name = ".".join(str(p) for p in first["loc"])
-        raise ConfigError(f"setting {name!r} is {first['input']!r}: {first['msg']}") from None
+        raise ConfigError(
+            f"setting {name!r} is {first['input']!r}: {first['msg']}",
+            hint=f"correct {ENV_PREFIX}{name.upper()}, or the file",
+        ) from None
 
 
 @lru_cache(maxsize=64)

@@ -190,10 +190,13 @@ class AsyncRun(Generic[Out]):
         """
         head = await self._journal.head(self.run_id)
         if head is None:
-            raise RunError(
-                f"there is no run {self.run_id!r}", hint="list them with: agentmesh runs ls", run_id=self.run_id
-            )
+            raise self._unknown()
         return head
+
+    def _unknown(self) -> RunError:
+        return RunError(
+            f"there is no run {self.run_id!r}", hint="list them with: agentmesh runs ls", run_id=self.run_id
+        )
 
     async def events(self) -> list[Event]:
         """The journal so far."""
@@ -239,7 +242,7 @@ class AsyncRun(Generic[Out]):
         """The conversation, for `history=` of another run."""
         history = History(self.run_id, await self._journal.events(self.run_id))
         if history.started is None:
-            raise RunError(f"there is no run {self.run_id!r}", run_id=self.run_id)
+            raise self._unknown()
         if self.client.crew is None:
             raise RunError(f"the messages of run {self.run_id} need the code of its crew", run_id=self.run_id)
         agent = self.client.crew.agent(history.started.agent, dict(history.started.fields))

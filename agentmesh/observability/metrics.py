@@ -32,7 +32,7 @@ OUTCOMES = {"StepDone": "done", "StepFailed": "failed", "StepRetried": "retried"
 ENGINE_GAUGES = {
     "places": ("Steps a device worker may have", "state", {"taken": "in_hand", "all": "places"}),
     "requests": ("Requests in the engine's last batch and before it", "state", {"running": "running", "waiting": "waiting"}),
-    "batch_requests": ("New tokens a step of the engine, of the last 10 s", "", {"": "batch_requests"}),
+    "batch_requests": ("Requests in a step of the engine, mean of the last 10 s", "", {"": "batch_requests"}),
     "new_tokens_per_second": ("New tokens a second, of the last 10 s", "", {"": "new_tokens_per_s"}),
     "cached_share": ("The part of prompts' tokens found in the cache, of the last 10 s", "", {"": "cached_share"}),
     "pages": ("Pages of the engine's cache", "state", {"free": "free_pages", "all": "pages"}),

@@ -81,7 +81,9 @@ def preview(store: str, request: IngestRequest) -> IngestPreview:
 def _no_documents(request: IngestRequest) -> Refusal:
     where = ", ".join(request.paths)
     if request.glob:
-        return Refusal(message=f"there is no document in {where} that matches {request.glob!r}")
+        return Refusal(
+            message=f"there is no document in {where} that matches {request.glob!r}", hint="correct the glob"
+        )
     return Refusal(
         message=f"there is no document in {where} that a loader can read", hint="name its files, or give a glob"
     )
