@@ -16,7 +16,7 @@ from agentmesh.model import Answer, Prompt
 from agentmesh.schema import dumps, loads
 from agentmesh.sized_cache import MIB, SizedCache
 
-# what `answer_of` raises for JSON that is not an answer
+# what `parse_answer` raises for JSON that is not an answer
 MALFORMED_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 MAX_RETRY_AFTER_S = 86_400.0
 API_KEY = re.compile(r"\bsk-[\w*.-]+")  # servers quote the key they refuse
