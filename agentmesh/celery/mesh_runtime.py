@@ -135,7 +135,9 @@ class MeshRuntime:
         """
         run_id = run_id or uuid.uuid4().hex[:12]
         if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
-            raise DefinitionError(f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`")
+            raise DefinitionError(
+                f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`", hint="choose another id"
+            )
         self.crew.agent(agent.name)
         queue = self.crew.queues.broker_name(self.crew.queues.first)
         spec = RunSpec(

@@ -33,5 +33,7 @@ def runtime_of(app: Celery, crew: str) -> MeshRuntime:
     """
     runtimes = register_tasks(app)
     if crew not in runtimes:
-        raise UnknownName(f"no mesh of crew {crew!r} was made on this app in this process")
+        raise UnknownName(
+            f"no mesh of crew {crew!r} was made on this app in this process", hint="import the module that creates it"
+        )
     return runtimes[crew]

@@ -47,7 +47,10 @@ class CrewQueues(dict[str, BaseQueue]):
         super().__init__({q.name: q for q in queues} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)})
         self._crew, self._model = crew, model
         if len(self) < len(queues):
-            raise NameTaken(f"crew {crew!r} has several queues with the same name: {', '.join(q.name for q in queues)}")
+            raise NameTaken(
+                f"crew {crew!r} has several queues with the same name: {', '.join(q.name for q in queues)}",
+                hint="rename one",
+            )
         self._check_devices()
 
     @property

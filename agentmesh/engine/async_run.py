@@ -244,7 +244,10 @@ class AsyncRun(Generic[Out]):
         if history.started is None:
             raise self._unknown()
         if self.client.crew is None:
-            raise RunError(f"the messages of run {self.run_id} need the code of its crew", run_id=self.run_id)
+            raise RunError(
+                f"the messages of run {self.run_id} need the code of its crew", hint="read them from a Mesh of the crew",
+                run_id=self.run_id,
+            )  # fmt: skip
         agent = self.client.crew.agent(history.started.agent, dict(history.started.fields))
         return list(replay(agent, history).messages)
 

@@ -106,7 +106,9 @@ async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal
         NewRun(new, started, wire), NextSteps(), await _retained_tree(journal, old, new, events, started)
     )
     if isinstance(answer, Refused):
-        raise RunError(f"run {new} exists with another agent or task", run_id=new)
+        raise RunError(
+            f"run {new} exists with another agent or task", hint=f"see: agentmesh runs show {new}", run_id=new
+        )
     return new
 
 

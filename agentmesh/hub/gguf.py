@@ -42,7 +42,7 @@ def convert(gguf: Path, folder: Path, *, progress: Progress | None = None) -> No
     if about("general.architecture") != "llama":
         raise ConfigError(
             f"{gguf.name} is a {about('general.architecture')!r} model",
-            hint="only Llama-shaped GGUF files are converted",
+            hint="choose a Llama-shaped GGUF file",
         )
     heads, kv_heads = about("llama.attention.head_count"), about("llama.attention.head_count_kv")
     weights: dict[str, torch.Tensor] = {}
@@ -115,7 +115,7 @@ def _tokenizer(about: _Metadata, folder: Path) -> None:
     tokens, types = about("tokenizer.ggml.tokens"), about("tokenizer.ggml.token_type")
     if about("tokenizer.ggml.model") != "gpt2":
         raise ConfigError(
-            f"the file's tokenizer is {about('tokenizer.ggml.model')!r}", hint="only byte-level BPE is converted"
+            f"the file's tokenizer is {about('tokenizer.ggml.model')!r}", hint="choose a file with byte-level BPE"
         )
     special = [i for i, kind in enumerate(types) if kind == CONTROL_TOKEN]
     added = [

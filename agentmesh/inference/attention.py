@@ -100,7 +100,7 @@ def refuse_unknown(given: dict[str, Any]) -> None:
     """An argument that changes scores and is not known here must not be overlooked."""
     for name in UNSUPPORTED:
         if given.get(name) is not None:
-            raise NotImplementedError(f"the engine's attention knows no {name}; put a server behind this queue (url=)")
+            raise NotImplementedError(f"the engine's attention knows no {name}; write a ServerQueue for this model")
 
 
 def _attend_one(

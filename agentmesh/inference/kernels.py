@@ -266,7 +266,7 @@ def choose(model: Any, page_tokens: int, wish: str = "") -> Choice:
         return Choice(wish)
     raise ConfigError(
         f"no attention works on {model.device} in {model.dtype} ({'; '.join(why)})",
-        hint="install a torch that is built for this device, or put a server behind the queue (url=)",
+        hint="install a torch that is built for this device, or write a ServerQueue for the model",
     )
 
 

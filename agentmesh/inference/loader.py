@@ -60,7 +60,9 @@ def load_model(
                 hint=f"agentmesh models rm {name}, then agentmesh models pull {name}",
             ) from None
     if not tokenizer.chat_template:
-        raise ConfigError(f"model {name!r} has no chat template: choose one that was trained to chat (-Instruct)")
+        raise ConfigError(
+            f"model {name!r} has no chat template", hint="choose one that was trained to chat (-Instruct)"
+        )
     model = model.to(device).eval()
     engine = InferenceEngine(model, shape, on_fatal=on_fatal)
     given = model.generation_config.eos_token_id

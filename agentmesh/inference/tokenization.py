@@ -74,7 +74,7 @@ class AnswerStream:
         return "".join(self._texts["thought"])
 
     def hear(self, tokens: Sequence[int]) -> bool:
-        """Take all tokens so far; True when a stop string has come. The `on_tokens` of `Engine.submit`.
+        """Take all tokens so far; True when a stop string has come. The `on_tokens` of `InferenceEngine.submit`.
 
         Raises:
             RetryLater: the request began again, and its answer differs from what was streamed already.

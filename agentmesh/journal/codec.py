@@ -10,7 +10,6 @@ from typing import Any
 
 from agentmesh.errors import JournalVersion
 from agentmesh.journal.events import (
-    ENDS,
     Approved,
     Denied,
     Event,
@@ -249,11 +248,6 @@ def _accepted(reply: Reply) -> Accepted | Refused:
         events = [decode_event(line) for line in lines]
         return Refused(head["no"], head.get("detail", ""), events, head.get("version", 0))
     return Accepted(head.get("version", 0), bool(head.get("conflict")), bool(head.get("again")))
-
-
-def is_ended(event: Event | None) -> bool:
-    """Whether this last event of a run ends it."""
-    return isinstance(event, ENDS)
 
 
 # ---- Large values live beside the journal -------------------------------------------------------

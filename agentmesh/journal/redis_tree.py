@@ -12,7 +12,7 @@ Evaluate = Callable[..., Awaitable[Any]]  # of a script's name and its arguments
 
 
 async def read_open_entries(evaluate: Evaluate, run_id: str) -> tuple[int, list[WaitingLine]]:
-    """As `tree.open_entries`; lines may be missing, see `missing_plans`.
+    """As `tree.open_entries`; lines may be missing, see `fill_missing_plans`.
 
     Where the tree changes between two slices an entry may be seen in neither, and one that moves in both.
     """

@@ -45,11 +45,6 @@ class TaskMessage:
         """One string, as entries keep it."""
         return f"{self.queue}\0{self.head}\0{self.tail}"
 
-    @classmethod
-    def unpacked(cls, text: str) -> "TaskMessage":
-        """The message that `packed` wrote."""
-        return cls(*text.split("\0"))
-
 
 @dataclass(frozen=True, slots=True)
 class NewRun:

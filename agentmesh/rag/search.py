@@ -43,7 +43,7 @@ def check_search(k: int, mode: str, diverse: float) -> None:
     if mode not in MODES:
         raise DefinitionError(f"search(mode={mode!r}): mode must be one of {', '.join(MODES)}")
     if not 0 <= diverse <= 1:
-        raise DefinitionError(f"search(diverse={diverse}) must be 0 to 1")
+        raise DefinitionError(f"search(diverse={diverse}) is out of range", hint="use 0 to 1")
 
 
 def search(

@@ -43,7 +43,7 @@ class StatusReporter:
     """Reports from a thread of its own; only to the log where STATUS_FOLDER_ENV names no folder.
 
     Args:
-        engine: an inference.engine.Engine.
+        engine: an inference.engine.InferenceEngine.
         worker: the process's name under its supervisor.
         in_flight: returns how many steps this process has; `places` is how many it may have.
     """

@@ -62,7 +62,7 @@ class Encoder(BaseEmbedder):
         self.pooling = pooling or _declared_pooling(self._path)
         if self.pooling not in POOLINGS:
             raise ConfigError(
-                f"{model!r} pools by {self.pooling!r}", hint=f"an encoder here pools by {', '.join(POOLINGS)}"
+                f"{model!r} pools by {self.pooling!r}", hint=f"choose an encoder that pools by {', '.join(POOLINGS)}"
             )
         self.prefixes = prefixes or _declared_prefixes(self._path, model)
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
