@@ -266,7 +266,7 @@ class DocumentError(MeshError):
 
 
 class TryAgain(Exception):
-    """Raised by a tool: the text goes to the model, the turn counts, the run goes on."""
+    """Raised by a tool: the text goes to the model, the turn counts, the run continues."""
 
 
 def _tree(cls: type[MeshError]) -> Iterable[type[MeshError]]:
@@ -312,8 +312,8 @@ def raised_at(error: BaseException) -> str:
     """`crew.py:12`: where an exception came from in the folder of the code that we called; "" where we called none."""
     ours = os.path.dirname(__file__) + os.sep
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
-    home = os.path.dirname(frames[0].filename) if frames else ""
-    own = [f for f in frames if f.filename.startswith(home)]
+    folder = os.path.dirname(frames[0].filename) if frames else ""
+    own = [f for f in frames if f.filename.startswith(folder)]
     return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
 
 
@@ -335,7 +335,7 @@ def error_from_json(data: Mapping[str, Any]) -> MeshError:
     return cls(data["message"], hint=data.get("hint", ""), **fields)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'gpu'?`, or nothing when no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """` Did you mean 'gpu'?`, or "" when none of the names is close."""
+    near = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -29,7 +29,7 @@ class CacheStats:
 class SizedCache(Generic[K, V]):
     """The entries used last, of `max_bytes` together; thread-safe.
 
-    The newest entry stays however large it is: whoever put it has it in memory anyway, and asks for it next.
+    The newest entry stays however large it is: its caller has it in memory anyway, and asks for it next.
 
     Args:
         name: under which metrics count it; several caches may share one.

@@ -46,7 +46,7 @@ def main() -> None:
     given = parser.parse_args()
     given.faults = given.faults.split(",")
     if unknown := set(given.faults) - set(KINDS):
-        parser.error(f"there is no fault {sorted(unknown)[0]!r}; there are {', '.join(KINDS)}")
+        parser.error(f"unknown fault {sorted(unknown)[0]!r}; use one of: {', '.join(KINDS)}")
     if given.full:
         given.runs, given.kills, given.store_kills, given.plain = 1000, 100, 20, True
         given.once = given.once or 500

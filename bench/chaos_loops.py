@@ -162,7 +162,7 @@ def once(given: argparse.Namespace) -> list[str]:
         store.close()
         doubts = sum(isinstance(e, StepInDoubt) for r in runs for e in r.events())
         done = Counter(bench.log.read_text().split())
-        print(f"at_most_once: {given.once} kills ({held} with work in hand), {len(runs)} runs, {sum(done.values())} executions, "
+        print(f"at_most_once: {given.once} kills ({held} with work in flight), {len(runs)} runs, {sum(done.values())} executions, "
               f"{doubts} in doubt, {repeats(done)} executed twice, {hung} hung, {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     return [f"{repeats(done)} at_most_once tools twice, {hung} hung"] if repeats(done) or hung else []
 

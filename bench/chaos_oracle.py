@@ -51,7 +51,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """A unit of work that a process held when it was struck."""
+    """A unit of work that a process held when a fault struck it."""
 
     fault: str
     at_ms: int
@@ -71,7 +71,7 @@ class Oracle:
         """A callback for the kit: called while the process stands still."""
 
         def note(worker: str, pid: int) -> None:
-            held = self._held(worker)  # with the store away this takes until it is back; the blow comes after it
+            held = self._held(worker)  # while the store is down this waits until it is back; the fault comes after it
             at_ms = round(time.time() * 1000)
             self.struck += [Struck(fault, at_ms, unit, kind) for unit, kind in held]
 
@@ -118,8 +118,8 @@ class Oracle:
         for s in self.struck:
             before[s.unit] += 1
             if s.unit in ended and ended[s.unit] >= s.at_ms:
-                away = any(s.at_ms / 1000 - 1 < out < ended[s.unit] / 1000 for out in outages)
-                fault = f"{s.fault}, the store away too" if away else s.fault
+                store_down = any(s.at_ms / 1000 - 1 < out < ended[s.unit] / 1000 for out in outages)
+                fault = f"{s.fault}, the store down as well" if store_down else s.fault
                 fault += ", struck again: a suspect" if before[s.unit] > 1 else ""
                 tally.resume_s.setdefault(fault, []).append((ended[s.unit] - s.at_ms) / 1000)
         asked = Counter(json.dumps(r.body["messages"]) for r in self._server.requests)

@@ -40,7 +40,7 @@ LATENCY_S = 0.1
 STOP_S = 12.0  # longer than the default lease of 10 s
 PATIENCE_S = 60.0  # a run that has not ended so long after the last fault has hung
 STORM_S = 240.0  # and so has one that has not ended so long after its start, whatever the weather
-PLAIN_RUNS = 200  # of plain Celery at least; it goes on until as many were killed
+PLAIN_RUNS = 200  # of plain Celery at least; more are begun until as many were killed
 PLAIN_STORM_S = (
     60.0  # plain Celery's; its visibility timeout is 5 s. Else its hung runs keep all others from being tried
 )

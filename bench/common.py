@@ -17,7 +17,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 @contextlib.contextmanager
 def valkey() -> Iterator[EmbeddedValkey]:
-    """An embedded Valkey in a folder that goes away."""
+    """An embedded Valkey in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         server = EmbeddedValkey.join(Path(folder))
         try:

@@ -4,7 +4,7 @@
 
 One device worker with a small made model; a step takes so long more than it computes, as if on a device, with the CPU
 free. So many low requests wait or are answered all the time, and one of a hundred requests is urgent. The second row has
-all of them in one queue, for a third of the time; each goes on until three were urgent. Published is when the journal's
+all of them in one queue, for a third of the time; each runs until three were urgent. Published is when the journal's
 script sends the step.
 """
 

@@ -31,7 +31,7 @@ def _heard_interrupts() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def eventually() -> Callable[..., None]:
-    """`eventually(condition)` comes back when it is true, and fails after `timeout_s` (15). A store that is away is asked again."""
+    """`eventually(condition)` comes back when it is true, and fails after `timeout_s` (15). A store that is down is asked again."""
 
     def wait(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
         __tracebackhide__ = True  # a failure is shown at the line that waits, with its condition
@@ -72,7 +72,7 @@ class Shell:
         return done.stdout
 
     def start(self, *args: str) -> "subprocess.Popen[str]":
-        """The command in a process group of its own, for whoever wants to interrupt or kill it."""
+        """The command in a process group of its own, so that a test can interrupt or kill it."""
         return subprocess.Popen(
             self.argv(*args), cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             process_group=0,

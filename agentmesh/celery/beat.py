@@ -1,4 +1,4 @@
-"""Schedules through Celery Beat: the due time is computed where beat runs, and the run's id is schedule and time."""
+"""Schedules through Celery Beat: beat's process computes the due time, and a run's id is made of schedule and due time."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,19 +14,19 @@ from agentmesh.definitions.schedule import Recurrence, Schedule
 
 
 class BeatSchedule(BaseSchedule):  # type: ignore[misc]  # celery is untyped
-    """Times as beat asks for them."""
+    """A Recurrence as a schedule of Celery."""
 
     def __init__(self, times: Recurrence, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.times = times
 
     def is_due(self, last_run_at: datetime) -> Any:
-        """Whether a time has come since then, and the seconds until the next."""
+        """Whether a due time has passed since `last_run_at`, and the seconds until the next one."""
         now = datetime.now(UTC)
         return schedstate(self.times.last(now) > last_run_at, max(0.0, (self.times.next(now) - now).total_seconds()))
 
     def remaining_estimate(self, last_run_at: datetime) -> Any:
-        """Until the next time."""
+        """The time until the next due time."""
         now = datetime.now(UTC)
         return self.times.next(now) - now
 
@@ -44,7 +44,7 @@ class BeatSchedule(BaseSchedule):  # type: ignore[misc]  # celery is untyped
 
 
 class ScheduleTask(Task):  # type: ignore[misc]  # celery is untyped
-    """What beat sends: nothing goes to the broker, the run is begun right there."""
+    """The task of a schedule: beat's process begins the run itself, and nothing is sent to the broker."""
 
     name = "agentmesh.schedule"
     ignore_result = True
@@ -59,21 +59,21 @@ class ScheduleTask(Task):  # type: ignore[misc]  # celery is untyped
 
 
 def add_schedules(app: Celery, meshes: dict[str, MeshRuntime], crew: str, schedules: Sequence[Schedule]) -> None:
-    """Put a crew's schedules into the app's `beat_schedule`: the one setting of an app that is written."""
+    """Add a crew's schedules to the app's `beat_schedule`, the only setting of an app that agentmesh writes."""
     if ScheduleTask.name not in app.tasks:
         task = ScheduleTask()
         task.meshes = meshes
         app.register_task(task)
-    for one in schedules:
+    for schedule in schedules:
         app.add_periodic_task(
-            BeatSchedule(one.times),
-            app.tasks[ScheduleTask.name].si(crew, one.name),
-            name=f"agentmesh.{crew}.{one.name}",
+            BeatSchedule(schedule.times),
+            app.tasks[ScheduleTask.name].si(crew, schedule.name),
+            name=f"agentmesh.{crew}.{schedule.name}",
         )
 
 
 def start_beat(app: Celery) -> NativeThread:
-    """Beat in a thread, without a file: what was missed while nobody ran it is not begun later."""
+    """Start beat in a thread, without a schedule file: times that pass while beat is not running are not made up for."""
     service = Service(app, scheduler_cls="celery.beat:Scheduler")
     thread = NativeThread(service.start, "agentmesh-beat")
     thread.start()

@@ -156,7 +156,14 @@ class CeleryDispatch:
         }  # fmt: skip
 
     def _template(
-        self, task: str, kind: str, name: str, queue: str, gathered: str, home: str, timeout_s: float | None = None
+        self,
+        task: str,
+        kind: str,
+        name: str,
+        queue: str,
+        gathered: str,
+        advance_queue: str,
+        timeout_s: float | None = None,
     ) -> MessageTemplate:
         key = (task, kind, name, queue, gathered, timeout_s)
         if key not in self._templates:
@@ -164,7 +171,7 @@ class CeleryDispatch:
             if timeout_s is not None:
                 signature.set(time_limit=timeout_s + KILL_GRACE_S)
             if gathered:
-                body = self._signature(ADVANCE, "Advance", name, home)
+                body = self._signature(ADVANCE, "Advance", name, advance_queue)
                 text = Gather([signature], body).rendered(GROUP, INDEX)[0]
             else:
                 buffer = BufferProducer()

@@ -1,6 +1,6 @@
-"""`task_always_eager`: a mesh without broker, store and workers. Runs are executed in this process, at once.
+"""`task_always_eager`: a mesh without broker, store and workers. Runs are executed in this process, by the call that begins them.
 
-Time skips: a Sleep and a back-off take no time. What waits for a decision waits in this process's memory.
+Time is simulated: a Sleep and a back-off take no time. Blocked runs are kept in this process's memory.
 """
 
 import asyncio
@@ -27,16 +27,16 @@ T = TypeVar("T")
 
 
 def is_eager(app: Celery) -> bool:
-    """Whether the app's tasks are run where they are called."""
+    """Whether the app executes tasks where they are called."""
     return bool(app.conf.task_always_eager)
 
 
 def eager_process_state(
     crew: Crew, executor: StepExecutor, worker: str, on_run_end: Callable[[History, Event], None]
 ) -> ProcessState:
-    """What a mesh of an eager app has in this process."""
+    """The process state of a mesh on an eager app."""
     runner = LocalRunner(crew, executor, start_ms=_now_ms(), on_run_end=on_run_end)
-    lock = asyncio.Lock()  # time must not skip while another thread's step runs
+    lock = asyncio.Lock()  # simulated time must not advance while another thread's step runs
 
     async def begin(new: NewRun) -> Accepted | Refused:
         inside = RUNNING_INSIDE.get()
@@ -49,7 +49,7 @@ def eager_process_state(
         return await _on_mesh_loop(exclusive(runner.begin(replace(new, wire=wire))))
 
     async def on_change() -> None:
-        if not RUNNING_INSIDE.get():  # else the caller that runs that step continues the run
+        if not RUNNING_INSIDE.get():  # otherwise the caller that executes the step continues the run
             await _on_mesh_loop(exclusive(runner.run_until_idle()))
 
     async def exclusive(work: Coroutine[Any, Any, T]) -> T:
@@ -62,7 +62,7 @@ def eager_process_state(
 
 
 def canvas_value(events: Sequence[Event], run_id: str) -> Any:
-    """The value that an eager canvas continues with.
+    """The run's value, with which an eager canvas continues.
 
     Raises:
         RuntimeError: the run failed.
@@ -74,10 +74,10 @@ def canvas_value(events: Sequence[Event], run_id: str) -> Any:
         if isinstance(event, RunFailed):
             raise RuntimeError(str(error_from_json(event.error)))
         if isinstance(event, RunCancelled):
-            raise RunError(f"run {run_id} was cancelled", run_id=run_id)
+            raise RunError(f"run {run_id!r} was cancelled", run_id=run_id)
     raise RunError(
-        f"run {run_id} is waiting for a decision, and an eager canvas cannot wait",
-        hint=f"see `mesh.get({run_id!r}).waiting_for()`",
+        f"run {run_id!r} is waiting for a decision, and an eager canvas cannot wait",
+        hint=f"decide it: mesh.get({run_id!r}).waiting_for() lists what it waits for",
         run_id=run_id,
     )
 

@@ -1,4 +1,4 @@
-"""Where a URL becomes a Journal."""
+"""Makes a Journal of a URL."""
 
 from celery import Celery
 
@@ -11,13 +11,13 @@ from agentmesh.journal.redis import RedisJournal
 
 
 def make_journal(config: Config, app: Celery, journal: str | Journal = "") -> Journal:
-    """The journal of these settings, by the scheme of its URL; a publisher sends what its scripts cannot push.
+    """The journal of these settings, by the scheme of its URL; a publisher sends what its scripts do not push.
 
     Args:
-        journal: a URL, or a Journal, which is taken as it is; empty is as the settings say.
+        journal: a URL, or a Journal, which is returned as it is; "" for the one of the settings.
 
     Raises:
-        ConfigError: no journal is named and the broker cannot hold one, or no journal is known by the scheme.
+        ConfigError: no journal is set and the broker cannot hold one, or no plugin makes journals of this scheme.
     """
     if not isinstance(journal, str):
         return journal
@@ -25,12 +25,12 @@ def make_journal(config: Config, app: Celery, journal: str | Journal = "") -> Jo
     url = journal or journal_url(broker, config.journal)
     scheme = url.partition(":")[0].lower()
     factory = plugins.load_plugin("journals", scheme)
-    # A prefix of the user's broker keys is kombu's to add, not the scripts'.
+    # kombu adds the prefix of the broker's keys, and the scripts do not know it.
     has_key_prefix = bool((app.conf.broker_transport_options or {}).get("global_keyprefix"))
     has_scripts = isinstance(factory, type) and issubclass(factory, RedisJournal)
     push = has_scripts and same_server(broker, url) and not has_key_prefix
-    made: Journal = plugins.make_plugin(
+    instance: Journal = plugins.make_plugin(
         "journals", scheme, url, prefix=config.prefix, push=push, send=None if push else publisher_for(app),
         ttl_ms=round(config.lease_s * 1000), retain_ms=round(config.retain_days * 86_400_000),
     )  # fmt: skip
-    return made
+    return instance

@@ -40,7 +40,7 @@ RUN_ID = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 
 
 class RunExecutor(StepExecutor, Protocol):
-    """Does steps, and is told of each run that this process ends."""
+    """Executes steps, and is told of each run that this process ends."""
 
     def ended(self, history: History, end: Event) -> None:
         """A run was ended by this process."""
@@ -48,14 +48,14 @@ class RunExecutor(StepExecutor, Protocol):
 
 
 class MeshRuntime:
-    """One crew on one app. Makes nothing and connects to nothing before its first use in a process.
+    """One crew on one app. It connects to nothing before its first use in a process.
 
     Args:
         journal: a URL or a Journal.
-        make_executor: makes what does this process's steps.
+        make_executor: makes this process's executor.
         traceparent: the W3C trace context that new runs belong to, or "".
         worker: the name in leases; a unique one when empty.
-        suspects: whether steps that were in flight at crashes are taken by this process.
+        suspects: whether this process executes suspects, which are steps that were in flight at crashes.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class MeshRuntime:
         self._process_states: dict[tuple[int, bool], ProcessState] = {}
         self._check_lock, self._checked = threading.Lock(), False
 
-    # ---- what it has in this process -----------------------------------------------------------
+    # ---- its state in this process -------------------------------------------------------------
     @property
     def process_state(self) -> ProcessState:
-        """This process's, made at its first use."""
+        """The state of this process, made at its first use."""
         key = os.getpid(), is_eager(self.app)
         state = self._process_states.get(key)
-        if state is None:  # no lock, which a fork might copy locked: of two threads that get here one wins
+        if state is None:  # no lock, which a fork might copy while it is held: of two threads here one wins
             state = self._process_states.setdefault(key, self._make_process_state(*key))
         return state
 
@@ -104,10 +104,11 @@ class MeshRuntime:
         return self.process_state.engine
 
     def check(self) -> None:
-        """Look once whether the broker answers and is safe to use.
+        """Check once that the broker responds and is safe to use.
 
         Raises:
-            ServiceDown, ConfigError: it is not.
+            ServiceDown: it does not respond.
+            ConfigError: it is not safe to use.
         """
         with self._check_lock:
             if not self._checked and not is_eager(self.app):
@@ -127,17 +128,15 @@ class MeshRuntime:
         self, agent: Agent[Any, Any], task: Any, *, run_id: str = "", history: Sequence[Message] = (), stream: bool = False,
         origin: str = "",
     ) -> NewRun:  # fmt: skip
-        """What a run of this agent begins with.
+        """A new run of this agent, which has not begun.
 
         Raises:
-            DefinitionError: the task is not what the agent takes, or the id is not one.
+            DefinitionError: the task is not of the agent's type, or the run id is malformed.
             UnknownName: the crew has no such agent.
         """
         run_id = run_id or uuid.uuid4().hex[:12]
         if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
-            raise DefinitionError(
-                f"run id {run_id!r} must be 1 to 64 of letters, digits, `_`, `.`, `-`", hint="choose another id"
-            )
+            raise DefinitionError(f"{run_id!r} is not a run id", hint="use 1 to 64 of: letters, digits, `_`, `.`, `-`")
         self.crew.agent(agent.name)
         queue = self.crew.queues.broker_name(self.crew.queues.first)
         spec = RunSpec(
@@ -148,10 +147,10 @@ class MeshRuntime:
         return NewRun(run_id, spec, self.process_state.dispatch.advance(run_id, agent.name, queue))
 
     async def begin(self, new: NewRun) -> Accepted:
-        """Begin a run; again with the same spec it changes nothing.
+        """Begin a run; repeated with the same spec it changes nothing.
 
         Raises:
-            RunError: the id is taken by another agent or task.
+            RunError: a run of this id exists with another agent or task.
         """
         answer = await self.process_state.begin(new)
         if isinstance(answer, Refused):
@@ -165,7 +164,7 @@ class MeshRuntime:
     def begin_for_canvas(
         self, agent: str, task: Any, run_id: str, saved: dict[str, Any], fields: dict[str, Any]
     ) -> Sequence[Event]:
-        """Begin a run that a canvas waits for; on an eager app, its events to the end."""
+        """Begin a run that a canvas waits for; returns () or, on an eager app, the events of the ended run."""
         instance = self.crew.agent(agent, fields)
         if instance.task_type is str and not isinstance(task, str):
             task = canonical(task)
@@ -178,7 +177,7 @@ class MeshRuntime:
         return ()
 
     def begin_scheduled(self, name: str, now: datetime) -> str:
-        """Begin the run of a schedule that is due; its id."""
+        """Begin the run of a schedule that is due; returns its id."""
         schedule = self.crew.schedules[name]
         new = self.new_run(schedule.agent, schedule.task, run_id=schedule.run_id(schedule.times.last(now)))
         run_sync(self.begin(new))
@@ -186,7 +185,7 @@ class MeshRuntime:
 
     # ---- leases --------------------------------------------------------------------------------
     def active_engine(self) -> Engine:
-        """This process's engine, whose leases are renewed from now on."""
+        """This process's engine, with the renewal of its leases started."""
         housekeeper = self.process_state.housekeeper
         if housekeeper is None:  # a child of a prefork pool: its parent sweeps
             housekeeper = self._start_housekeeping((), math.inf)
@@ -210,19 +209,19 @@ class MeshRuntime:
         return housekeeper
 
     def stop_housekeeping(self, housekeeper: Housekeeper | None = None) -> bool:
-        """Stop that one, or all; whether this process works on no steps of the crew any more."""
+        """Stop one housekeeper, or all; whether none is left."""
         housekeepers = self.process_state.housekeepers
-        for one in [housekeeper] if housekeeper is not None else list(housekeepers):
-            housekeepers.remove(one)
-            one.stop()
+        for stopped in [housekeeper] if housekeeper is not None else list(housekeepers):
+            housekeepers.remove(stopped)
+            stopped.stop()
         return not housekeepers
 
     async def release_processes(self, pids: Sequence[int]) -> None:
-        """Give back what these processes hold."""
+        """Release the leases of these processes."""
         for pid in pids:
             await self.journal.release(self.lease_name(pid), crashed=False, queues=self.crew.queues.broker_names())
 
     def release_dead(self, pid: int) -> None:
-        """A child of this process died: its leases are given back soon."""
+        """Have the leases of a dead child process released by the housekeeper."""
         if self.process_state.housekeeper is not None and pid != os.getpid():
             self.process_state.housekeeper.release_dead(self.lease_name(pid))

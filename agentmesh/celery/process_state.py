@@ -1,4 +1,4 @@
-"""What a mesh has in one process: a journal, an engine, leases. A forked child has its own of each."""
+"""The state of a mesh in one process: a journal, an engine, leases. A forked child has its own."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ class ProcessState:
 
     Args:
         worker: the process's name in leases.
-        begin: begins a run; on an eager app it also sees it to its end.
-        housekeepers: one for each worker of this process; none until it works on steps.
+        begin: begins a run; on an eager app it also executes it.
+        housekeepers: one for each worker of this process; none until it executes steps.
     """
 
     worker: str
@@ -31,5 +31,5 @@ class ProcessState:
 
     @property
     def housekeeper(self) -> Housekeeper | None:
-        """The newest, or None."""
+        """The newest housekeeper, or None."""
         return next(reversed(self.housekeepers), None)

@@ -1,4 +1,4 @@
-"""The crews of an app: its tasks, workers and beat find them here by their names."""
+"""The meshes of an app by crew name, for its tasks, workers and beat."""
 
 from celery import Celery
 
@@ -11,9 +11,9 @@ from agentmesh.errors import UnknownName
 
 
 def register(runtime: MeshRuntime) -> MeshRuntime:
-    """Put our tasks on the runtime's app, if they are not there, and its crew where they look; answers the runtime.
+    """Register our tasks on the runtime's app, and the runtime under its crew's name; returns the runtime.
 
-    Of two runtimes of one crew the tasks see the newer one.
+    A newer runtime of the same crew replaces an older one.
     """
     app, crew = runtime.app, runtime.crew
     runtimes = register_tasks(app)
@@ -34,6 +34,7 @@ def runtime_of(app: Celery, crew: str) -> MeshRuntime:
     runtimes = register_tasks(app)
     if crew not in runtimes:
         raise UnknownName(
-            f"no mesh of crew {crew!r} was made on this app in this process", hint="import the module that creates it"
+            f"no mesh of crew {crew!r} was made on this app in this process",
+            hint="make one when the app is imported: Mesh(crew, app)",
         )
     return runtimes[crew]

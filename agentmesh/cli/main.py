@@ -14,7 +14,7 @@ from agentmesh.runtime.process_exit import INTERRUPTED, exit_at_once, exit_code,
 
 app = typer.Typer(
     name="agentmesh", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Run crews of agents on Celery. Every step is journaled: whatever dies, the run goes on.",
+    help="Run crews of agents on Celery. Every step is journaled, so runs survive the death of any process.",
     epilog="Examples:  agentmesh run crew.py 'write about tea'  ·  agentmesh worker crew.py  ·  agentmesh runs ls",
 )  # fmt: skip
 runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect and control runs.",

@@ -169,7 +169,7 @@ def follow_run(
         return FAILED
     finally:
         view.close()
-        supervisor.stop(quiet=True)  # a kill at the end of this drain is no news
+        supervisor.stop(quiet=True)  # a kill at the end of this drain needs no message
         supervisor.join(drain_s + 3)  # what does not drain is killed, and its leases are released
         mesh.close()
 

@@ -254,7 +254,7 @@ class Agent(Generic[Out_co, In_contra]):
 
 
 def _outcome_text(outcome: Any) -> str:
-    """A step's value or error as a model reads it; an error that the model cannot mend is raised."""
+    """A step's value or error as a model reads it; an error that the model cannot correct is raised."""
     if isinstance(outcome, StepError):
         if isinstance(outcome, ApprovalDenied) or (isinstance(outcome, ToolError) and outcome.again):
             return str(outcome)

@@ -36,28 +36,28 @@ def type_arguments(cls: type, root: type, inherited: tuple[Any, Any]) -> tuple[A
     return inherited
 
 
-def task_type(cls: type, flow: Callable[..., Any] | None, given: Any) -> Any:
+def task_type(cls: type, flow: Callable[..., Any] | None, declared: Any) -> Any:
     """The type of an agent's task: what the class gives, what its flow takes, or text.
 
     Args:
         flow: the class's own; None for the default one.
-        given: as `type_arguments` answers it.
+        declared: the type argument of the class, as `type_arguments` returns it.
 
     Raises:
         DefinitionError: both are declared, and the flow does not take what the class gives.
     """
-    is_declared = given is not Undeclared and not is_open(given)
+    is_declared = declared is not Undeclared and not is_open(declared)
     annotated = Undeclared if flow is None else _flow_parameter(cls, flow)
     if annotated is Undeclared or (is_declared and is_open(annotated)):
-        return given if is_declared else str
-    if not is_declared or given is Any:
+        return declared if is_declared else str
+    if not is_declared or declared is Any:
         return annotated
-    if not _accepts(annotated, given):
+    if not _accepts(annotated, declared):
         raise DefinitionError(
-            f"agent `{cls.__name__}` takes {type_name(given)} and its flow {type_name(annotated)}",
-            hint=f"write the same type in `Agent[…, {type_name(given)}]` and in the flow",
+            f"agent `{cls.__name__}` takes {type_name(declared)} and its flow {type_name(annotated)}",
+            hint=f"write the same type in `Agent[…, {type_name(declared)}]` and in the flow",
         )
-    return given
+    return declared
 
 
 def type_hints(cls: type) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from agentmesh.errors import DefinitionError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Ceilings of a run and all its sub-agents together; `None` is no ceiling.
+    """Ceilings of a run and all its sub-agents together; `None` sets no limit.
 
     They are checked before each model call, so calls in flight may exceed them. At a limit the run is held
     (`agentmesh runs resume ID --limit turns=50`) or, with `on_limit="fail"`, ends as LimitReached.

@@ -204,12 +204,12 @@ class Tool(Generic[P, R_co]):
                 f"tool `{name}`: its function has no parameter {missing[0]!r}", hint="add it, or take `**arguments`"
             )
         make = AsyncTool if inspect.iscoroutinefunction(call) else Tool
-        made: Tool[..., Any] = make(call, name=name, description=description, parameters=parameters, **options)
-        if clash := sorted(parameters.names & {*made.context}):
+        new_tool: Tool[..., Any] = make(call, name=name, description=description, parameters=parameters, **options)
+        if clash := sorted(parameters.names & {*new_tool.context}):
             raise ToolSignatureError(
                 f"tool `{name}`: argument {clash[0]!r} is also its ToolContext", hint="rename the parameter"
             )
-        return made
+        return new_tool
 
     def __repr__(self) -> str:
         return f"<tool {self.name}>"

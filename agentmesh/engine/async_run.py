@@ -266,7 +266,7 @@ class AsyncRun(Generic[Out]):
         await self.client.signal(item.run_id, Approved(n=item.n, by=by))
 
     async def deny(self, item: Approval, *, by: str = "", reason: str = "") -> None:
-        """Deny a waiting step; the reason goes to whoever asked for it, including a model."""
+        """Deny a waiting step; the reason is passed to what requested the step, such as a model."""
         await self.client.signal(item.run_id, Denied(n=item.n, by=by, reason=reason))
 
     async def resolve(self, item: Approval, action: Resolution, *, value: Any = None, by: str = "") -> None:

@@ -297,7 +297,7 @@ class Engine:
 
 
 def _cancel_task(lease: Lease) -> None:
-    if lease.task is not None:  # read on its own loop: a step that is being committed goes on
+    if lease.task is not None:  # read on its own loop: a step that is being committed is not stopped
         lease.task.cancel()
 
 

@@ -99,10 +99,10 @@ class LocalExecutor:
     async def _ask_model(self, step: Ask, at: Attempt) -> tuple[Event, Charge]:
         servers, limit = None, None
         try:
-            asked, servers = step.model or self._model, self._servers_of(step)
-            model, name = self._model_of(servers or asked)
+            model_source, servers = step.model or self._model, self._servers_of(step)
+            model, name = self._model_of(servers or model_source)
             if servers:
-                name = str(asked).partition(":")[2]
+                name = str(model_source).partition(":")[2]
             prompt = Prompt(name, step.messages, step.tools, step.output, step.options)
             async with asyncio.timeout(step.timeout_s) as limit:
                 answer: Answer = await model.ask(prompt, at.on_token)
@@ -128,7 +128,7 @@ class LocalExecutor:
         cut = "length" if answer.finish == "length" else ""
         done = StepDone(
             n=at.n, value=_well_formed(answer.message).to_json(), usage=usage.to_json(), attempt=at.number, finish=cut,
-            model=model_name(asked),
+            model=model_name(model_source),
         )  # fmt: skip
         return done, {"turns": 1, "tokens": usage.tokens, "usd": usage.cost_usd}
 

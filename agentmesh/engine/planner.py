@@ -49,8 +49,8 @@ class Planner:
             )
             for n, s in new.items()
         ]
-        home = self.crew.queues.broker_name(self.crew.queues.first)
-        wires = dict(zip(new, self.dispatch.steps(history.run_id, members, waiting.gather, home), strict=True))
+        advance_queue = self.crew.queues.broker_name(self.crew.queues.first)
+        wires = dict(zip(new, self.dispatch.steps(history.run_id, members, waiting.gather, advance_queue), strict=True))
         first = waiting.gather.first if waiting.gather else 0
         plans = []
         for n, step in new.items():

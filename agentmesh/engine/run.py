@@ -95,7 +95,7 @@ class Run(Generic[Out]):
         self._call(self.aio.approve, item, by=by)
 
     def deny(self, item: Approval, *, by: str = "", reason: str = "") -> None:
-        """Deny a waiting step; the reason goes to whoever asked for it, including a model."""
+        """Deny a waiting step; the reason is passed to what requested the step, such as a model."""
         self._call(self.aio.deny, item, by=by, reason=reason)
 
     def resolve(self, item: Approval, action: Resolution, *, value: Any = None, by: str = "") -> None:

@@ -1,4 +1,4 @@
-"""A Llama-shaped GGUF file to a folder that transformers loads: dequantised, rotary order undone, tokenizer rebuilt.
+"""Converts a Llama-shaped GGUF file to a folder for transformers: weights dequantised, rotary order undone, tokenizer rebuilt.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -28,21 +28,21 @@ BLOCK_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-CONTROL_TOKEN = 3  # gguf's token type of special tokens
+CONTROL_TOKEN = 3  # GGUF's token type of special tokens
 
 
 def convert(gguf: Path, folder: Path, *, progress: Progress | None = None) -> None:
     """Write config.json, model.safetensors and the tokenizer's files into `folder`.
 
     Raises:
-        ConfigError: the file is no Llama.
+        ConfigError: the model is not a Llama, or its tokenizer is not byte-level BPE.
     """
     reader = GGUFReader(str(gguf))
     about = _Metadata(reader)
     if about("general.architecture") != "llama":
         raise ConfigError(
-            f"{gguf.name} is a {about('general.architecture')!r} model",
-            hint="choose a Llama-shaped GGUF file",
+            f"{gguf.name} holds a {about('general.architecture')!r} model, and only Llama-shaped ones are converted",
+            hint="pull the model's safetensors, or serve the file with llama-server and a ServerQueue",
         )
     heads, kv_heads = about("llama.attention.head_count"), about("llama.attention.head_count_kv")
     weights: dict[str, torch.Tensor] = {}
@@ -82,7 +82,7 @@ def _tensor_name(name: str) -> str:
 
 
 def unpermuted(weight: Any, heads: int) -> Any:
-    """Rows back from GGUF's rotary order (pairs side by side) to transformers' (halves): (h*d, e) -> (h*d, e)."""
+    """Reorder rows from GGUF's rotary layout (pairs side by side) to transformers' (halves): (h*d, e) -> (h*d, e)."""
     rows, width = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, width)  # (h, d/2, 2, e)
     return pairs.swapaxes(1, 2).reshape(rows, width)
@@ -111,11 +111,12 @@ def _config(about: _Metadata, *, tied: bool) -> dict[str, Any]:
 
 
 def _tokenizer(about: _Metadata, folder: Path) -> None:
-    """A byte-level BPE tokenizer as the `tokenizers` library reads it."""
+    """Write tokenizer.json: a byte-level BPE tokenizer in the format of the `tokenizers` library."""
     tokens, types = about("tokenizer.ggml.tokens"), about("tokenizer.ggml.token_type")
     if about("tokenizer.ggml.model") != "gpt2":
         raise ConfigError(
-            f"the file's tokenizer is {about('tokenizer.ggml.model')!r}", hint="choose a file with byte-level BPE"
+            f"the tokenizer of the GGUF file is {about('tokenizer.ggml.model')!r}, and only byte-level BPE is converted",
+            hint="pull the model's safetensors",
         )
     special = [i for i, kind in enumerate(types) if kind == CONTROL_TOKEN]
     added = [
@@ -150,7 +151,7 @@ def _tokenizer(about: _Metadata, folder: Path) -> None:
 
 
 def _tokenizer_config(about: _Metadata, folder: Path) -> None:
-    """Special tokens and chat template."""
+    """Write tokenizer_config.json: special tokens and chat template."""
     tokens = about("tokenizer.ggml.tokens")
     special = {
         kind: tokens[i] for kind in ("bos", "eos") if (i := about(f"tokenizer.ggml.{kind}_token_id")) is not None

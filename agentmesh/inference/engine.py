@@ -134,16 +134,16 @@ class InferenceEngine:
         """What its device holds."""
         return memory_of(self._model.device)
 
-    def admits(self, in_hand: int) -> int:
+    def admits(self, in_flight: int) -> int:
         """How many more requests there is room for; at least one where there are none.
 
         Args:
-            in_hand: requests that are in the engine or on their way to it.
+            in_flight: requests that are in the engine or about to be submitted.
         """
         gauge, pages_each = self.gauge, max(1.0, self._demand.tokens / self.room.page_tokens)
-        taken = max(gauge.pages - gauge.free_pages, in_hand * pages_each)
-        more = min(int((gauge.pages - taken) / pages_each), self._batching.shape.batch_requests - in_hand)
-        return max(more, 0 if in_hand else 1)
+        taken = max(gauge.pages - gauge.free_pages, in_flight * pages_each)
+        more = min(int((gauge.pages - taken) / pages_each), self._batching.shape.batch_requests - in_flight)
+        return max(more, 0 if in_flight else 1)
 
     @property
     def hung_s(self) -> float:

@@ -1,4 +1,4 @@
-"""A kernel on trial: on random requests of a model's own head shapes, does it say what the plain formula says?
+"""The attention kernels of a device, and the check that chooses one: each is compared with the formula on random requests.
 
 Letters as in `attention.py`; p pages of t tokens, n requests.
 """
@@ -18,19 +18,19 @@ from agentmesh.errors import ConfigError
 from agentmesh.inference.attention import PAGED_NAME, paged_attention, reference_attention, refuse_unknown
 from agentmesh.inference.compat import register_attention
 
-BLOCK_TOKENS = 256  # a page that flash attention reads by itself holds a multiple of so many tokens
-# How far a kernel may be from the formula. Values are around 1, a wrong mask or scale is off by as much.
+BLOCK_TOKENS = 256  # flash attention reads pages whose size is a multiple of so many tokens
+# How far a kernel may be from the formula. Values are around 1, and a wrong mask or scale is off by about as much.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-STEEPNESS = 1.7  # the check's scores are scaled by so much more than usual: one key too many is seen at once
-MAX_REASON = 200
-WINDOW = 16  # of the check, where the model has any
+STEEPNESS = 1.7  # factor on the check's scores: with steep ones a single key too many changes the output visibly
+MAX_REASON = 200  # characters
+WINDOW = 16  # keys; of the check, where a layer of the model has a window
 # new and seen tokens of the check's requests: prompts, parts of prompts behind cached ones, one token behind many
 MIXED_LENGTHS = ((1, 1), (1, 37), (5, 5), (17, 40), (1, 130), (70, 200), (130, 130))
 LONE_LENGTHS = ((1, 1), (1, 37), (1, 130), (1, 300))
 
 
 class Heads(NamedTuple):
-    """What of a model an attention kernel sees.
+    """The facts about a model that matter to an attention kernel.
 
     Args:
         window: 0 where no layer has one.
@@ -61,7 +61,7 @@ class Kernel(NamedTuple):
     """An attention function of transformers' interface.
 
     Args:
-        name: transformers knows it by this, or will.
+        name: the name under which transformers registers it.
         pages: it may also read and write the cache's pages itself (`flash_attn_with_kvcache`).
     """
 
@@ -71,7 +71,7 @@ class Kernel(NamedTuple):
 
 
 def difference(kernel: Kernel, heads: Heads, device: torch.device, dtype: torch.dtype) -> str:
-    """What is wrong with a kernel for such heads on this device; "" where it does what the formula says."""
+    """How a kernel differs from the formula for such heads on this device; "" where it agrees."""
     windows = [None, min(heads.window, WINDOW)] if heads.window else [None]
     try:
         with torch.inference_mode():
@@ -85,15 +85,15 @@ def difference(kernel: Kernel, heads: Heads, device: torch.device, dtype: torch.
                 )  # fmt: skip
                 if fault := _compare(out, sample.expected, dtype):
                     return f"{fault} with a window of {window}" if window else fault
-    except Exception as e:  # whatever a kernel does not take
+    except Exception as e:  # a kernel may raise anything
         return error_summary(e)
     return ""
 
 
 def page_difference(kernel: Kernel, heads: Heads, page_tokens: int, device: torch.device, dtype: torch.dtype) -> str:
-    """The same for a kernel that finds lone tokens' keys in the cache's pages, and writes the new ones there."""
+    """As `difference`, for a kernel that reads and writes the cache's pages itself, of requests with one new token each."""
     if heads.window or page_tokens % BLOCK_TOKENS:
-        return "the cache's pages are of another kind"
+        return "it cannot read the cache's pages"
     try:
         with torch.inference_mode():
             sample = _Sample(heads, LONE_LENGTHS, None, device, dtype)
@@ -110,7 +110,7 @@ def page_difference(kernel: Kernel, heads: Heads, page_tokens: int, device: torc
 
 
 class _Sample:
-    """Random requests, packed as the cache packs them, and what the formula says of them."""
+    """Random requests, packed as the cache packs them, and the formula's output for them."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class _Sample:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        # a layer with a window is given no more than its new tokens can see
+        # a layer with a window gets only the keys that its new tokens may attend to
         self.lengths = [(new, min(seen, new + window - 1) if window else seen) for new, seen in lengths]
         draw = torch.Generator().manual_seed(1)
 
@@ -138,11 +138,13 @@ class _Sample:
         )
         packed = (self.query, news), (self.key, seens), (self.value, seens)
         parts = zip(*(torch.split(x, lengths, 2) for x, lengths in packed), strict=True)
-        said = [reference_attention(q, k, v, scale, window=window, softcap=softcap, sinks=sinks) for q, k, v in parts]
-        self.expected = torch.cat(said, 2).transpose(1, 2)  # (1, q, h, e)
+        outputs = [
+            reference_attention(q, k, v, scale, window=window, softcap=softcap, sinks=sinks) for q, k, v in parts
+        ]
+        self.expected = torch.cat(outputs, 2).transpose(1, 2)  # (1, q, h, e)
 
     def paged(self, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values but for each request's last in pages (p, t, g, e) in no order; and who has which, (n, most)."""
+        """All keys and values but each request's last, in shuffled pages (p, t, g, e), and the block table (n, most pages)."""
         counts = [-(-seen // page_tokens) for _, seen in self.lengths]
         order = random.Random(1).sample(range(sum(counts) + 2), sum(counts))
         table = torch.full((len(counts), max(counts)), -1, dtype=torch.int32)
@@ -157,27 +159,27 @@ class _Sample:
 
 
 def error_summary(error: Exception) -> str:
-    """Of what torch says about a kernel it lacks the first line is for people."""
+    """The type and first line of an error: torch's message about a missing kernel has many more lines."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first[:MAX_REASON]}"
 
 
 def _compare(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str:
     if out.shape != expected.shape:
-        return f"its answer is {tuple(out.shape)}, not {tuple(expected.shape)}"
-    off = float((out.float() - expected).abs().max())  # waits for the device: its errors are heard here
+        return f"its output has the shape {tuple(out.shape)}, not {tuple(expected.shape)}"
+    off = float((out.float() - expected).abs().max())  # waits for the device, whose errors are raised here
     return "" if off <= TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) else f"it is off by {off:.2g}"
 
 
 def _fake_layer(kernel: Kernel, heads: Heads) -> Any:
-    """What transformers' functions ask of the layer they are called for."""
+    """An object with the attributes of a layer that transformers' attention functions read."""
     config = SimpleNamespace(_attn_implementation=kernel.name)
     return SimpleNamespace(
         config=config, is_causal=True, training=False, num_key_value_groups=heads.heads // heads.groups
     )
 
 
-# ---- Which attention the engine uses on its device. Each is tried against the plain formula first, on the model's own head
+# ---- The choice of a kernel ------------------------------------------------------------------
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -190,7 +192,7 @@ VARLEN_NAME = "agentmesh_varlen"
 
 
 class Choice(NamedTuple):
-    """What was found. `pages`: lone tokens go through the kernel that reads the cache itself."""
+    """A kernel that passed the check. `pages`: for requests with one new token it reads the cache's pages itself."""
 
     name: str
     pages: bool = False
@@ -201,7 +203,7 @@ def varlen_attention(
     *, scaling: float | None = None, sliding_window: int | None = None, cu_seq_lens_q: Any = None,
     cu_seq_lens_k: Any = None, max_length_q: int = 0, max_length_k: int = 0, **rest: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """torch's own flash attention over packed requests; what it does not know goes to `paged_attention`.
+    """torch's own flash attention over packed requests; what it does not support goes to `paged_attention`.
 
     It takes float16 and bfloat16 on CUDA from compute capability 8.0 on, and heads up to 256 wide. Its window counts the
     keys to the left of a token's own.
@@ -222,27 +224,29 @@ def varlen_attention(
 
 
 def kernels(device: torch.device) -> list[Kernel]:
-    """Those there are for a device, the best first; the last one always works."""
+    """The kernels available for a device, the best first; the last one supports every model."""
     ours = Kernel(PAGED_NAME, paged_attention)
     if device.type != "cuda":
         return [ours]
     wheels = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
-    found = [Kernel(name, flash_attention_forward, pages=True) for name, there in wheels.items() if there()]
-    found += [Kernel(VARLEN_NAME, varlen_attention)] if varlen_attn is not None else []
-    return [*found, ours]
+    available = [
+        Kernel(name, flash_attention_forward, pages=True) for name, is_installed in wheels.items() if is_installed()
+    ]
+    available += [Kernel(VARLEN_NAME, varlen_attention)] if varlen_attn is not None else []
+    return [*available, ours]
 
 
 def choose(model: Any, page_tokens: int, wish: str = "") -> Choice:
-    """Give a model the best attention that passes the check, once; the log says which, and why no better one.
+    """Set the best attention that passes the check, once for a model; log which, and why the better ones failed.
 
     Args:
-        wish: a name, taken as it is: for comparisons.
+        wish: the name of a kernel, set without the check: for comparisons.
 
     Raises:
         ConfigError: none passes.
     """
-    known: dict[tuple[str, int], Choice] = model.__dict__.setdefault("_agentmesh_attention", {})
-    if (choice := known.get((wish, page_tokens))) is not None:
+    choices: dict[tuple[str, int], Choice] = model.__dict__.setdefault("_agentmesh_attention", {})
+    if (choice := choices.get((wish, page_tokens))) is not None:
         model.set_attn_implementation(choice.name)
         return choice
     heads, why = Heads.of(model), list[str]()
@@ -256,7 +260,7 @@ def choose(model: Any, page_tokens: int, wish: str = "") -> Choice:
             why.append(f"{kernel.name}: {fault}")
             continue
         pages = kernel.pages and not page_difference(kernel, heads, page_tokens, model.device, model.dtype)
-        known[wish, page_tokens] = choice = Choice(kernel.name, pages)
+        choices[wish, page_tokens] = choice = Choice(kernel.name, pages)
         log.info(
             "attention: %s%s%s", kernel.name, " with pages" if pages else "", f" ({'; '.join(why)})" if why else ""
         )
@@ -271,17 +275,17 @@ def choose(model: Any, page_tokens: int, wish: str = "") -> Choice:
 
 
 def _unsuitable(model: Any, kernel: Kernel) -> str:
-    """A wheel that the model is not made for: transformers would look for another one on a hub."""
+    """Why a wheel does not suit the model, for which transformers would download another one; "" where it does."""
     if not kernel.pages:
         return ""
-    wanted = getattr(model, "_compatible_flash_implementations", None)
-    if not model._supports_flash_attn or (wanted is not None and kernel.name not in wanted):
-        return "the model is not made for it"
+    compatible = getattr(model, "_compatible_flash_implementations", None)
+    if not model._supports_flash_attn or (compatible is not None and kernel.name not in compatible):
+        return "the model does not support it"
     return ""
 
 
 def _set_attention(model: Any, kernel: Kernel) -> str:
-    """Why the model does not take it; "" when it has."""
+    """Set the model's attention; why it was refused, or ""."""
     if not kernel.pages:
         register_attention(kernel.name, kernel.attend)
     try:

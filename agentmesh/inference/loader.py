@@ -1,4 +1,4 @@
-"""A model of the cache on its device, and what its tokenizer's template can say."""
+"""Loads a model folder onto a device, with its tokenizer, grammars and engine."""
 
 import threading
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.grammar import Grammars
 from agentmesh.inference.tokenization import special_tokens
 
-_LOADING = threading.Lock()  # transformers' loader is not made for two threads
+_LOADING = threading.Lock()  # transformers' loader is not thread-safe
 
 
 class Loaded(NamedTuple):
-    """A model that answers.
+    """A loaded model with what a request needs.
 
     Args:
-        ends: ids that end an answer.
-        takes_system: whether the chat template has a place for a system turn.
-        special_tokens: their names, which are nothing special in a message.
+        ends: ids of the tokens that end an answer.
+        takes_system: whether the chat template renders a system message.
+        special_tokens: their texts, which a message may hold as plain text.
     """
 
     engine: InferenceEngine
@@ -41,7 +41,7 @@ class Loaded(NamedTuple):
 def load_model(
     folder: Path, name: str, shape: Shape | None = None, *, on_fatal: Callable[[Exception], None] | None = None
 ) -> Loaded:
-    """The model of a folder, with an engine around it.
+    """Load the model of a folder and make its engine.
 
     Raises:
         ConfigError: the files are damaged, or the model has no chat template.
@@ -57,16 +57,16 @@ def load_model(
         except Exception as e:  # a damaged file raises whatever its reader raises
             raise ConfigError(
                 f"local model {name!r} of {str(folder)!r} cannot be loaded ({type(e).__name__}: {e})",
-                hint=f"agentmesh models rm {name}, then agentmesh models pull {name}",
+                hint=f"pull it again: agentmesh models rm {name}, then agentmesh models pull {name}",
             ) from None
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"model {name!r} has no chat template", hint="choose one that was trained to chat (-Instruct)"
+            f"model {name!r} has no chat template", hint="choose a model that was trained to chat (-Instruct)"
         )
     model = model.to(device).eval()
     engine = InferenceEngine(model, shape, on_fatal=on_fatal)
-    given = model.generation_config.eos_token_id
-    ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
+    eos = model.generation_config.eos_token_id
+    ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     return Loaded(
         engine, tokenizer, Grammars(tokenizer, engine.room.vocabulary, ends), frozenset(ends), engine.room.context_tokens,
         _takes_system(tokenizer), special_tokens(tokenizer),

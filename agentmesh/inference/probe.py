@@ -1,4 +1,4 @@
-"""What torch says of the devices, as JSON: `python -m agentmesh.inference.probe`, in a process of its own, for drivers may hang."""
+"""A probe of torch and its devices, printed as JSON: `python -m agentmesh.inference.probe`, a process because drivers may hang."""
 
 import json
 import sys
@@ -14,28 +14,28 @@ USUAL_HEADS = Heads(32, 8, 128)  # Llama's and Qwen's
 
 
 def probe_devices() -> dict[str, Any]:
-    """Torch, its GPUs and the attention kernels that are here.
+    """Torch, its GPUs and the attention kernels of this machine.
 
     Returns:
-        torch, cuda: versions, the latter "" for a CPU's build. complaint: why it sees no GPU. bfloat16: whether weights on
-        this machine's CPU are. attention: what is wrong with each kernel there is for the CPU, or nothing, the best first.
-        gpus: name, capability, why it does not compute, and attention, of each one torch sees.
+        torch, cuda: versions, the latter "" for a build without CUDA. complaint: why torch sees no GPU. bfloat16: whether
+        weights on this machine's CPU have that type. attention: for each kernel of the CPU, the best first, how it differs
+        from the formula, or "". gpus: of each GPU its name, capability, why it fails to compute, and attention.
     """
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         seen = torch.cuda.is_available()
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "gpus": [_try_device(i) for i in range(torch.cuda.device_count())] if seen else [],
-        "complaint": " ".join(str(said[0].message).split()) if said else "",
+        "complaint": " ".join(str(caught[0].message).split()) if caught else "",
         "bfloat16": best_dtype("cpu") is torch.bfloat16,
         "attention": _attention(torch.device("cpu"), best_dtype("cpu")),
     }
 
 
 def _try_device(number: int) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "name": torch.cuda.get_device_name(number),
         "capability": "{}.{}".format(*torch.cuda.get_device_capability(number)),
         "fails": "",
@@ -44,10 +44,10 @@ def _try_device(number: int) -> dict[str, Any]:
     try:  # a build may lack the kernels of a card that is too old or too new for it
         square = torch.ones(64, 64, device=f"cuda:{number}", dtype=torch.bfloat16)
         float((square @ square).sum())
-        found["attention"] = _attention(square.device, square.dtype)
+        result["attention"] = _attention(square.device, square.dtype)
     except Exception as e:
-        found["fails"] = f"{type(e).__name__}: {e}".splitlines()[0]
-    return found
+        result["fails"] = f"{type(e).__name__}: {e}".splitlines()[0]
+    return result
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

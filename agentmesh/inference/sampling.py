@@ -23,7 +23,7 @@ from agentmesh.inference.request import Gauge, InferenceRequest
 
 CANDIDATES = 1024  # the likeliest tokens, among which top-k and top-p nearly always end; else all are sorted
 MAX_ELEMENTS = 1 << 22  # of noise in memory at once
-# A score divided by less could be infinite, and noise is nothing beside it already; -inf divided by inf is no number.
+# A score divided by less could be infinite, and noise is nothing beside it already; -inf divided by inf is NaN.
 COLDEST, HOTTEST = 1e-9, 1e37
 GOLDEN, FIRST, SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32  # as signed 32-bit numbers
 

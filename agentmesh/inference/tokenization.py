@@ -124,9 +124,9 @@ class AnswerStream:
             self._emit("thought", thought)
             self._pending, self._mode, self._thought = rest, "text", True
             return
-        kept = _partial_match(self._pending, [THINK_END])
-        self._emit("thought", self._pending[: len(self._pending) - kept])
-        self._pending = self._pending[len(self._pending) - kept :]
+        held_back = _partial_match(self._pending, [THINK_END])
+        self._emit("thought", self._pending[: len(self._pending) - held_back])
+        self._pending = self._pending[len(self._pending) - held_back :]
 
     def _answer(self) -> None:
         if self._thought and not self._texts["text"]:
@@ -136,9 +136,9 @@ class AnswerStream:
             self._emit("text", self._pending[:first])
             self._pending, self.ended = "", True
             return
-        kept = _partial_match(self._pending, self._stops)
-        self._emit("text", self._pending[: len(self._pending) - kept])
-        self._pending = self._pending[len(self._pending) - kept :]
+        held_back = _partial_match(self._pending, self._stops)
+        self._emit("text", self._pending[: len(self._pending) - held_back])
+        self._pending = self._pending[len(self._pending) - held_back :]
 
     def _emit(self, kind: Literal["text", "thought"], text: str) -> None:
         if text:

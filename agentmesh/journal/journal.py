@@ -133,13 +133,13 @@ class Journal(Protocol):
         """What moves and what waits in the run's tree; in a time that does not grow with what has ended in it."""
         ...
 
-    def new_events(self, known: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
+    def new_events(self, versions: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
         """The new events of many runs, of each that has some, in the order asked for.
 
         A run may come several times, its events always in order. One that was begun anew comes from its RunStarted on.
 
         Args:
-            known: how many events of each run are known.
+            versions: for each run, how many of its events the caller has.
         """
         ...
 

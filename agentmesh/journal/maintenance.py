@@ -263,7 +263,7 @@ def resend_entry(s: Transaction, unit: str, run: str, key: str, rec: Record) -> 
     rec["rt"] = s.now + (1000 << min(rec["rs"], 6))
     s.put(run, key, rec)
     queue, head, tail = s.t.hget("wires", unit).split("\0")
-    if rec["rs"] < 3 or rec["rs"] % 2 == 0:  # else to the home queue: perhaps no worker serves the suspects
+    if rec["rs"] < 3 or rec["rs"] % 2 == 0:  # else to its own queue: perhaps no worker takes suspects
         queue = rec["q"]
     s.sent.append((queue, head, int(s.t.hincr("meta", "seq")), tail))
 

@@ -1,4 +1,4 @@
-"""The journal in this process: the protocol over Tables, one verb at a time. For tests and eager runs."""
+"""A journal in this process's memory: the protocol over Tables, one verb at a time. For tests and eager runs."""
 
 import asyncio
 import threading
@@ -18,8 +18,8 @@ class MemoryJournal(VerbJournal):
     """A Journal that lives as long as its process; thread-safe.
 
     Args:
-        clock: milliseconds; the store's time.
-        send: gets each message to be published, after the verb that made it.
+        clock: the store's time in milliseconds.
+        send: called with each message to publish, after the verb that wrote it.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MemoryJournal(VerbJournal):
         super().__init__(**options)
         self.tables = Tables()
         self._clock = clock or (lambda: int(time.time() * 1000))
-        self._send = send or (lambda sent: None)
+        self._send = send or (lambda message: None)
         self._lock = threading.RLock()
         self._streams: dict[str, list[Token]] = {}
 
@@ -40,8 +40,8 @@ class MemoryJournal(VerbJournal):
         with self._lock:
             store = Transaction(self.tables, self._clock())
             reply = ALL_VERBS[verb](store, args)
-        for queue, head, seq, tail in store.sent:
-            self._send(OutboxMessage(queue, f"{head}{seq}{tail}"))
+        for queue, prefix, seq, suffix in store.sent:
+            self._send(OutboxMessage(queue, f"{prefix}{seq}{suffix}"))
         return reply
 
     async def events(self, run_id: str, *, after: int = 0) -> list[Event]:
@@ -73,10 +73,10 @@ class MemoryJournal(VerbJournal):
             entries = open_entries(self.tables, run_id)
         return entries_from_lines(*entries)
 
-    async def new_events(self, known: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
+    async def new_events(self, versions: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
         """See Journal."""
         with self._lock:
-            added = list(new_events(self.tables, known))
+            added = list(new_events(self.tables, versions))
         for run, lines in added:
             yield run, [decode_event(line) for line in lines]
 
@@ -99,11 +99,11 @@ class MemoryJournal(VerbJournal):
 
     async def tokens(self, run_id: str) -> AsyncIterator[Token]:
         """See Journal."""
-        at, root = 0, run_id.partition("/")[0]
+        position, root = 0, run_id.partition("/")[0]
         while True:
             head = await self.head(root)
-            new = self._streams.get(root, [])[at:]
-            at += len(new)
+            new = self._streams.get(root, [])[position:]
+            position += len(new)
             for token in new:
                 yield token
             if not new and (head is None or head.status != "open"):
@@ -113,10 +113,10 @@ class MemoryJournal(VerbJournal):
     async def watch(self, run_id: str, *, version: int | None, timeout_s: float) -> None:
         """See Journal."""
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and not self._past(run_id, version):
+        while time.monotonic() < deadline and not self._has_changed(run_id, version):
             await asyncio.sleep(0.002)
 
-    def _past(self, run_id: str, version: int | None) -> bool:
+    def _has_changed(self, run_id: str, version: int | None) -> bool:
         if version is None:
             return bool(self.tables.hget(f"run:{run_id}", "status") != "open")
         return self.tables.length(f"ev:{run_id}") > version

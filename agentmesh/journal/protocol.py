@@ -166,7 +166,7 @@ def same_fence(rec: Record, fence: int) -> bool:
 
 
 def commit(s: Transaction, a: Args) -> Reply:
-    """A step's end, first under the newest fence: with what comes next (lone), or struck off its gather (member).
+    """A step's end, first under the newest fence: with what comes next (lone), or removed from its gather (member).
 
     Its twin is lua/commit.lua.
     """

@@ -181,9 +181,9 @@ class RedisJournal(VerbJournal):
         entries = [(run, key, why, line) for (run, key, why, _), line in zip(waiting, lines, strict=True)]
         return entries_from_lines(moving, entries)
 
-    async def new_events(self, known: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
+    async def new_events(self, versions: Mapping[str, int]) -> AsyncIterator[tuple[str, Sequence[Event]]]:
         """See Journal."""
-        async for runs in read_new_events(self._evaluate, known):
+        async for runs in read_new_events(self._evaluate, versions):
             # all at once, so that what they lack is one exchange with the server
             restored = await asyncio.gather(*[self._restore_blobs(lines, run) for run, lines in runs])
             for (run, _), lines in zip(runs, restored, strict=True):

@@ -1,4 +1,4 @@
-"""Live streams of many runs read over one connection of an event loop: one blocking XREAD for all of them.
+"""The live streams of many runs, read by one blocking XREAD over one connection for each event loop.
 
 Source: https://valkey.io/commands/xread/
 """
@@ -18,16 +18,16 @@ from agentmesh.journal.redis_connection import (
     open_connection,
 )
 
-BLOCK_MS = 2_000  # of one read in the server; less than the time after which a silent link counts as dead
-SHORT_BLOCK_MS = 100  # where the server lets nobody unblock a read: a new stream waits for so long
-ENTRIES_PER_READ = 500  # of one stream
-MAX_PENDING = 1_000  # entries that wait in a reader; what comes after them it reads again from the server
+BLOCK_MS = 2_000  # of one read; less than the time after which a silent connection counts as lost
+SHORT_BLOCK_MS = 100  # where the user may not unblock a read: a new stream waits for so long
+ENTRIES_PER_READ = 500  # of each stream
+MAX_PENDING = 1_000  # entries kept for a reader; later ones it reads from the server again
 UNBLOCK_RETRY_S, RECONNECT_S = 0.005, 0.1
-LOOK_S = 5.0  # a reader without news looks for itself so often
+READER_POLL_S = 5.0  # a reader without new entries reads the stream itself so often
 
 
 class StreamReader:
-    """One reader's place in one stream, and what has arrived for it. Made by `StreamListener.join`."""
+    """One reader's position in one stream, and the entries that have arrived for it. Made by `StreamListener.join`."""
 
     def __init__(self, key: str) -> None:
         self.key, self.position = key, "0"  # the id of the last entry it has
@@ -36,7 +36,7 @@ class StreamReader:
         self._waiting: asyncio.Future[None] | None = None
 
     def take(self) -> list[str]:
-        """What has arrived.
+        """The entries that have arrived, in order.
 
         Raises:
             JournalError: the server refuses to read the stream.
@@ -47,24 +47,24 @@ class StreamReader:
         return texts
 
     def wake(self) -> None:
-        """Something has arrived, or is there to be read."""
+        """Wake the reader: an entry has arrived or can be read."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
     async def wait(self, ended: "asyncio.Future[None]") -> None:
-        """Return at the next `wake`, when `ended` is done, or after LOOK_S."""
+        """Return at the next `wake`, when `ended` is done, or after READER_POLL_S."""
         self._waiting = asyncio.get_running_loop().create_future()
-        await asyncio.wait((self._waiting, ended), timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((self._waiting, ended), timeout=READER_POLL_S, return_when=asyncio.FIRST_COMPLETED)
 
 
 class StreamListener:
     """All readers of one event loop. Each gets every entry of its stream once, from the first one on.
 
-    The shared read goes forward alone. A reader that is behind it, because it joined late or was slow, reads what it
-    lacks by itself.
+    The shared read never goes back. A reader that is behind it, because it joined late or was slow, reads the missing
+    entries with XRANGE.
 
     Args:
-        connection: the loop's own, for commands that do not block.
+        connection: of the event loop, for commands that do not block.
     """
 
     def __init__(self, url: str, connection: RedisConnection) -> None:
@@ -79,7 +79,7 @@ class StreamListener:
         self._block_ms = BLOCK_MS
 
     def join(self, key: str) -> StreamReader:
-        """A new reader of a stream, at its beginning."""
+        """Add a reader of a stream, at its beginning."""
         reader = StreamReader(key)
         is_new = key not in self._readers
         self._readers.setdefault(key, []).append(reader)
@@ -92,7 +92,7 @@ class StreamListener:
         return reader
 
     def leave(self, reader: StreamReader) -> None:
-        """The reader reads no more. Where it was the last one, the connection is closed."""
+        """Remove a reader. After the last one the connection is closed."""
         readers = self._readers.get(reader.key, [])
         if reader in readers:
             readers.remove(reader)
@@ -102,7 +102,7 @@ class StreamListener:
             self._interrupt()
 
     async def next(self, reader: StreamReader, ended: "asyncio.Future[None]") -> list[str]:
-        """What comes next, once it is here; nothing when `ended` is done or nothing has come for LOOK_S.
+        """The next entries, when they arrive; [] when `ended` is done or none has arrived for READER_POLL_S.
 
         Raises:
             JournalError: the server refuses to read the stream.
@@ -114,7 +114,7 @@ class StreamListener:
         return reader.take()
 
     async def rest(self, reader: StreamReader) -> list[str]:
-        """Everything that is left in the stream."""
+        """Remove the reader; all entries of the stream that it has not taken yet."""
         self.leave(reader)
         texts = reader.take()
         while await self._catch_up(reader):
@@ -122,7 +122,7 @@ class StreamListener:
         return texts
 
     async def _catch_up(self, reader: StreamReader) -> bool:
-        """Read on by itself from where the reader is; whether there was something."""
+        """Read the entries behind the reader's position from the server; whether there was one."""
         first = "-" if reader.position == "0" else f"({reader.position}"
         entries = await self._connection.ask("XRANGE", reader.key, first, "+", "COUNT", ENTRIES_PER_READ)
         _put(reader, entries)
@@ -136,8 +136,8 @@ class StreamListener:
                 connection = await open_connection(self._url)
                 await self._ask_id(connection)
                 while self._readers:
-                    asked = dict(self._positions)
-                    self._deliver(asked, await self._read(connection, asked))
+                    positions = dict(self._positions)
+                    self._deliver(positions, await self._read(connection, positions))
             except CONNECTION_LOST:
                 await asyncio.sleep(RECONNECT_S)
             except ResponseError as e:
@@ -151,28 +151,30 @@ class StreamListener:
         await connection.send_command("CLIENT", "ID")
         try:
             self._client_id = await connection.read_response()
-        except ResponseError:  # this user may not ask
+        except ResponseError:  # this user may not use CLIENT ID
             self._client_id, self._block_ms = 0, SHORT_BLOCK_MS
 
-    async def _read(self, connection: Any, asked: Mapping[str, str]) -> Any:
+    async def _read(self, connection: Any, positions: Mapping[str, str]) -> Any:
         block_ms = self._block_ms
         if connection.socket_timeout:  # the URL may set one
             block_ms = min(block_ms, int(connection.socket_timeout * 500))
         self._is_blocked = True
         options = ("COUNT", str(ENTRIES_PER_READ), "BLOCK", str(block_ms))
-        await connection.send_command("XREAD", *options, "STREAMS", *asked, *asked.values())
+        await connection.send_command("XREAD", *options, "STREAMS", *positions, *positions.values())
         reply = await connection.read_response()
         self._is_blocked, self._reads = False, self._reads + 1
         return reply
 
-    def _deliver(self, asked: Mapping[str, str], reply: Any) -> None:
+    def _deliver(self, positions: Mapping[str, str], reply: Any) -> None:
         # {key: entries} by RESP3, [[key, entries], …] by RESP2
         for key, entries in reply.items() if isinstance(reply, dict) else reply or ():
-            before = _order(asked[key])  # a stream may have been left and joined again since: then its reader is behind
+            before = _order(
+                positions[key]
+            )  # a stream may have been left and joined again since: then its reader is behind
             for reader in self._readers.get(key, ()):
                 if _order(reader.position) >= before and len(reader.pending) < MAX_PENDING:
                     _put(reader, entries)
-                reader.wake()  # also one that is behind: it has something to read
+                reader.wake()  # one that is behind as well: it has entries to read
             if key in self._positions:
                 self._positions[key] = entries[-1][0]
 
@@ -184,34 +186,34 @@ class StreamListener:
         self._readers.clear()
         self._positions.clear()
 
-    # ---- interrupting it -----------------------------------------------------------------------
+    # ---- interrupting the shared read ----------------------------------------------------------
     def _interrupt(self) -> None:
-        """See to it that the next read begins, with the streams that are read now."""
+        """End the blocked read, so that the next one begins with the current set of streams."""
         if self._is_blocked and self._client_id and (self._unblocking is None or self._unblocking.done()):
             self._unblocking = asyncio.create_task(self._unblock(self._reads))
 
     async def _unblock(self, read: int) -> None:
-        # On another connection than the read, which may arrive later: repeated until the server has found it blocked.
+        # The read is on another connection and may reach the server later: repeated until the server finds it blocked.
         while self._is_blocked and self._reads == read:
             try:
                 if await self._connection.ask("CLIENT", "UNBLOCK", self._client_id):
                     return
             except ServiceDown:
                 return  # the read has ended, too
-            except JournalError:  # this user may not unblock
+            except JournalError:  # this user may not use CLIENT UNBLOCK
                 self._block_ms = SHORT_BLOCK_MS
                 return
             await asyncio.sleep(UNBLOCK_RETRY_S)
 
     async def close(self) -> None:
-        """Close the connection; readers get nothing more."""
+        """Close the connection; readers raise JournalError."""
         self._fail(JournalError("the journal was closed while its live stream was read"))
         await cancel_and_wait(self._unblocking)
         await cancel_and_wait(self._task)
 
 
 def _put(reader: StreamReader, entries: list[Any]) -> None:
-    """Give a reader the entries that it does not have; each is `[id, [field, value]]`."""
+    """Add the entries that the reader does not have; each is `[id, [field, value]]`."""
     position = _order(reader.position)
     reader.pending += [fields[1] for entry_id, fields in entries if _order(entry_id) > position]
     if entries and _order(entries[-1][0]) > position:

@@ -232,7 +232,7 @@ class Transaction:
 
     # ---- ends ----------------------------------------------------------------------------------
     def end_step(self, run: str, n: int, rec: Record, ok: bool, fence: int) -> None:
-        """Remove the entry of step n, whose end is written; a member is struck off its gather."""
+        """Remove the entry of step n, whose end is written; a member is removed from its gather."""
         self.drop(f"s|{run}|{n}", run, str(n), rec, f"E{fence}")
         if rec["g"]:
             self.strike(run, rec["g"], n, ok)

@@ -1,4 +1,4 @@
-"""The events of a run's whole tree as they are written, in one exchange with the store for all its runs."""
+"""Follows the events of a run's whole tree: each call is one exchange with the store for each level of the tree."""
 
 from collections.abc import AsyncIterator
 
@@ -7,7 +7,7 @@ from agentmesh.journal.journal import Journal
 
 
 class TreeFollower:
-    """Reads the events of a run and of every run below it. A run's sub-agents are known from its own events.
+    """Reads the events of a run and of every run below it. The runs below are found in the events.
 
     Attributes:
         ended: the run itself has ended.
@@ -15,31 +15,31 @@ class TreeFollower:
 
     def __init__(self, journal: Journal, run_id: str) -> None:
         self._journal, self._run_id = journal, run_id
-        self._versions = {run_id: 0}  # how much was read of each run that has not ended
+        self._versions = {run_id: 0}  # events read of each run that has not ended
         self.ended = False
 
     @property
     def version(self) -> int:
-        """How many events of the run itself were read; of one that has ended 0."""
+        """How many events of the run itself were read; 0 after its end."""
         return self._versions.get(self._run_id, 0)
 
     async def new_events(self) -> AsyncIterator[tuple[str, Event]]:
-        """Each event that was added since the last call, with its run; a run's own come in order, its parent's before."""
-        ask, unbegun = dict(self._versions), set[str]()
-        while ask:
+        """Each event added since the last call, with its run: those of a run in order, and after those of its parent."""
+        unread, unbegun = dict(self._versions), set[str]()
+        while unread:
             below: dict[str, int] = {}
-            async for run, events in self._journal.new_events(ask):
+            async for run, events in self._journal.new_events(unread):
                 if isinstance(events[0], RunStarted):
-                    self._versions[run] = 0  # new to us, or begun anew
+                    self._versions[run] = 0  # a new run, or one begun anew
                 for event in events:
-                    self._take_in(run, event, below, unbegun)
+                    self._follow(run, event, below, unbegun)
                     yield run, event
-            ask = below
-        for run in unbegun:  # a step that failed before its run began has none
+            unread = below
+        for run in unbegun:  # a step that failed before its child run began
             if self._versions.get(run) == 0:
                 del self._versions[run]
 
-    def _take_in(self, run: str, event: Event, below: dict[str, int], unbegun: set[str]) -> None:
+    def _follow(self, run: str, event: Event, below: dict[str, int], unbegun: set[str]) -> None:
         if run in self._versions:
             self._versions[run] += 1
         if isinstance(event, StepPlanned) and event.lane == "child":
@@ -54,7 +54,7 @@ class TreeFollower:
 
 
 async def tree_events(journal: Journal, run_id: str) -> list[tuple[str, Event]]:
-    """All events of a run's tree so far, each with its run: the run's own first, then by depth."""
+    """All events of a run's tree so far, each with its run: the run itself first, then by depth."""
     events: dict[str, list[tuple[str, Event]]] = {}
     async for run, event in TreeFollower(journal, run_id).new_events():
         events.setdefault(run, []).append((run, event))

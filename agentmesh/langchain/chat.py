@@ -82,8 +82,8 @@ def as_tool(tool: BaseTool, **options: Unpack[ToolOptions]) -> Tool[..., Any]:
     fields: dict[str, Any] | None = getattr(schema_or_model, "model_fields", None)
     if fields is None:  # a JSON Schema, as langchain-mcp-adapters gives it, or a model of pydantic's first version
         schema: dict[str, Any] = schema_or_model if isinstance(schema_or_model, dict) else schema_or_model.schema()
-        made: Tool[..., Any] = Tool.from_schema(name, schema, call, description=description, **options)
-        return made
+        schema_tool: Tool[..., Any] = Tool.from_schema(name, schema, call, description=description, **options)
+        return schema_tool
     parameters = [
         inspect.Parameter(
             field_name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[field.annotation, field],

@@ -234,7 +234,7 @@ def _constraint(loaded: Loaded, prompt: Prompt, choice: str, *, thinking: bool) 
     try:
         return loaded.grammars.constraint(grammar, thinking=thinking)
     except ValueError as e:
-        log.warning("no grammar holds this answer to its schema, which is only in the prompt: %s", e)
+        log.warning("this answer is not constrained to its schema, which is only in the prompt: %s", e)
         return None
 
 

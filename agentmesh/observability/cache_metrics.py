@@ -1,4 +1,4 @@
-"""Metrics of this process's caches: what they hold and how often they were of use."""
+"""Metrics of this process's caches: size, hits, misses and evictions."""
 
 import os
 import time
@@ -13,7 +13,7 @@ REFRESH_S = 1.0
 
 
 class CacheMetrics:
-    """Gauges and counters by a cache's name; those of all living processes are added up."""
+    """Gauges and counters by cache name, summed over all living processes."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._bytes = Gauge(
@@ -32,29 +32,29 @@ class CacheMetrics:
         self._pid, self._next = os.getpid(), 0.0
 
     def refresh(self) -> None:
-        """Take the caches' numbers over, at most once a second."""
+        """Copy the caches' statistics into the metrics, at most once a second."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + REFRESH_S
-        if self._pid != os.getpid():  # forked: what the parent has counted is in the parent's file
+        if self._pid != os.getpid():  # forked: the parent's counts are in the parent's file
             self._pid, self._counted = os.getpid(), cache_stats()
         for name, stats in cache_stats().items():
             before = self._counted.get(name, CacheStats())
             self._counted[name] = stats
             self._bytes.labels(name).set(stats.bytes)
             self._entries.labels(name).set(stats.entries)
-            # `max`: a cache that was collected has taken its counts along
+            # `max`: the counts of a garbage-collected cache are gone
             self._lookups.labels(name, "hit").inc(max(0, stats.hits - before.hits))
             self._lookups.labels(name, "miss").inc(max(0, stats.misses - before.misses))
             self._evictions.labels(name).inc(max(0, stats.evictions - before.evictions))
 
 
 def remove_gauges_of_dead(folder: str) -> None:
-    """Remove from a folder of metrics the gauges of processes that are gone: they hold nothing any more."""
+    """Remove the gauges of dead processes from a folder of metrics: their caches do not exist any more."""
     for file in Path(folder).glob("gauge_live*_*.db"):
         pid = file.stem.rpartition("_")[2]
-        with suppress(PermissionError):  # it lives, and is another user's
+        with suppress(PermissionError):  # it is alive, and another user's
             try:
                 os.kill(int(pid), 0)
             except ProcessLookupError:

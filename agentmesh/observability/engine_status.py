@@ -20,7 +20,7 @@ class EngineStatus:
         worker: the process's name under its supervisor.
         device: `cpu`, or `cuda:` and what CUDA_VISIBLE_DEVICES says.
         at_s: when, in the machine's monotonic time.
-        in_hand: steps that this process has of the engine's queues; `places` is how many it may have at most.
+        in_flight: steps of the engine's queues that this process has claimed; `places` is how many it may have at most.
         running: requests in the batch of the last step. waiting: submitted and not yet in a batch.
         batch_requests: new tokens a step.
         cached_share: the part of the prompts' tokens that was in the cache.
@@ -36,7 +36,7 @@ class EngineStatus:
     model: str
     device: str
     at_s: float
-    in_hand: int = 0
+    in_flight: int = 0
     places: int = 0
     running: int = 0
     waiting: int = 0
@@ -66,7 +66,7 @@ class EngineStatus:
         if (silent := now_s - self.at_s) > UNHEALTHY_AFTER_S:
             return f"{where} has not reported for {silent:.0f} s"
         if self.stuck_s > UNHEALTHY_AFTER_S:
-            return f"{where} has {self.in_hand} steps in flight and its engine has made no progress for {self.stuck_s:.0f} s"
+            return f"{where} has {self.in_flight} steps in flight and its engine has made no progress for {self.stuck_s:.0f} s"
         return ""
 
 
@@ -97,5 +97,8 @@ def read_statuses(folder: str, workers: Collection[str]) -> list[EngineStatus]:
 
 def _read(file: Path) -> EngineStatus:
     """During an update a worker may be of another version than its supervisor: unknown fields are dropped."""
+    report = json.loads(file.read_text())
+    if "in_hand" in report:  # as older workers write it
+        report.setdefault("in_flight", report["in_hand"])
     field_names = {f.name for f in fields(EngineStatus)}
-    return EngineStatus(**{name: value for name, value in json.loads(file.read_text()).items() if name in field_names})
+    return EngineStatus(**{name: value for name, value in report.items() if name in field_names})

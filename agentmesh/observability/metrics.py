@@ -30,7 +30,7 @@ OUTCOMES = {"StepDone": "done", "StepFailed": "failed", "StepRetried": "retried"
 
 # An engine's metrics: name to help text, own label, and the field of a report for each value of that label.
 ENGINE_GAUGES = {
-    "places": ("Steps a device worker may have", "state", {"taken": "in_hand", "all": "places"}),
+    "places": ("Steps a device worker may have", "state", {"taken": "in_flight", "all": "places"}),
     "requests": ("Requests in the engine's last batch and before it", "state", {"running": "running", "waiting": "waiting"}),
     "batch_requests": ("Requests in a step of the engine, mean of the last 10 s", "", {"": "batch_requests"}),
     "new_tokens_per_second": ("New tokens a second, of the last 10 s", "", {"": "new_tokens_per_s"}),
@@ -40,7 +40,7 @@ ENGINE_GAUGES = {
         "Memory of the process, and of its GPU", "state",
         {"used": "used_bytes", "gpu_free": "free_bytes", "gpu_all": "all_bytes"},
     ),
-    "stuck_seconds": ("For how long there has been work in hand and no step", "", {"": "stuck_s"}),
+    "stuck_seconds": ("For how long there has been work in flight and no step", "", {"": "stuck_s"}),
     "batch_tokens": ("New tokens of one step at most", "", {"": "batch_tokens"}),
 }  # fmt: skip
 ENGINE_COUNTS = {

@@ -1,4 +1,4 @@
-"""Documents into a store that takes no ingest run: read, cut, embedded and upserted in this process, one after another."""
+"""Ingest without a run, for stores of plugins: documents are read, split, embedded and upserted in this process."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,12 +16,12 @@ BATCH_CHUNKS = 256  # chunks that are embedded together
 
 
 def add_directly(store: VectorStore, embedder: Embedder, request: IngestRequest, options: ChunkOptions) -> Added:
-    """Each document's chunks in place of those that the store has of it; with `sync`, vanished documents leave it.
+    """Replace the chunks of each document in the store; with `sync`, remove documents that have vanished.
 
-    A document that cannot be read is in `Added.failed`, and the store keeps what it had of it.
+    A document that cannot be read is listed in `Added.failed`, and the store keeps its old chunks.
 
     Raises:
-        RunFailedError: there is no document; or, without `force`, more than half of those of a folder vanished.
+        RunFailedError: no document was found; or, without `force`, more than half of a folder's documents vanished.
     """
     accepts = matcher(request.glob) if request.glob else loaders.knows
     listing = list_documents(request.paths, accepts=accepts, label=request.label)
@@ -49,7 +49,7 @@ def add_directly(store: VectorStore, embedder: Embedder, request: IngestRequest,
 
 
 def _vanished(store: VectorStore, listing: Listing, accepts: Callable[[str], bool], *, force: bool) -> list[str]:
-    """The sources below these folders' labels that are not on disk any more, but for those in a folder that is not read."""
+    """The sources of these folders that are not on disk any more, without those in folders that cannot be read."""
     vanished: list[str] = []
     for label, root in listing.roots.items():
         below = [s for s in store.sources() if s.startswith(f"{label}/")]
@@ -60,7 +60,7 @@ def _vanished(store: VectorStore, listing: Listing, accepts: Callable[[str], boo
         if 2 * len(gone) > len(below) and not force:
             raise RunFailedError(
                 f"{len(gone)} of {len(below)} documents vanished from {root}, and nothing was removed",
-                hint="check that the folder is mounted, or sync with force to remove them",
+                hint="check that the folder is mounted, or sync with `force` to remove them",
             )
         vanished += gone
     return vanished
@@ -73,5 +73,5 @@ def _read(file: DocumentFile, options: ChunkOptions) -> list[Chunk]:
 
 
 def _batches(chunks: list[Chunk]) -> Iterator[list[Chunk]]:
-    for at in range(0, len(chunks), BATCH_CHUNKS):
-        yield chunks[at : at + BATCH_CHUNKS]
+    for start in range(0, len(chunks), BATCH_CHUNKS):
+        yield chunks[start : start + BATCH_CHUNKS]

@@ -81,7 +81,7 @@ def named_store(path: str) -> VectorStore:
 def store_of(path: str, identity: Any = None) -> FaissStore:
     """The store of a folder; one a process and identity.
 
-    An evicted store is opened again at its next use; whoever works with it meanwhile goes on doing so.
+    An evicted store is opened again at its next use; callers that have it may continue to use it.
     """
     key = os.getpid(), path, identity
     with _LOCK:

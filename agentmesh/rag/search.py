@@ -1,4 +1,4 @@
-"""The search of a retriever: over any store, by meaning, by words or by both, and as the passages that a model sees."""
+"""The search of a retriever over any store: by vector, by words or hybrid, and the passages that a model reads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
@@ -15,11 +15,11 @@ from agentmesh.rag.vector_store import StoreView
 Mode = Literal["hybrid", "dense", "text"]
 Where = Mapping[str, Any]
 MODES = ("hybrid", "dense", "text")
-MMR_OF = 4  # times k: among how many of the best hits maximal marginal relevance chooses
+MMR_CANDIDATES = 4  # times k: the hits among which maximal marginal relevance chooses
 
 
 class Passage(BaseModel):
-    """A passage as a model sees it: `text` is `[start:start + len(text)]` of the document `source`."""
+    """A passage as a model reads it: `text` is `[start:start + len(text)]` of the document `source`."""
 
     source: str
     start: int
@@ -33,15 +33,15 @@ class Passage(BaseModel):
 
 
 def check_search(k: int, mode: str, diverse: float) -> None:
-    """Nothing, where the arguments of a search are in range.
+    """Check the arguments of a search.
 
     Raises:
-        DefinitionError: one is not.
+        DefinitionError: one is out of range.
     """
     if k < 1:
-        raise DefinitionError(f"search(k={k}): k must be at least 1")
+        raise DefinitionError(f"search(k={k}) has a k below 1", hint="ask for at least one passage")
     if mode not in MODES:
-        raise DefinitionError(f"search(mode={mode!r}): mode must be one of {', '.join(MODES)}")
+        raise DefinitionError(f"search() has the unknown mode {mode!r}", hint=f"use one of: {', '.join(MODES)}")
     if not 0 <= diverse <= 1:
         raise DefinitionError(f"search(diverse={diverse}) is out of range", hint="use 0 to 1")
 
@@ -51,20 +51,20 @@ def search(
     diverse: float = 0.0,
 ) -> list[Hit]:  # fmt: skip
     """The k best passages, best first; see `Retriever.search`."""
-    vector, many = embedder.query(text), k * MMR_OF if diverse else k
+    vector, candidates = embedder.query(text), k * MMR_CANDIDATES if diverse else k
     if mode == "text":
-        hits = store.search_text(text, many, where=where, vector=vector)
+        hits = store.search_text(text, candidates, where=where, vector=vector)
     elif mode == "dense":
-        hits = store.search(vector, many, where=where)
+        hits = store.search(vector, candidates, where=where)
     else:
-        hits = store.search_hybrid(text, vector, many, where=where)
+        hits = store.search_hybrid(text, vector, candidates, where=where)
     if not diverse or len(hits) <= k:
         return hits[:k]
     return [hits[i] for i in mmr(vector, _vectors(store, embedder, hits), k, relevance=1 - diverse)]
 
 
 def _vectors(store: FaissStore | StoreView, embedder: Embedder, hits: Sequence[Hit]) -> Floats:
-    """The hits' vectors; a store that does not give them has them made anew."""
+    """The hits' vectors, (n, d); embedded again where the store does not return them."""
     if isinstance(store, FaissStore):
         return store.vectors([hit.id for hit in hits])
     return embedder.documents([hit.text for hit in hits])

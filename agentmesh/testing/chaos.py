@@ -245,7 +245,7 @@ class Chaos:
 
     Args:
         seed: of the gaps and the choices; which process is chosen depends on what runs.
-        most: strikes of each fault, at most; 0 is no bound.
+        most: strikes of each fault, at most; 0 for any number.
 
     Attributes:
         log: what was done, in order.

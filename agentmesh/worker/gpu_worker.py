@@ -100,7 +100,7 @@ class StatusReporter:
         return EngineStatus(
             worker=self._worker, pid=os.getpid(), model=self._model, at_s=now_s,
             device="cpu" if on_cpu else f"cuda:{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}",
-            in_hand=self._in_flight(), places=self._places,
+            in_flight=self._in_flight(), places=self._places,
             running=0 if now.idle else now.running, waiting=now.waiting,
             batch_requests=(now.new_tokens - then.new_tokens) / max(1, now.steps - then.steps),
             new_tokens_per_s=(now.new_tokens - then.new_tokens) / max(STATUS_INTERVAL_S, now_s - then_s),

@@ -72,7 +72,7 @@ class Health:
 
 def _engine_json(engine: EngineStatus, now_s: float) -> dict[str, Any]:
     report = asdict(engine)
-    return report | {"age_s": round(now_s - report.pop("at_s"), 1), "ails": engine.unhealthy_reason(now_s)}
+    return report | {"age_s": round(now_s - report.pop("at_s"), 1), "unhealthy_reason": engine.unhealthy_reason(now_s)}
 
 
 def parse_address(text: str) -> tuple[str, int]:

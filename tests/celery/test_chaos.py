@@ -61,7 +61,7 @@ class Scene:
         return self.mesh.start(self.mesh.crew.agent(agent), task, run_id=task)
 
     def note(self, worker: str, pid: int) -> None:
-        """What a victim holds, by kind; a store that is away as well is asked until it is back."""
+        """What a victim holds, by kind; a store that is down as well is asked until it is back."""
         until = time.monotonic() + 5
         while True:
             try:
@@ -174,7 +174,7 @@ def test_a_worker_stopped_for_longer_than_its_lease(scene: Any) -> None:
             assert chaos.wait(10)
             it.check(*tasks)
         assert chaos.struck(StopWorker) == 1
-        it.check(*tasks)  # it woke, and what it still had in hand was refused
+        it.check(*tasks)  # it woke, and its commits were refused
     finally:
         for worker in workers:
             worker.kill()

@@ -18,7 +18,7 @@ CREW = str(Path(__file__).parent / "sleepers.py")
 NAP_S = 0.5
 
 
-# Python imports this by itself at its start. (libfaketime breaks Python 3.11's time.sleep.)
+# Python imports this at its start. (libfaketime breaks Python 3.11's time.sleep.)
 WRONG = """
 import os, time
 right, wrong_s = time.time, 3600 * int(os.environ["HOURS_WRONG"])

@@ -46,7 +46,7 @@ def stepping(app, coro, name="step"):
     return app.register_task(kind())
 
 
-def in_hand():
+def in_flight():
     return len(state.reserved_requests)
 
 
@@ -124,7 +124,7 @@ def test_a_coroutine_that_raises_ends_alone(app, worker, eventually, error, capl
     worker.start()
     for x in range(3):
         task.apply_async((x,), queue="q")
-    eventually(lambda: sorted(seen) == [1, 2] and in_hand() == 0)
+    eventually(lambda: sorted(seen) == [1, 2] and in_flight() == 0)
     assert "task step raised" in caplog.text
 
 
@@ -164,7 +164,7 @@ def test_revoke_with_terminate_cancels_the_coroutine(app, worker, eventually):
     assert began.wait(10)
     app.control.revoke(result.id, terminate=True)
     assert cancelled.wait(10)
-    eventually(lambda: in_hand() == 0)
+    eventually(lambda: in_flight() == 0)
 
 
 def test_drive_runs_a_coroutine_for_a_caller_without_a_loop():

@@ -91,7 +91,7 @@ def listening(app: Any) -> Iterator[dict[str, str]]:
 
 
 def test_two_kinds_of_worker_and_two_kinds_of_death(valkey: Any, tmp_path: Path, eventually: Any) -> None:
-    """The lease is 30 s: whatever goes on sooner was given back, not run out."""
+    """The lease is 30 s: a step that continues sooner was released, not expired."""
     with working(valkey, tmp_path) as it:
         with listening(it.mesh.app) as heard:
 

@@ -75,7 +75,7 @@ def test_retry_on_the_command_line(tmp_path: Path) -> None:
         shown = shell("runs", "show", "u~2")[0]
         assert "limits {'turns': 50.0}" in shown
         assert "RunDone" in shown
-        assert "must be 1 to 64 of letters" in shell("run", "crew.py", "tea", "--id", "t~9", code=2)[1]
+        assert "use 1 to 64 of: letters" in shell("run", "crew.py", "tea", "--id", "t~9", code=2)[1]
 
 
 @tool

@@ -132,7 +132,7 @@ def test_on_rabbitmq_what_there_is_no_room_for_waits_in_the_broker(
     config = Config(broker=rabbitmq.url, journal=valkey.url)
     mesh, other = (Mesh(crew, config=config, models=lambda wanted: (model, "m")) for _ in range(2))
     night = [crew.queues.broker_name("night")]
-    admitted = mesh.worker(queues=["night"], concurrency=many, admits=lambda in_hand: room[0] - in_hand)
+    admitted = mesh.worker(queues=["night"], concurrency=many, admits=lambda in_flight: room[0] - in_flight)
     with mesh.worker(queues=["main"]), admitted:
         run = mesh.start(crew.lead, many)
         eventually(lambda: model.waiting == 3 and inspect_broker(mesh.app, night).messages == {night[0]: many - 3 - 1})
@@ -141,7 +141,7 @@ def test_on_rabbitmq_what_there_is_no_room_for_waits_in_the_broker(
         rabbitmq.restart()
         room[0] = 5  # the three of the connection that is gone are counted
         eventually(lambda: model.waiting == 5 and inspect_broker(mesh.app, night).messages == {night[0]: many - 5 - 1})
-        with other.worker(queues=["night"], admits=lambda in_hand: 4 - in_hand):  # another device has room
+        with other.worker(queues=["night"], admits=lambda in_flight: 4 - in_flight):  # another device has room
             eventually(lambda: model.waiting == 5 + 4)
             model.go.set()
             assert run.result(timeout_s=30) == many
@@ -156,10 +156,10 @@ def test_on_rabbitmq_what_a_full_worker_holds_back_goes_to_one_with_room(
     crew, config = load_crew(CREW), Config(broker=rabbitmq.url, journal=valkey.url)
     models = Holding(), Holding()
     full, free = (Mesh(crew, config=config, models=lambda wanted, m=m: (m, "m")) for m in models)
-    with full.worker(queues=["main"]), full.worker(queues=["night"], admits=lambda in_hand: 1 - in_hand):
+    with full.worker(queues=["main"]), full.worker(queues=["night"], admits=lambda in_flight: 1 - in_flight):
         run = full.start(crew.lead, 2)
         eventually(lambda: models[0].waiting == 1)
-        with free.worker(queues=["night"], admits=lambda in_hand: 1 - in_hand):
+        with free.worker(queues=["night"], admits=lambda in_flight: 1 - in_flight):
             eventually(lambda: models[1].waiting == 1)
             for model in models:
                 model.go.set()
@@ -178,7 +178,7 @@ def test_on_rabbitmq_what_waits_too_long_to_be_let_in_is_sent_again(
     monkeypatch.setattr(BrokerMessage, "ack", lambda *args, **more: acked.append(args) or ack(*args, **more))
     crew = load_crew(CREW)
     mesh = Mesh(crew, config=Config(broker=rabbitmq.url, journal=valkey.url), models=lambda wanted: (model, "m"))
-    with mesh.worker(queues=["main"]), mesh.worker(queues=["night"], admits=lambda in_hand: 1 - in_hand):
+    with mesh.worker(queues=["main"]), mesh.worker(queues=["night"], admits=lambda in_flight: 1 - in_flight):
         run = mesh.start(crew.lead, 3)
         eventually(lambda: len(acked) > 3)  # parked, acked, and sent again by the outbox
         model.go.set()
@@ -204,7 +204,7 @@ def test_all_groups_go_on_when_the_broker_was_away(valkey: Any, eventually: Even
     assert model.most == PLACES
 
 
-@pytest.mark.parametrize("admits", [None, lambda in_hand: 2 - in_hand])
+@pytest.mark.parametrize("admits", [None, lambda in_flight: 2 - in_flight])
 def test_on_rabbitmq_a_worker_that_leaves_begins_nothing_more(
     rabbitmq: Any, valkey: Any, eventually: Eventually, admits: Any
 ) -> None:

@@ -19,7 +19,7 @@ from agentmesh.testing import FakeOpenAI, Host
 
 CREW = str(Path(__file__).parent / "fleet_crew.py")
 COUNT, LATENCY_S = 120, 0.5
-NEVER_S = 60  # what the doomed server has in hand it does not end
+NEVER_S = 60  # the killed server never ends its requests
 
 
 def answer(body: dict[str, Any]) -> str:
@@ -42,7 +42,7 @@ def test_a_server_killed_under_load(valkey: Any, eventually: Any, monkeypatch: p
                 os.kill(doomed.pid, signal.SIGKILL)
                 said = run.result(timeout_s=60)
                 cut = check(mesh, "load")
-                assert cut > 0  # it had steps in hand, and they went to the other
+                assert cut > 0  # it had steps in flight, and they went to the other
                 assert said == [f"<w{i} of big>" for i in range(COUNT)]
                 with FakeOpenAI(answer, port=int(url.split(":")[2].split("/")[0])) as back:
                     deadline = time.monotonic() + 20

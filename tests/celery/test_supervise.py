@@ -152,7 +152,7 @@ def test_an_on_death_that_raises_stops_nothing(supervised, tmp_path, eventually)
 
     def on_death(name, code):
         asked.set()
-        raise OSError("the store is away")
+        raise OSError("the store is down")
 
     supervisor = supervised(GENTLE, folder=tmp_path, on_death=on_death)
     assert supervisor.wait_ready(20)
@@ -297,7 +297,7 @@ def test_a_spare_worker_is_there_only_while_it_is_wanted(supervised, tmp_path, e
     eventually(lambda: len(supervisor.names) == 2 and first not in supervisor.names)
     (second,) = set(supervisor.names) - {kept}
     spare.now = False
-    (tmp_path / "enough").touch()  # it leaves by itself
+    (tmp_path / "enough").touch()  # it exits on its own
     eventually(lambda: (second, 0) in deaths)
     eventually(lambda: supervisor.names == [kept])
     (tmp_path / "enough").unlink()

@@ -132,7 +132,7 @@ def test_workers_killed_again_and_again_without_anybody_giving_back(
 
 
 def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, oracle: Any, eventually: Any) -> None:
-    """What was queued is on its disk, what was in hand it delivers again, what it did not confirm is sent again."""
+    """What was queued is on its disk, what was in flight it delivers again, what it did not confirm is sent again."""
     with scene(valkey, rabbitmq, oracle) as it:
         it.start("a")
         eventually(lambda: it.server.in_flight >= 2)
@@ -156,7 +156,7 @@ def test_the_store_killed_under_load(valkey: Any, broker: Any, oracle: Any, even
             time.sleep(0.5)
             valkey.restart()
         it.check("a", "b", "c")
-        assert it.excused == 0  # a call that was answered while the store was away is still written
+        assert it.excused == 0  # a call that was answered while the store was down is still written
 
 
 def test_a_worker_that_slept_through_its_lease_is_refused(
@@ -168,7 +168,7 @@ def test_a_worker_that_slept_through_its_lease_is_refused(
         pid = it.kill(signal.SIGSTOP)
         it.check("tea")
         os.kill(pid, signal.SIGCONT)
-        time.sleep(1.0)  # the zombie commits what it still has in hand, and is refused
+        time.sleep(1.0)  # the zombie commits its steps in flight, and is refused
         it.check("tea")
 
 

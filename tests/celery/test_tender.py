@@ -1,4 +1,4 @@
-"""The tender's rhythm: quick while there is work, slow while there is none, woken by the first step."""
+"""The housekeeper's interval: short while there is work, long while there is none, ended by the first step."""
 
 import asyncio
 from typing import Any
@@ -32,7 +32,7 @@ def journal() -> Watched:
 
 
 @pytest.fixture
-def tender(journal: Watched, monkeypatch: pytest.MonkeyPatch) -> Any:
+def housekeeper(journal: Watched, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(housekeeping, "IDLE_FACTOR", 3_000)
     monkeypatch.setattr("agentmesh.journal.maintenance.MAX_IDLE_MS", 90_000)
     made = Housekeeper(engines=[], journal=journal, worker="w", queues=["q"], lengths=None, ttl_s=600.0, sweep_s=0.02)
@@ -46,21 +46,23 @@ def begin(journal: Watched) -> None:
     asyncio.run(journal.begin(new, NextSteps([planned])))
 
 
-def test_it_rests_until_the_first_step_comes(journal: Watched, tender: Housekeeper, eventually: Any) -> None:
-    tender.start()
-    eventually(lambda: tender._idle)
+def test_it_rests_until_the_first_step_comes(journal: Watched, housekeeper: Housekeeper, eventually: Any) -> None:
+    housekeeper.start()
+    eventually(lambda: housekeeper._idle)
     assert journal.swept == [SweepResult(0, 90_000)]
     begin(journal)
-    tender.wake()
+    housekeeper.wake()
     eventually(lambda: len(journal.swept) >= 5)
     assert {swept.rest_ms for swept in journal.swept[1:]} == {0}
 
 
-def test_it_waits_for_its_turn_while_another_sweeps(journal: Watched, tender: Housekeeper, eventually: Any) -> None:
+def test_it_waits_for_its_turn_while_another_sweeps(
+    journal: Watched, housekeeper: Housekeeper, eventually: Any
+) -> None:
     begin(journal)
     asyncio.run(MemoryJournal.sweep(journal, "other"))  # whose turn lasts 3 s
-    tender.start()
+    housekeeper.start()
     eventually(lambda: journal.swept)
-    tender.wake()
+    housekeeper.wake()
     eventually(lambda: journal.swept[-1].mine)
     assert len(journal.swept) <= 3

@@ -1,4 +1,4 @@
-"""The crew that the sight tests run: a nested crew, a retry, a tool that fails; spans go to a file a process."""
+"""The crew that the observability tests run: a nested crew, a retry, a tool that fails; spans go to a file a process."""
 
 import json
 import logging

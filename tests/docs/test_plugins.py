@@ -42,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(site: Path) -> dict[str, str]:
-    """Variables of a process that has the packages installed, and no settings of whoever runs the tests."""
+    """Variables of a process that has the packages installed, and none of the settings of the user who runs the tests."""
     path = os.pathsep.join([str(site), str(ROOT), str(ROOT / "agents"), str(ROOT / "tools")])
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTMESH_", "OPENAI_"))}
     return ours | {"PYTHONPATH": path}

@@ -81,7 +81,7 @@ def without(plain: Any, kind: str) -> Any:
 @pytest.mark.parametrize("name", attention.UNSUPPORTED)
 def test_what_else_a_model_does_to_its_scores_is_not_overlooked(name: str) -> None:
     tokens = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(NotImplementedError, match=f"knows no {name}; write a ServerQueue for this model"):
+    with pytest.raises(NotImplementedError, match=f"does not support {name}: put a server behind this queue"):
         paged_attention(None, tokens, tokens, tokens, None, **{name: torch.zeros(1)})
 
 
@@ -130,7 +130,7 @@ def test_a_kernel_that_is_a_little_wrong_does_not_pass(heads: Heads, dtype: torc
     unscaled = lambda *args, **given: paged_attention(*args, **{**given, "scaling": None})  # noqa: E731
     assert difference(Kernel("unscaled", unscaled), heads, CPU, dtype).startswith("it is off by ")
     assert difference(Kernel("short", lambda *args, **given: (torch.zeros(1, 2), None)), heads, CPU, dtype).startswith(
-        "its answer is (1, 2), not "
+        "its output has the shape (1, 2), not "
     )
 
 
@@ -275,8 +275,8 @@ def test_the_wheel_passes_through_transformers_own_door(wheel: Kernel, heads: He
     told = difference(wheel, heads, CPU, torch.bfloat16)
     assert told.startswith("it is off by ") if heads.sinks else told == ""  # it overlooks sinks without a word
     told = page_difference(wheel, heads, 256, CPU, torch.bfloat16)
-    assert told == ("the cache's pages are of another kind" if heads.window else "")
-    assert page_difference(wheel, heads, 32, CPU, torch.bfloat16) == "the cache's pages are of another kind"
+    assert told == ("it cannot read the cache's pages" if heads.window else "")
+    assert page_difference(wheel, heads, 32, CPU, torch.bfloat16) == "it cannot read the cache's pages"
 
 
 def test_a_wheel_that_reads_the_wrong_pages_is_used_without_them(

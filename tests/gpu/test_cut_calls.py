@@ -1,4 +1,4 @@
-"""A tool call that `max_tokens` cut off is no answer: whoever runs the agent is told, and the model calls again."""
+"""A tool call that `max_tokens` cut off is not an answer: the caller is told, and the model calls again."""
 
 import pytest
 

@@ -83,7 +83,9 @@ def test_each_says_what_it_says_alone(make_engine: Callable[..., InferenceEngine
     asked, model = crowd(draw), make_model()
     calm = make_engine()
     alone = [calm.submit(a.request(grammars)).result(WAIT_S) for a in asked]
-    assert not any(POISON in done.tokens for done in alone), "choose another seed: one says the poison by itself"
+    assert not any(POISON in done.tokens for done in alone), (
+        "choose another seed: one answer contains the poison on its own"
+    )
     # one of each: what breaks the loop twice with a request alone in it is that one's end
     strikes = {draw.randrange(1, 120): error for error in (RuntimeError("passing"), torch.OutOfMemoryError("passing"))}
     engine = make_engine(

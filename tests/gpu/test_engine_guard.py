@@ -114,7 +114,7 @@ def test_one_poison_among_sixty_three_others_fails_alone(make_engine: MakeEngine
     model, poison = make_model(), 299
     fault = Fault(model, RuntimeError("it was the prompt"), lambda ids: poison in ids)
     engine = make_engine(Shape(pages=200, page_tokens=16, batch_tokens=64, batch_requests=64), model=model)
-    # no answer says the poisonous token by itself
+    # no answer contains the poisonous token on its own
     others = [engine.submit(InferenceRequest((5, 6 + i), 4, temperature=0.5, seed=i, top_k=3)) for i in range(63)]
     culprit = engine.submit(InferenceRequest((5, poison), 4))
     late = engine.submit(InferenceRequest((9, 9), 4, top_k=3))
@@ -190,7 +190,7 @@ def test_a_loop_that_hangs_while_it_is_made_anew_can_be_seen(
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    watcher.join(5)  # whoever makes the loop holds what others wait for
+    watcher.join(5)  # the thread that makes the loop holds the lock that others wait for
     goes_on.set()
     assert seen
     assert len(asked.result(WAIT_S).tokens) == 4

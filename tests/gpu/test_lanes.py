@@ -18,14 +18,14 @@ THREE = {"a": "low", "b": "realtime", "c": "high"}
 PLACES, STEP_S = 4, 0.05
 
 
-def with_places(named: dict[str, str], places: int, in_hand: int = 0) -> Lanes:
-    lanes = Lanes(named, lambda in_hand: places - in_hand)
-    assert lanes(in_hand) == places - in_hand
+def with_places(named: dict[str, str], places: int, in_flight: int = 0) -> Lanes:
+    lanes = Lanes(named, lambda in_flight: places - in_flight)
+    assert lanes(in_flight) == places - in_flight
     return lanes
 
 
 def test_realtime_comes_first_and_nobody_is_starved() -> None:
-    lanes = with_places(THREE, 40, in_hand=10)
+    lanes = with_places(THREE, 40, in_flight=10)
     orders = [lanes.order(["a", "b", "c"], 30, 1.0, 0) for _ in range(TURNS)]
     assert {(most, wait_s) for _, most, wait_s in orders} == {(28, 1.0)}
     first = ["".join(queues) for queues, _, _ in orders]
@@ -46,17 +46,17 @@ def test_a_realtime_lane_that_has_what_is_kept_for_it_waits_for_its_turn() -> No
 
 def test_what_is_kept_is_a_part_of_the_places_there_are_now() -> None:
     room = [64]
-    lanes = Lanes(THREE, lambda in_hand: room[0] - in_hand)
+    lanes = Lanes(THREE, lambda in_flight: room[0] - in_flight)
     seen = []
-    for room[0], in_hand in ((64, 0), (64, 60), (20, 18), (8, 7), (2, 1), (1, 0)):
-        lanes(in_hand)
+    for room[0], in_flight in ((64, 0), (64, 60), (20, 18), (8, 7), (2, 1), (1, 0)):
+        lanes(in_flight)
         seen.append(lanes.reserved)
     assert seen == [4, 4, 1, 1, 1, 0]
 
 
 def test_without_a_realtime_lane_nothing_is_kept() -> None:
     for named in ({"a": "low", "c": "high"}, {"b": "realtime"}):
-        lanes = with_places(named, 40, in_hand=39)
+        lanes = with_places(named, 40, in_flight=39)
         assert lanes.reserved == 0
         assert set(lanes.order(list(named), 1, 1.0, 0)[0]) == set(named)
 
@@ -138,7 +138,7 @@ def two_lanes(valkey: Any, *agents: Agent[Any, Any]) -> Iterator[tuple[Mesh, Slo
     crew = Crew(*agents, name="lanes", model="local:m", queues=queues)
     model = Slow()
     mesh = Mesh(crew, config=Config(broker=valkey.broker_url, journal=valkey.url), models=lambda wanted: (model, "m"))
-    lanes = Lanes({crew.queues.broker_name(q.name): q.lane for q in queues[1:]}, lambda in_hand: PLACES - in_hand)
+    lanes = Lanes({crew.queues.broker_name(q.name): q.lane for q in queues[1:]}, lambda in_flight: PLACES - in_flight)
     with mesh.worker(queues=["main"]), mesh.worker(queues=["night", "talk"], admits=lanes):
         yield mesh, model, lanes
     mesh.close()

@@ -63,7 +63,7 @@ def test_how_a_device_worker_does_is_told_over_http(seen: Seen, device: str, eve
     with seen("slow") as (work, url):
         (engine,) = json.loads(get(f"{url}/health")[1])["engines"]
         assert (engine["model"], engine["device"].partition(":")[0], engine["pid"]) == ("tiny", device, work.device_pid)
-        assert (engine["in_hand"], engine["places"], engine["steps"], engine["ails"]) == (0, 256, 1, "")
+        assert (engine["in_flight"], engine["places"], engine["steps"], engine["unhealthy_reason"]) == (0, 256, 1, "")
         alike = "what all of them begin with, longer than a page of the cache"
         work.start("Sixty", alike).result(timeout_s=WAIT_S)
         runs = [work.start("Sixty", f"{alike} {i}") for i in range(6)]
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
     eventually(lambda: read_statuses(str(tmp_path / "gone"), ["w"]))
     report.stop()
     (told,) = read_statuses(str(tmp_path / "gone"), ["w"])
-    assert (told.pid, told.in_hand, told.places, told.batch_tokens) == (os.getpid(), 3, 8, 64)
+    assert (told.pid, told.in_flight, told.places, told.batch_tokens) == (os.getpid(), 3, 8, 64)
     (warned,) = [r.getMessage() for r in caplog.records if "cannot write the status" in r.getMessage()]
     assert warned.startswith("cannot write the status of m for the supervisor: ")
 

@@ -157,7 +157,7 @@ def test_a_loop_and_then_its_worker_die_with_sixty_four_in_flight(scene: MakeSce
 def test_the_broker_killed_with_sixty_four_in_flight(
     scene: MakeScene, valkey: Any, broker: str, request: pytest.FixtureRequest, eventually: Eventually
 ) -> None:
-    """Valkey is the journal too. What is answered while the server is away is written when it is back."""
+    """Valkey is the journal too. What is answered while the server is down is written when it is back."""
     server = request.getfixturevalue(broker)
     with scene(valkey, server) as it:
         run, before = it.in_flight(), it.device_pid

@@ -179,7 +179,7 @@ def test_a_worker_takes_no_more_than_is_admitted(valkey: Any, tmp_path: Path) ->
     most: list[int] = []
     model = _Counting(most)
     mesh = Mesh(crew, config=config, models=lambda wanted: (model, "tiny"))
-    with mesh.worker(queues=["main"]), mesh.worker(queues=["gpu"], admits=lambda in_hand: 3 - in_hand):
+    with mesh.worker(queues=["main"]), mesh.worker(queues=["gpu"], admits=lambda in_flight: 3 - in_flight):
         said = mesh.start(crew.agents["Many"], words(20)).result(timeout_s=WAIT_S)
     mesh.close()
     assert len(said) == 20
@@ -193,7 +193,7 @@ def test_crews_of_one_device_worker_count_together(valkey: Any) -> None:
     loaded = [load_crew(CREW), load_crew(str(OTHER))]
     meshes = [Mesh(crew, app=app, config=config, models=lambda wanted: (model, "tiny")) for crew in loaded]
     gpu = [name for crew in loaded for name in crew.queues.broker_names(["gpu"])]
-    shared = EmbeddedWorker(app, queues=gpu, admits=lambda in_hand: 3 - in_hand)
+    shared = EmbeddedWorker(app, queues=gpu, admits=lambda in_flight: 3 - in_flight)
     runtimes = [runtime_of(app, crew.name) for crew in loaded]
     with meshes[0].worker(queues=["main"]), meshes[1].worker(queues=["main"]), InProcessWorker(runtimes, [shared]):
         runs = [mesh.start(mesh.crew.lead, words(20)) for mesh in meshes]

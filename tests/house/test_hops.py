@@ -1,4 +1,4 @@
-"""What a stranger looks for is as many files away as docs/architecture.md says, and each file names the next."""
+"""A reader reaches each topic through as many files as docs/architecture.md says, and each file names the next."""
 
 import ast
 import re

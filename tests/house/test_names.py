@@ -35,7 +35,7 @@ def named_twice(pairs: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def test_no_two_classes_have_one_name() -> None:
-    """Events too: the error that `result()` raises is no namesake of the event that it tells of."""
+    """Events too: the error that `result()` raises does not share its name with the event that it reports."""
     assert named_twice(definitions(ast.ClassDef)) == {}
 
 

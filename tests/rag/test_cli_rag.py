@@ -69,12 +69,14 @@ def test_errors_of_the_commands(in_process: Any, write: Any, tmp_path: Path) -> 
     agent, request = Retriever.open(tmp_path / "kb").ingest(docs, metadata={"year": 2026})
     FakeMesh(Crew(agent)).run(request)
     search = ("rag", "search", "tea", "--store", "kb")
-    assert "k must be at least 1" in in_process(*search, "-k", "0", code=2)
+    assert "search(k=0) has a k below 1" in in_process(*search, "-k", "0", code=2)
     assert "is not JSON" in in_process(*search, "--where", "{", code=2)
     assert "is not a JSON object" in in_process(*search, "--where", "[]", code=2)
     assert "yaer" in in_process(*search, "--where", '{"yaer": 2026}', code=1)
     assert "$near" in in_process(*search, "--where", '{"year": {"$near": 1}}', code=1)
-    assert "mode must be one of hybrid, dense, text" in in_process(*search, "--mode", "fuzzy", code=2)
+    assert "unknown mode 'fuzzy'\nhelp: use one of: hybrid, dense, text" in in_process(
+        *search, "--mode", "fuzzy", code=2
+    )
     assert "unknown embedder 'wordlama'" in in_process(*search, "--embed", "wordlama", code=4)
     assert "no passage was found" in in_process(*search, "--where", '{"year": 2025}', code=1)
     assert "docs/a.md:0" in in_process(*search, "--where", '{"year": 2026}', code=0)

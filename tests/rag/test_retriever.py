@@ -52,9 +52,9 @@ def test_each_mode_finds_the_passage_with_its_place(handbook: Retriever, mode: A
 
 def test_invalid_arguments_of_a_search(handbook: Retriever) -> None:
     assert len(handbook.search("tea", 100, mode="dense")) == handbook.count()
-    with pytest.raises(DefinitionError, match=r"search\(k=0\): k must be at least 1"):
+    with pytest.raises(DefinitionError, match=r"search\(k=0\) has a k below 1"):
         handbook.search("tea", 0)
-    with pytest.raises(DefinitionError, match="mode must be one of hybrid, dense, text"):
+    with pytest.raises(DefinitionError, match="unknown mode .*; use one of: hybrid, dense, text"):
         handbook.search("tea", mode="fuzzy")  # type: ignore[arg-type]
     with pytest.raises(DefinitionError, match="diverse=2"):
         handbook.search("tea", diverse=2)
@@ -160,7 +160,7 @@ def test_invalid_arguments_of_an_ingest(handbook: Retriever, tmp_path: Path) -> 
 SCRIPT = """
 import sys
 from agentmesh.retriever import Retriever
-from agentmesh import RunFailed
+from agentmesh import RunFailedError
 
 class Mine:  # an embedder of one's own
     name, remote, d = "", False, 2
@@ -181,7 +181,7 @@ print(by_mine.add(["docs"], size=30, overlap=0).documents)
 print(by_words.search("when are wages paid", 1)[0].source)
 try:
     by_words.add("nothing")
-except RunFailed as e:
+except RunFailedError as e:
     print(e.message)
 """
 

@@ -14,7 +14,7 @@ FAIR = Faults(loss=0, repeat=0, crash=0, zombie=0, reply_lost=0)
 
 
 class Hands(World):
-    """A world in which nothing happens by itself: messages and claimed work lie in bags, and somebody chooses."""
+    """A world in which nothing happens on its own: messages and claimed work lie in bags, and somebody chooses."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,7 +72,7 @@ class Web:
                 self.end_headers()
                 content = content[start : site.cut.pop(path, None)]
                 held = site.holds if path.endswith(".safetensors") else 0
-                with contextlib.suppress(ConnectionError):  # whoever asked was killed
+                with contextlib.suppress(ConnectionError):  # the client was killed
                     self.wfile.write(content[: held or None])
                     if held:
                         site.let_go.wait(60)

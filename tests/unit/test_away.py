@@ -1,4 +1,4 @@
-"""Model servers that are all away: their queue's steps wait for them, apart from their retries, and not for ever."""
+"""Unreachable model servers: the steps of their queue wait, without using up retries, and not for ever."""
 
 from collections.abc import Callable
 

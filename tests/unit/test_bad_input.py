@@ -1,4 +1,4 @@
-"""Bad input gets a sentence that names the value and the mend; nothing half-made is left behind."""
+"""Bad input gets a sentence that names the value and the fix; no partial state is left behind."""
 
 import pickle
 from collections.abc import AsyncIterator

@@ -68,7 +68,7 @@ def test_a_flow_that_asks_for_another_step_is_held_with_the_step_named() -> None
     assert "step 1 was `Delegate 'Echo'` when first run and is now `Delegate 'Echo'`" in item.why
     with pytest.raises(RunError, match="is blocked as a whole .* only `retry` resolves it"):
         handle.resolve(item, "failed")
-    asked[0] = "one"  # the code is mended
+    asked[0] = "one"  # the code is fixed
     handle.revive(item)
     assert handle.result() == "one"
 

@@ -169,8 +169,8 @@ def test_their_key_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "for-openai")
     monkeypatch.setenv("GPU_KEY", "for-gpus")
     try:
-        for key_env, mend in (("", "the queue's key_env"), ("GPU_KEY", "GPU_KEY")):
-            with pytest.raises(ModelRefused, match=f"check {mend}"):
+        for key_env, name in (("", "the queue's key_env"), ("GPU_KEY", "GPU_KEY")):
+            with pytest.raises(ModelRefused, match=f"check {name}"):
                 with_fleet(lambda model: model.ask(HI), url, key_env=key_env)
     finally:
         server.shutdown()

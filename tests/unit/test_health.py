@@ -11,11 +11,11 @@ from urllib.request import Request, urlopen
 import pytest
 
 from agentmesh.errors import ConfigError
-from agentmesh.observability.engine_status import EngineStatus
+from agentmesh.observability.engine_status import EngineStatus, read_statuses
 from agentmesh.observability.metrics import metrics_app
 from agentmesh.worker.health_server import Health, HealthServer
 
-WELL = EngineStatus("host:1/a", 7, "m", "cuda:0", at_s=100.0, in_hand=3)
+WELL = EngineStatus("host:1/a", 7, "m", "cuda:0", at_s=100.0, in_flight=3)
 
 
 def test_all_is_well() -> None:
@@ -24,7 +24,7 @@ def test_all_is_well() -> None:
     assert now.numbers == {"workers": {"wanted": 2, "ready": 2}, "journal": True, "engines": {"there": 1, "well": 1}}
     assert "why" not in now.told
     (engine,) = now.told["engines"]
-    assert (engine["in_hand"], engine["age_s"], engine["ails"]) == (3, 9.0, "")
+    assert (engine["in_flight"], engine["age_s"], engine["unhealthy_reason"]) == (3, 9.0, "")
 
 
 def test_each_reason_is_told() -> None:
@@ -38,6 +38,12 @@ def test_each_reason_is_told() -> None:
         "the worker of 'm' on cuda:1 has 3 steps in flight and its engine has made no progress for 12 s",
     ]
     assert now.numbers["engines"] == {"there": 3, "well": 1}
+
+
+def test_a_status_file_of_an_older_worker_is_read(tmp_path: Path) -> None:
+    report = {"worker": "w", "pid": 7, "model": "m", "device": "cpu", "at_s": 1.0, "in_hand": 3}
+    (tmp_path / "engine-7.json").write_text(json.dumps(report))
+    assert read_statuses(str(tmp_path), ["w"]) == [EngineStatus("w", 7, "m", "cpu", at_s=1.0, in_flight=3)]
 
 
 def test_one_reason_is_enough() -> None:

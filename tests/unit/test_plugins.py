@@ -175,7 +175,7 @@ class Named(Model):
 
 
 class Duck:
-    """A model that is no subclass."""
+    """A model that is not a subclass."""
 
     async def ask(self, prompt: Prompt, on_token: Any = None) -> Answer:
         return Answer(assistant(prompt.model), Usage(3, 2))

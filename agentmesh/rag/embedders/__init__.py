@@ -58,12 +58,12 @@ def _make_embedder(name: str) -> Embedder:
     provider, _, rest = name.partition(":")
     options = {"device": "cpu"} if provider == "local" and _single_process else {}
     hint = "Write 'wordllama', 'local:NAME', 'openai:NAME' or a server's URL."
-    made: Embedder = plugins.make_plugin("embedders", provider, rest, hint=hint, **options)
-    if not callable(getattr(made, "documents", None)):
+    instance: Embedder = plugins.make_plugin("embedders", provider, rest, hint=hint, **options)
+    if not callable(getattr(instance, "documents", None)):
         raise ConfigError(
-            f"embedder {provider!r} makes a {type(made).__name__}, which has no `documents`",
+            f"embedder {provider!r} makes a {type(instance).__name__}, which has no `documents`",
             hint="declare a subclass of agentmesh.rag.embedders.base.BaseEmbedder",
         )
-    if not getattr(made, "name", ""):
-        made.name = name
-    return made
+    if not getattr(instance, "name", ""):
+        instance.name = name
+    return instance

@@ -48,15 +48,15 @@ class Identity:
             EmbedderMismatch: it does not.
         """
         both = f"the store was filled by {self._label()} and is asked with {other._label()}"
-        mend = f"use {self.name!r}, or run: agentmesh rag reembed --embed NEW"
+        hint = f"use {self.name!r}, or run: agentmesh rag reembed --embed NEW"
         if self.d != other.d:
-            raise EmbedderMismatch(f"{both}: vectors of {self.d} and {other.d} numbers", hint=mend)
+            raise EmbedderMismatch(f"{both}: vectors of {self.d} and {other.d} numbers", hint=hint)
         if self.probe and other.probe:
             cosine = float(np.dot(np.asarray(self.probe), np.asarray(other.probe)))
             if not cosine >= SAME_VECTOR:
-                raise EmbedderMismatch(f"{both}: the same sentence has a cosine of {cosine:.3f}", hint=mend)
+                raise EmbedderMismatch(f"{both}: the same sentence has a cosine of {cosine:.3f}", hint=hint)
         if self.prefixes != other.prefixes:
-            raise EmbedderMismatch(f"{both}: prefixes {self.prefixes!r} and {other.prefixes!r}", hint=mend)
+            raise EmbedderMismatch(f"{both}: prefixes {self.prefixes!r} and {other.prefixes!r}", hint=hint)
 
     def to_json(self) -> dict[str, Any]:
         """For the store's own file."""
@@ -167,7 +167,7 @@ class BaseEmbedder:
         return self._unit(self.embed([self.prefixes[1] + without_surrogates(t) for t in texts]), texts)
 
     def query(self, text: str) -> Floats:
-        """float32 (d,), of unit length; zeros for a text in which the embedder knows no word."""
+        """float32 (d,), of unit length; zeros for a text in which the embedder has none of the words."""
         vector: Floats = self._unit(self.embed([self.prefixes[0] + without_surrogates(text)]), [text])[0]
         return vector
 

@@ -38,7 +38,7 @@ class Planned(BaseModel):
         skipped: unchanged documents.
         vanished: the scratch file with the vanished sources; "" for none.
         failed: what could not be listed.
-        refused: why nothing is done, with `hint`; "" where the ingest goes on.
+        refused: why nothing is done, with `hint`; "" where the ingest continues.
     """
 
     parts: str = ""

@@ -90,7 +90,7 @@ TARGET_RECALL = 0.97  # recall@10 for which nprobe is chosen, measured on rows t
 SAMPLE_ROWS = 200
 MAX_PROBED_SHARE = 8  # when more than 1/8 of the lists must be probed, exact search is as fast: no index then
 TRAINED_PER_LIST = 40  # FAISS asks for at least 39
-FILTERED_PROBES = 2  # times as many lists are probed under a filter: the nearest row that passes is further away
+FILTERED_PROBES = 2  # times as many lists are probed under a filter: the nearest row that passes has a greater distance
 
 
 class Ivf:

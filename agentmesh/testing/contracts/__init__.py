@@ -1,10 +1,10 @@
-"""What a plugin must do, as classes of tests: one for each door, which ours pass as well.
+"""Contract tests of plugins: one class for each kind of plugin. The built-in adapters pass them as well.
 
     class TestEcho(ModelContract):           # pytest finds the class and runs its tests
         def make(self) -> Echo:
             return Echo("any")
 
-Without pytest: `check_model(lambda: Echo("any"))`. A broken promise is an AssertionError with a sentence.
+Without pytest: `check_model(lambda: Echo("any"))`. A broken promise raises an AssertionError that says which.
 """
 
 from importlib import import_module
@@ -22,7 +22,7 @@ __all__ = [
     "JOURNAL", "LEASE_MS", "Contract", "EmbedderContract", "JournalContract", "LoaderContract", "ModelContract",
     "StoreContract", "check_embedder", "check_journal", "check_loader", "check_model", "check_store",
 ]  # fmt: skip
-_HOME = {
+_MODULES = {
     "Contract": "base", "EmbedderContract": "embedder", "check_embedder": "embedder", "JOURNAL": "journal",
     "LEASE_MS": "journal", "JournalContract": "journal", "check_journal": "journal", "LoaderContract": "loader",
     "check_loader": "loader", "ModelContract": "model", "check_model": "model", "StoreContract": "store",
@@ -31,6 +31,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:  # lazily: stores bring numpy
-        return getattr(import_module(f"agentmesh.testing.contracts.{_HOME[name]}"), name)
+    if name in _MODULES:  # lazily: stores bring numpy
+        return getattr(import_module(f"agentmesh.testing.contracts.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'agentmesh.testing.contracts' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What the contracts share: promises are methods named `test_…`, and `make` gives what they are held against."""
+"""The base class of contracts: promises are methods named `test_…`, and `make` makes the object to test."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from unittest import SkipTest
 
 
 class Contract:
-    """A class of promises. A subclass says with `make` what it tests, and with attributes what that can do."""
+    """A class of promises. A subclass overrides `make`, and sets attributes for what the object cannot do."""
 
     def make(self) -> Any:
         """A new object to test; called by each test."""
@@ -23,7 +23,7 @@ def check(contract: type[Contract], make: Callable[[], Any], **attributes: Any) 
 
     Raises:
         AssertionError: a promise is broken; the test that found it is in a note.
-        TypeError: the contract has no such attribute.
+        TypeError: the contract lacks one of the attributes.
     """
     for name in attributes:
         if not hasattr(contract, name):

@@ -1,4 +1,4 @@
-"""What an Embedder must do."""
+"""The contract of an Embedder."""
 
 import threading
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from agentmesh.testing.contracts.base import Contract, check
 TEXTS = [
     "Tea is made in the kitchen at four.", "short", "敏捷的棕色狐狸跳过懒狗。", "tea " * 3000, "half \ud800 of a pair",
 ]  # fmt: skip
-CLOSE = 1e-3  # between vectors of one text: batches of other lengths round otherwise
+CLOSE = 1e-3  # between vectors of one text: rounding depends on the lengths in a batch
 
 
 class EmbedderContract(Contract):
     """Tests of an Embedder.
 
     Attributes:
-        name: what `embedder(name)` makes it of, in any process; "" for one that is only given as an object.
-        texts: what is embedded; every text needs a vector that is not zero.
+        name: the name by which `embedder(name)` makes it in any process; "" for one that is only passed as an object.
+        texts: the texts to embed; the vector of each must not be zero.
         scaled: whether vectors have unit length.
     """
 
@@ -71,18 +71,18 @@ class EmbedderContract(Contract):
         assert np.abs(one.documents(self.texts) - other.documents(self.texts)).max() < CLOSE, "it makes other vectors"
 
     def test_its_name_makes_it_in_another_process(self) -> None:
-        """`name` is what `embedder(name)` takes, or empty."""
+        """By `embedder(name)`, unless `name` is empty."""
         assert self.make().name == self.name, f"its name is {self.make().name!r}, not {self.name!r}"
 
     def test_threads_share_it(self) -> None:
         """Searches come from threads while documents are embedded."""
-        embedder, wrong = self.make(), []
+        embedder, differences = self.make(), []
         first = embedder.query(self.texts[0])
 
         def search() -> None:
             for _ in range(5):
                 if np.abs(embedder.query(self.texts[0]) - first).max() >= CLOSE:
-                    wrong.append("differs")
+                    differences.append("differs")
 
         threads = [threading.Thread(target=search) for _ in range(4)]
         for thread in threads:
@@ -90,7 +90,7 @@ class EmbedderContract(Contract):
         embedder.documents(self.texts)
         for thread in threads:
             thread.join()
-        assert not wrong, "in several threads the same text has several vectors"
+        assert not differences, "in several threads the same text has several vectors"
 
 
 def check_embedder(make: Callable[[], Embedder], **attributes: Any) -> None:

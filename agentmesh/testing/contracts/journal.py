@@ -1,6 +1,6 @@
-"""What any Journal must do: coroutines of a journal, and the class that runs them.
+"""The contract of a Journal: each promise is a coroutine of a journal, and a class runs them.
 
-Each needs an empty journal of its own with leases of LEASE_MS, and raises AssertionError where a promise is broken.
+Each gets an empty journal with leases of LEASE_MS, and raises AssertionError where the promise is broken.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from agentmesh.journal.types import (
 from agentmesh.testing.contracts.base import Contract, check
 
 LEASE_MS = 300
-LARGE = 100_000  # characters: more than a message may hold
+LARGE = 100_000  # characters; more than an event holds inline
 Promise = Callable[[Journal], Awaitable[None]]
 
 
@@ -48,8 +48,8 @@ async def _claim(journal: Journal, unit: str, *, worker: str = "w", token: str =
     return await journal.claim(unit, worker=worker, token=token, version=0, crew="crew", crew_version="")
 
 
-async def _claimed(journal: Journal, unit: str, **how: str) -> Claimed:
-    claimed = await _claim(journal, unit, **how)
+async def _claimed(journal: Journal, unit: str, **options: str) -> Claimed:
+    claimed = await _claim(journal, unit, **options)
     assert isinstance(claimed, Claimed), claimed
     return claimed
 
@@ -74,7 +74,7 @@ async def a_run_from_begin_to_end(journal: Journal) -> None:
 
 
 async def begin_is_repeatable(journal: Journal) -> None:
-    """The same spec again changes nothing; another under the same id is refused."""
+    """Repeated with the same spec it changes nothing; with another spec under the same id it is refused."""
     await journal.begin(_run("r"), _steps("r", 1))
     before = await _kinds(journal, "r")
     repeated = await journal.begin(_run("r"), _steps("r", 1))
@@ -87,7 +87,7 @@ async def begin_is_repeatable(journal: Journal) -> None:
 
 
 async def one_claim_at_a_time(journal: Journal) -> None:
-    """The same token gets the same fence, another worker none."""
+    """The same token gets the same fence; another worker is refused."""
     await journal.begin(_run("r"), _steps("r", 1))
     first = await _claimed(journal, step_unit("r", 1), token="a")
     assert (await _claimed(journal, step_unit("r", 1), token="a")).fence == first.fence
@@ -96,7 +96,7 @@ async def one_claim_at_a_time(journal: Journal) -> None:
 
 
 async def commit_is_repeatable_and_fenced(journal: Journal) -> None:
-    """Sent twice it counts once; under an old fence it is refused."""
+    """Sent twice it is written once; under an old fence it is refused."""
     await journal.begin(_run("r"), _steps("r", 1))
     unit, done = step_unit("r", 1), StepDone(n=1, value=1)
     old = await _claimed(journal, unit, worker="dead", token="a")
@@ -122,7 +122,7 @@ async def a_retry_is_claimed_again(journal: Journal) -> None:
 
 
 async def a_lease_runs_out_unless_renewed(journal: Journal) -> None:
-    """After a sweep another worker claims an expired one; the old holder learns it at its next renewal."""
+    """After a sweep another worker claims an expired lease; the old holder learns of it at its next renewal."""
     await journal.begin(_run("r"), _steps("r", 1))
     unit = step_unit("r", 1)
     await journal.sweep("w")
@@ -181,7 +181,7 @@ def _held(n: int, detail: dict[str, Any]) -> StepPlan:
 
 
 async def open_entries_of_a_tree(journal: Journal) -> None:
-    """What moves and what waits below a run, with the plan of each step that waits; nothing of what has ended."""
+    """The moving and the waiting entries below a run, with the plan of each waiting step; no ended ones."""
     gather = GatherPlan(first=1, last=2, need=2)
     await journal.begin(_run("r"), NextSteps([_delegate("r", 1), _delegate("r", 2)], gather))
     entries = await journal.open_entries("r")
@@ -196,7 +196,7 @@ async def open_entries_of_a_tree(journal: Journal) -> None:
     assert entries.moving == 1
     assert (await journal.open_entries("r/2")).moving == 1
     assert (await journal.open_entries("r/2")).waiting == []
-    assert isinstance(await journal.signal("r/1", Denied(n=1)), Accepted)  # the other one is not needed any more
+    assert isinstance(await journal.signal("r/1", Denied(n=1)), Accepted)  # the gather has failed, so step 2 is dropped
     assert list((await journal.open_entries("r")).waiting) == []
     assert isinstance(await journal.signal("r", RunCancelled()), Accepted)
     await journal.sweep("w")
@@ -204,11 +204,11 @@ async def open_entries_of_a_tree(journal: Journal) -> None:
 
 
 async def new_events_of_many_runs(journal: Journal) -> None:
-    """Each run's events after those that are known, in the order asked for; nothing of a run without new ones."""
+    """Each run's events after its known version, in the order of the argument; runs without new events are left out."""
 
-    async def ask(known: dict[str, int]) -> dict[str, list[str]]:
+    async def ask(versions: dict[str, int]) -> dict[str, list[str]]:
         kinds: dict[str, list[str]] = {}
-        async for run, events in journal.new_events(known):
+        async for run, events in journal.new_events(versions):
             kinds.setdefault(run, []).extend(type(e).__name__ for e in events)
         return kinds
 
@@ -216,12 +216,12 @@ async def new_events_of_many_runs(journal: Journal) -> None:
         await journal.begin(_run(run), _steps(run, 1))
     begun = ["RunStarted", "StepPlanned"]
     assert list((await ask({"b": 0, "a": 1, "c": 2, "nobody": 0})).items()) == [("b", begun), ("a", begun[1:])]
-    assert await ask({"a": 9}) == {"a": begun}  # begun anew, by a store that came back with less
+    assert await ask({"a": 9}) == {"a": begun}  # begun anew, after the store lost events
     assert await ask({}) == {}
 
 
 async def large_values_come_back_whole(journal: Journal) -> None:
-    """However they are kept."""
+    """In whatever form they are stored."""
     task, value = "t" * LARGE, "v" * LARGE
     await journal.begin(_run("r", task), _steps("r", 1))
     claimed = await _claimed(journal, step_unit("r", 1))
@@ -252,14 +252,14 @@ JOURNAL: tuple[Promise, ...] = (
 
 
 class JournalContract(Contract):
-    """Tests of a Journal. `make` gives one with leases of LEASE_MS, over an empty store each time."""
+    """Tests of a Journal. `make` makes one with leases of LEASE_MS, over an empty store each time."""
 
     def make(self) -> Journal:
-        """A new journal, without any run: `MyJournal(url, ttl_ms=LEASE_MS)`."""
+        """A new journal without runs, such as `MyJournal(url, ttl_ms=LEASE_MS)`."""
         raise NotImplementedError(f"{type(self).__name__} needs `make`")
 
     def hold(self, promise: Promise) -> None:
-        """Run one of JOURNAL."""
+        """Run one promise of JOURNAL."""
 
         async def main() -> None:
             journal = self.make()

@@ -1,4 +1,4 @@
-"""What a Loader must do."""
+"""The contract of a Loader."""
 
 import json
 import random
@@ -16,9 +16,9 @@ class LoaderContract(Contract):
     """Tests of a Loader.
 
     Attributes:
-        name: of a file of its kind.
-        data: what is in that file.
-        holds: some text that the document must have.
+        name: the name of a file that it reads.
+        data: the bytes of that file.
+        holds: text that the document must contain.
     """
 
     name = "file.txt"
@@ -26,24 +26,24 @@ class LoaderContract(Contract):
     holds = "some text"
 
     def make(self) -> Loader:
-        """The function."""
+        """The loader, which is a function."""
         raise NotImplementedError(f"{type(self).__name__} needs `make`")
 
     def _read(self, data: bytes | None = None) -> Document:
         return self.make()(self.data if data is None else data, self.name, "utf-8")
 
     def test_the_document_has_the_text_of_the_file(self) -> None:
-        """And the same at each reading, for a repeated step cuts it again."""
+        """And every reading gives the same, because a retried step splits the document again."""
         document = self._read()
         assert isinstance(document, Document), f"it returned {document!r}, which is not a Document"
         assert self.holds in document.text, f"{self.holds!r} is not in {document.text[:200]!r}"
-        assert self._read() == document, "a second reading gave another document"
+        assert self._read() == document, "a second reading returned another document"
 
-    def test_headings_and_parts_are_places_in_the_text(self) -> None:
+    def test_headings_and_parts_are_positions_in_the_text(self) -> None:
         """In the order of their starts."""
         document = self._read()
-        for name, places in (("headings", document.headings), ("parts", document.parts)):
-            starts = [place.start for place in places]
+        for name, sections in (("headings", document.headings), ("parts", document.parts)):
+            starts = [section.start for section in sections]
             assert starts == sorted(starts), f"{name} are not in the order of their starts"
             assert all(0 <= start <= len(document.text) for start in starts), f"{name} begin outside of the text"
 
@@ -54,7 +54,7 @@ class LoaderContract(Contract):
             json.dumps(metadata_to_json(metadata), allow_nan=False)
 
     def test_what_it_cannot_read_is_a_document_error(self) -> None:
-        """Or a document; nothing else, and it comes to an end."""
+        """Or a document. It raises nothing else, and it returns."""
         noise = random.Random(1)
         damaged = [b"", self.data[: len(self.data) // 2], b"\0" * 100, noise.randbytes(5000), self.data[::-1]]
         for data in damaged:
@@ -67,7 +67,7 @@ class LoaderContract(Contract):
                 raise AssertionError(f"{data[:20]!r} raised {type(e).__name__}: {e}; raise a DocumentError") from e
             else:
                 assert isinstance(document, Document), f"{data[:20]!r} gave {document!r}, which is not a Document"
-                document.text.encode()  # half a surrogate pair could not be stored
+                document.text.encode()  # a lone surrogate cannot be stored
 
 
 def check_loader(make: Callable[[], Loader], **attributes: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a Model must do."""
+"""The contract of a Model."""
 
 import asyncio
 import json
@@ -25,10 +25,10 @@ class ModelContract(Contract):
     """Tests of a Model.
 
     Attributes:
-        model_name: what prompts carry: the text after the colon.
-        counts_usage: whether answers say how many tokens they cost.
-        calls_tools: whether the model calls a tool that it is told to call.
-        timeout_s: of one request.
+        model_name: the model of the prompts: the text after the colon.
+        counts_usage: whether answers have their numbers of tokens.
+        calls_tools: whether the model calls a tool when the prompt demands it.
+        timeout_s: of one request, in seconds.
     """
 
     model_name = "any"
@@ -41,8 +41,8 @@ class ModelContract(Contract):
         raise NotImplementedError(f"{type(self).__name__} needs `make`")
 
     def make_failing(self) -> Model:
-        """One whose requests fail, such as one of a server that does not respond."""
-        raise SkipTest("`make_failing` is not given: which errors it raises is not tested")
+        """A model whose requests fail, such as one of a server that does not respond."""
+        raise SkipTest("`make_failing` is not overridden: the errors of the model are not tested")
 
     def prompt(self, *messages: Message, tools: Sequence[ToolSpec] = ()) -> Prompt:
         """The prompt of a test."""
@@ -50,7 +50,7 @@ class ModelContract(Contract):
 
     # ---- answers -------------------------------------------------------------------------------
     def test_an_answer_is_a_message_of_the_assistant(self) -> None:
-        """With text, no tool calls, and why it ended."""
+        """With text, without tool calls, and with its finish reason."""
         answer = self._ask()
         assert isinstance(answer, Answer), f"`ask` returned {answer!r}, which is not an Answer"
         assert answer.message.role == "assistant", f"the answer's role is {answer.message.role!r}, not 'assistant'"
@@ -81,17 +81,17 @@ class ModelContract(Contract):
 
         answer, thread = self._with_model(ask)
         assert threads <= {thread}, "`on_token` was called from another thread than the event loop's"
-        said = "".join(p for p in pieces if not isinstance(p, Thought))
-        assert said == answer.message.text, f"the pieces are {said!r} and the answer is {answer.message.text!r}"
+        streamed = "".join(p for p in pieces if not isinstance(p, Thought))
+        assert streamed == answer.message.text, f"the pieces are {streamed!r} and the answer is {answer.message.text!r}"
 
     # ---- tools ---------------------------------------------------------------------------------
     def test_a_prompt_with_tools_is_answered(self) -> None:
-        """By a call with a name, an id and JSON text, after whose result it answers; or, without `calls_tools`, by text."""
+        """By a call with a name, an id and JSON text, and its result by an answer; without `calls_tools`, by text."""
         request = user("Call the tool `double` with the number 21.")
         answer = self._ask(self.prompt(request, tools=[DOUBLE]))
         calls = answer.message.tool_calls
         if not self.calls_tools:
-            assert not calls, "it calls a tool: leave `calls_tools` as it is"
+            assert not calls, "it calls a tool; set `calls_tools = True`"
             return
         assert calls, "it did not call the tool; set `calls_tools = False` if it never calls any"
         assert answer.finish in ("tool_calls", "length"), f"`finish` is {answer.finish!r} and it calls a tool"
@@ -133,7 +133,7 @@ class ModelContract(Contract):
         assert len(outcomes) == 4, "a request on the event loop of another thread did not end"
 
     def test_a_cancelled_request_leaves_nothing_open(self) -> None:
-        """No task of it runs on after `close`, and the model answers afterwards."""
+        """No task of it is running after `close`, and the model answers afterwards."""
 
         async def cancel(model: Model) -> tuple[Answer, set[Any]]:
             before = asyncio.all_tasks()
@@ -152,10 +152,10 @@ class ModelContract(Contract):
 
         answer, tasks = self._with_model(cancel)
         assert answer.message.text, "after a cancelled request the answer has no text"
-        assert not tasks, f"tasks run on after `close`: {tasks}"
+        assert not tasks, f"tasks are running after `close`: {tasks}"
 
     def test_it_answers_again_after_close(self) -> None:
-        """`close` gives back what is open, and is not the end."""
+        """`close` releases connections and can be called between requests."""
 
         async def twice(model: Model) -> Answer:
             await model.ask(self.prompt())
@@ -166,7 +166,7 @@ class ModelContract(Contract):
 
     # ---- errors --------------------------------------------------------------------------------
     def test_a_failure_is_a_model_error_or_asks_for_a_retry(self) -> None:
-        """So that the engine knows whether to try again."""
+        """So that the engine knows whether to retry."""
         model = self.make_failing()
         try:
             self._on_a_loop(model)

@@ -1,4 +1,4 @@
-"""What a VectorStore must do."""
+"""The contract of a VectorStore."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from agentmesh.rag.documents import Chunk
 from agentmesh.rag.vector_store import VectorStore
 from agentmesh.testing.contracts.base import Contract, check
 
-WIDTH = 8
-CLOSE = 1e-3
+WIDTH = 8  # of the vectors
+CLOSE = 1e-3  # of a score to the cosine
 CHUNKS = (
     Chunk("tea#0", "Tea is made in the kitchen.", "tea.md", 0, ("Tea",), {"year": 2024, "tags": ["drink", "warm"]}),
     Chunk("tea#9", "It is served at four.", "tea.md", 27, ("Tea",), {"year": 2024}),
@@ -23,12 +23,12 @@ CHUNKS = (
 
 
 def vectors(*rows: int) -> NDArray[np.float32]:
-    """Unit vectors, float32 (n, 8), all at right angles."""
+    """Orthogonal unit vectors, float32 (n, 8)."""
     return np.eye(WIDTH, dtype=np.float32)[list(rows)]
 
 
 class StoreContract(Contract):
-    """Tests of a VectorStore. `make` gives an empty one each time."""
+    """Tests of a VectorStore. `make` makes an empty one each time."""
 
     def make(self) -> VectorStore:
         """A new and empty store."""
@@ -36,10 +36,10 @@ class StoreContract(Contract):
 
     def reopen(self, store: VectorStore) -> VectorStore:
         """The same store as another process opens it."""
-        raise SkipTest("`reopen` is not given: whether it keeps anything is not tested")
+        raise SkipTest("`reopen` is not overridden: whether the store is durable is not tested")
 
     def fill(self, store: VectorStore, chunks: Sequence[Chunk], rows: NDArray[np.float32]) -> None:
-        """Put whole documents in: by `upsert`, unless the store has a word of its own for documents."""
+        """Add whole documents: by `upsert`, unless the store has a method for documents."""
         store.upsert(chunks, rows)
 
     def _filled(self) -> VectorStore:
@@ -48,7 +48,7 @@ class StoreContract(Contract):
         return store
 
     def test_an_empty_store_answers(self) -> None:
-        """With nothing."""
+        """With no hits, no sources and a count of 0."""
         store = self.make()
         assert store.count() == 0, "a new store is not empty"
         assert store.search(vectors(0)[0], 3) == [], "an empty store has hits"
@@ -68,15 +68,15 @@ class StoreContract(Contract):
         assert len(store.search(query, 100)) == len(CHUNKS), "with a large k not every chunk is a hit"
 
     def test_a_search_by_words_finds_them(self) -> None:
-        """Whatever the case; text that no chunk holds finds nothing; there is no syntax."""
+        """In any case of letters. Text that is in no chunk has no hits, and no character is syntax."""
         store = self._filled()
         assert [h.id for h in store.search_text("KITCHEN", 3)] == ["tea#0"], "a word of one chunk does not find it"
         assert store.search_text("xylophone", 3) == [], "a word that no chunk holds has hits"
         for odd in ('"', "a AND (", "*", "", "\ud800"):
             store.search_text(odd, 3)
 
-    def test_a_filter_is_held_by_searches_and_counts(self) -> None:
-        """Over `source` and metadata, in Mongo's words."""
+    def test_a_filter_applies_to_searches_and_counts(self) -> None:
+        """Over `source` and metadata, in MongoDB's syntax."""
         store = self._filled()
         expected: list[tuple[dict[str, Any], set[str]]] = [
             ({"source": "tea.md"}, {"tea#0", "tea#9"}),
@@ -88,23 +88,23 @@ class StoreContract(Contract):
         for where, ids in expected:
             assert {h.id for h in store.search(vectors(2)[0], 9, where=where)} == ids, f"search(where={where})"
             assert store.count(where) == len(ids), f"count({where})"
-        assert store.search_text("wages", 3, where={"source": "tea.md"}) == [], "search_text does not hold the filter"
+        assert store.search_text("wages", 3, where={"source": "tea.md"}) == [], "search_text ignores the filter"
 
     def test_an_id_that_is_there_is_replaced(self) -> None:
         """Text, vector and metadata."""
         store = self._filled()
         store.upsert([Chunk("tea#0", "Coffee.", "tea.md")], vectors(5))
-        assert store.count() == len(CHUNKS), "a chunk with a known id is there twice"
+        assert store.count() == len(CHUNKS), "a chunk was added beside the old one of its id"
         assert store.search(vectors(5)[0], 1)[0].text == "Coffee.", "the old text is found"
         assert store.search_text("kitchen", 3) == [], "the old words are found"
 
-    def test_chunks_leave_by_id_and_by_source(self) -> None:
-        """And what is not there is no error."""
+    def test_chunks_are_deleted_by_id_and_by_source(self) -> None:
+        """And unknown ids and sources are ignored."""
         store = self._filled()
         store.delete(["pay#0", "nobody#0"])
-        assert store.count() == 3, "delete(ids) did not take one chunk out"
+        assert store.count() == 3, "delete(ids) did not delete one chunk"
         store.remove(["tea.md", "nobody.md"])
-        assert store.count() == 1, "remove(sources) did not take the chunks of one source out"
+        assert store.count() == 1, "remove(sources) did not delete the chunks of one source"
         assert "tea.md" not in store.sources(), "a removed source is listed"
         assert store.search_text("kitchen", 3) == [], "a removed chunk is found by its words"
         assert [h.id for h in store.search(vectors(0)[0], 9)] == ["cat#0"], "a removed chunk is found"
@@ -114,7 +114,7 @@ class StoreContract(Contract):
         assert set(self._filled().sources()) == {"tea.md", "pay.md", "cat.md"}, "sources()"
 
     def test_threads_share_it(self) -> None:
-        """Searches while chunks come in."""
+        """Searches while chunks are upserted."""
         store, errors = self.make(), []
         store.upsert(CHUNKS, vectors(0, 1, 2, 3))
 
@@ -136,7 +136,7 @@ class StoreContract(Contract):
         assert store.count({"source": "new.md"}) == 20, "an upsert beside searches is lost"
 
     def test_another_process_finds_what_is_in(self) -> None:
-        """With `reopen`."""
+        """The store of `reopen` has what was upserted."""
         store = self.reopen(self._filled())
         assert store.count() == len(CHUNKS), "what was upserted is not there when the store is opened again"
         assert store.search(vectors(2)[0], 1)[0].id == "pay#0", "what was upserted is not found"

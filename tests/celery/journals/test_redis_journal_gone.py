@@ -116,7 +116,7 @@ def test_no_lease_expires_for_one_term_after_the_server_was_away(valkey: Any, jo
         with journals.client(valkey) as c:
             c.zadd("agentmesh:leased", {unit: 1})  # long past
         valkey.kill()
-        swept = asyncio.ensure_future(journal.sweep("w"))  # asked for while the server is away
+        swept = asyncio.ensure_future(journal.sweep("w"))  # asked for while the server is down
         await asyncio.to_thread(valkey.restart)
         assert (await swept).count == 0
         refused = await journal.claim(unit, token="u", version=0, **journals.WORKER)

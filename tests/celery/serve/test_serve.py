@@ -68,7 +68,7 @@ def test_a_stream_brings_the_same_in_pieces(served: Any) -> None:
 
 def test_embeddings(served: Any) -> None:
     texts = ["green tea", "a cup of tea", "the tax office"]
-    given = served.client.embeddings.create(model="wordllama", input=texts)  # base64, as the client asks for by itself
+    given = served.client.embeddings.create(model="wordllama", input=texts)  # base64, which is the client's default
     tea, cup, tax = (np.array(row.embedding, np.float32) for row in given.data)
     assert tea @ cup > tea @ tax
     assert np.linalg.norm(tea) == pytest.approx(1, abs=1e-5)

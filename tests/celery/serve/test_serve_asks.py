@@ -64,7 +64,7 @@ def asking(word: str, key: str, **how: Any) -> dict[str, Any]:
 def test_who_waits_at_another_server_goes_on_when_a_client_leaves(
     two: Two, eventually: Eventually, stream: bool
 ) -> None:
-    two.model.faults.append(Fault(hang=True))  # the first attempt; whoever goes on asks again
+    two.model.faults.append(Fault(hang=True))  # the first attempt; a caller that stays asks again
     word = f"stays{stream}"
     got: list[str] = []
 
@@ -87,7 +87,7 @@ def test_who_waits_at_another_server_goes_on_when_a_client_leaves(
     leaves.join()
     stays.join()
     assert got == [f"you said {word.upper()} to me"]
-    with two.client(0) as client:  # and whoever left finds it there
+    with two.client(0) as client:  # and the client that left finds it there
         again = client.chat.completions.with_raw_response.create(**asking(word, word))
     assert again.headers[RUN].endswith("~2")
     assert two.asked(word) == 2
