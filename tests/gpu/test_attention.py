@@ -81,7 +81,7 @@ def without(plain: Any, kind: str) -> Any:
 @pytest.mark.parametrize("name", attention.UNSUPPORTED)
 def test_what_else_a_model_does_to_its_scores_is_not_overlooked(name: str) -> None:
     tokens = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(NotImplementedError, match=f"does not support {name}: put a server behind this queue"):
+    with pytest.raises(NotImplementedError, match=f"does not support {name}: use a ServerQueue"):
         paged_attention(None, tokens, tokens, tokens, None, **{name: torch.zeros(1)})
 
 
