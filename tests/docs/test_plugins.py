@@ -155,7 +155,7 @@ def test_documents_go_through_store_embedder_and_loader(site: Path, tmp_path: Pa
     (docs / "tea.md").unlink()
     assert "1 removed" in agentmesh(site, tmp_path, "rag", "sync", "docs", *place).stdout
     assert (
-        "nothing was found"
+        "no passage was found"
         in agentmesh(site, tmp_path, "rag", "search", "kitchen", *place, "--mode", "text", code=1).stdout
     )
 

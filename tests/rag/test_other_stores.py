@@ -33,7 +33,7 @@ def json_store() -> Any:
 def by_name(json_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`json:` stands for the example, as if its package were installed."""
     monkeypatch.setitem(plugins.BUILT_IN["stores"], "json", "builtins:dict")  # type: ignore[index]
-    monkeypatch.setattr(plugins, "make", lambda group, name, rest: json_store(rest))
+    monkeypatch.setattr(plugins, "make_plugin", lambda group, name, rest: json_store(rest))
 
 
 @pytest.fixture

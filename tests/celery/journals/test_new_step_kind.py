@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh.cli.runs import show_run, tell_run
+from agentmesh.cli.runs import decide, show_run
 from agentmesh.config import Config
 from agentmesh.mesh import Mesh
 from agentmesh.runtime.crew_file import load_crew
@@ -29,12 +29,12 @@ def test_new_kinds_run_in_a_worker(valkey: Any, eventually: Callable[..., None],
         assert "StepPlanned    2 Signal paid" in shown
         assert "waiting: signal:paid (run r, step 2, paid {'about': 'order 7'})" in shown
         with pytest.raises(Exception, match="step 2 of run r is not waiting for this"):
-            tell_run("r", "approve", n=2, broker=config.broker)
-        tell_run("r", "resolve", n=2, action="failed", broker=config.broker)
+            decide("r", "approve", n=2, broker=config.broker)
+        decide("r", "resolve", n=2, action="failed", broker=config.broker)
         eventually(lambda: run.status() == "failed")
         again = run.retry()
         eventually(lambda: again.waiting_for())
-        tell_run("r~2", "resolve", n=2, action="done", value='{"by": "ana"}', broker=config.broker)
+        decide("r~2", "resolve", n=2, action="done", value='{"by": "ana"}', broker=config.broker)
         assert again.result(timeout_s=30) == VALUE
     finally:
         worker.kill()

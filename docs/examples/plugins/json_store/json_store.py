@@ -9,7 +9,7 @@ import numpy as np
 
 from agentmesh.rag.documents import Chunk, Hit
 from agentmesh.rag.ingestion.scratch import metadata_from_json, metadata_to_json
-from agentmesh.rag.store.filters import matches, parse
+from agentmesh.rag.store.filters import matches, parse_filter
 
 
 class JsonStore:
@@ -62,7 +62,7 @@ class JsonStore:
             os.replace(new, self.path)
 
     def _read(self, where=None):
-        test = parse(where) if where else None
+        test = parse_filter(where) if where else None
         rows = [(Chunk(*c[:4], tuple(c[4]), metadata_from_json(c[5])), v) for c, v in self._load().values()]
         return [row for row in rows if test is None or matches(test, {"source": row[0].source, **row[0].metadata})]
 
