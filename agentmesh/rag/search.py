@@ -1,9 +1,9 @@
 """The search of a retriever: over any store, by meaning, by words or by both, and as the passages that a model sees."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from agentmesh.errors import DefinitionError
 from agentmesh.rag.documents import Hit
@@ -14,6 +14,7 @@ from agentmesh.rag.vector_store import StoreView
 
 Mode = Literal["hybrid", "dense", "text"]
 Where = Mapping[str, Any]
+Query = Annotated[str, Field(min_length=1)]  # of a model: no words have no direction to search in
 MODES = ("hybrid", "dense", "text")
 MMR_OF = 4  # times k: among how many of the best hits maximal marginal relevance chooses
 

@@ -90,6 +90,15 @@ def test_a_bound_filter_is_hidden_and_cannot_be_widened(handbook: Retriever) -> 
     assert {p.source for p in tool("tea in the kitchen")} <= {"a/leave.md", "a/pay.md"}
 
 
+def test_a_model_that_asks_nothing_is_told_so(handbook: Retriever) -> None:
+    class HelpDesk(Agent):
+        tools = (handbook.tool(),)
+
+    handle = FakeMesh(HelpDesk(), model=[uses("search", query=""), says("What do you want to know?")]).start("")
+    assert handle.result() == "What do you want to know?"
+    assert any("query: String should have at least 1 character; call search again" in m.text for m in handle.messages())
+
+
 def test_an_agent_uses_the_tool(handbook: Retriever) -> None:
     class HelpDesk(Agent):
         tools = (handbook.tool(k=1, about="the handbook"),)
@@ -160,7 +169,7 @@ def test_invalid_arguments_of_an_ingest(handbook: Retriever, tmp_path: Path) -> 
 SCRIPT = """
 import sys
 from agentmesh.retriever import Retriever
-from agentmesh import RunFailed
+from agentmesh import RunFailedError
 
 class Mine:  # an embedder of one's own
     name, remote, d = "", False, 2
@@ -181,7 +190,7 @@ print(by_mine.add(["docs"], size=30, overlap=0).documents)
 print(by_words.search("when are wages paid", 1)[0].source)
 try:
     by_words.add("nothing")
-except RunFailed as e:
+except RunFailedError as e:
     print(e.message)
 """
 
