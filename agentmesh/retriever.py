@@ -29,7 +29,7 @@ from agentmesh.rag.process_cache import (
     register_embedder,
     store_of,
 )
-from agentmesh.rag.search import Mode, Passage, Where, check_search, search
+from agentmesh.rag.search import Mode, Passage, Query, Where, check_search, search
 from agentmesh.rag.store.faiss_store import FaissStore
 from agentmesh.rag.vector_store import StoreView, VectorStore, store_name
 from agentmesh.runtime.local import start
@@ -178,13 +178,13 @@ class Retriever:
     def tool(
         self, *, k: int = 5, name: str = "search", about: str = "", mode: Mode = "hybrid"
     ) -> Tool[[str], list[Passage]]:
-        """A tool for agents: a question in, the k best passages out.
+        """A tool for agents: a question in, the k best passages out; a model that asks "" is told to ask again.
 
         Args:
             about: what the documents are, told to the model: "the staff handbook".
         """
 
-        def find(query: str) -> list[Passage]:
+        def find(query: Query) -> list[Passage]:
             return [Passage.of(hit) for hit in self.search(query, k, mode=mode)]
 
         find.__doc__ = f"Find passages of {about or 'the documents'} that bear on a question.\n\nArgs:\n    query: what to look for."

@@ -1,9 +1,12 @@
 """What a run may spend."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from agentmesh.errors import DefinitionError
+
+NAMES = ("turns", "tokens", "cost_usd", "seconds", "depth")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +32,27 @@ class Limits:
     on_limit: Literal["hold", "fail"] = "hold"
 
     def __post_init__(self) -> None:
-        for name in ("turns", "tokens", "cost_usd", "seconds", "depth"):
+        for name in NAMES:
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise DefinitionError(
-                    f"Limits({name}={value!r}) must be above 0", hint="leave it out, or give None, for no limit"
+                    f"Limits({name}={value!r}) must be a number above 0",
+                    hint="leave it out, or give None, for no limit",
                 )
         if self.on_limit not in ("hold", "fail"):
             raise DefinitionError(f"Limits(on_limit={self.on_limit!r}) is not known", hint="use 'hold' or 'fail'")
+
+    @staticmethod
+    def check_raise(limits: Mapping[str, float]) -> None:
+        """Nothing, where a run's limits can be raised to these.
+
+        Raises:
+            DefinitionError: one is unknown, or not a number above 0.
+        """
+        raisable = NAMES[:-1]
+        if unknown := sorted(limits.keys() - set(raisable)):
+            raise DefinitionError(f"unknown limit {unknown[0]!r}", hint=f"use one of: {', '.join(raisable)}")
+        Limits(**dict(limits))  # type: ignore[arg-type]  # of the names above
 
     def to_json(self) -> dict[str, Any]:
         """All fields, JSON values."""

@@ -14,6 +14,7 @@ from agentmesh.errors import DefinitionError
 
 SCHEDULE_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
 FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))
+MAX_INTERVAL_S = 100 * 366 * 86_400
 ANY_MOMENT = datetime(2000, 1, 1, tzinfo=UTC)
 LONGEST_REPEAT = timedelta(hours=3)  # no zone sets its clocks back by more
 
@@ -126,9 +127,12 @@ class Schedule:
             raise DefinitionError(
                 f"schedule {self.when!r}: unknown timezone {self.timezone!r}", hint="use an IANA name, as Europe/Lisbon"
             ) from None
-        if not isinstance(self.when, str) and self.when < 1:
+        if not isinstance(self.when, str) and not (
+            isinstance(self.when, int | float) and 1 <= self.when <= MAX_INTERVAL_S
+        ):
             raise DefinitionError(
-                f"schedule {self.when!r}: an interval is at least 1 second", hint="write a longer one"
+                f"schedule {self.when!r}: an interval is at least 1 second, and at most {MAX_INTERVAL_S}",
+                hint="write a number of seconds between them",
             )
         self.times.next(ANY_MOMENT)
         if not self.name:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from agentmesh.definitions.crew import Crew
+from agentmesh.definitions.limits import Limits
 from agentmesh.engine.dispatch import Dispatch
 from agentmesh.engine.replay import History, replay
 from agentmesh.engine.retry import latest_retry, retry
@@ -278,7 +279,12 @@ class AsyncRun(Generic[Out]):
         await self.client.signal(item.run_id, StepRevived(n=item.n, by=by))
 
     async def raise_limits(self, limits: Mapping[str, float], *, by: str = "") -> None:
-        """Raise the run's limits: `raise_limits({"turns": 50})`."""
+        """Raise the run's limits: `raise_limits({"turns": 50})`.
+
+        Raises:
+            DefinitionError: one is unknown, or not a number above 0.
+        """
+        Limits.check_raise(limits)
         await self.client.signal(self.run_id, LimitRaised(limits=dict(limits), by=by))
 
     async def cancel(self, *, by: str = "") -> None:

@@ -1,9 +1,9 @@
 """The search of a retriever over any store: by vector, by words or hybrid, and the passages that a model reads."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from agentmesh.errors import DefinitionError
 from agentmesh.rag.documents import Hit
@@ -14,6 +14,7 @@ from agentmesh.rag.vector_store import StoreView
 
 Mode = Literal["hybrid", "dense", "text"]
 Where = Mapping[str, Any]
+Query = Annotated[str, Field(min_length=1)]  # of a model: no words have no direction to search in
 MODES = ("hybrid", "dense", "text")
 MMR_CANDIDATES = 4  # times k: the hits among which maximal marginal relevance chooses
 

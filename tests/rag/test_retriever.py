@@ -90,6 +90,15 @@ def test_a_bound_filter_is_hidden_and_cannot_be_widened(handbook: Retriever) -> 
     assert {p.source for p in tool("tea in the kitchen")} <= {"a/leave.md", "a/pay.md"}
 
 
+def test_a_model_that_asks_nothing_is_told_so(handbook: Retriever) -> None:
+    class HelpDesk(Agent):
+        tools = (handbook.tool(),)
+
+    handle = FakeMesh(HelpDesk(), model=[uses("search", query=""), says("What do you want to know?")]).start("")
+    assert handle.result() == "What do you want to know?"
+    assert any("query: String should have at least 1 character; call search again" in m.text for m in handle.messages())
+
+
 def test_an_agent_uses_the_tool(handbook: Retriever) -> None:
     class HelpDesk(Agent):
         tools = (handbook.tool(k=1, about="the handbook"),)

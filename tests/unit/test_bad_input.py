@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agentmesh import errors, tool
+from agentmesh import Approve, Schedule, errors, tool
 from agentmesh.config import load_config
 from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.context import Context
@@ -29,6 +29,7 @@ from agentmesh.errors import (
 )
 from agentmesh.models.registry import ModelRegistry
 from agentmesh.runtime.crew_file import load_crew
+from agentmesh.testing import FakeMesh
 
 
 def test_agents() -> None:
@@ -176,7 +177,7 @@ def test_crews() -> None:
         Crew(another())  # type: ignore[arg-type]
     with pytest.raises(DefinitionError, match=r"rate='fast' is not a number per"):
         Queue("a", rate="fast")
-    with pytest.raises(DefinitionError, match=r"Limits\(turns=0\) must be above 0"):
+    with pytest.raises(DefinitionError, match=r"Limits\(turns=0\) must be a number above 0"):
         Limits(turns=0)
 
 
@@ -283,3 +284,34 @@ def test_a_variable_that_looks_misspelt_is_warned_of_once(
     load_config()
     (said,) = caplog.messages
     assert said == "the environment variable AGENTMESH_LEASES_S is not a setting. Did you mean AGENTMESH_LEASE_S?"
+
+
+@pytest.mark.parametrize(
+    ("limits", "sentence"),
+    [
+        ({"turn": 5}, "unknown limit 'turn'; use one of: turns, tokens, cost_usd, seconds"),
+        ({"turns": "many"}, r"Limits\(turns='many'\) must be a number above 0"),
+        ({"seconds": float("nan")}, r"Limits\(seconds=nan\) must be a number above 0"),
+        ({"cost_usd": -1}, r"Limits\(cost_usd=-1\) must be a number above 0"),
+    ],
+)
+def test_limits_that_cannot_be_raised_to(limits: Any, sentence: str) -> None:
+    class Asks(Agent):
+        def flow(self, task: str, ctx: Context) -> str:
+            ctx.do(Approve("go on?"))
+            return "done"
+
+    handle = FakeMesh(Asks()).start("x")
+    with pytest.raises(DefinitionError, match=sentence):
+        handle.raise_limits(limits)
+    handle.approve(handle.waiting_for()[0])
+    assert handle.result() == "done"
+
+
+@pytest.mark.parametrize("when", [None, float("nan"), float("inf"), 10**12, 0])
+def test_intervals_that_cannot_be(when: Any) -> None:
+    class Asks(Agent):
+        """Of the clock."""
+
+    with pytest.raises(DefinitionError, match=f"schedule {when!r}: an interval is at least 1 second, and at most"):
+        Schedule(when, Asks())
