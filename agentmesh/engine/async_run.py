@@ -160,7 +160,7 @@ class AsyncRun(Generic[Out]):
         raise run_error(self.run_id, end)
 
     async def wait(self, *, timeout_s: float | None = None) -> bool:
-        """Whether the run has ended; comes back when it has, or after `timeout_s`.
+        """Whether the run has ended; returns when it has, or after `timeout_s`.
 
         Raises:
             RunError: there is no such run.
