@@ -83,7 +83,7 @@ class Retriever:
     def add(
         self, paths: Paths, *, run_id: str = "", timeout_s: float | None = None, **options: Unpack[AddOptions]
     ) -> Added:
-        """Index what is new or changed in folders and files, as Celery steps; comes back when the run has ended.
+        """Index what is new or changed in folders and files, as Celery steps; returns when the run has ended.
 
         Args:
             run_id: of the run; the same id takes up the run that is there.

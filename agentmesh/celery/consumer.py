@@ -57,7 +57,7 @@ def thread_loop(
         except ResponseError as e:
             if not str(e).startswith("MISCONF"):
                 raise
-            logger.warning("the broker rejects writes (%s); retrying", e)  # its disk is full; running steps go on
+            logger.warning("the broker rejects writes (%s); retrying", e)  # its disk is full; running steps continue
             obj.pool.room.clear()  # it may have been set long ago, and would not wait
             obj.pool.room.wait(DRAIN_TIMEOUT_S)
         except OSError:
@@ -189,7 +189,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         """Nothing: `ensure_connected` has logged it."""
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Drop the connection; running steps go on, and their acks are dropped with its channel."""
+        """Drop the connection; running steps continue, and their acks are dropped with its channel."""
         logger.warning("lost the connection to the broker (%r); reconnecting", exc)
         connection, self.connection = self.connection, None
         with contextlib.suppress(Exception):

@@ -184,9 +184,9 @@ def _plugins() -> Iterator[Check]:
                 yield Check(False, e.message, e.hint)
 
 
-async def _model_servers(queue: str, fleet: LoadBalancer) -> list[Check]:
-    status = await fleet.check_servers()
-    await fleet.close()
+async def _model_servers(queue: str, balancer: LoadBalancer) -> list[Check]:
+    status = await balancer.check_servers()
+    await balancer.close()
     return [
         Check(not reason, f"queue {queue!r}: model server {url} {f'does not respond ({reason})' if reason else 'responds'}",
               "start it, or remove it from the queue's urls" if reason else "")

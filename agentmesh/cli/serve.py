@@ -55,7 +55,7 @@ def serve_crew(
             expected, ready = supervisor.health if supervisor is not None else (0, 0)
             engines = read_statuses(reports, supervisor.names) if supervisor is not None else ()
             now = Health(expected, ready, journal=_journal_answers(mesh), engines=engines)
-            return now.good, now.numbers
+            return now.is_healthy, now.counts
 
         models = models_of(crew, config.model)
         key = f"key from {key_env}" if server.key else "no key, only for this machine"

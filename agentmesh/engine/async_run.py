@@ -11,8 +11,8 @@ from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.limits import Limits
 from agentmesh.engine.dispatch import Dispatch
 from agentmesh.engine.replay import History, replay
-from agentmesh.engine.retry import latest_retry, retry
 from agentmesh.engine.run_errors import refusal_error, run_error
+from agentmesh.engine.retry import latest_retry, retry
 from agentmesh.errors import RunError
 from agentmesh.journal.events import (
     ENDS,
@@ -161,7 +161,7 @@ class AsyncRun(Generic[Out]):
         raise run_error(self.run_id, end)
 
     async def wait(self, *, timeout_s: float | None = None) -> bool:
-        """Whether the run has ended; comes back when it has, or after `timeout_s`.
+        """Whether the run has ended; returns when it has, or after `timeout_s`.
 
         Raises:
             RunError: there is no such run.

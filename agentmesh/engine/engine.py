@@ -245,7 +245,7 @@ class Engine:
             nxt = self.planner.next(cached.history, outcome)
             cached.history.extend(_expected_events(nxt))
             plans += nxt.plans
-            # after a lone step that failed before it began no worker would go on: go on here
+            # after a lone step that failed before it began no worker would continue the run: continue it here
             if not nxt.plans or nxt.gather or any(p.state != "ended" for p in nxt.plans):
                 break
         cached.waiting = outcome if isinstance(outcome, Waiting) else None

@@ -102,7 +102,7 @@ def _policy(step: Step[Any]) -> StepPolicy:
 
 
 def _kill_after_s(step: Step[Any], policy: StepPolicy) -> float | None:
-    """The timeout of a function, which may not hear of it; a model's client does."""
+    """The timeout of a function, which may not notice it; a model's client does."""
     return policy.timeout_s if step.lane == "queued" and step.target == "function" else None
 
 

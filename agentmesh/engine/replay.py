@@ -103,7 +103,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The flow cannot go on without these steps, planned or not. Without any: it has asked for `started_at`."""
+    """The flow cannot continue without these steps, planned or not. Without any: it has asked for `started_at`."""
 
     steps: dict[int, Step[Any]]
     gather: GatherPlan | None = None
@@ -265,7 +265,7 @@ class ReplayContext:
 
     def _check_not_suspended(self) -> None:
         if self.waiting or self.broken:
-            raise Suspended  # the flow swallowed the first one; it must not go on
+            raise Suspended  # the flow swallowed the first one; it must not continue
 
     def _suspend(self, waiting: Waiting) -> None:
         self.waiting = waiting

@@ -41,7 +41,7 @@ class Run(Generic[Out]):
         return self._call(self.aio.result, timeout_s=timeout_s)
 
     def wait(self, *, timeout_s: float | None = None) -> bool:
-        """Whether the run has ended; comes back when it has, or after `timeout_s`."""
+        """Whether the run has ended; returns when it has, or after `timeout_s`."""
         return self._call(self.aio.wait, timeout_s=timeout_s)
 
     # ---- what happens --------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class InferenceEngine:
                 self._busy_since_s = time.monotonic()
             if self._fatal_error is not None or self._closed:
                 raise EngineDown(str(self._fatal_error or "the engine is closed"))
-            self._demand.came(request)
+            self._demand.arrived(request)
             if self._suspects or any(f.deaths >= DEATHS_TOGETHER for f in self._flights.values()):
                 self._parked.append(flight)
             else:

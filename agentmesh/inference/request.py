@@ -157,7 +157,7 @@ class DemandEstimate:
         self.tokens = FIRST_TOKENS
         self._answer_tokens, self._uncached_share = FIRST_ANSWER_TOKENS, 1.0
 
-    def came(self, request: InferenceRequest) -> None:
+    def arrived(self, request: InferenceRequest) -> None:
         """Count a request that arrived: those that follow from the broker resemble it, long before it has ended."""
         answer = min(request.most_tokens, self._answer_tokens)
         self.tokens += WEIGHT * (len(request.tokens) * self._uncached_share + answer - self.tokens)

@@ -118,7 +118,9 @@ def _draw_truncated(
     eligible = best >= last  # (n, m)
     perturbed = (best + noise(keys, ids.int())).masked_fill(~eligible, -math.inf)  # (n, m)
     tokens = ids.gather(1, perturbed.argmax(1, keepdim=True))[:, 0]  # (n,)
-    more = (eligible[:, -1] & (best[:, -1] > -math.inf)).nonzero()[:, 0]  # eligible tokens go on behind the candidates
+    more = (eligible[:, -1] & (best[:, -1] > -math.inf)).nonzero()[
+        :, 0
+    ]  # there are eligible tokens beyond the candidates
     if m < scores.shape[1] and len(more):
         tokens[more] = _draw_truncated(scores[more], keys[more], ks[more], ps[more], scores.shape[1])
     return tokens

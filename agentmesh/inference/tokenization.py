@@ -73,8 +73,8 @@ class AnswerStream:
         """The reasoning so far."""
         return "".join(self._texts["thought"])
 
-    def hear(self, tokens: Sequence[int]) -> bool:
-        """Take all tokens so far; True when a stop string has come. The `on_tokens` of `InferenceEngine.submit`.
+    def feed(self, tokens: Sequence[int]) -> bool:
+        """Take all tokens so far; True when a stop string was reached. The `on_tokens` of `InferenceEngine.submit`.
 
         Raises:
             RetryLater: the request began again, and its answer differs from what was streamed already.
@@ -88,7 +88,7 @@ class AnswerStream:
         return self.ended
 
     def finish(self, tokens: Sequence[int]) -> None:
-        """Take all tokens there will be, and emit what was held back."""
+        """Take the tokens of the whole answer, and emit what was held back."""
         if self.ended:
             return
         self._take(self._detokeniser.more(tokens, last=True))

@@ -9,7 +9,7 @@ from agentmesh.journal.transaction import Record, Transaction, lane_of
 
 SWEEPER_LOCK_MS = 3000
 EMPTY_MS = 1000
-STALE_LOOK_MS = SWEEPER_LOCK_MS + 1000  # a dead sweeper's turn must end before the next one looks
+STALE_CHECK_MS = SWEEPER_LOCK_MS + 1000  # a dead sweeper's turn must end before the next one looks
 MAX_IDLE_MS = 2000  # how far ahead a sweep looks
 SILENT_MS = 86_400_000
 
@@ -174,7 +174,7 @@ def sweep(s: Transaction, a: Args) -> Reply:
 def long_empty(s: Transaction) -> set[str]:
     """The broker's lists, where this store is the broker, that were empty at every sweep for a second."""
     looked = s.t.hget("meta", "looked") or 0
-    if not looked <= s.now <= looked + STALE_LOOK_MS:  # no sweeper looked meanwhile, or the clock was set back
+    if not looked <= s.now <= looked + STALE_CHECK_MS:  # no sweeper looked meanwhile, or the clock was set back
         for queue in s.t.smembers("queues"):
             s.t.hdel("empty", queue)
     s.t.hset("meta", "looked", s.now)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentmesh.journal.quarantine import clear_suspicion, room_limit, take_suspect
-from agentmesh.journal.retry_import import import_events, is_same_start, planned_state, settle_reopened_gather
+from agentmesh.journal.retry_import import count_ended_members, import_events, is_same_start, planned_state
 from agentmesh.journal.transaction import SUSPECTS, VERSION_TRIES, VERSION_WAIT_MS, Record, Transaction, is_limited
 
 Args = dict[str, Any]
@@ -166,7 +166,7 @@ def same_fence(rec: Record, fence: int) -> bool:
 
 
 def commit(s: Transaction, a: Args) -> Reply:
-    """A step's end, first under the newest fence: with what comes next (lone), or removed from its gather (member).
+    """A step's end, first under the newest fence: with what comes next (lone), or counted in its gather (member).
 
     Its twin is lua/commit.lua.
     """
@@ -210,7 +210,7 @@ def plan_after_lone_step(s: Transaction, run: str, a: Args, before: int) -> None
 
 
 def hold(s: Transaction, a: Args) -> Reply:
-    """Hold a leased entry for a person, because its run no longer replays; `why` says what is wrong."""
+    """Hold a leased entry for a decision, because its run no longer replays; `why` says what is wrong."""
     unit = a["unit"]
     _, run, key = split_unit(unit)
     rec = s.rec(run, key)
@@ -255,7 +255,7 @@ def apply_next(s: Transaction, run: str, nxt: Args) -> None:
     for p in plans:
         plan_step(s, run, p, g)
     if g:
-        settle_reopened_gather(s, run, plans, g)
+        count_ended_members(s, run, plans, g)
     for p in plans:  # after all are planned: an end may close the gather, which must have all its members
         rec = s.rec(run, str(p["n"]))
         if p["state"] == "ended" and isinstance(rec, dict):

@@ -31,8 +31,8 @@ from agentmesh.journal.types import JournalCounts, OpenEntries, OutboxMessage, R
 from agentmesh.schema import dumps, loads
 
 LIVE_ENTRIES = 10_000  # of a tree's live stream; older ones are dropped
-MIN_WATCH_S, MAX_WATCH_S = 0.005, 0.25  # between two looks whether a run has new events
-END_LOOK_S = 5.0  # between two looks whether a run has ended, in case its end was not heard
+MIN_WATCH_S, MAX_WATCH_S = 0.005, 0.25  # between two checks whether a run has new events
+END_POLL_S = 5.0  # between two checks whether a run has ended, in case its notification was lost
 
 
 class RedisJournal(VerbJournal):
@@ -250,7 +250,7 @@ class RedisJournal(VerbJournal):
                         return
                 elif await self.connection.ask("LLEN", self._key("ev", run_id)) > version:
                     return
-                wait_s = min(remaining_s, END_LOOK_S if version is None else pause_s)
+                wait_s = min(remaining_s, END_POLL_S if version is None else pause_s)
                 pause_s = min(MAX_WATCH_S, pause_s * 1.5)
                 done, _ = await asyncio.wait([ended], timeout=wait_s)
                 if done:

@@ -61,7 +61,7 @@ async def open_connection(url: str) -> Any:
     """A connection of redis-py, ready for commands; replies are text.
 
     Raises:
-        CONNECTION_LOST: nobody answers there.
+        CONNECTION_LOST: the server does not respond.
     """
     options: Any = parse_url(clean_url(url))
     kind: Any = options.pop("connection_class", Connection)

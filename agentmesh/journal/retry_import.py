@@ -35,13 +35,13 @@ def is_same_start(s: Transaction, run: str, text: str) -> bool:
     return False
 
 
-def settle_reopened_gather(s: Transaction, run: str, plans: list[dict[str, Any]], g: dict[str, Any]) -> None:
-    """Strike the imported members, which have ended, off a gather that is opened again."""
+def count_ended_members(s: Transaction, run: str, plans: list[dict[str, Any]], g: dict[str, Any]) -> None:
+    """Count the imported members, which have ended, in a gather that is opened again."""
     if sum(p["n"] >= g["first"] for p in plans) == g["last"] - g["first"] + 1:
         return
     for n in range(g["first"], g["last"] + 1):
         if s.rec(run, str(n)) == "E0":
-            s.strike(run, g["first"], n, True)
+            s.end_member(run, g["first"], n, True)
 
 
 def planned_state(mark: Any, p: dict[str, Any], rec: Record) -> str:

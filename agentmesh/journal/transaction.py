@@ -232,12 +232,12 @@ class Transaction:
 
     # ---- ends ----------------------------------------------------------------------------------
     def end_step(self, run: str, n: int, rec: Record, ok: bool, fence: int) -> None:
-        """Remove the entry of step n, whose end is written; a member is removed from its gather."""
+        """Remove the entry of step n, whose end is written; the end of a member is counted in its gather."""
         self.drop(f"s|{run}|{n}", run, str(n), rec, f"E{fence}")
         if rec["g"]:
-            self.strike(run, rec["g"], n, ok)
+            self.end_member(run, rec["g"], n, ok)
 
-    def strike(self, run: str, first: int, n: int, ok: bool) -> None:
+    def end_member(self, run: str, first: int, n: int, ok: bool) -> None:
         """Count the end of a member; the one that decides the gather closes it."""
         g = self.t.hget(f"ga:{run}", str(first))
         if g is None or g["closed"]:

@@ -118,7 +118,7 @@ class LocalModel(Model):
         try:
             loaded, request, stream = await loop.run_in_executor(self._thread, self._prepare_request, prompt, forward)
             streams = on_token is not None or bool(prompt.options.get("stop"))
-            done = await asyncio.wrap_future(loaded.engine.submit(request, stream.hear if streams else None))
+            done = await asyncio.wrap_future(loaded.engine.submit(request, stream.feed if streams else None))
             stream.finish(done.tokens)
         except EngineDown as e:
             raise RetryLater(ModelError(f"the engine of {self.name!r} stopped: {e}"), RELOAD_S) from None

@@ -16,7 +16,7 @@ from agentmesh.rag.documents import Chunk, Hit
 from agentmesh.rag.ranking import rrf
 
 Filter = Mapping[str, Any]
-_NAMED = re.compile(r"[A-Za-z][\w.+-]+:")  # at least two characters, because `C:` is a drive
+_PLUGIN_NAME = re.compile(r"[A-Za-z][\w.+-]+:")  # at least two characters, because `C:` is a drive
 
 
 class VectorStore(Protocol):
@@ -68,7 +68,7 @@ def store_name(path: str | Path) -> str:
     Raises:
         ConfigError: it looks like such a name, and neither a plugin nor a file has it.
     """
-    if not isinstance(path, str) or not _NAMED.match(path):
+    if not isinstance(path, str) or not _PLUGIN_NAME.match(path):
         return ""
     name = path.partition(":")[0]
     if plugins.find("stores", name) is not None:

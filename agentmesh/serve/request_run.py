@@ -1,4 +1,4 @@
-"""One request's run: begun or found again by its key, waited for, streamed, cancelled when nobody waits any more."""
+"""One request's run: begun or found by its key, waited for, streamed, and cancelled when its client has left."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from agentmesh.serve.request import ChatTarget
 from agentmesh.serve.responses import ApiError, RunOutcome, api_error_of
 
 POLL_S = 1.0  # how often an open run is asked whether it is waiting for a decision
-BLOCKED_LOOKS = 2  # between two entries nothing may seem to move for a moment
+BLOCKED_POLLS = 2  # consecutive ones; between two entries a run may seem blocked for a moment
 CANCELLED_BY_CLIENT = "its client"  # who cancels the run of a client that left
 
 
@@ -124,11 +124,11 @@ class RequestRun:
             raise api_error_of(e) from None
 
     async def _wait(self) -> None:
-        looks = 0
+        polls = 0
         while not await self._run.wait(timeout_s=POLL_S):
             items = await self._run.blocked_on()
-            looks = looks + 1 if items else 0
-            if looks >= BLOCKED_LOOKS:
+            polls = polls + 1 if items else 0
+            if polls >= BLOCKED_POLLS:
                 raise self._waits_for(items)
 
     async def _was_left(self) -> bool:
@@ -227,7 +227,7 @@ class RequestRun:
             502, f"an attempt failed after output was sent, so what was sent is void; {then}", "retried", retryable=True
         )
 
-    # ---- nobody waits any more -----------------------------------------------------------------
+    # ---- the client has left -------------------------------------------------------------------
     def close(self) -> bool:
         """This request is over; True when no other request waits for the run."""
         self._waiting[self._first_id] -= 1

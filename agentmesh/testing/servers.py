@@ -147,8 +147,8 @@ class RabbitServer(_ServerProcess):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def settle(self) -> None:
-        """Make it write the names of its queues, which it delays by 3 s: a younger quorum queue does not survive `kill`."""
+    def sync_queues(self) -> None:
+        """Write the names of its queues to disk now, not after 3 s: a younger quorum queue does not survive `kill`."""
         self.evaluate("[dets:sync(T) || T <- dets:all()], ok.")
 
     def close(self) -> None:

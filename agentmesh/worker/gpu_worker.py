@@ -57,7 +57,7 @@ class StatusReporter:
         self._thread = threading.Thread(target=self._run, name="agentmesh-report", daemon=True)
 
     def start(self) -> None:
-        """Report once, then go on from the thread."""
+        """Report once, then continue in the thread."""
         self._sample()
         self._thread.start()
 

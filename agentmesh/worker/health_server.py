@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a probe is told.
+    """The health of a supervisor and its workers, as probes read it.
 
     Args:
         workers: how many processes are expected.
@@ -38,33 +38,33 @@ class Health:
     now_s: float = field(default_factory=time.monotonic)
 
     @property
-    def good(self) -> bool:
-        """Whether steps can be done here."""
-        return not self.why
+    def is_healthy(self) -> bool:
+        """Whether steps can be executed here."""
+        return not self.problems
 
     @property
-    def why(self) -> list[str]:
-        """What is wrong, a sentence each."""
+    def problems(self) -> list[str]:
+        """What is wrong, one sentence for each problem."""
         problems = [] if self.journal else ["the journal's server does not respond"]
         if self.ready != self.workers:
             problems.append(f"{self.ready} of {self.workers} workers consume")
         return problems + [reason for engine in self.engines if (reason := engine.unhealthy_reason(self.now_s))]
 
     @property
-    def numbers(self) -> dict[str, Any]:
-        """Counts alone, which anybody may see."""
-        workers: dict[str, Any] = {"workers": {"wanted": self.workers, "ready": self.ready}, "journal": self.journal}
+    def counts(self) -> dict[str, Any]:
+        """Counts alone, which anybody may see, as JSON."""
+        workers: dict[str, Any] = {"workers": {"expected": self.workers, "ready": self.ready}, "journal": self.journal}
         if self.engines:
             healthy = sum(not engine.unhealthy_reason(self.now_s) for engine in self.engines)
-            workers["engines"] = {"there": len(self.engines), "well": healthy}
+            workers["engines"] = {"all": len(self.engines), "healthy": healthy}
         return workers
 
     @property
-    def told(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Everything, for an operator, as JSON."""
-        report = {"ready": self.good, **self.numbers}
-        if self.why:
-            report["why"] = self.why
+        report = {"ready": self.is_healthy, **self.counts}
+        if self.problems:
+            report["problems"] = self.problems
         if self.engines:
             report["engines"] = [_engine_json(e, self.now_s) for e in self.engines]
         return report
@@ -129,8 +129,8 @@ def _answer(path: str, health: Callable[[], Health]) -> tuple[str, str, bytes]:
         return "200 OK", "application/json", b'{"live": true}'
     if path in ("/health", "/health/ready"):
         now = health()
-        status = "200 OK" if now.good else "503 Service Unavailable"
-        return status, "application/json", json.dumps(now.told).encode()
+        status = "200 OK" if now.is_healthy else "503 Service Unavailable"
+        return status, "application/json", json.dumps(now.report).encode()
     return "404 Not Found", "text/plain", b"there are /metrics, /health/live and /health/ready\n"
 
 

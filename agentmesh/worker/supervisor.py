@@ -75,7 +75,7 @@ class Supervisor:
         return len(self._permanent), sum(w.ready for w in self._permanent)
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Whether every worker consumes; comes back early, with False, when the supervisor has ended."""
+        """Whether every worker consumes; returns early, with False, when the supervisor has ended."""
         until = time.monotonic() + timeout_s
         while not self._all_ready.wait(0.01):
             if self._ended.is_set() or time.monotonic() > until:

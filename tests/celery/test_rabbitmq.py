@@ -145,7 +145,7 @@ def test_what_waits_for_the_broker_is_bounded(
     assert lengths([sent.queue]) == {sent.queue: 0}
     publisher(sent)
     eventually(lambda: lengths([sent.queue]) == {sent.queue: 1})
-    rabbitmq.settle()
+    rabbitmq.sync_queues()
     rabbitmq.kill()
     for _ in range(MAX_WAITING + 50):
         publisher(sent)

@@ -136,7 +136,7 @@ def test_on_rabbitmq_what_there_is_no_room_for_waits_in_the_broker(
     with mesh.worker(queues=["main"]), admitted:
         run = mesh.start(crew.lead, many)
         eventually(lambda: model.waiting == 3 and inspect_broker(mesh.app, night).messages == {night[0]: many - 3 - 1})
-        rabbitmq.settle()
+        rabbitmq.sync_queues()
         rabbitmq.kill()
         rabbitmq.restart()
         room[0] = 5  # the three of the connection that is gone are counted

@@ -145,7 +145,7 @@ def test_metrics_over_http(seen: Any) -> None:
 def test_health_for_probes(seen: Any) -> None:
     (alive, _), (early, _) = seen.early
     assert (alive, early) == (200, 503)  # the supervisor lives before its workers consume
-    assert seen.ready == (200, '{"ready": true, "workers": {"wanted": 2, "ready": 2}, "journal": true}')
+    assert seen.ready == (200, '{"ready": true, "workers": {"expected": 2, "ready": 2}, "journal": true}')
     assert seen.lost[0] == 404
     assert seen.code == 0
 

@@ -136,7 +136,7 @@ def test_the_broker_killed_under_load(valkey: Any, rabbitmq: Any, oracle: Any, e
     with scene(valkey, rabbitmq, oracle) as it:
         it.start("a")
         eventually(lambda: it.server.in_flight >= 2)
-        rabbitmq.settle()
+        rabbitmq.sync_queues()
         rabbitmq.kill()
         it.start("b")  # the journal has it; it goes out when the broker is back
         it.start("c")

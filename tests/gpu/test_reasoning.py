@@ -14,7 +14,7 @@ TOKENIZER = make_tokenizer()
 def told(text: str, step: int, *stops: str, thinking: bool = False) -> AnswerStream:
     telling, tokens = AnswerStream(TOKENIZER, stops=stops, thinking=thinking), TOKENIZER(text)["input_ids"]
     for end in range(step, len(tokens) + 1, step):
-        if telling.hear(tokens[:end]):
+        if telling.feed(tokens[:end]):
             break
     telling.finish(tokens)
     return telling

@@ -121,7 +121,7 @@ def test_a_served_crew_tells_of_its_engines_in_numbers(valkey: Any, tmp_path: Pa
         (url,) = re.findall(r"(http://\S+)/v1 ", served.stderr.readline())
         eventually(lambda: get(f"{url}/health")[0] == 200)
         told = json.loads(get(f"{url}/health")[1])
-        assert (told["workers"], told["engines"]) == ({"wanted": 2, "ready": 2}, {"there": 1, "well": 1})
+        assert (told["workers"], told["engines"]) == ({"expected": 2, "ready": 2}, {"all": 1, "healthy": 1})
     finally:
         served.terminate()
         served.communicate(timeout=WAIT_S)

@@ -162,7 +162,7 @@ def test_the_broker_killed_with_sixty_four_in_flight(
     with scene(valkey, server) as it:
         run, before = it.in_flight(), it.device_pid
         if broker == "rabbitmq":
-            server.settle()
+            server.sync_queues()
         server.kill()
         it.held.unlink()
         eventually(lambda: it.log.read_text().count("lost the connection to the broker") >= 2)

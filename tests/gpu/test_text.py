@@ -23,7 +23,7 @@ def told(
     pieces: list[AnswerPiece] = []
     telling, tokens = AnswerStream(TOKENIZER, stops=stops, thinking=thinking, tell=pieces.append), ids(text)
     for end in range(step, len(tokens) + 1, step):
-        if telling.hear(tokens[:end]):
+        if telling.feed(tokens[:end]):
             break
     telling.finish(tokens)
     return pieces, telling
@@ -50,7 +50,7 @@ def test_random_bytes_come_out_as_they_would_at_once() -> None:
         tokens = [draw.randrange(3, 259) for _ in range(40)]
         telling = AnswerStream(TOKENIZER)
         for end in range(1, 41):
-            telling.hear(tokens[:end])
+            telling.feed(tokens[:end])
         telling.finish(tokens)
         assert telling.text == TOKENIZER.decode(tokens).lstrip("\n") or telling.text == TOKENIZER.decode(tokens)
 
@@ -88,13 +88,13 @@ def test_an_answer_that_begins_again_is_not_told_twice() -> None:
     pieces: list[AnswerPiece] = []
     telling, tokens = AnswerStream(TOKENIZER, tell=pieces.append), ids("hello")
     for end in (1, 2, 3, 1, 2, 3, 4, 5):
-        telling.hear(tokens[:end])
+        telling.feed(tokens[:end])
     telling.finish(tokens)
     assert "".join(p.text for p in pieces) == "hello"
 
 
 def test_an_answer_that_begins_again_otherwise_is_tried_again() -> None:
     telling = AnswerStream(TOKENIZER)
-    telling.hear(ids("hel"))
+    telling.feed(ids("hel"))
     with pytest.raises(RetryLater, match="restarted this answer and it came out differently"):
-        telling.hear(ids("ha"))
+        telling.feed(ids("ha"))

@@ -54,7 +54,7 @@ def counter_instead_of_set(patch: pytest.MonkeyPatch) -> Faults:
         if head.get("no") == "stale" or head.get("again"):
             for first, g in list(s.t.hashes[f"ga:{run}"].items()):
                 if int(first) <= int(key) <= g["last"] and s.is_open(run):
-                    s.strike(run, int(first), int(key), True)
+                    s.end_member(run, int(first), int(key), True)
         return head, lines
 
     patch.setitem(maintenance.ALL_VERBS, "commit", commit)

@@ -20,24 +20,24 @@ WELL = EngineStatus("host:1/a", 7, "m", "cuda:0", at_s=100.0, in_flight=3)
 
 def test_all_is_well() -> None:
     now = Health(2, 2, True, [WELL], now_s=109.0)
-    assert now.good
-    assert now.numbers == {"workers": {"wanted": 2, "ready": 2}, "journal": True, "engines": {"there": 1, "well": 1}}
-    assert "why" not in now.told
-    (engine,) = now.told["engines"]
+    assert now.is_healthy
+    assert now.counts == {"workers": {"expected": 2, "ready": 2}, "journal": True, "engines": {"all": 1, "healthy": 1}}
+    assert "problems" not in now.report
+    (engine,) = now.report["engines"]
     assert (engine["in_flight"], engine["age_s"], engine["unhealthy_reason"]) == (3, 9.0, "")
 
 
 def test_each_reason_is_told() -> None:
     silent, stuck = replace(WELL, at_s=90.0), replace(WELL, device="cuda:1", stuck_s=12.3)
     now = Health(3, 2, False, [silent, stuck, WELL], now_s=101.0)
-    assert not now.good
-    assert now.told["why"] == [
+    assert not now.is_healthy
+    assert now.report["problems"] == [
         "the journal's server does not respond",
         "2 of 3 workers consume",
         "the worker of 'm' on cuda:0 has not reported for 11 s",
         "the worker of 'm' on cuda:1 has 3 steps in flight and its engine has made no progress for 12 s",
     ]
-    assert now.numbers["engines"] == {"there": 3, "well": 1}
+    assert now.counts["engines"] == {"all": 3, "healthy": 1}
 
 
 def test_a_status_file_of_an_older_worker_is_read(tmp_path: Path) -> None:
@@ -47,9 +47,9 @@ def test_a_status_file_of_an_older_worker_is_read(tmp_path: Path) -> None:
 
 
 def test_one_reason_is_enough() -> None:
-    assert not Health(1, 1, True, [replace(WELL, stuck_s=10.1)], now_s=101.0).good
-    assert Health(1, 1, True, [replace(WELL, stuck_s=9.9)], now_s=101.0).good
-    assert Health(0, 0, True).told == {"ready": True, "workers": {"wanted": 0, "ready": 0}, "journal": True}
+    assert not Health(1, 1, True, [replace(WELL, stuck_s=10.1)], now_s=101.0).is_healthy
+    assert Health(1, 1, True, [replace(WELL, stuck_s=9.9)], now_s=101.0).is_healthy
+    assert Health(0, 0, True).report == {"ready": True, "workers": {"expected": 0, "ready": 0}, "journal": True}
 
 
 def ask(url: str, **headers: str) -> tuple[int, str, bytes]:
@@ -82,7 +82,7 @@ def test_probes_and_prometheus_are_answered_at_one_address(host: str, tmp_path: 
         assert ask(f"{at}/health/ready?verbose=1")[0] == 200
         journal_is_up = False
         status, _, body = ask(f"{at}/health/")
-        assert (status, json.loads(body)["why"]) == (503, ["the journal's server does not respond"])
+        assert (status, json.loads(body)["problems"]) == (503, ["the journal's server does not respond"])
         assert ask(f"{at}/elsewhere")[0] == 404
         status, kind, plain = ask(f"{at}/metrics")
         assert (status, kind.partition(";")[0]) == (200, "text/plain")

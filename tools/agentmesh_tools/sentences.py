@@ -21,7 +21,7 @@ ITEM = re.compile(r"[ \t>]*(?:[-*+•]|\d{1,3}[.)])[ \t]+")
 QUOTED = re.compile(r"[ \t]*>[ \t>]*")
 INDENTED = re.compile(r"(?: {4}|\t)")
 END = re.compile(r"[.!?…]+[\"'”’»)\]*_`]*(?=\s|$)|[。！？।؟]+[”’」』）]*")
-GOES_ON = re.compile(  # a full stop after these ends nothing; after those below only where a sentence may go on
+CONTINUES = re.compile(  # a full stop after these ends nothing; after those below only where a sentence may continue
     r"(?:(?<![\w.])(?:[A-Za-z]\.)+|\b(?:cf|vs|Mr|Mrs|Ms|Dr|Prof|St|Fig|fig|Eq|eq|Sec|sec|approx|ca)\.|"
     r"\b(?:etc|Inc|Ltd|Co|Corp|No|no|pp?)\.(?=\s+[\da-z]))"
 )
@@ -100,7 +100,7 @@ def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
     """(start, end) of a paragraph's sentences, without white space at their ends."""
     for match in END.finditer(text, start, end):
         stop = text.find(".", match.start(), match.end()) + 1
-        if any(m.end() == stop for m in GOES_ON.finditer(text, max(start, match.start() - 8), end)):
+        if any(m.end() == stop for m in CONTINUES.finditer(text, max(start, match.start() - 8), end)):
             continue
         yield from _trimmed(text, start, match.end())
         start = match.end()

@@ -202,7 +202,7 @@ local function close(run, first, g, why)
   end
   advance(run)
 end
-local function strike(run, first, n, ok)
+local function end_member(run, first, n, ok)
   local text = hget('ga:' .. run, int(first))
   if not text then return end
   local g = cjson.decode(text)
@@ -227,7 +227,7 @@ local function strike(run, first, n, ok)
 end
 local function end_step(run, n, r, ok, fence)
   drop('s|' .. run .. '|' .. int(n), run, int(n), r, 'E' .. int(fence))
-  if r.g > 0 then strike(run, r.g, n, ok) end
+  if r.g > 0 then end_member(run, r.g, n, ok) end
 end
 local function end_delegate(run, n, up, ok)
   local r = rec(run, int(n))

@@ -63,7 +63,7 @@ local function apply_next(run, nxt)
   end
   if g and new < g.last - g.first + 1 then -- opened again: imported members have ended
     for n = g.first, g.last do
-      if hget('st:' .. run, int(n)) == 'E0' then strike(run, g.first, n, true) end
+      if hget('st:' .. run, int(n)) == 'E0' then end_member(run, g.first, n, true) end
     end
   end
   for _, p in ipairs(plans) do

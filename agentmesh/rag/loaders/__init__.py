@@ -118,10 +118,10 @@ class Loader(Protocol):
 
 
 def parse(data: bytes, name: str, *, encoding: str = "utf-8") -> Document:
-    """What `load` gives, of bytes in memory; the suffix of the name says what they are, and an unknown one is text.
+    """As `load_document`, of bytes in memory; the suffix of the name says what they are, and an unknown one is text.
 
     Raises:
-        DocumentError: see `load`.
+        DocumentError: see `load_document`.
         ConfigError: the loader of a plugin cannot be imported.
     """
     kind = _loader_name(name) or "txt"

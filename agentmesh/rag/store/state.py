@@ -106,7 +106,7 @@ class State:
         return commit
 
     def skip(self, version: int, file: str, problem: str) -> None:
-        """Note a segment that cannot be read, and go on after it."""
+        """Note a segment that cannot be read, and continue after it."""
         self.damaged[file] = problem
         self.version = version
 

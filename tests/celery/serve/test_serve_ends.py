@@ -131,7 +131,7 @@ def test_health_and_the_key(served: Any, tmp_path: Path, valkey: ValkeyServer, s
             assert client.models.list().data[0].id == "Desk"
         assert "s3cret" not in other.line
         with urllib.request.urlopen(f"{other.url}/health", timeout=10) as response:
-            assert json.load(response) == {"ready": True, "workers": {"wanted": 0, "ready": 0}, "journal": True}
+            assert json.load(response) == {"ready": True, "workers": {"expected": 0, "ready": 0}, "journal": True}
     finally:
         other.close()
 
