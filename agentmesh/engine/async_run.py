@@ -12,7 +12,7 @@ from agentmesh.definitions.limits import Limits
 from agentmesh.engine.dispatch import Dispatch
 from agentmesh.engine.replay import History, replay
 from agentmesh.engine.run_errors import refusal_error, run_error
-from agentmesh.engine.retry import latest_retry, retry
+from agentmesh.engine.run_retry import latest_retry, retry
 from agentmesh.errors import RunError
 from agentmesh.journal.events import (
     ENDS,
