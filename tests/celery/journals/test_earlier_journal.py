@@ -45,6 +45,7 @@ ENDS: dict[str, Any] = {
     "again~2": [10, "done: 42", 2],
     "failed~2": [10, "done: 42", 2],
 }
+HOUR_MS = 3_600_000
 APPROVE = ("refund", "approve", "children/1", "child/1", "unborn/1")
 
 
@@ -59,14 +60,21 @@ def mesh(request: pytest.FixtureRequest, valkey: Any) -> Iterator[Mesh]:
     mesh.close()
 
 
+def _moved(key: str, member: str, score: float) -> float:
+    """A time of the store. Ended runs would be past their retention by now, and the gather past its deadline."""
+    now_ms = time.time() * 1000
+    if key.endswith(":due") and member.startswith("g|"):
+        return now_ms + HOUR_MS
+    return now_ms if key.endswith(":forget") else score
+
+
 def _write(client: Any, key: str, held: dict[str, Any], *, with_messages: bool) -> None:
     if "hash" in held:
         client.hset(key, mapping=held["hash"])
     elif "set" in held:
         client.sadd(key, *held["set"])
     elif "zset" in held:
-        now_ms = time.time() * 1000  # ended runs would be past their retention by now
-        client.zadd(key, {member: now_ms if key.endswith(":forget") else score for member, score in held["zset"]})
+        client.zadd(key, {member: _moved(key, member, score) for member, score in held["zset"]})
     elif not key.startswith("agentmesh.") or with_messages:
         client.rpush(key, *held["list"])
 
