@@ -107,7 +107,11 @@ class Run(Generic[Out]):
         self._call(self.aio.revive, item, by=by)
 
     def raise_limits(self, limits: Mapping[str, float], *, by: str = "") -> None:
-        """Raise the run's limits: `raise_limits({"turns": 50})`."""
+        """Raise the run's limits: `raise_limits({"turns": 50})`.
+
+        Raises:
+            DefinitionError: one is unknown, or not a number above 0.
+        """
         self._call(self.aio.raise_limits, limits, by=by)
 
     def cancel(self, *, by: str = "") -> None:
