@@ -1,4 +1,4 @@
-"""How a device's worker is seen from outside: health and numbers over HTTP, while it works, hangs and comes back."""
+"""A device's worker seen from outside: health and metrics over HTTP, while it works, hangs and recovers."""
 
 import json
 import os
