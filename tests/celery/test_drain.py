@@ -1,4 +1,4 @@
-"""Workers told to leave, one after the other, while runs go on: nothing is done twice, and nothing waits for a lease."""
+"""Workers that are drained one after another during runs: nothing is executed twice, and nothing waits for a lease to expire."""
 
 import os
 import signal

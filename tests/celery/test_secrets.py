@@ -1,4 +1,4 @@
-"""A password of the broker is for the processes of agentmesh alone: `ps` shows a command line to every user."""
+"""The broker's password is not on the command line of any process, where `ps` shows it to every user."""
 
 import contextlib
 import os

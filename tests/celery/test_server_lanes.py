@@ -1,4 +1,4 @@
-"""Lanes in front of model servers: real worker processes, a real broker, servers that count who asks them."""
+"""Lanes in front of model servers: real worker processes, a real broker, servers that count requests by lane."""
 
 import asyncio
 import os

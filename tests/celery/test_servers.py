@@ -17,7 +17,7 @@ from agentmesh.mesh import Mesh
 from agentmesh.runtime.crew_file import load_crew
 from agentmesh.testing import FakeOpenAI, Host
 
-CREW = str(Path(__file__).parent / "fleet_crew.py")
+CREW = str(Path(__file__).parent / "servers_crew.py")
 COUNT, LATENCY_S = 120, 0.5
 NEVER_S = 60  # the killed server never ends its requests
 
@@ -32,7 +32,7 @@ def test_a_server_killed_under_load(valkey: Any, eventually: Any, monkeypatch: p
     assert doomed.stdout is not None
     url = doomed.stdout.readline().strip()
     with FakeOpenAI(answer, latency_s=LATENCY_S) as stays:
-        monkeypatch.setenv("FLEET", f"{stays.url} {url}")
+        monkeypatch.setenv("SERVER_URLS", f"{stays.url} {url}")
         config = Config(broker=valkey.broker_url, journal=valkey.url, lease_s=3.0, sweep_s=0.2)
         mesh = Mesh(load_crew(CREW), config=config)
         try:

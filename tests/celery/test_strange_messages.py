@@ -1,4 +1,4 @@
-"""What somebody else puts into our queues ends no worker, and costs none of the messages beside it."""
+"""Foreign messages in our queues stop no worker, and delay or lose no other message."""
 
 import json
 from typing import Any

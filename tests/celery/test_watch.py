@@ -1,4 +1,4 @@
-"""Who waits for a run's end, or listens to it, and leaves is let go, whenever that is."""
+"""Waiting for a run's end and reading its tokens: a caller that leaves at any moment leaves nothing open."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every Python fence of README and docs compiles, and runs unless it says that it does not."""
+"""Every Python fence of README and docs compiles, and runs unless it is marked as not to be run."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Attention in the engine: odd models say what they say alone, and a kernel is used only when it does what it should."""
+"""Attention in the engine: unusual models answer as they do alone, and a kernel is used only when it passes the check."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whoever is cancelled at an odd moment leaves no work behind."""
+"""A request that is cancelled at any moment leaves no work behind."""
 
 import time
 from typing import Any

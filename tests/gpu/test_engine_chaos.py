@@ -1,4 +1,4 @@
-"""A seeded crowd of requests, some cancelled, in a small engine whose loop dies now and then: each says what it says alone.
+"""Seeded random requests, some cancelled, in a small engine whose loop dies now and then: each answer is the one it has alone.
 
 A seed that broke something stays in SEEDS.
 """

@@ -1,4 +1,4 @@
-"""Answers held to a grammar: what a made model says at random is then always what was asked for."""
+"""Constrained decoding: whatever a random model draws, the answer meets the grammar."""
 
 import json
 from collections.abc import Callable

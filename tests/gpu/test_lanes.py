@@ -1,4 +1,4 @@
-"""Lanes: who is asked first, what is kept free, and that an urgent step does not wait for a full low lane."""
+"""Lanes: the order of steps, the reserved places, and that an urgent step does not wait for a full low lane."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""What a model is given, letter by letter, for templates of several kinds; and what is read of what it says."""
+"""The exact prompts that a model gets by templates of several kinds, and the parsing of its output."""
 
 from typing import Any
 

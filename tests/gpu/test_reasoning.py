@@ -1,4 +1,4 @@
-"""Reasoning and stop strings at their edges: what is told does not depend on how the tokens came."""
+"""Reasoning and stop strings at their boundaries: the streamed text does not depend on how the tokens arrive."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tokens become text a few at a time, as they would have all at once."""
+"""Detokenisation in pieces gives the same text as all at once."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""A hypothesis state machine over the verbs: it looks for the shortest story in which a promise breaks."""
+"""A hypothesis state machine over the verbs: it searches for the shortest sequence that breaks a promise."""
 
 import random
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the command line says before anything runs: its version, and which extra is missing."""
+"""The command line before anything runs: the version, and the error for a missing extra."""
 
 import os
 import subprocess

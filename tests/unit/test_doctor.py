@@ -1,4 +1,4 @@
-"""What the doctor says of GPUs. The driver's program is a script; torch is the one that is installed."""
+"""The doctor's checks of GPUs, with a script in place of the driver's program, and with the torch that is installed."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""What a probe is told: which numbers anybody may see, and why something is not as it should be."""
+"""The body of a health probe: the counts that anybody may see, and the problems."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A flow's own exception is told with its place in the code, the run's and a sub-agent's."""
+"""The place in the code of an exception of a flow, in the error of the run and of a sub-agent's run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Retries of ended runs: what was done is not done again, what failed is; story by story."""
+"""Retries of ended runs: steps that succeeded are not executed again, failed ones are; one scenario for each test."""
 
 import asyncio
 from collections import Counter

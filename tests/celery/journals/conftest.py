@@ -1,4 +1,4 @@
-"""Stories told with a journal on a real Valkey; and the pure protocol beside its scripts, verb by verb."""
+"""Scenarios with a journal on a real Valkey, and the pure protocol compared with its scripts, verb by verb."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The Lua scripts and the Python protocol whatever is asked of them, also what no sane worker would ask."""
+"""The Lua scripts and the Python protocol agree on arbitrary calls, including those that no worker makes."""
 
 import random
 from typing import Any

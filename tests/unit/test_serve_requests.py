@@ -1,4 +1,4 @@
-"""What applications send today, each honoured or refused by name; no server."""
+"""Requests that today's applications send: each is honoured, or refused with the name of the parameter; no server."""
 
 import asyncio
 import json

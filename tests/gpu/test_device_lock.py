@@ -1,4 +1,4 @@
-"""A device's turns: an engine's steps and an encoder's batches, one at a time and neither waiting for long."""
+"""The lock of a device: an engine's steps and an encoder's batches, one at a time, and neither waits for long."""
 
 import threading
 import time
@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from agentmesh import EmbedderError
-from agentmesh.inference import batching
-from agentmesh.inference import device as turns
+from agentmesh.inference import batching, device
 from agentmesh.inference.device import DeviceLock, lock_of
 from agentmesh.inference.engine import InferenceEngine
 from agentmesh.inference.request import InferenceRequest
@@ -26,8 +25,8 @@ BATCHES = 6  # that these texts are, alone
 
 
 @pytest.fixture(autouse=True)
-def _fresh_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_locks", {"cpu": DeviceLock()})  # as on a GPU
+def _fresh_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_locks", {"cpu": DeviceLock()})  # as on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +34,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_encoder(tmp_path_factory.mktemp("bert"))
 
 
-# ---- the turn alone ------------------------------------------------------------------------------
+# ---- the lock alone ------------------------------------------------------------------------------
 class Party:
-    """Threads that want the turn; who had it, in order."""
+    """Threads that want the lock; who had it, in order."""
 
     def __init__(self) -> None:
-        self.turn, self.had = DeviceLock(), list[str]()
-        self.turn.engines.add(self)
+        self.lock, self.had = DeviceLock(), list[str]()
+        self.lock.engines.add(self)
 
     def want(self, kind: str) -> threading.Thread:
         """Comes back when the thread waits in line."""
         waiting = self.waiting
 
         def work() -> None:
-            with self.turn.step() if kind == "step" else self.turn.batch():
+            with self.lock.step() if kind == "step" else self.lock.batch():
                 self.had.append(kind)
 
         thread = threading.Thread(target=work)
@@ -59,31 +58,31 @@ class Party:
 
     @property
     def waiting(self) -> int:
-        return sum(map(len, self.turn._waiting.values()))
+        return sum(map(len, self.lock._waiting.values()))
 
 
 def test_however_many_batches_wait_a_step_goes_after_one() -> None:
     party = Party()
-    with party.turn.step():
+    with party.lock.step():
         threads = [party.want(kind) for kind in ("batch", "batch", "batch", "step", "step")]
     for thread in threads:
         thread.join()
     assert party.had == ["batch", "step", "batch", "step", "batch"]
-    assert (party.turn._holder, party.turn.held_s) == (None, 0.0)
+    assert (party.lock._holder, party.lock.held_s) == (None, 0.0)
 
 
 def test_whoever_fails_or_is_interrupted_gives_the_turn_on() -> None:
     party = Party()
-    for kind in (party.turn.step, party.turn.batch):
+    for kind in (party.lock.step, party.lock.batch):
         with pytest.raises(ZeroDivisionError), kind():
             1 / 0
-    with party.turn.step():
+    with party.lock.step():
         gate = threading.Lock()
         gate.acquire()
         interrupted = _Interrupted()
         threading_lock, threading.Lock = threading.Lock, lambda: interrupted  # type: ignore[assignment,misc,return-value]
         try:
-            with pytest.raises(KeyboardInterrupt), party.turn.batch():
+            with pytest.raises(KeyboardInterrupt), party.lock.batch():
                 pass
         finally:
             threading.Lock = threading_lock  # type: ignore[misc]
@@ -107,10 +106,10 @@ class _Interrupted:
 
 
 def test_without_an_engine_batches_go_side_by_side() -> None:
-    turn, both = DeviceLock(), threading.Barrier(2, timeout=10)
+    lock, both = DeviceLock(), threading.Barrier(2, timeout=10)
 
     def work() -> None:
-        with turn.batch():
+        with lock.batch():
             both.wait()  # breaks, unless both are inside
 
     thread = threading.Thread(target=work)
@@ -121,7 +120,7 @@ def test_without_an_engine_batches_go_side_by_side() -> None:
 
 
 def test_on_a_cpu_nobody_waits_and_each_gpu_has_its_own_turns() -> None:
-    turns._locks.clear()
+    device._locks.clear()
     cpu, one, other = map(lock_of, ("cpu", "cuda:0", "cuda:1"))
     cpu.engines.add(one)
     with cpu.step(), one.step(), other.step(), cpu.step(), cpu.batch():
@@ -130,18 +129,18 @@ def test_on_a_cpu_nobody_waits_and_each_gpu_has_its_own_turns() -> None:
 
 
 def test_how_long_a_step_takes_is_known_while_there_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    turn, now = DeviceLock(), 100.0
-    monkeypatch.setattr(turns.time, "monotonic", lambda: now)
-    assert turn.step_s == 0
-    with turn.step():
+    lock, now = DeviceLock(), 100.0
+    monkeypatch.setattr(device.time, "monotonic", lambda: now)
+    assert lock.step_s == 0
+    with lock.step():
         now += 0.2
-        assert turn.held_s == pytest.approx(0.2)
-        assert turn.step_s == turns.FIRST_S
-    assert turn.step_s == pytest.approx(0.2)
-    now += 2 * turns.RECENT_S
-    assert turn.step_s == 0  # the engine has nothing to do
-    with turn.step():
-        assert turn.step_s == pytest.approx(0.2)
+        assert lock.held_s == pytest.approx(0.2)
+        assert lock.step_s == device.FIRST_S
+    assert lock.step_s == pytest.approx(0.2)
+    now += 2 * device.RECENT_S
+    assert lock.step_s == 0  # the engine has nothing to do
+    with lock.step():
+        assert lock.step_s == pytest.approx(0.2)
 
 
 # ---- an engine and an encoder --------------------------------------------------------------------
@@ -151,7 +150,7 @@ class Beside:
     def __init__(self, engine: InferenceEngine, folder: Path) -> None:
         self.engine, self.encoder, self.order = engine, Encoder(str(folder)), list[str]()
         self.encoder.prepare()
-        self.turn = lock_of(str(engine._model.device))
+        self.lock = lock_of(str(engine._model.device))
         self.slow_s, self.inside, self.overlaps = 0.0, 0, 0
         self._note(engine._model, "s")
         self._note(self.encoder._loaded()[1], "b")
@@ -202,12 +201,12 @@ def test_neither_waits_for_more_than_one_of_the_other_and_both_say_what_they_say
 
 
 def test_alone_on_the_device_a_batch_is_as_large_as_it_can_be(beside: Beside, monkeypatch: pytest.MonkeyPatch) -> None:
-    turn = beside.turn
+    lock = beside.lock
     beside.encoder._rate = 10_000.0
     sizes = dict[float, int]()
     for step_s in (0.0, 0.001, 0.1, 10.0):
         monkeypatch.setattr(DeviceLock, "step_s", step_s)
-        sizes[step_s] = beside.encoder._batch_tokens(turn)
+        sizes[step_s] = beside.encoder._batch_tokens(lock)
     assert sizes == {0.0: 4096, 0.001: encoders.MIN_BATCH_TOKENS, 0.1: 1000, 10.0: 4096}
 
 
@@ -221,10 +220,10 @@ def test_an_engine_that_dies_in_a_step_keeps_nobody_waiting(beside: Beside) -> N
 
     beside.engine._model.forward = once
     assert len(beside.decode(5)) == 5  # it began again
-    assert beside.turn.held_s == 0
+    assert beside.lock.held_s == 0
     assert beside.encoder.documents(TEXTS).shape == (600, 32)
     beside.engine.close()
-    assert not beside.turn.engines
+    assert not beside.lock.engines
 
 
 def test_a_batch_that_hangs_is_seen_by_the_engines_watch(beside: Beside) -> None:

@@ -1,4 +1,4 @@
-"""Big things on one worker: a wide gather, a long run, a big value, many runs at once; no message above 64 KiB."""
+"""Large work on one worker: a wide gather, a long run, a large value, many runs at once; no message above 64 KiB."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the endpoint reads and writes, and whom it lets in; no server."""
+"""The JSON that the endpoint reads and writes, and its authentication; no server."""
 
 import asyncio
 import json

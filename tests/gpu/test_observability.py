@@ -1,4 +1,4 @@
-"""How a device's worker is seen from outside: health and numbers over HTTP, while it works, hangs and comes back."""
+"""A device's worker seen from outside: health and metrics over HTTP, while it works, hangs and recovers."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_a_hung_engine_is_no_good_health_until_its_worker_is_there_again(
         eventually(lambda: "has 5 steps in flight and its engine has made no progress for" in get(f"{url}/health")[1])
         assert get(f"{url}/health/ready")[0] == 503
         eventually(
-            lambda: '"why": ["1 of 2 workers consume"]' in get(f"{url}/health")[1]
+            lambda: '"problems": ["1 of 2 workers consume"]' in get(f"{url}/health")[1]
         )  # the dead worker's row is gone
         assert 'model="tiny"' not in get(f"{url}/metrics")[1]
         eventually(lambda: get(f"{url}/health")[0] == 200)

@@ -1,4 +1,4 @@
-"""Servers of a fleet that are set up wrong: one of them fails no step that another can do."""
+"""Servers that are set up wrong: one of them fails no step that another can do."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Several model servers as one: who is asked, who is out, what becomes of a question that is cut off."""
+"""Load balancing over several model servers: which one is asked, which is out, and requests that are cut off."""
 
 import asyncio
 import http.server
@@ -30,7 +30,7 @@ HI = Prompt("m", [user("hi")])
 NOBODY = "http://127.0.0.1:9/v1"
 
 
-def with_fleet(work: Callable[[LoadBalancer], Coroutine[Any, Any, Any]], *urls: str, key_env: str = "") -> Any:
+def with_balancer(work: Callable[[LoadBalancer], Coroutine[Any, Any, Any]], *urls: str, key_env: str = "") -> Any:
     async def main() -> Any:
         model = LoadBalancer(Servers(urls, key_env))
         try:
@@ -60,7 +60,7 @@ def a_process(latency_s: float) -> Iterator[tuple[str, int]]:
 
 def test_the_one_with_the_least_in_flight() -> None:
     with FakeOpenAI(lambda b: "a", latency_s=0.1) as a, FakeOpenAI(lambda b: "b", latency_s=0.1) as b:
-        said = with_fleet(lambda model: many(model, 20), a.url, b.url)
+        said = with_balancer(lambda model: many(model, 20), a.url, b.url)
         assert sorted(answer.message.text for answer in said) == ["a"] * 10 + ["b"] * 10
 
 
@@ -81,7 +81,7 @@ def test_one_that_is_not_there_is_out_until_it_answers(monkeypatch: pytest.Monke
                     await asyncio.sleep(0.02)
             return first
 
-        said = with_fleet(work, a.url, away)
+        said = with_balancer(work, a.url, away)
         assert said[:6] == ["a"] * 6
         assert said[-1] == "b"
 
@@ -91,13 +91,13 @@ def test_a_busy_one_passes_the_question_on() -> None:
         a.fail_next(503, times=1)
         b.fail_next(429, retry_after=3, times=1)
         with pytest.raises(RetryLater) as caught:
-            with_fleet(lambda model: model.ask(HI), a.url, b.url)
+            with_balancer(lambda model: model.ask(HI), a.url, b.url)
         assert caught.value.after_s == 3
         a.fail_next(500, times=1)
-        assert with_fleet(lambda model: model.ask(HI), a.url, b.url).message.text == "b"
+        assert with_balancer(lambda model: model.ask(HI), a.url, b.url).message.text == "b"
         a.fail_next(400, times=2)
         with pytest.raises(ModelRefused):
-            with_fleet(lambda model: model.ask(HI), a.url, b.url)
+            with_balancer(lambda model: model.ask(HI), a.url, b.url)
 
 
 def test_what_was_cut_off_is_the_journals_to_retry() -> None:
@@ -111,14 +111,14 @@ def test_what_was_cut_off_is_the_journals_to_retry() -> None:
             first = await asyncio.gather(*asked, return_exceptions=True)
             return [*first, *await many(model, 3)]
 
-        said = with_fleet(work, a.url, url)
+        said = with_balancer(work, a.url, url)
         cut = [e for e in said if isinstance(e, RetryLater)]
         assert [e.after_s for e in cut] == [0.0] * 3
         assert len(said) - len(cut) == 6
         a.faults.append(Fault(cut_after=200))
         tokens: list[str] = []
         with pytest.raises(RetryLater):
-            with_fleet(lambda model: model.ask(HI, tokens.append), a.url)
+            with_balancer(lambda model: model.ask(HI, tokens.append), a.url)
         assert tokens
 
 
@@ -134,20 +134,20 @@ def test_one_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.wait_for(asked, 10)
 
         with pytest.raises(RetryLater, match="was given up while it worked: no answer in 0.1 s"):
-            with_fleet(work, url)
+            with_balancer(work, url)
 
 
 def test_when_none_answers() -> None:
     with pytest.raises(
         RetryLater, match=r"none of 2 model servers responds \(http://127.0.0.1:9/v1: .*start one"
     ) as caught:
-        with_fleet(lambda model: model.ask(HI), NOBODY, "http://127.0.0.1:9/w1")
+        with_balancer(lambda model: model.ask(HI), NOBODY, "http://127.0.0.1:9/w1")
     assert (caught.value.after_s, caught.value.away) == (5, True)
 
 
 def test_the_doctor_looks_at_them() -> None:
     with FakeOpenAI() as a:
-        found = with_fleet(lambda model: model.check_servers(), a.url, NOBODY)
+        found = with_balancer(lambda model: model.check_servers(), a.url, NOBODY)
     assert (found[a.url], "Connect" in found[NOBODY]) == ("", True)
 
 
@@ -171,7 +171,7 @@ def test_their_key_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         for key_env, name in (("", "the queue's key_env"), ("GPU_KEY", "GPU_KEY")):
             with pytest.raises(ModelRefused, match=f"check {name}"):
-                with_fleet(lambda model: model.ask(HI), url, key_env=key_env)
+                with_balancer(lambda model: model.ask(HI), url, key_env=key_env)
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,4 @@
-"""What a worker knows of a run already is not fetched again, also where the next message overtakes the commit's answer."""
+"""A worker does not fetch events that it has cached, also where the next message overtakes the commit's reply."""
 
 import asyncio
 from typing import Any

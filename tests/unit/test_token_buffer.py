@@ -1,4 +1,4 @@
-"""The live stream of many attempts at once is sent together."""
+"""Tokens of many concurrent attempts are published together."""
 
 import asyncio
 import random

@@ -16,5 +16,5 @@ class Many(Agent[list[str]]):
         return ctx.gather([Asker().on(f"w{i}") for i in range(task)])
 
 
-gpu = ServerQueue("gpu", model="big", urls=os.environ["FLEET"].split(), concurrency=64)
-crew = Crew(Many(), Asker(), name="fleet", queues=[Queue("main"), gpu])
+gpu = ServerQueue("gpu", model="big", urls=os.environ["SERVER_URLS"].split(), concurrency=64)
+crew = Crew(Many(), Asker(), name="servers", queues=[Queue("main"), gpu])

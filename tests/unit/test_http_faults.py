@@ -1,4 +1,4 @@
-"""The HTTP client in bad weather: settings, odd servers, broken streams, keys that must not be quoted."""
+"""The HTTP client under faults: settings, misbehaving servers, broken streams, and keys that must not be shown."""
 
 import asyncio
 import email.utils

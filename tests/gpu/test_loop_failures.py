@@ -1,4 +1,4 @@
-"""Whose fault a dead loop is."""
+"""Which request is blamed when the engine's loop dies."""
 
 import threading
 from collections.abc import Callable

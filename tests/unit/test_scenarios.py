@@ -1,4 +1,4 @@
-"""The walks a reviewer would take on paper: whole journals, step by step."""
+"""Scenarios with their whole journals, step by step."""
 
 import asyncio
 from typing import Any
@@ -97,7 +97,7 @@ def test_two_of_three_with_a_deadline_and_a_late_third() -> None:
 
     mesh = FakeMesh(Crew(Tolerant(), Echo()), model=Slow())
 
-    async def walk() -> Any:
+    async def scenario() -> Any:
         spec_run = asyncio.create_task(mesh.begin(Tolerant(), "x", run_id="t1"))
         while "RunDone" not in story_now():
             await asyncio.sleep(0)
@@ -108,7 +108,7 @@ def test_two_of_three_with_a_deadline_and_a_late_third() -> None:
     def story_now() -> str:
         return " ".join(mesh.runner.journal.tables.lists["ev:t1"])
 
-    asyncio.run(walk())
+    asyncio.run(scenario())
     run: Run[list[str]] = mesh.get("t1")
     assert run.result() == ["quick", "quicker"]
     assert "GatherClosed 1 [1, 2] need" in story(run)
@@ -171,7 +171,7 @@ def test_cancel_of_the_root_while_a_grandchild_asks_a_model() -> None:
 
     mesh = FakeMesh(Crew(Outer(), Inner(), Echo()), model=Hanging())
 
-    async def walk() -> None:
+    async def scenario() -> None:
         running = asyncio.create_task(mesh.begin(Outer(), "x", run_id="c1"))
         await begun.wait()
         await mesh.runner.journal.signal("c1", RunCancelled(by="ana"))
@@ -182,7 +182,7 @@ def test_cancel_of_the_root_while_a_grandchild_asks_a_model() -> None:
             engine.lose_lease(unit)
         await asyncio.gather(running, return_exceptions=True)
 
-    asyncio.run(walk())
+    asyncio.run(scenario())
     assert seen == ["stopped"]
     for run_id in ("c1", "c1/1", "c1/1/1"):
         assert story(mesh.get(run_id))[-1] == "RunCancelled"

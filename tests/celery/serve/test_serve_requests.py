@@ -1,4 +1,4 @@
-"""`agentmesh serve` under clients that ask strangely, leave early, or ask one server of two; all of it real."""
+"""`agentmesh serve` with unusual requests, clients that leave early, and one of two servers named; all of it real."""
 
 import asyncio
 import json

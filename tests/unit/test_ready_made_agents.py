@@ -1,4 +1,4 @@
-"""The agents and tools that come along, and the crew of the demo: every file cited, every piece read, no note empty."""
+"""The ready-made agents and tools, and the crew of the demo: every file cited, every piece read, no note empty."""
 
 import os
 from pathlib import Path

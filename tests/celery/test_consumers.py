@@ -1,11 +1,11 @@
-"""Who takes from a queue now, as the broker tells it."""
+"""The consumers of a queue, as the broker reports them."""
 
 from agentmesh import Agent, Context, Crew, Queue
 from agentmesh.celery.app import make_app
 from agentmesh.celery.broker import consumer_count
 from agentmesh.mesh import Mesh
 
-A, B = "agentmesh.takers.a", "agentmesh.takers.b"
+A, B = "agentmesh.consumers.a", "agentmesh.consumers.b"
 
 
 class Echo(Agent):
@@ -14,7 +14,7 @@ class Echo(Agent):
 
 
 def mesh_on(broker: str, journal: str) -> Mesh:
-    return Mesh(Crew(Echo(), name="takers", queues=[Queue("a"), Queue("b")]), broker=broker, journal=journal)
+    return Mesh(Crew(Echo(), name="consumers", queues=[Queue("a"), Queue("b")]), broker=broker, journal=journal)
 
 
 def test_on_valkey(valkey, eventually):

@@ -1,4 +1,4 @@
-"""Workers killed inside at_most_once tools, 32 times: nothing happens twice, and what may have happened is held."""
+"""32 kills of workers inside at_most_once tools: no tool is called twice, and each that may have been called is blocked in doubt."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Draws: what may come, how often, and that it depends on nobody else."""
+"""Sampling: which tokens may be drawn, how often, and independence from the other requests of a batch."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What an operator sees of two real worker processes: one tree of spans a run, metrics and health over HTTP, JSON logs."""
+"""Two real worker processes seen by an operator: one tree of spans for each run, metrics and health over HTTP, JSON logs."""
 
 import json
 import os

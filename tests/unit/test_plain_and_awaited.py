@@ -1,4 +1,4 @@
-"""The plain face mirrors the awaited one, word for word; on a running event loop it says what to write instead."""
+"""Run and AsyncRun have the same methods; on a running event loop a plain call names the awaited one."""
 
 import asyncio
 import inspect
