@@ -79,7 +79,9 @@ class Crew(Generic[Out_co]):
                 f"crew {self.name!r} was given the class {agent.__name__}", hint=f"write `{agent.__name__}()`"
             )
         if not isinstance(agent, Agent):
-            raise DefinitionError(f"crew {self.name!r} was given {agent!r}, which is not an Agent")
+            raise DefinitionError(
+                f"crew {self.name!r} was given {agent!r}, which is not an Agent", hint="pass instances of Agent classes"
+            )
         if agent.name == Passthrough.name:
             raise NameTaken(
                 f"crew {self.name!r} has an agent named {agent.name!r}, which is reserved", hint="choose another name"

@@ -36,7 +36,7 @@ class Limits:
                     f"Limits({name}={value!r}) must be above 0", hint="leave it out, or give None, for no limit"
                 )
         if self.on_limit not in ("hold", "fail"):
-            raise DefinitionError(f"Limits(on_limit={self.on_limit!r}) must be 'hold' or 'fail'")
+            raise DefinitionError(f"Limits() has the unknown on_limit {self.on_limit!r}", hint="use 'hold' or 'fail'")
 
     def to_json(self) -> dict[str, Any]:
         """All fields, JSON values."""

@@ -239,9 +239,15 @@ class AsyncRun(Generic[Out]):
         """The conversation, for `history=` of another run."""
         history = History(self.run_id, await self._journal.events(self.run_id))
         if history.started is None:
-            raise RunError(f"there is no run {self.run_id!r}", run_id=self.run_id)
+            raise RunError(
+                f"there is no run {self.run_id!r}", hint="list them with: agentmesh runs ls", run_id=self.run_id
+            )
         if self.client.crew is None:
-            raise RunError(f"the messages of run {self.run_id} need the code of its crew", run_id=self.run_id)
+            raise RunError(
+                f"the messages of run {self.run_id!r} need the code of its crew",
+                hint="get the run from a mesh of the crew: Mesh(crew).get(run_id)",
+                run_id=self.run_id,
+            )
         agent = self.client.crew.agent(history.started.agent, dict(history.started.fields))
         return list(replay(agent, history).messages)
 

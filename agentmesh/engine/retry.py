@@ -106,7 +106,9 @@ async def retry(run_id: str, *, crew: Crew, dispatch: Dispatch, journal: Journal
         NewRun(new, started, wire), NextSteps(), await _retained_tree(journal, old, new, events, started)
     )
     if isinstance(answer, Refused):
-        raise RunError(f"run {new} exists with another agent or task", run_id=new)
+        raise RunError(
+            f"run {new} exists with another agent or task", hint=f"see: agentmesh runs show {new}", run_id=new
+        )
     return new
 
 
@@ -138,7 +140,7 @@ def _check_retryable(head: RunHead, crew: Crew) -> None:
             run_id=run_id,
         )
     if head.status == "done":
-        raise RunError(f"run {run_id} is done, so there is nothing to retry", run_id=run_id)
+        raise RunError(f"run {run_id} is done, so there is nothing to retry", hint="begin a new run", run_id=run_id)
     if head.crew != crew.name:
         raise RunError(
             f"run {run_id} is of crew {head.crew!r}, and this is crew {crew.name!r}",

@@ -64,7 +64,9 @@ def test_errors_of_the_commands(in_process: Any, write: Any, tmp_path: Path) -> 
     docs = write("docs", {"a.md": "tea"})
     assert "is a file" in in_process("rag", "sync", "docs/a.md", code=2)
     assert "--meta 'year' is not NAME=VALUE" in in_process("rag", "add", "docs", "--meta", "year", code=2)
-    assert "overlap less than it" in in_process("rag", "add", "docs", "--size", "5", "--overlap", "9", code=2)
+    assert "use a size of at least 1 and a smaller overlap" in in_process(
+        "rag", "add", "docs", "--size", "5", "--overlap", "9", code=2
+    )
     assert "add --trust-pickle" in in_process("rag", "import-langchain", "docs", code=2)
     agent, request = Retriever.open(tmp_path / "kb").ingest(docs, metadata={"year": 2026})
     FakeMesh(Crew(agent)).run(request)

@@ -67,9 +67,11 @@ def read_options(
         DefinitionError: an argument is out of range.
     """
     if window < 1:
-        raise DefinitionError(f"window={window} must be at least 1")
+        raise DefinitionError(f"window={window} is below 1", hint="use at least 1")
     if size < 1 or not 0 <= overlap < size:
-        raise DefinitionError(f"size={size}, overlap={overlap}: size must be at least 1, and overlap less than it")
+        raise DefinitionError(
+            f"size={size}, overlap={overlap} are out of range", hint="use a size of at least 1 and a smaller overlap"
+        )
     absolute = [os.path.abspath(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     request = IngestRequest(paths=absolute, glob=glob, label=label, sync=sync, force=force)
     chunking = ChunkOptions(size=size, overlap=overlap, encoding=encoding, metadata=metadata_to_json(metadata or {}))
