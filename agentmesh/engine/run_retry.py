@@ -140,7 +140,7 @@ def _check_retryable(head: RunHead, crew: Crew) -> None:
             run_id=run_id,
         )
     if head.status == "done":
-        raise RunError(f"run {run_id} is done, so there is nothing to retry", run_id=run_id)
+        raise RunError(f"run {run_id} is done, so there is nothing to retry", hint="begin a new run", run_id=run_id)
     if head.crew != crew.name:
         raise RunError(
             f"run {run_id} is of crew {head.crew!r}, and this is crew {crew.name!r}",

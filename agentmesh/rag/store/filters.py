@@ -79,12 +79,16 @@ def _parse_entry(key: object, value: object) -> list[FilterExpr]:
             raise FilterInvalid(f"{key} takes a list of filters, not {value!r}")
         return [Combination(key, tuple(parse_filter(part) for part in value))]
     if key.startswith("$"):
-        raise FilterInvalid(f"unknown operator {key!r}.{did_you_mean(key, (*OPERATORS, *COMBINERS))}")
+        raise FilterInvalid(f"unknown operator {key!r}", hint=_one_of(key, COMBINERS))
     if not isinstance(value, Mapping):
         return [Condition(key, "$eq", _scalar(key, value))]
     if not value:
         raise FilterInvalid(f"the filter of {key!r} is empty", hint=f'write {{"{key}": {{"$eq": …}}}}')
     return [_parse_condition(key, op, operand) for op, operand in value.items()]
+
+
+def _one_of(name: str, names: Sequence[str]) -> str:
+    return f"use one of: {', '.join(names)}.{did_you_mean(name, names)}"
 
 
 def _parse_condition(field: str, op: object, operand: object) -> FilterExpr:
@@ -93,7 +97,7 @@ def _parse_condition(field: str, op: object, operand: object) -> FilterExpr:
             raise FilterInvalid(f"$not of {field!r} takes operators, not {operand!r}")
         return Combination("$not", (parse_filter({field: operand}),))
     if op not in OPERATORS:
-        raise FilterInvalid(f"unknown operator {op!r} on {field!r}.{did_you_mean(str(op), (*OPERATORS, '$not'))}")
+        raise FilterInvalid(f"unknown operator {op!r} on {field!r}", hint=_one_of(str(op), (*OPERATORS, "$not")))
     if op == "$exists":
         if not isinstance(operand, bool):
             raise FilterInvalid(f"$exists of {field!r} takes true or false, not {operand!r}")

@@ -32,7 +32,7 @@ class Follower:
 
     def __init__(self, path: Path, metric: str | None, identity: Identity | None) -> None:
         if metric is not None and metric not in METRICS:
-            raise StoreError(f'a store\'s metric is "cosine" or "l2", not {metric!r}')
+            raise StoreError(f"unknown metric {metric!r}", hint='use "cosine" or "l2"')
         self.path, self._metric, self._identity = path, metric, identity
         self._reset()
 
@@ -114,7 +114,11 @@ class Follower:
                     self._embedder_unchecked = False
                 self._refreshed = now
                 return
-        raise StoreError(f"the files of {self.path} change faster than they can be read", path=str(self.path))
+        raise StoreError(
+            f"the files of {self.path} change faster than they can be read",
+            hint="try again while fewer processes write",
+            path=str(self.path),
+        )
 
     def _find_generation(self, name: str | None = None) -> bool:
         folder = Folder(self.path / (name or current(self.path)))

@@ -133,7 +133,9 @@ def _catch_up(
             store.refresh()
             if store.folder is not None and store.folder.path != old.path:
                 raise StoreError(
-                    f"{store.path} was re-embedded by another process in the meantime", path=str(store.path)
+                    f"{store.path} was re-embedded by another process in the meantime",
+                    hint="see its embedder with: agentmesh rag stats",
+                    path=str(store.path),
                 )
         after, _ = store.at_version(store.latest().version)
         if before is None or after.version > before.version:
