@@ -9,8 +9,8 @@ from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.embeddings import Embeddings
 
-from agentmesh.errors import DefinitionError, DocumentError
-from agentmesh.rag.documents import Chunk, Document, Value, without_surrogates
+from agentmesh.errors import DefinitionError, DocumentError, well_formed
+from agentmesh.rag.documents import Chunk, Document, Value
 from agentmesh.rag.embedders.base import Embedder
 
 
@@ -66,7 +66,7 @@ def load_with(loader: BaseLoader) -> Iterator[tuple[str, Document]]:
         source = str(document.metadata.get("source") or type(loader).__name__)
         seen[source] = seen.get(source, 0) + 1
         name = source if seen[source] == 1 else f"{source}#{seen[source]}"
-        yield name, Document(without_surrogates(document.page_content), metadata=plain(document.metadata))
+        yield name, Document(well_formed(document.page_content), metadata=plain(document.metadata))
 
 
 def as_splitter(splitter: TextSplitter) -> Callable[..., list[Chunk]]:

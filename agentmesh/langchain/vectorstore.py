@@ -12,9 +12,9 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
-from agentmesh.errors import DefinitionError, StoreError
+from agentmesh.errors import DefinitionError, StoreError, well_formed
 from agentmesh.langchain.documents import as_embeddings, is_value
-from agentmesh.rag.documents import Chunk, Hit, without_surrogates
+from agentmesh.rag.documents import Chunk, Hit
 from agentmesh.rag.embedders import embedder
 from agentmesh.rag.embedders.base import Embedder
 from agentmesh.rag.embedders.langchain import LangChainEmbedder
@@ -89,7 +89,7 @@ class FaissVectorStore(VectorStore):
             StoreError: the lists differ in length, an id occurs twice, or metadata is not JSON.
             EmbedderMismatch: another embedder filled the store.
         """
-        clean = [without_surrogates(t) for t in texts]
+        clean = [well_formed(t) for t in texts]
         fields, names = metadatas or [{} for _ in clean], ids or [None] * len(clean)
         if not len(clean) == len(fields) == len(names):
             raise StoreError(f"{len(clean)} texts came with {len(fields)} metadatas and {len(names)} ids")

@@ -73,8 +73,3 @@ class Hit:
     def end(self) -> int:
         """Where the passage ends in the parsed text."""
         return self.start + len(self.text)
-
-
-def without_surrogates(text: str) -> str:
-    """The text with `?` for each half of a surrogate pair: JSON may hold one, UTF-8 cannot encode it."""
-    return text if text.isascii() else text.encode(errors="replace").decode()

@@ -11,8 +11,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from agentmesh.errors import EmbedderError, EmbedderMismatch
-from agentmesh.rag.documents import without_surrogates
+from agentmesh.errors import EmbedderError, EmbedderMismatch, well_formed
 
 Floats = NDArray[np.float32]
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog; 敏捷的棕色狐狸跳过懒狗。"
@@ -164,11 +163,11 @@ class BaseEmbedder:
         """
         if not texts:
             return np.zeros((0, self.d), np.float32)
-        return self._unit(self.embed([self.prefixes[1] + without_surrogates(t) for t in texts]), texts)
+        return self._unit(self.embed([self.prefixes[1] + well_formed(t) for t in texts]), texts)
 
     def query(self, text: str) -> Floats:
         """float32 (d,), of unit length; zeros for a text in which the embedder has none of the words."""
-        vector: Floats = self._unit(self.embed([self.prefixes[0] + without_surrogates(text)]), [text])[0]
+        vector: Floats = self._unit(self.embed([self.prefixes[0] + well_formed(text)]), [text])[0]
         return vector
 
     def _unit(self, vectors: Any, texts: Sequence[str]) -> Floats:

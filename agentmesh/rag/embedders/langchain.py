@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from agentmesh.errors import EmbedderError
-from agentmesh.rag.documents import without_surrogates
+from agentmesh.errors import EmbedderError, well_formed
 from agentmesh.rag.embedders.base import BaseEmbedder, Floats
 
 
@@ -25,7 +24,7 @@ class LangChainEmbedder(BaseEmbedder):
 
     def query(self, text: str) -> Floats:
         """float32 (d,), by the embeddings' own method for queries."""
-        vector: Floats = self._unit([self._call("embed_query", without_surrogates(text))], [text])[0]
+        vector: Floats = self._unit([self._call("embed_query", well_formed(text))], [text])[0]
         return vector
 
     def embed(self, texts: list[str]) -> Any:

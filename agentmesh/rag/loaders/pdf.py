@@ -3,8 +3,8 @@
 import io
 import logging
 
-from agentmesh.errors import DocumentError, ExtraMissing
-from agentmesh.rag.documents import Document, Part, without_surrogates
+from agentmesh.errors import DocumentError, ExtraMissing, well_formed
+from agentmesh.rag.documents import Document, Part
 
 try:
     from pypdf import PdfReader
@@ -46,7 +46,7 @@ def read(data: bytes, name: str, encoding: str) -> Document:
     at = 0
     for number, text in enumerate(texts, 1):
         # odd fonts give half surrogate pairs
-        clean = without_surrogates(text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", ""))
+        clean = well_formed(text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", ""))
         if clean.strip():
             parts.append(Part(at, {"page": number}))
             out.append(clean.rstrip() + "\n\n")

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from agentmesh.errors import ExtraMissing
-from agentmesh.rag.documents import without_surrogates
+from agentmesh.errors import ExtraMissing, well_formed
 
 try:
     import tantivy
@@ -67,7 +66,7 @@ def terms(query: str) -> list[str]:
     >>> terms("C++: how do cats?"), terms("机器学习"), terms("who are we?")
     (['c', 'cat'], ['机器', '器学', '学习'], ['who', 'are', 'we'])
     """
-    distinct = list(dict.fromkeys(_ANALYZER.analyze(space_out(without_surrogates(query)))))
+    distinct = list(dict.fromkeys(_ANALYZER.analyze(space_out(well_formed(query)))))
     return ([t for t in distinct if t not in _STOP_TERMS] or distinct)[:MAX_QUERY_TERMS]
 
 
