@@ -26,17 +26,15 @@ from agentmesh.definitions.queue import Suspects
 from agentmesh.engine.async_run import RunClient
 from agentmesh.engine.engine import Engine
 from agentmesh.engine.executor import StepExecutor
+from agentmesh.engine.planner import root_run
 from agentmesh.engine.replay import History
-from agentmesh.errors import DefinitionError, RunError
+from agentmesh.errors import RunError
 from agentmesh.journal.events import Event
 from agentmesh.journal.journal import Journal
-from agentmesh.journal.run_spec import RunSpec
 from agentmesh.journal.types import Accepted, NewRun, Refused
 from agentmesh.message import Message
 from agentmesh.schema import canonical
 from agentmesh.sized_cache import MIB
-
-RUN_ID = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
 
 
 class RunExecutor(StepExecutor, Protocol):
@@ -134,17 +132,11 @@ class MeshRuntime:
             DefinitionError: the task is not of the agent's type, or the run id is malformed.
             UnknownName: the crew has no such agent.
         """
-        run_id = run_id or uuid.uuid4().hex[:12]
-        if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
-            raise DefinitionError(f"{run_id!r} is not a run id", hint="use 1 to 64 of: letters, digits, `_`, `.`, `-`")
-        self.crew.agent(agent.name)
-        queue = self.crew.queues.broker_name(self.crew.queues.first)
-        spec = RunSpec(
-            crew=self.crew.name, version=self.crew.version, agent=agent.name, task=agent._task_json(task),
-            fields=agent._fields_json(), history=[m.to_json() for m in history], limits=self.crew.limits.to_json(),
+        return root_run(
+            self.crew, self.process_state.dispatch, agent, task, run_id=run_id or uuid.uuid4().hex[:12],
+            queue=self.crew.queues.broker_name(self.crew.queues.first), history=history,
             origin=origin or self.crew._file, stream=stream, trace=self._traceparent(),
         )  # fmt: skip
-        return NewRun(run_id, spec, self.process_state.dispatch.advance(run_id, agent.name, queue))
 
     async def begin(self, new: NewRun) -> Accepted:
         """Begin a run; repeated with the same spec it changes nothing.

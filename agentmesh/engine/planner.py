@@ -1,17 +1,23 @@
-"""Plans the steps that a flow waits for, or the end of its run. Sends nothing."""
+"""Plans new runs, the steps that a flow waits for, and the end of a run. Sends nothing."""
 
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agentmesh.definitions.agent import Agent
 from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.step import Step, StepPolicy
 from agentmesh.engine.dispatch import Dispatch, MessageSpec
 from agentmesh.engine.replay import Failed, Finished, History, Outcome, Waiting
-from agentmesh.errors import MeshError, StepRefused, error_to_json, message_of, raised_at
+from agentmesh.errors import DefinitionError, MeshError, StepRefused, error_to_json, message_of, raised_at
 from agentmesh.journal.events import Event, RunDone, RunFailed, RunStarted, StepDone, StepFailed, StepPlanned
+from agentmesh.journal.run_spec import RunSpec
 from agentmesh.journal.types import NewRun, NextSteps, StepPlan, TaskMessage
+from agentmesh.message import Message
+
+RUN_ID = frozenset(string.ascii_letters + string.digits + "_.-")  # the engine's own ids also have "/" and "~"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,27 @@ class Planner:
             agent=step.name, task=task, fields=agent._fields_json(), parent=history.run_id, parent_n=planned.n
         )
         return StepPlan(planned, "child", child=NewRun(f"{history.run_id}/{planned.n}", spec, wire))
+
+
+def root_run(
+    crew: Crew, dispatch: Dispatch, agent: Agent[Any, Any], task: Any, *, run_id: str, queue: str,
+    history: Sequence[Message] = (), origin: str = "", stream: bool = False, trace: str = "",
+) -> NewRun:  # fmt: skip
+    """A new run of this agent that no step began.
+
+    Raises:
+        DefinitionError: the task is not of the agent's type, or the run id is malformed.
+        UnknownName: the crew has no such agent.
+    """
+    if not 1 <= len(run_id) <= 64 or not set(run_id) <= RUN_ID:
+        raise DefinitionError(f"{run_id!r} is not a run id", hint="use 1 to 64 of: letters, digits, `_`, `.`, `-`")
+    crew.agent(agent.name)
+    spec = RunSpec(
+        crew=crew.name, version=crew.version, agent=agent.name, task=agent._task_json(task),
+        fields=agent._fields_json(), history=[m.to_json() for m in history], limits=crew.limits.to_json(),
+        origin=origin, stream=stream, trace=trace,
+    )  # fmt: skip
+    return NewRun(run_id, spec, dispatch.advance(run_id, agent.name, queue))
 
 
 def _policy(step: Step[Any]) -> StepPolicy:

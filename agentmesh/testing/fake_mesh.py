@@ -13,10 +13,10 @@ from agentmesh.engine.async_run import AsyncRun, RunClient
 from agentmesh.engine.blocking import refuse_inside_step, refuse_on_event_loop, waits
 from agentmesh.engine.executor import LocalExecutor
 from agentmesh.engine.local_runner import LocalRunner
+from agentmesh.engine.planner import root_run
 from agentmesh.engine.run import Run
 from agentmesh.errors import RunError
-from agentmesh.journal.run_spec import RunSpec
-from agentmesh.journal.types import NewRun, Refused, RunHead
+from agentmesh.journal.types import Refused, RunHead
 from agentmesh.message import Message
 from agentmesh.model import Model, model_name
 from agentmesh.testing.scripted import ScriptedModel
@@ -48,15 +48,15 @@ class AsyncFakeMesh:
         """Begin a run and continue until it ends or is waiting for a decision."""
         crew = self._runner.crew
         lead, task = (agent, task) if isinstance(agent, Agent) else (crew.lead, agent)
-        run_id = run_id or f"r{next(self._numbers)}"
-        spec = RunSpec(
-            crew=crew.name, version=crew.version, agent=lead.name, task=lead._task_json(task), fields=lead._fields_json(),
-            history=[m.to_json() for m in history], limits=crew.limits.to_json(), origin=origin, stream=stream,
+        new = root_run(
+            crew, self._runner.dispatch, lead, task, run_id=run_id or f"r{next(self._numbers)}", queue="", history=history,
+            origin=origin, stream=stream,
         )  # fmt: skip
-        new = NewRun(run_id, spec, self._runner.dispatch.advance(run_id, lead.name, ""))
         if isinstance(await self._runner.begin(new), Refused):
-            raise RunError(f"run {run_id!r} already exists with another task", hint="use another id", run_id=run_id)
-        return self.get(run_id)
+            raise RunError(
+                f"run {new.run_id!r} already exists with another task", hint="use another id", run_id=new.run_id
+            )
+        return self.get(new.run_id)
 
     @overload
     async def run(

@@ -315,3 +315,25 @@ def test_intervals_that_cannot_be(when: Any) -> None:
 
     with pytest.raises(DefinitionError, match=f"schedule {when!r}: an interval is at least 1 second, and at most"):
         Schedule(when, Asks())
+
+
+class Echo(Agent):
+    def flow(self, task: str, ctx: Context) -> str:
+        return task
+
+
+class Stranger(Echo):
+    pass
+
+
+@pytest.mark.parametrize("run_id", ["a b", "a~2", "a/1", "é", "x" * 65])
+def test_ids_that_a_run_cannot_have(run_id: str) -> None:
+    mesh = FakeMesh(Crew(Echo()))
+    with pytest.raises(DefinitionError, match="is not a run id; use 1 to 64 of"):
+        mesh.start("hi", run_id=run_id)
+    assert mesh.runs() == []
+
+
+def test_a_run_of_an_agent_that_the_crew_does_not_have() -> None:
+    with pytest.raises(UnknownName, match="Stranger"):
+        FakeMesh(Crew(Echo())).start(Stranger(), "hi")
