@@ -6,7 +6,7 @@ Every command must be repeatable: one whose reply was lost is sent again.
 import asyncio
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any
 
 from hiredis import pack_command
@@ -36,6 +36,17 @@ def clean_url(url: str) -> str:
     """The URL as redis-py reads it: kombu's `redis+socket` and `virtual_host` are translated."""
     url = url.replace("valkey://", "redis://", 1).replace("valkeys://", "rediss://", 1)
     return url.replace("redis+socket://", "unix://", 1).replace("virtual_host=", "db=")
+
+
+_RUNNING: set["asyncio.Task[None]"] = set()
+
+
+def start_task(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    """A task that lives until it ends. asyncio refers to a task weakly: with its owner it would be collected half-way."""
+    task = asyncio.get_running_loop().create_task(work)
+    _RUNNING.add(task)
+    task.add_done_callback(_RUNNING.discard)
+    return task
 
 
 async def cancel_and_wait(task: "asyncio.Task[None] | None") -> None:
@@ -100,12 +111,11 @@ class RedisConnection:
             JournalError: the server answered with an error. NoScriptError is raised as it is.
             ServiceDown: the server has been unreachable for too long.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         patience_s = self._patience_s if self.connected else min(FIRST_CONNECT_S, self._patience_s)
         self._pending.append((pack_command(command), future, time.monotonic() + patience_s))
         if self._task is None or self._task.done():
-            self._task = loop.create_task(self._work())
+            self._task = start_task(self._work())
         return future
 
     async def close(self) -> None:

@@ -4,15 +4,17 @@ Source: https://valkey.io/commands/subscribe/
 """
 
 import asyncio
+import time
 from contextlib import suppress
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from agentmesh.journal.redis_connection import CONNECTION_LOST, cancel_and_wait
+from agentmesh.journal.redis_connection import CONNECTION_LOST, cancel_and_wait, start_task
 
 SUBSCRIBE_S = 5.0  # how long a caller waits for the subscription; after that it polls
 RECONNECT_S = 0.1
+IDLE_S = 10.0  # a subscription that nobody has used for so long ends: its mesh may be gone without having been closed
 
 
 class RunEndListener:
@@ -33,7 +35,7 @@ class RunEndListener:
         self._waiting.setdefault(run_id, []).append(future)
         if self._task is None or self._task.done():
             self._subscribed.clear()
-            self._task = asyncio.create_task(self._listen())
+            self._task = start_task(self._listen())
         if not self._subscribed.is_set():
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
             with suppress(TimeoutError):
@@ -50,12 +52,22 @@ class RunEndListener:
             self._waiting.pop(run_id, None)
 
     async def _listen(self) -> None:
-        while True:
+        idle = False
+        while not idle:
             client: Redis = Redis.from_url(self._url, decode_responses=True)
             try:
                 async with client.pubsub() as subscription:
                     await subscription.subscribe(self._channel)
-                    async for message in subscription.listen():
+                    used_s = time.monotonic()
+                    while not idle:
+                        message = await subscription.get_message(timeout=IDLE_S)
+                        now_s = time.monotonic()
+                        if self._waiting:
+                            used_s = now_s
+                        elif now_s - used_s >= IDLE_S:
+                            self._task, idle = None, True  # who comes from now on subscribes anew
+                        if message is None:
+                            continue
                         if message["type"] == "subscribe":
                             if self._subscribed.is_set():  # redis-py has connected again without a word
                                 self._notify_all()

@@ -16,6 +16,7 @@ from agentmesh.journal.redis_connection import (
     cancel_and_wait,
     explain_error,
     open_connection,
+    start_task,
 )
 
 BLOCK_MS = 2_000  # of one read; less than the time after which a silent connection counts as lost
@@ -86,7 +87,7 @@ class StreamListener:
         if is_new:
             self._positions[key] = "0"
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._read_all())
+            self._task = start_task(self._read_all())
         elif is_new:
             self._interrupt()
         return reader
@@ -190,7 +191,7 @@ class StreamListener:
     def _interrupt(self) -> None:
         """End the blocked read, so that the next one begins with the current set of streams."""
         if self._is_blocked and self._client_id and (self._unblocking is None or self._unblocking.done()):
-            self._unblocking = asyncio.create_task(self._unblock(self._reads))
+            self._unblocking = start_task(self._unblock(self._reads))
 
     async def _unblock(self, read: int) -> None:
         # The read is on another connection and may reach the server later: repeated until the server finds it blocked.
