@@ -11,7 +11,7 @@ from agentmesh.definitions.crew import Crew
 from agentmesh.definitions.limits import Limits
 from agentmesh.engine.dispatch import Dispatch
 from agentmesh.engine.replay import History, replay
-from agentmesh.engine.run_errors import refusal_error, run_error
+from agentmesh.engine.run_errors import refusal_error, run_error, unknown_run
 from agentmesh.engine.run_retry import latest_retry, retry
 from agentmesh.errors import RunError
 from agentmesh.journal.events import (
@@ -191,13 +191,8 @@ class AsyncRun(Generic[Out]):
         """
         head = await self._journal.head(self.run_id)
         if head is None:
-            raise self._unknown()
+            raise unknown_run(self.run_id)
         return head
-
-    def _unknown(self) -> RunError:
-        return RunError(
-            f"there is no run {self.run_id!r}", hint="list them with: agentmesh runs ls", run_id=self.run_id
-        )
 
     async def events(self) -> list[Event]:
         """The journal so far."""
@@ -243,7 +238,7 @@ class AsyncRun(Generic[Out]):
         """The conversation, for `history=` of another run."""
         history = History(self.run_id, await self._journal.events(self.run_id))
         if history.started is None:
-            raise self._unknown()
+            raise unknown_run(self.run_id)
         if self.client.crew is None:
             raise RunError(
                 f"the messages of run {self.run_id} need the code of its crew", hint="read them from a Mesh of the crew",

@@ -21,16 +21,21 @@ def run_error(run_id: str, end: Event) -> RunError:
     )
 
 
+def unknown_run(run_id: str) -> RunError:
+    """There is no such run."""
+    return RunError(f"there is no run {run_id!r}", hint="list them with: agentmesh runs ls", run_id=run_id)
+
+
 def refusal_error(run_id: str, event: Event, answer: Refused) -> RunError:
     """Why a decision was not recorded, and what to do."""
+    if answer.why == "unknown":
+        return unknown_run(run_id)
     message, hint = _refusal(run_id, getattr(event, "n", None), answer)
     return RunError(message, hint=hint, run_id=run_id)
 
 
 def _refusal(run_id: str, n: int | None, answer: Refused) -> tuple[str, str]:
     root, detail = run_id.partition("/")[0], f" ({answer.detail})" if answer.detail else ""
-    if answer.why == "unknown":
-        return f"there is no run {run_id!r}", "list them with: agentmesh runs ls"
     if answer.why == "ended":
         hint = "" if answer.detail == "done" else f"retry its failed steps with: agentmesh runs retry {root}"
         return f"run {run_id} has ended{detail}", hint

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from agentmesh.definitions.crew import Crew
 from agentmesh.engine.dispatch import Dispatch
 from agentmesh.engine.replay import History
+from agentmesh.engine.run_errors import unknown_run
 from agentmesh.errors import RunError
 from agentmesh.journal.events import (
     ENDS,
@@ -116,7 +117,7 @@ async def latest_retry(journal: Journal, run_id: str) -> RunHead:
     """The run's newest retry, or the run itself."""
     head = await journal.head(run_id)
     if head is None:
-        raise RunError(f"there is no run {run_id!r}", hint="list the runs: agentmesh runs ls", run_id=run_id)
+        raise unknown_run(run_id)
     if "/" in run_id:
         root = run_id.partition("/")[0]
         raise RunError(
